@@ -1,0 +1,184 @@
+"""Reward workers: processes that score finished groups, so that a slow judge never stalls.
+
+Consumes: submit(job). Produces: done() -> scored or failed jobs. A worker that is too slow or
+dies is replaced; its job is tried once more, then it fails with the reason.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from asyncgrpo.config import RewardSettings
+from asyncgrpo.errors import RewardError
+from asyncgrpo.rewards.registry import Scores, load_rewards
+from asyncgrpo.types import Prompt
+
+MAX_TRIES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Texts of one group to be scored."""
+
+    lease_id: str
+    prompt: Prompt
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Scores, or why there are none. `contract` tells a broken function from a lost worker."""
+
+    lease_id: str
+    scores: Scores | None
+    error: str = ""
+    contract: bool = False
+    seconds: float = 0.0
+
+
+class Judge(Protocol):
+    """What the actor loop needs of its judge."""
+
+    def submit(self, job: Job) -> None:
+        """Queues a group."""
+
+    def done(self) -> list[Verdict]:
+        """Verdicts since the last call; never waits."""
+
+    def close(self) -> None:
+        """Ends all workers."""
+
+
+class InlineJudge:
+    """Scores in the caller's process: for `--serial` and tests."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self._rewards = load_rewards(settings)
+        self._verdicts: list[Verdict] = []
+
+    def submit(self, job: Job) -> None:
+        self._verdicts.append(_score(self._rewards, job))
+
+    def done(self) -> list[Verdict]:
+        verdicts, self._verdicts = self._verdicts, []
+        return verdicts
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def _score(rewards: Any, job: Job) -> Verdict:
+    start = time.perf_counter()
+    try:
+        scores = rewards.score(job.prompt, job.texts)
+    except RewardError as error:
+        return Verdict(lease_id=job.lease_id, scores=None, error=str(error), contract=True)
+    seconds = time.perf_counter() - start
+    return Verdict(lease_id=job.lease_id, scores=scores, seconds=seconds)
+
+
+def _work(pipe: Connection, settings: RewardSettings) -> None:
+    """The worker's main loop; it ends when the actor's end of the pipe is gone."""
+    rewards = load_rewards(settings)
+    while True:
+        try:
+            job = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        pipe.send(_score(rewards, job))
+
+
+class _Worker:
+    """One process and the job it works on."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, settings), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+        self.since = 0.0
+
+    def give(self, job: Job, now: float) -> None:
+        self.job, self.since = job, now
+        self.pipe.send(job)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(1.0)
+        self.pipe.close()
+
+
+class JudgePool:
+    """A Judge over `reward.workers` processes, each with one job at a time."""
+
+    def __init__(
+        self, settings: RewardSettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings, self._clock = settings, clock
+        self._workers = [_Worker(settings) for _ in range(settings.workers)]
+        self._queue: deque[Job] = deque()
+        self._tries: dict[str, int] = {}
+
+    def submit(self, job: Job) -> None:
+        self._queue.append(job)
+        self._feed()
+
+    def done(self) -> list[Verdict]:
+        verdicts = []
+        for index, worker in enumerate(self._workers):
+            verdict = self._verdict_of(index, worker)
+            if verdict is not None:
+                self._tries.pop(verdict.lease_id, None)
+                verdicts.append(verdict)
+        self._feed()
+        return verdicts
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def _feed(self) -> None:
+        for worker in self._workers:
+            if worker.job is None and self._queue:
+                try:
+                    worker.give(self._queue.popleft(), self._clock())
+                except OSError:
+                    worker.since = self._clock()  # it died idle; _verdict_of replaces it
+
+    def _verdict_of(self, index: int, worker: _Worker) -> Verdict | None:
+        if worker.job is None:
+            return None
+        try:
+            if worker.pipe.poll():
+                verdict: Verdict = worker.pipe.recv()
+                worker.job = None
+                return verdict
+        except (EOFError, OSError):
+            return self._replace(index, worker, "the reward worker died")
+        if self._clock() - worker.since > self._settings.timeout_seconds:
+            return self._replace(
+                index,
+                worker,
+                f"no score within reward.timeout_seconds={self._settings.timeout_seconds:g}",
+            )
+        return None
+
+    def _replace(self, index: int, worker: _Worker, reason: str) -> Verdict | None:
+        """Starts a new worker; the job is tried again, or fails when it had its tries."""
+        job = worker.job
+        assert job is not None, "only working workers are replaced"
+        worker.end()
+        self._workers[index] = _Worker(self._settings)
+        self._tries[job.lease_id] = self._tries.get(job.lease_id, 0) + 1
+        if self._tries[job.lease_id] < MAX_TRIES:
+            self._queue.appendleft(job)
+            return None
+        return Verdict(lease_id=job.lease_id, scores=None, error=reason)

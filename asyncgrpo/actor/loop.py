@@ -1,0 +1,274 @@
+"""The actor loop: leases in, groups out, weights swapped in between; it never waits for a batch.
+
+Consumes: leases and evaluations (buffer), staged weights (receiver), verdicts (judge).
+Produces: groups (buffer), proofs of loaded weights (receiver), counters (buffer).
+Waits for: nothing while it has sequences in flight; otherwise a few milliseconds at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from asyncgrpo.actor.judge import Job, Judge, Verdict
+from asyncgrpo.config import Config
+from asyncgrpo.errors import EngineError, RewardError, WireError
+from asyncgrpo.protocols import Client, Engine, WeightReceiver
+from asyncgrpo.types import Group, Lease, Sampled
+from asyncgrpo.weights.proof import CANARY_SAMPLING, NUM_CANARIES, canary_prompts
+from asyncgrpo.wire.codec import Packet, group_packet, lease_from
+
+log = logging.getLogger(__name__)
+STATUS_SECONDS = 1.0
+IDLE_SECONDS = 0.005
+MAX_CONTRACT_FAILURES = 8  # a reward that fails so often in a row is broken, not unlucky
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """A group that the judge has."""
+
+    lease: Lease
+    sampled: Sampled
+    generate_seconds: float
+
+
+class ActorLoop:
+    """Drives one engine. `tick` does one turn; `run` repeats it until told to stop."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        *,
+        engine: Engine,
+        tokenizer: Any,
+        vocab_size: int,
+        client: Client,
+        receiver: WeightReceiver,
+        judge: Judge,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._config, self._clock = name, config, clock
+        self._engine, self._tokenizer = engine, tokenizer
+        self._client, self._receiver, self._judge = client, receiver, judge
+        self._canary_prompts = canary_prompts(vocab_size)
+        self._canaries: dict[str, tuple[int, float]] = {}
+        self._swap_seconds = 0.0
+        self._sampling: dict[str, tuple[Lease, float]] = {}  # in the engine, since when
+        self._scoring: dict[str, Scoring] = {}
+        self._outbox: list[Group] = []  # scored, waiting for credit
+        self._unacked: set[int] = set()  # put requests without an answer
+        self._asked: int | None = None  # the lease request under way
+        self._next_eval: list[Lease] = []  # for a version that is not live yet
+        self._eval_open: set[str] = set()
+        self._credit = 1
+        self._contract_failures = 0
+        self._last_status = 0.0
+        self.counters = {
+            "tokens_generated": 0.0,
+            "groups_generated": 0.0,
+            "idle_seconds": 0.0,
+            "generate_seconds": 0.0,
+            "swap_seconds": 0.0,
+            "swaps": 0.0,
+            "failed_groups": 0.0,
+        }
+        client.post(Packet(kind="hello", fields={"actor": name}))
+
+    def run(self, stopping: Callable[[], bool]) -> None:
+        """Ticks until stopped."""
+        while not stopping():
+            self.tick(IDLE_SECONDS)
+
+    def tick(self, idle_seconds: float) -> None:
+        """One turn; waits up to idle_seconds for packets when there is nothing to compute."""
+        working = self._engine.num_requests > 0
+        start = self._clock()
+        packets = self._client.poll(0.0 if working else idle_seconds)
+        if not working and not packets:
+            self.counters["idle_seconds"] += self._clock() - start
+        for packet in packets:
+            self._receive(packet)
+        self._swap()
+        self._ask()
+        self._generate()
+        for verdict in self._judge.done():
+            self._judged(verdict)
+        self._deliver()
+        self._report()
+
+    # -- buffer -------------------------------------------------------------------------------
+
+    def _receive(self, packet: Packet) -> None:
+        if packet.kind == "welcome":
+            self._credit = packet.fields["credit"]
+        elif packet.kind == "leases":
+            self._asked = None
+            for fields in packet.fields["leases"]:
+                self._start(lease_from(fields))
+        elif packet.kind == "evaluate":
+            self._next_eval = [lease_from(fields) for fields in packet.fields["leases"]]
+            self._start_evaluation()
+        elif packet.kind == "stored":
+            self._unacked.discard(packet.request_id)
+        elif packet.kind != "noted":
+            raise WireError(f"{self._name}: unexpected packet {packet.kind!r}: {packet.fields}")
+
+    def _ask(self) -> None:
+        """Asks for leases when there is room, unless too much scored work waits for credit."""
+        room = self._config.actor.concurrency - len(self._sampling) + len(self._eval_open)
+        backlog = len(self._outbox) + len(self._scoring)
+        if self._engine.version < 0 or room <= 0 or self._asked or backlog > 4 * self._credit:
+            return
+        fields = {"version": self._engine.version, "max": room}
+        self._asked = self._client.post(Packet(kind="lease", fields=fields))
+
+    def _start(self, lease: Lease) -> None:
+        messages = [dict(message) for message in lease.prompt.messages]
+        token_ids = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        if len(token_ids) > self._config.data.max_prompt_tokens:
+            self._fail(lease.lease_id, "prompt_too_long")
+            return
+        try:
+            self._engine.add(
+                lease.lease_id, token_ids, lease.sampling, lease.group_size, lease.seed
+            )
+        except EngineError as error:
+            log.warning("%s", error)
+            self._fail(lease.lease_id, "refused_by_engine")
+            return
+        self._sampling[lease.lease_id] = (lease, self._clock())
+
+    def _fail(self, lease_id: str, reason: str, *, retry: bool = False) -> None:
+        self.counters["failed_groups"] += 1
+        self._eval_done(lease_id)
+        fields = {"lease_id": lease_id, "reason": reason, "retry": retry}
+        self._client.post(Packet(kind="fail", fields=fields))
+
+    def _deliver(self) -> None:
+        while self._outbox and len(self._unacked) < self._credit:
+            packet = group_packet("put", [self._outbox.pop(0)])
+            self._unacked.add(self._client.post(packet))
+
+    def _report(self) -> None:
+        now = self._clock()
+        if now - self._last_status >= STATUS_SECONDS:
+            self._last_status = now
+            fields = {"actor": self._name, "version": self._engine.version, **self.counters}
+            self._client.post(Packet(kind="status", fields=fields))
+
+    # -- weights ------------------------------------------------------------------------------
+
+    def _swap(self) -> None:
+        """Replaces the weights between two steps; the proof follows with the canaries."""
+        self._receiver.check()
+        staged = self._receiver.staged()
+        if staged is None or staged[0] <= self._engine.version or self._eval_open:
+            return
+        version, tensors = staged
+        start = time.perf_counter()
+        self._engine.load_weights(version, tensors)
+        self._swap_seconds = time.perf_counter() - start
+        self.counters["swap_seconds"] += self._swap_seconds
+        self.counters["swaps"] += 1
+        self._canaries = {}
+        for row, prompt in enumerate(self._canary_prompts):
+            self._engine.add(f"canary-{version}-{row}", prompt, CANARY_SAMPLING, 1, seed=row)
+        self._client.post(Packet(kind="held", fields={"version": version}))
+        self._start_evaluation()
+
+    def _canary(self, sampled: Sampled) -> None:
+        (completion,) = sampled.completions
+        token, logprob = int(completion.token_ids[0]), float(completion.behavior_logprobs[0])
+        self._canaries[sampled.lease_id] = (token, logprob)
+        if len(self._canaries) == NUM_CANARIES:
+            version = int(completion.versions[0])
+            proofs = [self._canaries[f"canary-{version}-{row}"] for row in range(NUM_CANARIES)]
+            self._receiver.loaded(version, self._swap_seconds, proofs)
+
+    # -- evaluation ---------------------------------------------------------------------------
+
+    def _start_evaluation(self) -> None:
+        """Starts held-out prompts once their version is live; refuses them when it has passed."""
+        if not self._next_eval or self._next_eval[0].version > self._engine.version:
+            return
+        leases, self._next_eval = self._next_eval, []
+        passed = leases[0].version < self._engine.version
+        if not passed:
+            self._eval_open = {lease.lease_id for lease in leases}
+            self._receiver.set_busy(True)
+            for lease in leases:
+                self._start(lease)
+        ids = [lease.lease_id for lease in leases]
+        fields = {"lease_ids": ids, "refused": ids if passed else []}
+        self._client.post(Packet(kind="accept", fields=fields))
+
+    def _eval_done(self, lease_id: str) -> None:
+        if lease_id in self._eval_open:
+            self._eval_open.discard(lease_id)
+            if not self._eval_open:
+                self._receiver.set_busy(False)
+
+    # -- generation and scoring -----------------------------------------------------------------
+
+    def _generate(self) -> None:
+        if self._engine.num_requests == 0:
+            return
+        start = self._clock()
+        for sampled in self._engine.step():
+            if sampled.lease_id.startswith("canary-"):
+                self._canary(sampled)
+            else:
+                self._sampled(sampled)
+        self.counters["generate_seconds"] += self._clock() - start
+
+    def _sampled(self, sampled: Sampled) -> None:
+        lease, since = self._sampling.pop(sampled.lease_id)
+        texts = self._texts(sampled)
+        completions = tuple(
+            replace(completion, text=text)
+            for completion, text in zip(sampled.completions, texts, strict=True)
+        )
+        self._eval_done(sampled.lease_id)
+        if lease.purpose == "train":
+            self.counters["groups_generated"] += 1
+            self.counters["tokens_generated"] += sum(len(c.token_ids) for c in completions)
+        self._scoring[lease.lease_id] = Scoring(
+            lease=lease,
+            sampled=replace(sampled, completions=completions),
+            generate_seconds=self._clock() - since,
+        )
+        self._judge.submit(Job(lease_id=lease.lease_id, prompt=lease.prompt, texts=tuple(texts)))
+
+    def _texts(self, sampled: Sampled) -> Sequence[str]:
+        ids = [completion.token_ids.tolist() for completion in sampled.completions]
+        texts: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+    def _judged(self, verdict: Verdict) -> None:
+        scoring = self._scoring.pop(verdict.lease_id)
+        if verdict.scores is None:
+            self._contract_failures += verdict.contract
+            log.warning("group %s has no reward: %s", verdict.lease_id, verdict.error)
+            if self._contract_failures >= MAX_CONTRACT_FAILURES:
+                raise RewardError(verdict.error)
+            self._fail(verdict.lease_id, "reward_contract" if verdict.contract else "reward_lost")
+            return
+        self._contract_failures = 0
+        self._outbox.append(
+            Group(
+                lease=scoring.lease,
+                prompt_token_ids=scoring.sampled.prompt_token_ids,
+                completions=scoring.sampled.completions,
+                rewards=verdict.scores.rewards,
+                reward_parts=verdict.scores.parts,
+                actor=self._name,
+                timings={"generate": scoring.generate_seconds, "judge": verdict.seconds},
+            )
+        )

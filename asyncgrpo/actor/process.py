@@ -1,0 +1,96 @@
+"""The actor process: wires an engine, a judge, the buffer and the weights to one loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asyncgrpo.actor.judge import JudgePool
+from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
+from asyncgrpo.config import Config
+from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.protocols import Engine
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.sockets import DealerClient
+
+log = logging.getLogger(__name__)
+SHOW_SECONDS = 1.0
+
+
+def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool]) -> None:
+    """Generates until stopped. `restart` counts the lives of this actor before this one."""
+    name = f"actor-{index}"
+    start = time.perf_counter()
+    cores = run.endpoints.cores.get(name)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    judge = JudgePool(run.config.reward)  # first: its workers start while the engine loads
+    tokenizer = load_tokenizer(run.config.model.path)
+    engine = _load_engine(run.config, index, restart, stop_token_ids(run.config, tokenizer))
+    from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
+
+    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights)
+    loop = ActorLoop(
+        name,
+        run.config,
+        engine=engine,
+        tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
+        client=DealerClient(run.endpoints.buffer, name, "the buffer"),
+        receiver=receiver,
+        judge=judge,
+    )
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
+    log.info("ready after %.1f s, pid %d", time.perf_counter() - start, os.getpid())
+    shown_at = 0.0
+    try:
+        while not stopping():
+            loop.tick(IDLE_SECONDS)
+            if time.monotonic() - shown_at >= SHOW_SECONDS:
+                exporter.show(loop.counters)
+                shown_at = time.monotonic()
+    finally:
+        judge.close()
+
+
+def load_tokenizer(model_path: str) -> Any:
+    """The model's own tokenizer, with its chat template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+def stop_token_ids(config: Config, tokenizer: Any) -> list[int]:
+    """End-of-sequence ids of the tokenizer and of the model's generation settings."""
+    ids = {tokenizer.eos_token_id} - {None}
+    settings = Path(config.model.path) / "generation_config.json"
+    if settings.is_file():
+        more = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+        ids |= set(more if isinstance(more, list) else [more]) - {None}
+    return sorted(ids)
+
+
+def _load_engine(config: Config, index: int, restart: int, stop_ids: list[int]) -> Engine:
+    seed = (config.run.seed + 1) * 10_007 + index * 101 + restart
+    if config.actor.engine == "vllm":
+        from asyncgrpo.actor.vllm_engine import VllmEngine
+
+        return VllmEngine(config, config.model.path, seed, stop_ids)
+    return load_toy_engine(config, stop_ids)
+
+
+def load_toy_engine(config: Config, stop_ids: list[int]) -> Engine:
+    """The slow engine, in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from asyncgrpo.actor.toy_engine import ToyEngine
+
+    torch.set_num_threads(config.actor.threads)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    return ToyEngine(config, model, stop_ids)

@@ -1,0 +1,144 @@
+"""vLLM inside the actor's own process, stepped by the actor, with live weight swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from asyncgrpo.config import Config
+from asyncgrpo.errors import EngineError, WeightsError
+from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.types import Completion, Sampled, Sampling
+
+SPARE_SEQUENCES = 64  # beside the training groups: evaluations and canaries
+
+
+class VllmEngine:
+    """A protocols.Engine. The environment must be set before vllm is imported (launch/plan)."""
+
+    def __init__(
+        self, config: Config, model_path: str, seed: int, stop_token_ids: Sequence[int]
+    ) -> None:
+        longest = config.data.max_prompt_tokens + config.sampling.max_completion_tokens
+        args = EngineArgs(
+            model=model_path,
+            dtype=config.model.dtype,
+            # Sampling is seeded per engine: two actors must never draw the same samples, and
+            # per-request seeds can kill the CPU engine.
+            seed=seed,
+            max_model_len=longest,
+            max_num_seqs=config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES,
+            kv_cache_memory_bytes=config.actor.kv_cache_bytes,
+            enforce_eager=not torch.cuda.is_available(),
+            async_scheduling=False,  # else a batch is in flight at the swap, wrongly labelled
+            enable_prefix_caching=False,  # else old keys and values could serve new requests
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            logprobs_mode="processed_logprobs",  # of the distribution that is really sampled
+        )
+        self._llm = LLMEngine.from_engine_args(args)
+        self._worker: Any = self._llm.model_executor.driver_worker.worker
+        self._model = self._worker.model_runner.get_model()
+        self._stop_token_ids = list(stop_token_ids)
+        self._kv_on_update = config.actor.kv_on_update
+        self._version = -1
+        self._num_requests = 0
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def num_requests(self) -> int:
+        return self._num_requests
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: Sampling,
+        num_completions: int,
+        seed: int,
+    ) -> None:
+        params = SamplingParams(
+            n=num_completions,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_completion_tokens,
+            stop_token_ids=self._stop_token_ids,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        try:
+            self._llm.add_request(request_id, {"prompt_token_ids": list(prompt_token_ids)}, params)
+        except ValueError as error:
+            raise EngineError(f"request {request_id} was refused: {error}") from error
+        self._num_requests += 1
+
+    def step(self) -> list[Sampled]:
+        finished = [self._sampled(output) for output in self._llm.step() if output.finished]
+        self._num_requests -= len(finished)
+        return finished
+
+    def load_weights(self, version: int, tensors: NamedTensors) -> None:
+        try:
+            with set_current_vllm_config(self._worker.vllm_config):
+                initialize_layerwise_reload(self._model)
+                self._model.load_weights(iter(tensors))
+                finalize_layerwise_reload(self._model, self._worker.model_config)
+                self._refresh_tied_head()
+        except Exception as error:  # the model may be half loaded now: fatal for this actor
+            raise WeightsError(f"vLLM could not load version {version}: {error}") from error
+        self._llm.engine_core.set_weight_version(str(version))
+        self._version = version
+        if self._kv_on_update == "recompute":
+            self._llm.reset_prefix_cache(reset_running_requests=True)
+
+    def close(self) -> None:
+        self._llm.engine_core.shutdown()
+
+    def _refresh_tied_head(self) -> None:
+        """vLLM's CPU build packs a tied lm_head into a copy that a reload leaves as it was."""
+        head = getattr(self._model, "lm_head", None)
+        if head is not None and hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)
+
+    def _sampled(self, output: Any) -> Sampled:
+        completions = sorted(output.outputs, key=lambda completion: completion.index)
+        return Sampled(
+            lease_id=output.request_id,
+            prompt_token_ids=np.array(output.prompt_token_ids, dtype=np.int32),
+            completions=tuple(_completion(completion) for completion in completions),
+        )
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = np.array(output.token_ids, dtype=np.int32)
+    flat = output.logprobs  # the sampled token is the first entry of each position
+    logprobs = np.array([flat.logprobs[i] for i in flat.start_indices], dtype=np.float32)
+    versions = np.full(len(token_ids), -1, dtype=np.int32)
+    for span in output.weight_versions:
+        versions[span.start : span.end] = int(span.version)
+    if len(logprobs) != len(token_ids) or (versions < 0).any():
+        raise EngineError(
+            f"vLLM returned {len(token_ids)} tokens with {len(logprobs)} log-probs and version "
+            f"spans {output.weight_versions}; asyncgrpo supports vllm 0.32 and 0.33"
+        )
+    reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+    return Completion(
+        token_ids=token_ids, behavior_logprobs=logprobs, versions=versions, finish_reason=reason
+    )

@@ -1,0 +1,375 @@
+"""The buffer's decisions as a state machine: packets and the time in, packets out.
+
+    from actors                         answer
+    hello    {actor}                    welcome {credit}; leases of its former life expire
+    lease    {version, max}             leases [...]: at once, or when the gate opens
+    accept   {lease_ids, refused}       noted: evaluation leases it will (not) answer
+    put      one group                  stored {state}: the buffer is responsible from here on
+    fail     {lease_id, reason}         noted
+    held     {version}                  noted: the actor's weights changed
+    status   {counters}                 noted
+
+    from learner ranks
+    take     {step, rank, world_size}   shard, or exhausted: at once, or when the batch is full
+    trained  {step}                     noted {counters, actors, evaluations}
+    evaluate {version}                  evaluating, once the actors hold back their weights
+    results  {version}                  report, once all held-out prompts are answered
+
+No sockets, no clock, no files: `handle` and `tick` get the time and return what to send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from asyncgrpo.buffer.evaluation import EvalJob
+from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.leases import LeaseBook
+from asyncgrpo.buffer.replay import Replay, deal
+from asyncgrpo.config import Config
+from asyncgrpo.data.prompts import PromptSource
+from asyncgrpo.errors import WireError
+from asyncgrpo.evaluate import EvalReport, is_correct
+from asyncgrpo.types import Group, Prompt, Sampling, Shard
+from asyncgrpo.wire.codec import Packet, groups_from, lease_fields, shard_packet
+
+Replies = list[tuple[str, Packet]]
+RecordStep = Callable[[int, Sequence[Group]], None]
+ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evaluation
+
+
+class BufferCore:
+    """All state of the buffer process."""
+
+    def __init__(self, config: Config, prompts: PromptSource, record_step: RecordStep) -> None:
+        self._config, self._prompts, self._record_step = config, prompts, record_step
+        buffer = config.buffer
+        self.gate = Gate(
+            groups_per_step=buffer.groups_per_step,
+            max_staleness=buffer.max_staleness,
+            max_steps=config.run.max_steps,
+            publish_every=config.weights.publish_every,
+        )
+        self.replay = Replay(buffer.order)
+        self.leases = LeaseBook(
+            run_seed=config.run.seed, deadline_seconds=buffer.lease_deadline_seconds
+        )
+        self.step = 0  # the next step whose batch will be formed
+        self._position = 0  # in the prompt source
+        self._again: list[Prompt] = []  # prompts whose lease ended without a group
+        self._batches: dict[int, list[Group]] = {}  # step -> its groups, kept until trained
+        self._actors: dict[str, str] = {}  # actor name -> its present peer identity
+        self._status: dict[str, dict[str, Any]] = {}  # actor name -> its last counters
+        self._held: dict[str, int] = {}  # peer -> policy version it holds
+        self._waiting_actors: dict[str, Packet] = {}  # peer -> lease request that waits
+        self._waiting_takes: dict[tuple[str, int], Packet] = {}
+        self._jobs: dict[int, EvalJob] = {}
+        self._reports: dict[int, EvalReport] = {}
+        self._waiting_evals: list[tuple[str, Packet]] = []
+        self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
+
+    def handle(self, peer: str, packet: Packet, now: float) -> Replies:
+        """Takes one packet; returns everything that can be sent because of it."""
+        action = getattr(self, f"_on_{packet.kind}", None)
+        if action is None:
+            return [(peer, _answer(packet, "refused", reason=f"unknown kind {packet.kind!r}"))]
+        try:
+            return action(peer, packet, now) + self.tick(now)
+        except (KeyError, TypeError, ValueError, WireError) as error:
+            return [(peer, _answer(packet, "refused", reason=f"{packet.kind}: {error!r}"))]
+
+    def tick(self, now: float) -> Replies:
+        """Ends what is overdue and answers requests that waited for something."""
+        for lease in self.leases.overdue(now):
+            self._end_unfinished(lease.lease.lease_id, "expired", "deadline")
+        return self._serve_actors(now) + self._serve_takes() + self._serve_evals(now)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and sizes by metric name."""
+        counts, reasons = self.leases.counts, self.leases.reasons
+        return {
+            "leases": self.leases.num_training_leases(),
+            **{f"leases_{state}": counts[state] for state in counts},
+            **{f"groups_{name.replace('/', '_')}": count for name, count in reasons.items()},
+            "buffer_groups": len(self.replay),
+            "buffer_tokens": self.replay.num_tokens,
+            "groups_arrived": self._sums["groups"],
+            "tokens_arrived": self._sums["tokens"],
+            "reward_arrived_sum": self._sums["reward"],
+        }
+
+    # -- actors ---------------------------------------------------------------------------
+
+    def _on_hello(self, peer: str, packet: Packet, now: float) -> Replies:
+        actor = packet.fields["actor"]
+        former = self._actors.get(actor)
+        if former is not None and former != peer:
+            self._forget_peer(former)
+        self._actors[actor] = peer
+        return [(peer, _answer(packet, "welcome", credit=self._config.buffer.credit))]
+
+    def _forget_peer(self, peer: str) -> None:
+        self._waiting_actors.pop(peer, None)
+        for lease in self.leases.held_by(peer):
+            self._end_unfinished(lease.lease.lease_id, "expired", "actor_restarted")
+
+    def _on_held(self, peer: str, packet: Packet, now: float) -> Replies:
+        self._held[peer] = packet.fields["version"]
+        return [(peer, _answer(packet, "noted"))]
+
+    def _on_lease(self, peer: str, packet: Packet, now: float) -> Replies:
+        self._waiting_actors[peer] = packet
+        self._held[peer] = packet.fields["version"]
+        return []
+
+    def _on_accept(self, peer: str, packet: Packet, now: float) -> Replies:
+        for job in self._jobs.values():
+            job.unaccepted -= set(packet.fields["lease_ids"])
+        for lease_id in packet.fields["refused"]:
+            if self.leases.get(lease_id) is not None:
+                self._end_unfinished(lease_id, "failed", "version_passed")
+        return [(peer, _answer(packet, "noted"))]
+
+    def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
+        (group,) = groups_from(packet)
+        lease_id = group.lease.lease_id
+        if self.leases.get(lease_id) is None:
+            state = "unknown"  # a repeat, or it expired meanwhile: its prompt is out again
+        elif group.lease.purpose == "eval":
+            self.leases.close(lease_id, "stored")
+            self._jobs[group.lease.version].answer(group)
+            state = "stored"
+        else:
+            state = self._store(group)
+        return [(peer, _answer(packet, "stored", lease_id=lease_id, state=state))]
+
+    def _store(self, group: Group) -> str:
+        self._sums["groups"] += 1
+        self._sums["tokens"] += group.num_tokens
+        self._sums["reward"] += float(np.mean(group.rewards))
+        reason = self._filter_reason(group)
+        if reason:
+            self.leases.close(group.lease.lease_id, "filtered", reason)
+            self.gate.give_back()
+            return "filtered"
+        ended = self.leases.close(group.lease.lease_id, "stored")
+        self.replay.add(ended.ticket, group)
+        self._evict()
+        return "stored"
+
+    def _filter_reason(self, group: Group) -> str:
+        if not all(len(completion.token_ids) for completion in group.completions):
+            return "empty_completion"
+        if not self._config.algo.drop_uniform_groups:
+            return ""
+        scores = [float(score) for score in next(iter(group.reward_parts.values()))]
+        right = is_correct(scores, self._config.reward.correct_above)
+        if all(right):
+            return "all_correct"
+        return "" if any(right) else "all_wrong"
+
+    def _on_fail(self, peer: str, packet: Packet, now: float) -> Replies:
+        lease_id, reason = packet.fields["lease_id"], packet.fields["reason"]
+        if self.leases.get(lease_id) is not None:
+            retry = bool(packet.fields.get("retry"))
+            self._end_unfinished(lease_id, "failed", reason, again=retry)
+        return [(peer, _answer(packet, "noted"))]
+
+    def _on_status(self, peer: str, packet: Packet, now: float) -> Replies:
+        self._status[packet.fields["actor"]] = dict(packet.fields)
+        return [(peer, _answer(packet, "noted"))]
+
+    def _end_unfinished(
+        self, lease_id: str, state: str, reason: str, *, again: bool = True
+    ) -> None:
+        """Ends a lease that brought no group; its prompt is handed out again."""
+        ended = self.leases.close(lease_id, state, reason)
+        if ended.lease.purpose == "eval":
+            for job in self._jobs.values():
+                job.drop(lease_id)
+            return
+        self.gate.give_back()
+        if again:
+            self._again.append(ended.lease.prompt)
+
+    def _serve_actors(self, now: float) -> Replies:
+        replies: Replies = []
+        for peer, request in list(self._waiting_actors.items()):
+            version = self._held[peer]
+            count = min(request.fields["max"], self.gate.open_for(version))
+            leases = []
+            while len(leases) < count and (prompt := self._next_prompt()) is not None:
+                self.gate.issue(version)
+                leases.append(self._issue(prompt, peer, version, now))
+            if leases:
+                del self._waiting_actors[peer]
+                replies.append((peer, _answer(request, "leases", leases=leases)))
+        return replies
+
+    def _issue(self, prompt: Prompt, peer: str, version: int, now: float) -> dict[str, Any]:
+        sampling = Sampling(**self._config.sampling.model_dump())
+        size = self._config.algo.group_size
+        lease = self.leases.issue(
+            prompt, peer=peer, version=version, group_size=size, sampling=sampling, now=now
+        )
+        return lease_fields(lease)
+
+    def _next_prompt(self) -> Prompt | None:
+        if self._again:
+            return self._again.pop(0)
+        prompt = self._prompts.get(self._position)
+        self._position += prompt is not None
+        return prompt
+
+    # -- learner --------------------------------------------------------------------------
+
+    def _on_take(self, peer: str, packet: Packet, now: float) -> Replies:
+        if packet.fields["step"] < self.step:
+            raise ValueError(f"step {packet.fields['step']} is trained; the next is {self.step}")
+        self._waiting_takes[peer, packet.fields["rank"]] = packet
+        return []
+
+    def _serve_takes(self) -> Replies:
+        replies: Replies = []
+        for (peer, rank), request in list(self._waiting_takes.items()):
+            step, world_size = request.fields["step"], request.fields["world_size"]
+            if step == self.step and step not in self._batches:
+                self._form_batch()
+            if step in self._batches:
+                shard = self._shard(step, rank, world_size)
+                answer = shard_packet(shard)
+            elif self._exhausted():
+                answer = Packet(kind="exhausted")
+            else:
+                continue
+            del self._waiting_takes[peer, rank]
+            replies.append((peer, _with_id(answer, request)))
+        return replies
+
+    def _form_batch(self) -> None:
+        self._evict()
+        count = self._config.buffer.groups_per_step
+        if self._exhausted() and len(self.replay) >= self._config.launch.learners:
+            count = min(count, len(self.replay))  # the last, smaller batch
+        if not self.replay.ready(count, self.leases.open_tickets()):
+            return
+        self._batches[self.step] = [stored.group for stored in self.replay.take(count)]
+        self.leases.move("stored", "taken", count=count)
+
+    def _evict(self) -> None:
+        buffer = self._config.buffer
+        for _ in self.replay.evict(self.step, buffer.max_staleness, buffer.staleness_action):
+            self.leases.move("stored", "evicted", "stale")
+            self.gate.give_back()
+
+    def _shard(self, step: int, rank: int, world_size: int) -> Shard:
+        groups = self._batches[step]
+        return Shard(
+            step=step,
+            groups=deal(groups, world_size)[rank],
+            num_loss_tokens_global=sum(group.num_tokens for group in groups),
+            num_completions_global=sum(len(group.completions) for group in groups),
+        )
+
+    def _exhausted(self) -> bool:
+        """No prompt is left and nothing is on the way that could fill another batch."""
+        return (
+            not self._again
+            and self._prompts.get(self._position) is None
+            and not self.leases.open_tickets()
+        )
+
+    def _on_trained(self, peer: str, packet: Packet, now: float) -> Replies:
+        step = packet.fields["step"]
+        groups = self._batches.pop(step, None)
+        if groups is not None:
+            self.leases.move("taken", "trained", count=len(groups))
+            self.step = step + 1
+            self._evict()
+            self._record_step(step, groups)
+        return [(peer, _answer(packet, "noted", **self._summary()))]
+
+    def _summary(self) -> dict[str, Any]:
+        reports = [report.as_fields() for report in self._reports.values()]
+        return {"metrics": self.metrics(), "actors": self._status, "evaluations": reports}
+
+    # -- evaluation -----------------------------------------------------------------------
+
+    def _on_evaluate(self, peer: str, packet: Packet, now: float) -> Replies:
+        version = packet.fields["version"]
+        pushes = [] if version in self._jobs or version in self._reports else self._open_job(version, now)
+        self._waiting_evals.append((peer, packet))
+        return pushes
+
+    def _open_job(self, version: int, now: float) -> Replies:
+        """Splits the held-out prompts over the actors that are known."""
+        held_out = self._prompts.held_out(self._config.eval.num_prompts)
+        peers = sorted(self._actors.values())
+        job = EvalJob(version=version, deadline=now + self._config.eval.timeout_seconds)
+        self._jobs[version] = job
+        greedy = {**self._config.sampling.model_dump(), "temperature": 0.0, "top_p": 1.0, "top_k": 0}
+        hands: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
+        for i, prompt in enumerate(held_out if peers else ()):
+            lease = self.leases.issue(
+                prompt,
+                peer=peers[i % len(peers)],
+                version=version,
+                group_size=1,
+                sampling=Sampling(**greedy),
+                now=now,
+                purpose="eval",
+            )
+            hands[peers[i % len(peers)]].append(lease_fields(lease))
+            job.unaccepted.add(lease.lease_id)
+        job.num_prompts = len(held_out)
+        job.unanswered = set(job.unaccepted)
+        return [
+            (peer, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
+            for peer, leases in hands.items()
+            if leases
+        ]
+
+    def _on_results(self, peer: str, packet: Packet, now: float) -> Replies:
+        self._waiting_evals.append((peer, packet))
+        return []
+
+    def _serve_evals(self, now: float) -> Replies:
+        for version, job in list(self._jobs.items()):
+            if now > job.deadline:
+                for lease_id in list(job.unanswered):
+                    self._end_unfinished(lease_id, "expired", "eval_deadline")
+            if not job.unanswered:
+                self._reports[version] = job.report(self._config.reward.correct_above)
+                del self._jobs[version]
+        answered = [(peer, reply) for peer, p in self._waiting_evals if (reply := self._eval_reply(p, now))]
+        done = {(peer, reply.request_id) for peer, reply in answered}
+        self._waiting_evals = [w for w in self._waiting_evals if (w[0], w[1].request_id) not in done]
+        return answered
+
+    def _eval_reply(self, request: Packet, now: float) -> Packet | None:
+        version = request.fields["version"]
+        report, job = self._reports.get(version), self._jobs.get(version)
+        if request.kind == "results":
+            return _answer(request, "report", **report.as_fields()) if report else None
+        waited_long = job is not None and (
+            now > job.deadline - self._config.eval.timeout_seconds + ACCEPT_SECONDS
+        )
+        if report or waited_long or (job is not None and not job.unaccepted):
+            return _answer(request, "evaluating", version=version)
+        return None
+
+
+def _answer(request: Packet, kind: str, **fields: Any) -> Packet:
+    return Packet(kind=kind, request_id=request.request_id, fields=fields)
+
+
+def _with_id(packet: Packet, request: Packet) -> Packet:
+    return Packet(
+        kind=packet.kind,
+        request_id=request.request_id,
+        fields=packet.fields,
+        arrays=packet.arrays,
+    )

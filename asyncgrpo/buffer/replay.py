@@ -1,0 +1,91 @@
+"""The store of finished groups: which ones make up the next batch, and how ranks share them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from asyncgrpo.buffer.staleness import StalenessAction, past_bound
+from asyncgrpo.types import Group
+
+Order = Literal["arrival", "ticket"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A group and when it came."""
+
+    ticket: int  # lease number: the order in which work was handed out
+    arrival: int
+    group: Group
+
+
+class Replay:
+    """Groups wait here between arrival and the batch that takes them."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._stored: dict[int, Stored] = {}  # by ticket
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens waiting."""
+        return sum(stored.group.num_tokens for stored in self._stored.values())
+
+    def add(self, ticket: int, group: Group) -> None:
+        """Stores a group under its ticket."""
+        self._arrivals += 1
+        self._stored[ticket] = Stored(ticket=ticket, arrival=self._arrivals, group=group)
+
+    def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
+        """Removes and returns what can no longer be trained at `step`."""
+        old = [
+            stored
+            for stored in self._stored.values()
+            if past_bound(stored.group, step, max_staleness, action)
+        ]
+        for stored in old:
+            del self._stored[stored.ticket]
+        return old
+
+    def ready(self, count: int, open_tickets: Iterable[int]) -> bool:
+        """Whether `take(count)` may be called; in ticket order earlier open work is waited for."""
+        if len(self._stored) < count:
+            return False
+        if self._order == "arrival" or count == 0:
+            return True
+        last = sorted(self._stored)[count - 1]
+        return all(ticket > last for ticket in open_tickets)
+
+    def take(self, count: int) -> list[Stored]:
+        """Removes and returns the next `count` groups in the store's order."""
+        if self._order == "ticket":
+            chosen = sorted(self._stored.values(), key=lambda stored: stored.ticket)
+        else:
+            chosen = sorted(
+                self._stored.values(),
+                key=lambda stored: (stored.group.oldest_version, stored.arrival),
+            )
+        for stored in chosen[:count]:
+            del self._stored[stored.ticket]
+        return chosen[:count]
+
+
+def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
+    """Splits a batch over ranks so that their token counts are close: largest group first.
+
+    Deterministic in the order of `groups`; each rank gets at least one group if there are enough.
+    """
+    sizes = [group.num_tokens + len(group.prompt_token_ids) * len(group.completions) for group in groups]
+    load = [0] * world_size
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
+        rank = min(range(world_size), key=lambda r: (load[r], len(hands[r]), r))
+        load[rank] += sizes[index]
+        hands[rank].append(index)
+    return [tuple(groups[i] for i in sorted(hand)) for hand in hands]

@@ -1,0 +1,50 @@
+"""The buffer process: the core behind a socket, with a clock, a metrics endpoint and files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from asyncgrpo.buffer.core import BufferCore, Replies
+from asyncgrpo.data.prompts import open_prompts
+from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.trajectories import TrajectoryWriter
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.types import Group
+from asyncgrpo.wire.sockets import Server
+
+log = logging.getLogger(__name__)
+POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
+
+
+def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
+    """Serves until stopped."""
+    config = run.config
+    record = TrajectoryWriter(run.path) if config.observe.trajectories else _record_nothing
+    server = Server(run.endpoints.buffer)
+    core = BufferCore(config, open_prompts(config), record)
+    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
+    log.info("listening on %s", run.endpoints.buffer)
+    shown_at = 0.0
+    while not stopping():
+        for peer, packet in server.receive(POLL_SECONDS):
+            _send(server, core.handle(peer, packet, time.monotonic()))
+        now = time.monotonic()
+        _send(server, core.tick(now))
+        if now - shown_at >= SHOW_SECONDS:
+            exporter.show(core.metrics())
+            shown_at = now
+    server.close()
+
+
+def _send(server: Server, replies: Replies) -> None:
+    for peer, packet in replies:
+        if packet.request_id:
+            server.answer(peer, packet)
+        else:
+            server.push(peer, packet)
+
+
+def _record_nothing(step: int, groups: Sequence[Group]) -> None:
+    """Stands in for the trajectory writer when observe.trajectories is off."""

@@ -1,0 +1,415 @@
+"""All settings: one pydantic model per room, read from TOML and `--set room.key=value`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from asyncgrpo.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Names that users bring from other trainers -> ours. Accepted with a notice, in any room.
+ALIASES = {
+    "num_generations": "algo.group_size",
+    "prompt_repeat_k": "algo.group_size",
+    "clip_range": "algo.clip_low",
+    "epsilon": "algo.clip_low",
+    "cliprange_low": "algo.clip_low",
+    "epsilon_high": "algo.clip_high",
+    "cliprange_high": "algo.clip_high",
+    "max_new_tokens": "sampling.max_completion_tokens",
+    "max_completion_length": "sampling.max_completion_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "global_batch_size": "buffer.groups_per_step",
+    "pack_max_length": "learner.max_tokens_per_microbatch",
+    "lr_scheduler_type": "learner.schedule",
+    "evaluate_step": "eval.every",
+}
+
+
+class Room(BaseModel):
+    """Base of every section: unknown keys are errors, values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSettings(Room):
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of prompts, sampling and toy runs")
+    max_steps: int = Field(60, ge=1, description="optimizer updates until the run is done")
+    dir: str | None = Field(None, description="run directory; default runs/<time>-<name>")
+    name: str = Field("run", description="short name, part of the default run directory")
+
+
+class ModelSettings(Room):
+    path: str = Field("tiny", description="'tiny' (embedded), a local folder, or a hub name")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of engine weights")
+
+
+class TaskSettings(Room):
+    """Generated verifiable tasks (data.train = "tasks"); weights choose how often each is drawn."""
+
+    kinds: dict[str, float] = Field(
+        default={
+            "add": 2.0,
+            "sort": 1.2,
+            "palindrome": 1.5,
+            "reverse": 0.8,
+            "expression": 1.0,
+            "check": 2.0,
+        },
+        description="kind -> weight; kinds are listed in asyncgrpo/data/tasks.py",
+    )
+    max_operand: int = Field(20, ge=1, description="largest operand of add and sub")
+    sequence_min: int = Field(3, ge=1, description="fewest items of sort and check")
+    sequence_max: int = Field(6, ge=1, description="most items of sort and check")
+    letters: int = Field(12, ge=2, le=26, description="alphabet size of palindrome and reverse")
+    modulus: int = Field(4, ge=2, le=10, description="check: sum modulo this")
+    long_tail: float = Field(
+        0.0, ge=0, description="0 = uniform sizes; else sigma of lognormal item counts (median 6)"
+    )
+
+
+class DataSettings(Room):
+    train: str = Field("tasks", description="'tasks' (generated) or a JSONL file")
+    eval: str | None = Field(
+        "tasks", description="held-out prompts: 'tasks', a JSONL file, or none"
+    )
+    tasks: TaskSettings = TaskSettings()
+    shuffle: bool = Field(True, description="shuffle files anew each epoch, by run.seed")
+    epochs: int | None = Field(None, ge=1, description="stop after so many epochs; none = endless")
+    max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are filtered, counted")
+
+
+class SamplingSettings(Room):
+    temperature: float = Field(1.0, gt=0, le=10, description="of training samples")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 = off; below it ratios are approximate")
+    top_k: int = Field(0, ge=0, description="0 = off; above it ratios are approximate")
+    max_completion_tokens: int = Field(16, ge=1, description="limit of one completion")
+
+
+class RewardFunction(Room):
+    use: str = Field(..., description="built-in name or 'package.module:function'")
+    weight: float = 1.0
+    name: str = Field("", description="name in metrics; default: the last part of `use`")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.use.split(":")[-1].split(".")[-1]
+
+
+class RewardSettings(Room):
+    functions: tuple[RewardFunction, ...] = Field(
+        (RewardFunction(use="task"), RewardFunction(use="length_penalty")), min_length=1
+    )
+    workers: int = Field(1, ge=1, description="scoring processes beside each actor")
+    timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
+    correct_above: float = Field(
+        0.0, description="a completion is correct when the first function scores above this"
+    )
+
+    @model_validator(mode="after")
+    def _distinct_labels(self) -> RewardSettings:
+        labels = [function.label for function in self.functions]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"functions: two are called {label!r}; give one of them another `name`"
+                )
+        return self
+
+
+class ActorSettings(Room):
+    engine: Literal["vllm", "toy"] = Field("vllm", description="toy: a slow torch sampler")
+    concurrency: int = Field(16, ge=1, description="groups in flight per actor")
+    kv_cache_bytes: int = Field(64 << 20, ge=1 << 20, description="KV cache of one engine")
+    kv_on_update: Literal["keep", "recompute"] = Field(
+        "keep", description="keep keys and values across a weight update, or compute them anew"
+    )
+    threads: int = Field(1, ge=1, description="OpenMP threads of one CPU engine")
+
+
+class BufferSettings(Room):
+    groups_per_step: int = Field(16, ge=1, description="batch size in groups")
+    completions_per_step: int | None = Field(
+        None, ge=2, description="batch size in completions instead; group_size must divide it"
+    )
+    max_staleness: int = Field(4, ge=0, description="bound in policy versions, per token")
+    order: Literal["arrival", "ticket"] = Field(
+        "arrival", description="arrival: oldest version first; ticket: strictly in lease order"
+    )
+    staleness_action: Literal["drop", "mask"] = Field(
+        "drop", description="a group with tokens past the bound: drop it, or mask those tokens"
+    )
+    credit: int = Field(8, ge=1, description="unacknowledged groups an actor may have on the wire")
+    lease_deadline_seconds: float = Field(600.0, gt=0, description="then a lease is taken back")
+    take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
+
+
+class AlgoSettings(Room):
+    group_size: int = Field(8, ge=1, description="completions per prompt (G)")
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    advantage_eps: float = Field(1e-4, gt=0, description="added to the standard deviation")
+    correction: Literal["decoupled", "none"] = Field(
+        "decoupled", description="importance correction of off-policy data"
+    )
+    correction_cap: float = Field(2.0, gt=0, description="cap of the importance weight")
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    drop_uniform_groups: bool = Field(
+        True, description="groups all right or all wrong are filtered and replaced"
+    )
+
+
+class LearnerSettings(Room):
+    lr: float = Field(5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(5, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="floor of the schedule, as share of lr"
+    )
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_tokens_per_microbatch: int = Field(8192, ge=16, description="prompt and completion tokens")
+    threads: int = Field(1, ge=1, description="torch threads of one rank")
+
+
+class WeightSettings(Room):
+    publish_every: int = Field(1, ge=1, description="optimizer updates between two publishes")
+    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA")
+    bucket_bytes: int = Field(64 << 20, ge=1 << 10, description="largest piece of one broadcast")
+    ready_timeout_seconds: float = Field(10.0, gt=0, description="offer -> ready, per actor")
+    transfer_timeout_seconds: float = Field(60.0, gt=0, description="one broadcast")
+    loaded_timeout_seconds: float = Field(60.0, gt=0, description="broadcast -> live and proven")
+    canary_tolerance: float = Field(
+        0.0, ge=0, description="allowed |engine - learner| log-prob; 0 = 1e-3 (0.5 for bfloat16)"
+    )
+
+
+class EvalSettings(Room):
+    every: int = Field(10, ge=0, description="steps between evaluations; 0 = only before and after")
+    num_prompts: int = Field(318, ge=1, description="held-out prompts, at most")
+    timeout_seconds: float = Field(300.0, gt=0)
+
+
+class LaunchSettings(Room):
+    actors: int = Field(2, ge=1)
+    learners: int = Field(2, ge=1)
+    gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
+    max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
+    grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
+    start_timeout_seconds: float = Field(180.0, gt=0, description="until the first batch is there")
+    buffer_port: int = Field(0, ge=0, le=65535, description="0 = any free port")
+    weights_port: int = Field(0, ge=0, le=65535, description="0 = any free port")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="of the buffer; +1, +2 .. others; 0 any"
+    )
+
+
+class ObserveSettings(Room):
+    trajectories: bool = Field(True, description="write trajectories/step_<k>.jsonl")
+    log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+
+
+class Config(Room):
+    """The whole run. Cross checks refuse what could never work, before any process starts."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    reward: RewardSettings = RewardSettings()
+    actor: ActorSettings = ActorSettings()
+    buffer: BufferSettings = BufferSettings()
+    algo: AlgoSettings = AlgoSettings()
+    learner: LearnerSettings = LearnerSettings()
+    weights: WeightSettings = WeightSettings()
+    eval: EvalSettings = EvalSettings()
+    launch: LaunchSettings = LaunchSettings()
+    observe: ObserveSettings = ObserveSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completions_to_groups(cls, raw: Any) -> Any:
+        """Resolves buffer.completions_per_step into buffer.groups_per_step."""
+        if not isinstance(raw, dict):
+            return raw
+        completions = (raw.get("buffer") or {}).get("completions_per_step")
+        group_size = (raw.get("algo") or {}).get("group_size", AlgoSettings().group_size)
+        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
+            return raw  # wrong types are reported by the field itself
+        if completions % group_size:
+            down = completions // group_size * group_size
+            raise ValueError(
+                f"buffer.completions_per_step={completions} is not a multiple of "
+                f"algo.group_size={group_size}; use {down or group_size} or {down + group_size}"
+            )
+        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": completions // group_size}}
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        for problem in self._problems():
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterable[str]:
+        size, staleness = self.algo.group_size, self.buffer.max_staleness
+        if size < 2:
+            yield (
+                f"algo.group_size={size} must be >= 2 with {self.algo.advantage} advantages: "
+                "they compare completions of one group; set algo.group_size to 4 or more"
+            )
+        if self.weights.publish_every > staleness + 1:
+            yield (
+                f"weights.publish_every={self.weights.publish_every} must be <= "
+                f"buffer.max_staleness + 1 = {staleness + 1}: the gate would wait for weights that "
+                "are published only after a batch that the gate does not let start (deadlock); "
+                f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
+            )
+        if self.buffer.groups_per_step < self.launch.learners:
+            yield (
+                f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "
+                f"launch.learners={self.launch.learners}: each rank needs at least one group; "
+                "use fewer learners or more groups"
+            )
+        longest = self.data.max_prompt_tokens + self.sampling.max_completion_tokens
+        if self.learner.max_tokens_per_microbatch < longest:
+            yield (
+                f"learner.max_tokens_per_microbatch={self.learner.max_tokens_per_microbatch} must "
+                f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
+                f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
+            )
+        if self.data.tasks.sequence_min > self.data.tasks.sequence_max:
+            yield (
+                f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
+                f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
+            )
+
+    @property
+    def canary_tolerance(self) -> float:
+        """Allowed difference of one log-prob between engine and learner, in nats."""
+        return self.weights.canary_tolerance or (1e-3 if self.model.dtype == "float32" else 0.5)
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Reads a TOML file, then applies `room.key=value` overrides (values are TOML, or text)."""
+    raw = _read_toml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply_override(raw, override)
+    return from_mapping(raw)
+
+
+def from_mapping(raw: Mapping[str, Any]) -> Config:
+    """Builds a Config from nested dicts; ConfigError names each wrong key, value and remedy."""
+    try:
+        return Config.model_validate(_rename_aliases(raw))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent else []
+        raise ConfigError(
+            f"config file {path} does not exist"
+            + (f"; there are: {', '.join(near)}" if near else "; give --config FILE.toml")
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"--set {override!r} must look like room.key=value, e.g. learner.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # bare words are text: --set actor.engine=toy
+    *parents, last = key.strip().split(".")
+    place = raw
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    place[last] = value
+
+
+def _rename_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves foreign names to ours, wherever they stand; ours wins over nothing else silently."""
+    renamed: dict[str, Any] = {}
+    moves: list[tuple[str, str, Any]] = []
+    for room, content in raw.items():
+        if not isinstance(content, Mapping):
+            if room in ALIASES:
+                moves.append((room, ALIASES[room], content))
+            else:
+                renamed[room] = content
+            continue
+        known = _room_fields(room)
+        renamed[room] = {}
+        for key, value in content.items():
+            if key in ALIASES and key not in known:
+                moves.append((f"{room}.{key}", ALIASES[key], value))
+            else:
+                renamed[room][key] = value
+    for foreign, ours, value in moves:
+        room, key = ours.split(".")
+        place = renamed.setdefault(room, {})
+        if key in place:
+            raise ConfigError(f"{foreign} means {ours}, which is set too; keep only {ours}")
+        log.warning("setting %s is called %s here; taken as %s=%r", foreign, ours, ours, value)
+        place[key] = value
+    return renamed
+
+
+def _room_fields(room: str) -> Mapping[str, Any]:
+    field = Config.model_fields.get(room)
+    return field.annotation.model_fields if field is not None else {}  # type: ignore[union-attr]
+
+
+def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
+    """The fields of the section at a location such as ("data", "tasks")."""
+    model: Any = Config
+    for part in location:
+        if not isinstance(part, str) or part not in getattr(model, "model_fields", {}):
+            return getattr(RewardFunction, "model_fields", {}) if "functions" in location else {}
+        model = model.model_fields[part].annotation
+    return getattr(model, "model_fields", {})
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as: which setting, its value, what is allowed, what to change."""
+    location = item["loc"]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        known = list(_fields_at(location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        if near:
+            hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
+        else:
+            home = [
+                f"{r}.{location[-1]}"
+                for r in Config.model_fields
+                if location[-1] in _room_fields(r)
+            ]
+            hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
+        return f"unknown setting {key}; {hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    if not location:
+        return str(message)
+    if item["type"] == "value_error":
+        return f"{key}: {message}"
+    described = getattr(_fields_at(location[:-1]).get(location[-1]), "description", None)
+    about = f" ({key} is: {described})" if described else ""
+    return f"{key}={item['input']!r} is not allowed: {message}{about}"

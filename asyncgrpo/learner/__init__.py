@@ -1,0 +1,1 @@
+"""Turns batches into optimizer updates and publishes the weights."""

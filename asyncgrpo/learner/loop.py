@@ -1,0 +1,145 @@
+"""The learner loop: take a shard, update, publish, tell; once per step on every rank.
+
+Consumes: shards and evaluation reports (buffer).
+Produces: optimizer updates, published weights (rank 0), rows of metrics (rank 0).
+Waits for: the batch of the next step; the buffer answers when enough groups have arrived.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from asyncgrpo.config import Config
+from asyncgrpo.protocols import Client, NamedTensors, WeightSender
+from asyncgrpo.types import Float32, Shard
+from asyncgrpo.wire.codec import Packet, shard_from
+
+log = logging.getLogger(__name__)
+CALL_SECONDS = 60.0  # for answers that the buffer gives at once
+
+
+class Updater(Protocol):
+    """One rank's model and optimizer (learner/update.py)."""
+
+    def update(self, shard: Shard) -> dict[str, float]:
+        """One optimizer update from this rank's shard; metrics of the whole batch."""
+
+    def weights(self) -> NamedTensors:
+        """Present weights by their Hugging Face names."""
+
+    def canary_logprobs(self) -> Float32:
+        """float32 [NUM_CANARIES, V]: own log-probs after the canary prompts."""
+
+    def save(self) -> None:
+        """Writes the model and its tokenizer for everyone to load."""
+
+
+class Recorder(Protocol):
+    """Where rank 0 writes what happened (observe/recorder.py)."""
+
+    def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
+        """One step's numbers, with the buffer's summary of everyone else's."""
+
+    def finish(self, reports: list[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+        """The end of the run."""
+
+
+class Learner:
+    """One rank. `sender` and `recorder` exist on rank 0 only."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        updater: Updater,
+        client: Client,
+        sender: WeightSender | None,
+        recorder: Recorder | None,
+    ) -> None:
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._updater, self._client = updater, client
+        self._sender, self._recorder = sender, recorder
+        self._published = -1
+        self._evaluated = -1  # version of the last evaluation asked for
+        self._summary: Mapping[str, Any] = {}
+
+    def run(self) -> None:
+        """All steps, with an evaluation before, in between and after."""
+        version = 0
+        self._publish(0)
+        self._evaluate(0)
+        for step in range(self._config.run.max_steps):
+            start = time.perf_counter()
+            shard = self._take(step)
+            if shard is None:
+                log.info("the prompts are used up after %d steps", step)
+                break
+            taken = time.perf_counter()
+            row = self._updater.update(shard)
+            row["train_seconds"] = time.perf_counter() - taken
+            row["wait_seconds"] = taken - start
+            version = step + 1
+            if version % self._config.weights.publish_every == 0:
+                self._publish(version)
+                self._evaluate_now_and_then(version)
+            row["step_seconds"] = time.perf_counter() - start
+            self._tell(step, row)
+        self._finish(version)
+
+    def _take(self, step: int) -> Shard | None:
+        fields = {"step": step, "rank": self._rank, "world_size": self._world_size}
+        seconds = self._config.buffer.take_timeout_seconds
+        answer = self._client.call(Packet(kind="take", fields=fields), seconds)
+        return None if answer.kind == "exhausted" else shard_from(answer)
+
+    def _publish(self, version: int) -> None:
+        if self._sender is None:
+            return
+        self._sender.publish(version, self._updater.weights(), self._updater.canary_logprobs())
+        self._published = version
+        if version == 0:
+            self._sender.wait_for_actors(
+                self._config.launch.actors, self._config.launch.start_timeout_seconds
+            )
+
+    def _tell(self, step: int, row: dict[str, float]) -> None:
+        if self._sender is None or self._recorder is None:
+            return
+        answer = self._client.call(Packet(kind="trained", fields={"step": step}), CALL_SECONDS)
+        self._summary = answer.fields
+        row.update(self._sender.metrics(), step=step, version=step + 1)
+        self._recorder.row(row, self._summary)
+
+    def _evaluate_now_and_then(self, version: int) -> None:
+        every = self._config.eval.every
+        if every and version // every > max(self._evaluated, 0) // every:
+            self._evaluate(version)
+
+    def _evaluate(self, version: int) -> None:
+        """Asks the actors to answer the held-out prompts with this version; does not wait."""
+        if self._sender is None or self._config.data.eval is None or self._evaluated == version:
+            return
+        self._evaluated = version
+        seconds = self._config.eval.timeout_seconds + CALL_SECONDS
+        self._client.call(Packet(kind="evaluate", fields={"version": version}), seconds)
+
+    def _finish(self, version: int) -> None:
+        self._updater.save()
+        if self._sender is None or self._recorder is None:
+            return
+        if self._published != version:
+            self._publish(version)
+        self._sender.settle(self._config.eval.timeout_seconds)
+        self._evaluate(version)
+        reports = []
+        if self._config.data.eval is not None:
+            seconds = self._config.eval.timeout_seconds + CALL_SECONDS
+            for wanted in (0, version):
+                packet = Packet(kind="results", fields={"version": wanted})
+                reports.append(self._client.call(packet, seconds).fields)
+        self._recorder.finish(reports, self._summary)

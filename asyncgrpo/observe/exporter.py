@@ -1,0 +1,57 @@
+"""A Prometheus endpoint for one process, fed with plain numbers by metric name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.observe.metrics import METRICS
+
+
+class Exporter(Collector):
+    """Serves the last values that `show` was given at http://127.0.0.1:PORT/metrics."""
+
+    def __init__(self, role: str, port: int, run_dir: Path) -> None:
+        self._role = role
+        self._values: dict[str, float] = {}
+        registry = CollectorRegistry()
+        registry.register(self)
+        try:
+            server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
+        except OSError as error:
+            raise ConfigError(
+                f"metrics port {port} of {role} cannot be used: {error}; choose another "
+                "launch.metrics_port, or 0 for any free port"
+            ) from None
+        self._announce(run_dir / "targets", server.server_port)
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Replaces values by name; names that are not in the table are an error (KeyError)."""
+        for name, value in values.items():
+            METRICS[name]
+            self._values[name] = float(value)
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus reads."""
+        for name, value in list(self._values.items()):
+            metric = METRICS[name]
+            family = GaugeMetricFamily if metric.kind == "gauge" else CounterMetricFamily
+            help_text = f"{metric.unit}; rises when {metric.rises}"
+            base = metric.prometheus_name.removesuffix("_total")
+            shown = family(base, help_text, labels=["role"])
+            shown.add_metric([self._role], value)
+            yield shown
+
+    def _announce(self, folder: Path, port: int) -> None:
+        """Writes a Prometheus file_sd target, whole or not at all."""
+        folder.mkdir(exist_ok=True)
+        target = [{"targets": [f"127.0.0.1:{port}"], "labels": {"role": self._role}}]
+        draft = folder / f".{self._role}.tmp"
+        draft.write_text(json.dumps(target))
+        draft.rename(folder / f"{self._role}.json")

@@ -1,0 +1,123 @@
+"""The one table of metrics: name, kind, unit, and what a rising value means.
+
+`metrics.jsonl` and the Prometheus endpoints use these names and no others; a name such as
+`rewards/mean` becomes `asyncgrpo_rewards_mean` for Prometheus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["gauge", "counter"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One quantity. `rises` says what a rising value means."""
+
+    name: str
+    kind: Kind
+    unit: str
+    rises: str
+
+    @property
+    def prometheus_name(self) -> str:
+        """The name that the endpoint shows."""
+        base = "asyncgrpo_" + self.name.replace("/", "_")
+        return base + "_total" if self.kind == "counter" else base
+
+
+def _table(kind: Kind, rows: Mapping[str, tuple[str, str]]) -> dict[str, Metric]:
+    return {
+        name: Metric(name=name, kind=kind, unit=unit, rises=rises)
+        for name, (unit, rises) in rows.items()
+    }
+
+
+GAUGES = _table(
+    "gauge",
+    {
+        "step": ("steps", "the learner goes on"),
+        "version": ("versions", "weights are published"),
+        "seconds": ("seconds", "time since the learner was ready"),
+        "loss": ("nats", "nothing by itself: a policy-gradient loss hovers around zero"),
+        "lr": ("1", "the schedule warms up"),
+        "grad_norm": ("1", "gradients grow; jumps announce instability (before clipping)"),
+        "rewards/mean": ("reward", "the trained groups score better"),
+        "rewards/best": ("reward", "the best completion of a group scores better"),
+        "rewards/worst": ("reward", "the worst completion of a group scores better"),
+        "rewards/generated_mean": ("reward", "all arrived groups score better, filtered included"),
+        "eval/accuracy": ("share", "held-out prompts are answered better"),
+        "eval/version": ("versions", "policy version of that accuracy"),
+        "eval/reward_mean": ("reward", "held-out answers score better"),
+        "eval/mean_tokens": ("tokens", "held-out answers get longer"),
+        "objective/kl": ("nats", "engine and learner disagree more (k3 of behaviour to current)"),
+        "objective/kl_k1": ("nats", "the same by the k1 estimator; may be negative"),
+        "objective/entropy": ("nats", "the policy explores more; a fall to zero is a collapse"),
+        "ess": ("share", "importance weights are more even; near 1 the data is on-policy"),
+        "clip_low_share": ("share", "more tokens are clipped on the way down"),
+        "clip_high_share": ("share", "more tokens are clipped on the way up"),
+        "cap_share": ("share", "more importance weights hit the cap: data is far off-policy"),
+        "logprob_diff_mean": ("nats", "behaviour and current log-probs move apart"),
+        "logprob_diff_max": ("nats", "a single token moved far"),
+        "staleness/mean": ("versions", "trained tokens are older"),
+        "staleness/max": ("versions", "the oldest trained token is older; bounded by the config"),
+        "tokens_trained": ("tokens", "completion tokens in this step's loss"),
+        "tokens_masked": ("tokens", "more tokens left the loss (stale or not finite)"),
+        "completions/mean_length": ("tokens", "trained completions get longer"),
+        "wait_seconds": ("seconds", "the learner waits for batches: generation is the bottleneck"),
+        "train_seconds": ("seconds", "forward, backward and optimizer take longer"),
+        "step_seconds": ("seconds", "one whole step takes longer"),
+        "actor_idle_share": ("share", "actors wait for the gate: the learner is the bottleneck"),
+        "tokens_per_second": ("tokens/s", "all actors together generate faster"),
+        "publish/flatten_seconds": ("seconds", "copying weights into the send buffer takes longer"),
+        "publish/broadcast_seconds": ("seconds", "the learner's side of the broadcast takes longer"),
+        "publish/copy_seconds": ("seconds", "the actor's side of the broadcast takes longer"),
+        "publish/stall_seconds": ("seconds", "generation stands still longer at the swap"),
+        "publish/live_seconds": ("seconds", "from publish to the last actor's proof takes longer"),
+        "publish/canary_difference": ("nats", "engine and learner compute less alike"),
+        "publish/bytes": ("bytes", "the model grew"),
+        "publish/actors": ("actors", "more actors take part"),
+        "buffer_groups": ("groups", "finished work piles up before the learner"),
+        "buffer_tokens": ("tokens", "the same in completion tokens"),
+        **{
+            f"leases_{state}": ("leases", f"more leases are {state} now")
+            for state in ("open", "stored", "taken")
+        },
+    },
+)
+COUNTERS = _table(
+    "counter",
+    {
+        "tokens_generated": ("tokens", "actors generate"),
+        "groups_generated": ("groups", "actors finish groups"),
+        "failed_groups": ("groups", "groups fail at the actor: prompts, rewards, engine"),
+        "idle_seconds": ("seconds", "actors waited"),
+        "generate_seconds": ("seconds", "actors computed"),
+        "swap_seconds": ("seconds", "generation stood still for weight swaps"),
+        "swaps": ("swaps", "weights were swapped in"),
+        "leases": ("leases", "prompts are handed out"),
+        "groups_arrived": ("groups", "groups reach the buffer"),
+        "tokens_arrived": ("tokens", "completion tokens reach the buffer"),
+        "reward_arrived_sum": ("reward", "sum of the mean rewards of arrived groups"),
+        "publish/rounds": ("rounds", "broadcasts were made"),
+        "publish/evictions": ("actors", "actors missed a deadline of a publish"),
+        **{
+            f"leases_{state}": ("leases", f"leases ended {state}")
+            for state in ("trained", "filtered", "expired", "failed", "evicted")
+        },
+        "groups_filtered_all_correct": ("groups", "prompts are too easy to learn from"),
+        "groups_filtered_all_wrong": ("groups", "prompts are too hard to learn from"),
+        "groups_filtered_empty_completion": ("groups", "the engine returned nothing"),
+        "groups_expired_deadline": ("groups", "actors take too long or are gone"),
+        "groups_expired_actor_restarted": ("groups", "actors were restarted"),
+        "groups_evicted_stale": ("groups", "work became too old before it was trained"),
+        "groups_failed_prompt_too_long": ("groups", "prompts exceed data.max_prompt_tokens"),
+        "groups_failed_refused_by_engine": ("groups", "the engine refused prompts"),
+        "groups_failed_reward_contract": ("groups", "a reward function raised or returned junk"),
+        "groups_failed_reward_lost": ("groups", "reward workers died or were too slow"),
+    },
+)
+METRICS: Mapping[str, Metric] = {**GAUGES, **COUNTERS}

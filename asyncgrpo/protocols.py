@@ -1,0 +1,113 @@
+"""The seams between rooms: what each side may rely on, whoever stands on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from asyncgrpo.types import Float32, Sampled, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from asyncgrpo.wire.codec import Packet
+
+# f(prompts, completions, **columns) -> one float (or None: not applicable) per completion.
+# prompts: G message lists, completions: G texts, each column: a list of G values.
+Reward = Callable[..., "list[float | None]"]
+
+# (name as in Hugging Face's named_parameters, tensor); consumed once, in manifest order
+NamedTensors = Iterable[tuple[str, "torch.Tensor"]]
+
+
+class Engine(Protocol):
+    """An inference engine that its owner steps; all calls come from one thread.
+
+    Consumes requests (add), produces Sampled groups (step), never blocks on a peer.
+    Between two steps `load_weights` may replace the weights: sequences in flight go on, and
+    tokens sampled afterwards carry the new version.
+    """
+
+    @property
+    def version(self) -> int:
+        """Policy version that the next sampled token will carry."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests added and not yet returned by step."""
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: Sampling,
+        num_completions: int,
+        seed: int,
+    ) -> None:
+        """Starts one group; EngineError when the prompt cannot fit."""
+
+    def step(self) -> list[Sampled]:
+        """Advances every sequence in flight by at most one token; returns finished groups."""
+
+    def load_weights(self, version: int, tensors: NamedTensors) -> None:
+        """Replaces all weights; WeightsError when a name or shape does not fit."""
+
+    def close(self) -> None:
+        """Frees what the engine holds."""
+
+
+class Client(Protocol):
+    """A connection to the buffer. Requests are answered exactly once, also across resends."""
+
+    def post(self, packet: Packet) -> int:
+        """Sends a request without waiting; returns the id that its answer will carry."""
+
+    def poll(self, timeout_seconds: float) -> list[Packet]:
+        """Answers and pushed packets that have arrived; waits up to the timeout for the first."""
+
+    def call(self, packet: Packet, timeout_seconds: float) -> Packet:
+        """Sends a request and waits for its answer; PeerTimeout names the buffer."""
+
+
+class WeightSender(Protocol):
+    """The learner's side of publishing; only rank 0 has one."""
+
+    def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
+        """Copies the weights and lets them travel to every actor in the background.
+
+        canary_logprobs: float32 [NUM_CANARIES, V], the learner's own at this version.
+        Blocks only while the last version is still on its way, within the deadlines.
+        """
+
+    def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
+        """Waits until `count` actors proved the newest version; PeerTimeout if none ever did."""
+
+    def settle(self, timeout_seconds: float) -> None:
+        """Waits until every actor that is not busy proved the newest version, or was evicted."""
+
+    def metrics(self) -> dict[str, float]:
+        """Times of the last publishes by metric name, seconds; and eviction counts."""
+
+    def close(self) -> None:
+        """Stops; actors keep what they hold."""
+
+
+class WeightReceiver(Protocol):
+    """The actor's side of publishing; all calls come from the thread that owns the engine."""
+
+    def staged(self) -> tuple[int, NamedTensors] | None:
+        """A newer version, complete and ready to be swapped in; the same until `loaded`."""
+
+    def loaded(
+        self, version: int, stall_seconds: float, canaries: Sequence[tuple[int, float]]
+    ) -> None:
+        """The version is live; canaries: (token id, log-prob) after each canary prompt."""
+
+    def set_busy(self, busy: bool) -> None:
+        """While busy, no newer version is accepted (an evaluation needs one fixed version)."""
+
+    def check(self) -> None:
+        """Raises WeightsError when the learner found this actor's weights wrong."""
+
+    def close(self) -> None:
+        """Stops."""

@@ -1,0 +1,62 @@
+"""The run directory: what the launcher writes there and every role reads.
+
+    config.json     resolved settings          endpoints.json  addresses, cores, metric ports
+    env.json        versions, hardware, seeds  logs/           one file per role
+    metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what was trained on
+    model/          final weights, tokenizer   summary.json    the run in numbers
+    targets/        Prometheus file_sd targets
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """Where the roles of one run find each other, and the cores they are pinned to."""
+
+    buffer: str  # "tcp://127.0.0.1:PORT"
+    weights: str
+    store: tuple[str, int]
+    cores: dict[str, tuple[int, ...]] = field(default_factory=dict)  # "actor-0" -> cores
+    metrics: dict[str, int] = field(default_factory=dict)  # role -> port; 0 = any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDir:
+    """A run directory that the launcher has prepared."""
+
+    path: Path
+    config: Config
+    endpoints: Endpoints
+
+    @classmethod
+    def read(cls, path: Path) -> RunDir:
+        """Reads what `write` wrote; ConfigError when this is no run directory."""
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            endpoints = json.loads((path / "endpoints.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{path} is not a run directory: {error.filename} is missing"
+            ) from None
+        endpoints["store"] = tuple(endpoints["store"])
+        return cls(path=path, config=from_mapping(config), endpoints=Endpoints(**endpoints))
+
+    def write(self) -> None:
+        """Writes config.json and endpoints.json."""
+        config = self.config.model_dump(mode="json")
+        (self.path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        endpoints = json.dumps(asdict(self.endpoints), indent=2)
+        (self.path / "endpoints.json").write_text(endpoints, encoding="utf-8")
+
+    @property
+    def model_path(self) -> Path:
+        """Where the trained model is saved."""
+        return self.path / "model"

@@ -1,0 +1,1 @@
+"""Takes weights from the learner into running engines, and proves that they arrived."""

@@ -1,0 +1,162 @@
+"""The actor's side of publishing: a thread that receives into a staging buffer.
+
+Consumes: offer, go, reject, rejoin of the learner; loaded() and set_busy() of the actor loop.
+Produces: join, ready, later, free, loaded; a complete version for staged().
+Generation goes on meanwhile: the thread waits inside the broadcast without the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from asyncgrpo.config import Config
+from asyncgrpo.errors import AsyncGRPOError, WeightsError
+from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.weights.collective import WeightGroup, open_group, open_store
+from asyncgrpo.weights.flat import FlatWeights, Manifest
+from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.sockets import DealerClient
+
+log = logging.getLogger(__name__)
+POLL_SECONDS = 0.003
+
+
+class CollectiveReceiver:
+    """A protocols.WeightReceiver over ZeroMQ and a process group."""
+
+    def __init__(self, config: Config, actor: str, address: str) -> None:
+        self._settings, self._actor, self._address = config.weights, actor, address
+        self._flat: FlatWeights | None = None
+        self._store: Any = None
+        self._backend = "gloo"
+        self._group: WeightGroup | None = None
+        self._staged: int | None = None  # version that waits in the buffer, or is being loaded
+        self._digests: list[int] = []
+        self._copy_seconds = 0.0
+        self._busy = False
+        self._failure: Exception | None = None
+        self._outbox: queue.SimpleQueue[Packet] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="weights-receiver", daemon=True)
+        self._thread.start()
+
+    # -- called by the actor loop -------------------------------------------------------------
+
+    def staged(self) -> tuple[int, NamedTensors] | None:
+        if self._staged is None or self._flat is None:
+            return None
+        return self._staged, self._flat.views()
+
+    def loaded(
+        self, version: int, stall_seconds: float, canaries: Sequence[tuple[int, float]]
+    ) -> None:
+        fields = {
+            "actor": self._actor,
+            "version": version,
+            "digests": self._digests,
+            "copy_seconds": self._copy_seconds,
+            "stall_seconds": stall_seconds,
+            "canary_tokens": [token for token, _ in canaries],
+            "canary_logprobs": [logprob for _, logprob in canaries],
+        }
+        self._staged = None
+        self._outbox.put(Packet(kind="loaded", fields=fields))
+
+    def set_busy(self, busy: bool) -> None:
+        if self._busy and not busy:
+            self._outbox.put(Packet(kind="free", fields={"actor": self._actor}))
+        self._busy = busy
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise WeightsError(f"{self._actor}: {self._failure}") from self._failure
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(1.0)
+
+    # -- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        client = DealerClient(self._address, self._actor, "the learner")
+        actions: dict[str, Callable[[DealerClient, Packet], None]] = {
+            "joined": self._on_joined,
+            "offer": self._on_offer,
+            "go": self._on_go,
+            "rejoin": self._on_rejoin,
+            "reject": self._on_reject,
+        }
+        try:
+            self._join(client)
+            while not self._stop.is_set():
+                for packet in client.poll(POLL_SECONDS):
+                    actions[packet.kind](client, packet)
+                while not self._outbox.empty():
+                    client.tell(self._outbox.get())
+        except Exception as error:
+            if not isinstance(error, AsyncGRPOError):
+                log.exception("weights receiver stopped")
+            self._failure = error
+        finally:
+            client.close()
+
+    def _join(self, client: DealerClient) -> None:
+        client.post(Packet(kind="join", fields={"actor": self._actor}))
+
+    def _on_joined(self, client: DealerClient, packet: Packet) -> None:
+        manifest = Manifest.from_fields(packet.fields["manifest"])
+        self._backend = packet.fields["backend"]
+        if self._flat is None or self._flat.manifest != manifest:
+            device = "cuda" if self._backend == "nccl" else "cpu"
+            self._flat = FlatWeights(manifest, device)
+        if self._store is None:
+            host, port = packet.fields["store"]
+            self._store = open_store(
+                host,
+                port,
+                is_master=False,
+                timeout_seconds=self._settings.transfer_timeout_seconds,
+            )
+
+    def _on_offer(self, client: DealerClient, packet: Packet) -> None:
+        can = not self._busy and self._staged is None and self._flat is not None
+        fields = {"actor": self._actor, "round": packet.fields["round"]}
+        client.tell(Packet(kind="ready" if can else "later", fields=fields))
+        if not can and not self._busy:
+            self._outbox.put(Packet(kind="free", fields={"actor": self._actor}))
+
+    def _on_go(self, client: DealerClient, packet: Packet) -> None:
+        assert self._flat is not None, "go comes after joined"
+        fields = packet.fields
+        start = time.perf_counter()
+        try:
+            if self._group is None or self._group.generation != fields["generation"]:
+                self._group = None
+                self._group = open_group(
+                    self._store,
+                    backend=self._backend,
+                    generation=fields["generation"],
+                    rank=fields["rank"],
+                    world_size=fields["world_size"],
+                    seconds=self._settings.transfer_timeout_seconds,
+                )
+            self._group.broadcast(self._flat.buckets(self._settings.bucket_bytes))
+        except WeightsError as error:
+            log.warning("version %d did not arrive: %s", fields["version"], error)
+            self._group = None
+            return
+        self._copy_seconds = time.perf_counter() - start
+        self._digests = self._flat.digests()
+        self._staged = fields["version"]
+
+    def _on_rejoin(self, client: DealerClient, packet: Packet) -> None:
+        log.warning("evicted from publishing; joining again")
+        self._join(client)
+
+    def _on_reject(self, client: DealerClient, packet: Packet) -> None:
+        raise WeightsError(packet.fields["reason"])
