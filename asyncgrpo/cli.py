@@ -30,7 +30,9 @@ def launch(
     learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
     max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="new folder for everything written")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="room.key=value, repeatable")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
     serial: Annotated[bool, typer.Option(help="all roles in one process, repeatable")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan, start nothing")] = False,

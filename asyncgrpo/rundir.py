@@ -1,10 +1,10 @@
 """The run directory: what the launcher writes there and every role reads.
 
-    config.json     resolved settings          endpoints.json  addresses, cores, metric ports
-    env.json        versions, hardware, seeds  logs/           one file per role
-    metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what was trained on
-    model/          final weights, tokenizer   summary.json    the run in numbers
-    targets/        Prometheus file_sd targets
+config.json     resolved settings          endpoints.json  addresses, cores, metric ports
+env.json        versions, hardware, seeds  logs/           one file per role
+metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what was trained on
+model/          final weights, tokenizer   summary.json    the run in numbers
+targets/        Prometheus file_sd targets
 """
 
 from __future__ import annotations

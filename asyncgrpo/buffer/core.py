@@ -21,7 +21,7 @@ No sockets, no clock, no files: `handle` and `tick` get the time and return what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,11 +30,13 @@ from asyncgrpo.buffer.gate import Gate
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.buffer.replay import Replay, deal
 from asyncgrpo.config import Config
-from asyncgrpo.data.prompts import PromptSource
 from asyncgrpo.errors import WireError
 from asyncgrpo.evaluate import EvalReport, is_correct
 from asyncgrpo.types import Group, Prompt, Sampling, Shard
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields, shard_packet
+
+if TYPE_CHECKING:
+    from asyncgrpo.data.prompts import PromptSource
 
 Replies = list[tuple[str, Packet]]
 RecordStep = Callable[[int, Sequence[Group]], None]
@@ -300,7 +302,11 @@ class BufferCore:
 
     def _on_evaluate(self, peer: str, packet: Packet, now: float) -> Replies:
         version = packet.fields["version"]
-        pushes = [] if version in self._jobs or version in self._reports else self._open_job(version, now)
+        pushes = (
+            []
+            if version in self._jobs or version in self._reports
+            else self._open_job(version, now)
+        )
         self._waiting_evals.append((peer, packet))
         return pushes
 
@@ -310,7 +316,12 @@ class BufferCore:
         peers = sorted(self._actors.values())
         job = EvalJob(version=version, deadline=now + self._config.eval.timeout_seconds)
         self._jobs[version] = job
-        greedy = {**self._config.sampling.model_dump(), "temperature": 0.0, "top_p": 1.0, "top_k": 0}
+        greedy = {
+            **self._config.sampling.model_dump(),
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "top_k": 0,
+        }
         hands: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
         for i, prompt in enumerate(held_out if peers else ()):
             lease = self.leases.issue(
@@ -344,9 +355,13 @@ class BufferCore:
             if not job.unanswered:
                 self._reports[version] = job.report(self._config.reward.correct_above)
                 del self._jobs[version]
-        answered = [(peer, reply) for peer, p in self._waiting_evals if (reply := self._eval_reply(p, now))]
+        answered = [
+            (peer, reply) for peer, p in self._waiting_evals if (reply := self._eval_reply(p, now))
+        ]
         done = {(peer, reply.request_id) for peer, reply in answered}
-        self._waiting_evals = [w for w in self._waiting_evals if (w[0], w[1].request_id) not in done]
+        self._waiting_evals = [
+            w for w in self._waiting_evals if (w[0], w[1].request_id) not in done
+        ]
         return answered
 
     def _eval_reply(self, request: Packet, now: float) -> Packet | None:

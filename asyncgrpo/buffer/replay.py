@@ -81,7 +81,9 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
 
     Deterministic in the order of `groups`; each rank gets at least one group if there are enough.
     """
-    sizes = [group.num_tokens + len(group.prompt_token_ids) * len(group.completions) for group in groups]
+    sizes = [
+        group.num_tokens + len(group.prompt_token_ids) * len(group.completions) for group in groups
+    ]
     load = [0] * world_size
     hands: list[list[int]] = [[] for _ in range(world_size)]
     for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):

@@ -73,7 +73,10 @@ GAUGES = _table(
         "actor_idle_share": ("share", "actors wait for the gate: the learner is the bottleneck"),
         "tokens_per_second": ("tokens/s", "all actors together generate faster"),
         "publish/flatten_seconds": ("seconds", "copying weights into the send buffer takes longer"),
-        "publish/broadcast_seconds": ("seconds", "the learner's side of the broadcast takes longer"),
+        "publish/broadcast_seconds": (
+            "seconds",
+            "the learner's side of the broadcast takes longer",
+        ),
         "publish/copy_seconds": ("seconds", "the actor's side of the broadcast takes longer"),
         "publish/stall_seconds": ("seconds", "generation stands still longer at the swap"),
         "publish/live_seconds": ("seconds", "from publish to the last actor's proof takes longer"),

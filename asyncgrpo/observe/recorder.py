@@ -50,7 +50,9 @@ class RunRecorder:
         for report in reports:
             if report["version"] not in self._reported:
                 final = {**self._eval_metrics(report), "seconds": time.time() - self._start}
-                self._write({"step": self._last.get("step", 0), "version": report["version"]} | final)
+                self._write(
+                    {"step": self._last.get("step", 0), "version": report["version"]} | final
+                )
         self._file.close()
         counts = summary.get("metrics", {})
         text = {

@@ -49,7 +49,8 @@ class LocalLink:
     def loaded(
         self, version: int, stall_seconds: float, canaries: Sequence[tuple[int, float]]
     ) -> None:
-        assert self._flat is not None and self._canary_logprobs is not None, "nothing published"
+        assert self._flat is not None, "nothing published"
+        assert self._canary_logprobs is not None, "nothing published"
         self._held = version
         if version != self._newest:
             return  # overtaken; the newest is checked when it is loaded

@@ -33,7 +33,7 @@ class CollectiveReceiver:
         self._settings, self._actor, self._address = config.weights, actor, address
         self._flat: FlatWeights | None = None
         self._store: Any = None
-        self._backend = "gloo"
+        self._backend, self._bucket_bytes = "gloo", 1 << 30  # the learner tells
         self._group: WeightGroup | None = None
         self._staged: int | None = None  # version that waits in the buffer, or is being loaded
         self._digests: list[int] = []
@@ -111,6 +111,7 @@ class CollectiveReceiver:
     def _on_joined(self, client: DealerClient, packet: Packet) -> None:
         manifest = Manifest.from_fields(packet.fields["manifest"])
         self._backend = packet.fields["backend"]
+        self._bucket_bytes = packet.fields["bucket_bytes"]
         if self._flat is None or self._flat.manifest != manifest:
             device = "cuda" if self._backend == "nccl" else "cpu"
             self._flat = FlatWeights(manifest, device)
@@ -145,7 +146,7 @@ class CollectiveReceiver:
                     world_size=fields["world_size"],
                     seconds=self._settings.transfer_timeout_seconds,
                 )
-            self._group.broadcast(self._flat.buckets(self._settings.bucket_bytes))
+            self._group.broadcast(self._flat.buckets(self._bucket_bytes))
         except WeightsError as error:
             log.warning("version %d did not arrive: %s", fields["version"], error)
             self._group = None

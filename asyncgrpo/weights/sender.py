@@ -162,6 +162,7 @@ class CollectiveSender:
                 "manifest": self._flat.manifest.as_fields(),
                 "store": list(self._store_address),
                 "backend": self._backend,
+                "bucket_bytes": self._settings.bucket_bytes,
             }
             answer = Packet(kind="joined", request_id=packet.request_id, fields=fields)
             self._server.answer(peer, answer)
@@ -226,7 +227,8 @@ class CollectiveSender:
                 self._evict(name, "its connection is gone")
 
     def _broadcast(self) -> None:
-        assert self._handshake.round is not None and self._flat is not None, "nothing to send"
+        assert self._handshake.round is not None, "nothing to send"
+        assert self._flat is not None, "nothing to send"
         number, version = self._handshake.round.number, self._handshake.round.version
         names = sorted(self._handshake.round.ready)
         sent = False

@@ -1,0 +1,213 @@
+"""The embedded tiny model: a 0.33 M parameter Qwen3 that is made on this machine, then cached.
+
+python -m asyncgrpo.data.tiny --seed 0        prints progress, then the model's folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from asyncgrpo.config import TaskSettings
+from asyncgrpo.data.tasks import HELD_OUT_PROMPTS
+from asyncgrpo.data.warmstart import RECIPE, WarmStart
+from asyncgrpo.errors import BadInput, ConfigError
+
+FORMAT = 1  # raise it when the same settings should no longer give the same model
+UNTRAINED_STD = 0.2  # of random weights: large enough that logits differ clearly
+EOS, PAD = "<|im_end|>", "<|endoftext|>"
+KEYWORDS = ("Compute: ", "gcd: ", "Sort: ", "Palindrome: ", "Reverse: ", "Eval: ", "Check: ")
+TURNS = (  # whole turn headers as single tokens: 2 tokens of overhead per prompt instead of 9
+    "<|im_start|>system\n",
+    "<|im_start|>user\n",
+    "<|im_start|>assistant\n",
+    "<|im_end|>\n",
+    "<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MODEL_SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # the smallest that vLLM's CPU attention takes
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, ChatML; digits with their space, task keywords and turn headers are one token.
+
+    Any text round-trips. EOS is <|im_end|>, padding <|endoftext|>.
+    """
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("Ġ", symbol) for symbol in "0123456789+-"]  # "Ġ" is the byte alphabet's space
+    for space, symbol in merges:
+        vocab[space + symbol] = len(vocab)
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    for special, texts in ((True, (PAD, "<|im_start|>", EOS)), (False, KEYWORDS), (True, TURNS)):
+        add = raw.add_special_tokens if special else raw.add_tokens
+        add([AddedToken(text, special=special, normalized=False) for text in texts])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, pad_token=PAD)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_untrained(folder: Path, tied: bool = True, seed: int = 0) -> Path:
+    """Saves a tiny model with random weights and its tokenizer; returns the folder. Fast."""
+    tokenizer = build_tokenizer()
+    model = _random_model(tokenizer, tied, seed, std=UNTRAINED_STD)
+    _save(model, tokenizer, folder)
+    return folder
+
+
+def ensure_tiny(
+    tasks: TaskSettings,
+    cache: Path | None = None,
+    report: Callable[[str], None] = print,
+    *,
+    seed: int = 0,
+    tied: bool = True,
+    num_eval: int = HELD_OUT_PROMPTS,
+) -> Path:
+    """The folder of the warm-started tiny model; built on first use (30-60 s), then cached.
+
+    cache: where folders are kept; default $ASYNCGRPO_CACHE, else ~/.cache/asyncgrpo.
+    num_eval: held-out prompts that the warm start must not see, at least HELD_OUT_PROMPTS.
+    Uses as many threads as torch is set to. Concurrent builders do not disturb each other.
+    ConfigError for tasks that cannot be drawn.
+    """
+    num_eval = max(num_eval, HELD_OUT_PROMPTS)
+    tokenizer = build_tokenizer()
+    place = cache or Path(os.environ.get("ASYNCGRPO_CACHE") or Path.home() / ".cache/asyncgrpo")
+    folder = place / f"tiny-{_fingerprint(tokenizer, tasks, seed, tied, num_eval)}"
+    if (folder / "config.json").is_file():
+        report(f"tiny model found: {folder}")
+        return folder
+    place.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
+    try:
+        model = _random_model(tokenizer, tied, seed, std=RECIPE.initial_std)
+        WarmStart(model, tokenizer, tasks, seed, num_eval, report).run()
+        _save(model, tokenizer, building)
+        _move_into_place(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _move_into_place(building: Path, folder: Path) -> None:
+    try:
+        os.rename(building, folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise  # not the other builder that was faster, whose model is as good as ours
+
+
+def _fingerprint(
+    tokenizer: PreTrainedTokenizerFast, tasks: TaskSettings, seed: int, tied: bool, num_eval: int
+) -> str:
+    """Everything that the weights depend on: another value must give another folder."""
+    parts = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": CHAT_TEMPLATE,
+        "model": MODEL_SHAPE,
+        "recipe": asdict(RECIPE),
+        "tasks": tasks.model_dump(),
+        "seed": seed,
+        "tied": tied,
+        "num_eval": num_eval,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _random_model(
+    tokenizer: PreTrainedTokenizerFast, tied: bool, seed: int, std: float
+) -> Qwen3ForCausalLM:
+    """float32; normal weights of the given std, norms 1; the caller's random state is kept."""
+    config = Qwen3Config(
+        **MODEL_SHAPE,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=tied,
+        attention_dropout=0.0,
+        initializer_range=std,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config).float()
+
+
+def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tasks_from_json(text: str) -> TaskSettings:
+    try:
+        return TaskSettings.model_validate_json(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"--tasks {text!r} is not a table of task settings: {error}; "
+            "give JSON like '{\"modulus\": 5}'"
+        ) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds or finds the model; the last line on stdout is its folder. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m asyncgrpo.data.tiny", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and demonstrations")
+    parser.add_argument("--tasks", default="{}", help="data.tasks settings as JSON")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--untied", action="store_true", help="an own output layer")
+    parser.add_argument("--num-eval", type=int, default=HELD_OUT_PROMPTS, help="held-out prompts")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    try:
+        tasks = _tasks_from_json(chosen.tasks)
+        folder = ensure_tiny(
+            tasks, None, report, seed=chosen.seed, tied=not chosen.untied, num_eval=chosen.num_eval
+        )
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(folder, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Tells from the files alone whether a model can be loaded, before anything is started."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from asyncgrpo.errors import ModelError
+
+EMBEDDED = "tiny"
+SUPPORTED_ARCHITECTURES = (
+    "Qwen3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "model*.bin")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_model_folder(path: str) -> Path | None:
+    """The local folder of a model that can be loaded; None for the embedded one and downloads.
+
+    ModelError, each with its own message: no such folder, no config.json, no tokenizer, no
+    weights, unsupported architecture, a hub name that can be found neither here nor online.
+    """
+    if path == EMBEDDED:
+        return None
+    folder = Path(path).expanduser()
+    if folder.exists():
+        _check_files(folder)
+        return folder
+    if not HUB_NAME.fullmatch(path):
+        raise ModelError(
+            f"model.path={path!r} does not exist{_near_folder(folder)}; give a folder with "
+            f"config.json, tokenizer and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
+        )
+    _check_hub_name(path)
+    return None
+
+
+def _check_files(folder: Path) -> None:
+    config = _read_config(folder)
+    _check_architecture(folder, config)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the "
+            "tokenizer files of its base model there: tokenizer.save_pretrained(folder)"
+        )
+    _check_weights(folder)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ModelError(f"model.path={str(folder)!r} is a file; give the folder that holds it")
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise ModelError(
+            f"model folder {folder} has no config.json; "
+            + (
+                "it holds an adapter: merge it into its base model and give that folder"
+                if adapter
+                else "give the folder that save_pretrained wrote"
+            )
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.json is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/config.json must hold an object, not {type(config).__name__}")
+    return config
+
+
+def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
+    named = config.get("architectures") or []
+    if any(name in SUPPORTED_ARCHITECTURES for name in named):
+        return
+    found = ", ".join(map(str, named)) or "none named"
+    near = difflib.get_close_matches(found, SUPPORTED_ARCHITECTURES, n=1, cutoff=0.6)
+    raise ModelError(
+        f"{folder}/config.json: architecture {found} is not supported; supported are "
+        f"{', '.join(SUPPORTED_ARCHITECTURES)}" + (f" (nearest: {near[0]})" if near else "")
+    )
+
+
+def _check_weights(folder: Path) -> None:
+    shards = _listed_shards(folder)
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"model folder {folder} has no weights for {len(missing)} of {len(shards)} shards: "
+            f"{', '.join(missing)}; download it again, completely"
+        )
+    files = [folder / name for name in shards] or [
+        found for pattern in WEIGHT_PATTERNS for found in sorted(folder.glob(pattern))
+    ]
+    if not files:
+        raise ModelError(
+            f"model folder {folder} has no weights (*.safetensors, *.bin); "
+            "download or copy them there"
+        )
+    for file in files:
+        _check_weight_file(file)
+
+
+def _listed_shards(folder: Path) -> list[str]:
+    """The shards that an index file names; [] without an index."""
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            try:
+                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+                return sorted(set(weight_map.values()))
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise ModelError(
+                    f"{folder}/{index} is not a weight index (an object with weight_map); "
+                    "download it again"
+                ) from None
+    return []
+
+
+def _check_weight_file(file: Path) -> None:
+    """Refuses what a broken copy leaves: empty files, Git LFS pointers, cut-off safetensors."""
+    with file.open("rb") as opened:
+        start = opened.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise ModelError(f"{file} is a Git LFS pointer, no weights; run `git lfs pull` there")
+        expected = 1
+        if file.suffix == ".safetensors":
+            # Layout: length of the header (8 bytes), header (JSON), then all tensors end to end.
+            header_size = int.from_bytes(start[:8], "little")
+            expected = 8 + header_size
+            if len(start) > 8 and expected <= file.stat().st_size:
+                opened.seek(8)
+                expected += _tensor_bytes(file, opened.read(header_size))
+    if file.stat().st_size < expected:
+        raise ModelError(
+            f"{file} is cut off: it has {file.stat().st_size} bytes, its header tells of "
+            f"{expected}; download it again"
+        )
+
+
+def _tensor_bytes(file: Path, header: bytes) -> int:
+    try:
+        tensors = json.loads(header)
+        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
+        return max(ends, default=0)
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError):
+        raise ModelError(f"{file} is no safetensors file; download it again") from None
+
+
+def _check_hub_name(name: str) -> None:
+    """A hub name needs a complete cached copy, or permission to go online."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    snapshot = _cached_snapshot(name)
+    if snapshot is None:
+        if offline:
+            raise ModelError(
+                f"model.path={name!r} is no folder, is not in the hub cache {_hub_cache()}, "
+                "and HF_HUB_OFFLINE is set; unset it, or give a local folder"
+            )
+        return
+    if offline:
+        _check_files(snapshot)
+    elif (snapshot / "config.json").is_file():
+        _check_architecture(snapshot, _read_config(snapshot))
+
+
+def _hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    """The newest downloaded state of a hub model, in the layout of huggingface_hub."""
+    folder = _hub_cache() / f"models--{name.replace('/', '--')}"
+    try:
+        revision = (folder / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    snapshot = folder / "snapshots" / revision
+    return snapshot if snapshot.is_dir() else None
+
+
+def _near_folder(folder: Path) -> str:
+    parent = folder.parent
+    if not parent.is_dir():
+        return f" (nor does its parent {parent})"
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    return f" (did you mean {parent / near[0]}?)" if near else ""

@@ -1,0 +1,281 @@
+"""Turns settings and a host into the processes of a run: a pure function that --dry-run prints."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from asyncgrpo.config import Config
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.launch.cores import Cores, assign_cores, core_sharers
+from asyncgrpo.rundir import Endpoints
+
+ADDRESS = "127.0.0.1"
+CLI_MODULE = "asyncgrpo.cli"
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: no child to orphan
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",
+}
+RoleName = Literal["buffer", "actor", "learner"]
+Environment = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What a machine offers: its cores by number, its GPUs by CUDA_VISIBLE_DEVICES name."""
+
+    cores: Cores
+    gpu_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """TCP ports of a run. `metrics` is the buffer's, the others follow it; 0 = any free port."""
+
+    buffer: int
+    weights: int
+    store: int
+    rendezvous: int
+    metrics: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """One process to start. The learner is one process here: torchrun, which starts its ranks."""
+
+    role: RoleName
+    index: int
+    name: str  # "buffer", "actor-0", "learner"; also the prefix of its log lines
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]  # only what is added to the launcher's own
+    cores: Cores  # () = not pinned
+    gpus: tuple[str, ...]
+    log_file: Path
+    note: str = ""  # who else uses its cores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All processes in the order of their start, and what the roles must know of each other."""
+
+    specs: tuple[ProcessSpec, ...]
+    warnings: tuple[str, ...]
+    endpoints: Endpoints
+
+
+def role_names(num_actors: int, num_learners: int) -> tuple[str, ...]:
+    """Everyone with an own metrics endpoint, in the order of their ports."""
+    actors = (f"actor-{index}" for index in range(num_actors))
+    return ("buffer", *actors, *(f"learner-{rank}" for rank in range(num_learners)))
+
+
+def make_plan(
+    config: Config,
+    host: Host,
+    ports: Ports,
+    run_dir: Path,
+    python: str,
+    *,
+    model_is_local: bool = False,
+) -> Plan:
+    """The processes of one run on one machine, their cores or GPUs, and warnings worth reading.
+
+    With `model_is_local` the actors are kept off the model hub. ConfigError: more GPUs than the
+    host has, or more roles than GPUs.
+    """
+    actors, learners = config.launch.actors, config.launch.learners
+    gpus = _assign_gpus(config, host)
+    cores = {} if gpus else assign_cores(host.cores, actors, learners, config.actor.threads)
+    draft = _Draft(config, run_dir, python, cores, gpus, core_sharers(cores))
+    offline = model_is_local or config.model.path == "tiny"
+    specs = (
+        draft.buffer(),
+        draft.learner(ports.rendezvous),
+        *(draft.actor(index, offline) for index in range(actors)),
+    )
+    return Plan(
+        specs=specs,
+        warnings=tuple(_core_warnings(config, host, cores)),
+        endpoints=_endpoints(ports, cores, role_names(actors, learners)),
+    )
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as text: per process its cores or GPUs, log, environment and command line."""
+    blocks = [_render_spec(spec) for spec in plan.specs]
+    addresses = [
+        f"buffer   {plan.endpoints.buffer}",
+        f"weights  {plan.endpoints.weights}",
+        f"store    {plan.endpoints.store[0]}:{plan.endpoints.store[1]}",
+    ]
+    return "\n\n".join(
+        [*blocks, "\n".join(addresses), *(f"warning: {line}" for line in plan.warnings)]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What all specs of one plan are made from."""
+
+    config: Config
+    run_dir: Path
+    python: str
+    cores: Mapping[str, Cores]  # {} on GPUs
+    gpus: Mapping[str, str]  # {} on CPU
+    shared: Mapping[int, Sequence[str]]
+
+    def buffer(self) -> ProcessSpec:
+        argv = (self.python, *self._role_arguments("buffer"))
+        return self._spec("buffer", 0, "buffer", argv, {"PYTHONUNBUFFERED": "1"}, ())
+
+    def actor(self, index: int, offline: bool) -> ProcessSpec:
+        name = f"actor-{index}"
+        argv = (self.python, *self._role_arguments("actor"), "--index", str(index))
+        environment = self._torch_environment([name], self.config.actor.threads)
+        if self.config.actor.engine == "vllm":
+            environment |= VLLM_ENVIRONMENT | self._cpu_engine_environment(name)
+        if offline:
+            environment["HF_HUB_OFFLINE"] = "1"
+        return self._spec("actor", index, name, argv, environment, [name])
+
+    def learner(self, rendezvous_port: int) -> ProcessSpec:
+        ranks = [f"learner-{rank}" for rank in range(self.config.launch.learners)]
+        argv = (
+            *(self.python, "-m", "torch.distributed.run", "--nnodes", "1"),
+            *("--nproc-per-node", str(len(ranks)), "--node-rank", "0"),
+            *("--master-addr", ADDRESS, "--master-port", str(rendezvous_port)),
+            *("--max-restarts", "0", "--monitor-interval", "0.2"),
+            *self._role_arguments("learner"),
+        )
+        environment = self._torch_environment(ranks, self.config.learner.threads)
+        # torchrun must have ended its ranks before the launcher's own grace is over.
+        patience = max(1, int(self.config.launch.grace_seconds / 2))
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(patience)
+        return self._spec("learner", 0, "learner", argv, environment, ranks)
+
+    def _role_arguments(self, role: RoleName) -> tuple[str, ...]:
+        return ("-m", CLI_MODULE, "role", role, "--run-dir", str(self.run_dir))
+
+    def _torch_environment(self, names: Sequence[str], threads: int) -> Environment:
+        """Must be set before torch is imported."""
+        if not self.gpus:
+            threads = min(threads, *(len(self.cores[name]) for name in names))
+        environment = {
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": ",".join(self.gpus[n] for n in names if n in self.gpus),
+        }
+        if any(core in self.shared for name in names for core in self.cores.get(name, ())):
+            # A thread that spins while it waits takes the core from its neighbour (20x slower).
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        return environment
+
+    def _cpu_engine_environment(self, name: str) -> Environment:
+        if self.gpus:
+            return {}
+        bind = ",".join(map(str, self.cores[name]))
+        return {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind}
+
+    def _spec(
+        self,
+        role: RoleName,
+        index: int,
+        name: str,
+        argv: tuple[str, ...],
+        environment: Environment,
+        members: Sequence[str],
+    ) -> ProcessSpec:
+        return ProcessSpec(
+            role=role,
+            index=index,
+            name=name,
+            argv=argv,
+            environment=environment,
+            cores=tuple(sorted({core for m in members for core in self.cores.get(m, ())})),
+            gpus=tuple(self.gpus[m] for m in members if m in self.gpus),
+            log_file=self.run_dir / "logs" / f"{name}.log",
+            note=self._sharing_note(members),
+        )
+
+    def _sharing_note(self, members: Sequence[str]) -> str:
+        mine = {core for member in members for core in self.cores.get(member, ())}
+        notes = [
+            f"core {core} is used by {', '.join(names)}"
+            for core, names in self.shared.items()
+            if core in mine
+        ]
+        return "; ".join(notes)
+
+
+def _assign_gpus(config: Config, host: Host) -> dict[str, str]:
+    """Name -> GPU, one each, actors first; {} for a CPU run."""
+    asked, there = config.launch.gpus, len(host.gpu_ids)
+    if not asked:
+        return {}
+    if asked > there:
+        raise ConfigError(
+            f"launch.gpus={asked} must be <= {there}, the GPUs visible on this machine; "
+            f"set launch.gpus={there}" + (" (a CPU run)" if not there else "")
+        )
+    names = role_names(config.launch.actors, config.launch.learners)[1:]
+    if len(names) > asked:
+        raise ConfigError(
+            f"launch.actors={config.launch.actors} + launch.learners={config.launch.learners} "
+            f"need one GPU each = {len(names)}, but launch.gpus={asked}; start fewer of them or "
+            f"set launch.gpus={len(names)} (there are {there})"
+        )
+    return dict(zip(names, host.gpu_ids, strict=False))
+
+
+def _core_warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> list[str]:
+    """Says who shares a core and whose threads do not fit, in one line each."""
+    warnings = []
+    if shared := core_sharers(cores):
+        who = "; ".join(f"core {core}: {', '.join(names)}" for core, names in shared.items())
+        warnings.append(
+            f"launch.actors={config.launch.actors} + launch.learners={config.launch.learners} "
+            f"processes on {len(host.cores)} cores share some ({who}); fewer of them run faster"
+        )
+    wanted = {"actor": config.actor.threads, "learner": config.learner.threads}
+    for role, threads in wanted.items():
+        given = min((len(c) for name, c in cores.items() if name.startswith(role)), default=threads)
+        if given < threads:
+            warnings.append(
+                f"{role}.threads={threads} but each {role} gets {given} of {len(host.cores)} "
+                f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"
+            )
+    return warnings
+
+
+def _endpoints(ports: Ports, cores: Mapping[str, Cores], names: Sequence[str]) -> Endpoints:
+    metrics = {name: ports.metrics and ports.metrics + place for place, name in enumerate(names)}
+    return Endpoints(
+        buffer=f"tcp://{ADDRESS}:{ports.buffer}",
+        weights=f"tcp://{ADDRESS}:{ports.weights}",
+        store=(ADDRESS, ports.store),
+        cores=dict(cores),
+        metrics=metrics,
+    )
+
+
+def _render_spec(spec: ProcessSpec) -> str:
+    if spec.gpus:
+        place = f"GPU {', '.join(spec.gpus)}"
+    else:
+        place = f"cores {', '.join(map(str, spec.cores))}" if spec.cores else "any core"
+    variables = [f"{key}={shlex.quote(value)}" for key, value in spec.environment.items()]
+    lines = [
+        f"{spec.name:<10} {place}",
+        f"  log  {spec.log_file}",
+        f"  env  {' '.join(variables)}",
+        f"  run  {shlex.join(spec.argv)}",
+    ]
+    if spec.note:
+        lines.insert(1, f"  note {spec.note}")
+    return "\n".join(lines)

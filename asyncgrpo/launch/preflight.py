@@ -1,0 +1,121 @@
+"""Refuses ports and run directories that cannot work, before any process is started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+from asyncgrpo.config import Config
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.launch.plan import ADDRESS, Ports, role_names
+
+LAST_PORT = 65535
+RUN_FOLDERS = ("logs", "trajectories")
+
+
+def check_port_free(host: str, port: int, setting: str) -> None:
+    """ConfigError when nobody could listen on host:port; `setting` is what to change then."""
+    try:
+        _bind(host, port).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}: port {port} on {host} cannot be used ({error.strerror}); end the process "
+            f"that listens there, or set another {setting} (0 = any free port)"
+        ) from None
+
+
+def pick_free_ports(count: int, besides: frozenset[int] = frozenset()) -> list[int]:
+    """Distinct ports of this machine that nobody uses now, none of them in `besides`."""
+    picked: list[int] = []
+    with ExitStack() as open_until_done:  # held together, so that no port is picked twice
+        while len(picked) < count:
+            port = open_until_done.enter_context(_bind(ADDRESS, 0)).getsockname()[1]
+            if port not in besides:
+                picked.append(port)
+    return picked
+
+
+def choose_ports(config: Config) -> Ports:
+    """The ports that the settings name, proven free, and free ones for the others."""
+    launch = config.launch
+    fixed = {"launch.buffer_port": launch.buffer_port, "launch.weights_port": launch.weights_port}
+    asked = [(setting, port) for setting, port in fixed.items() if port]
+    asked += [("launch.metrics_port", port) for port in _metrics_ports(config)]
+    _check_distinct(asked)
+    for setting, port in asked:
+        check_port_free(ADDRESS, port, setting)
+    free = pick_free_ports(4, frozenset(port for _, port in asked))
+    return Ports(
+        buffer=launch.buffer_port or free[0],
+        weights=launch.weights_port or free[1],
+        store=free[2],
+        rendezvous=free[3],
+        metrics=launch.metrics_port,
+    )
+
+
+def check_run_dir(path: Path) -> None:
+    """ConfigError when a run cannot be written there, or one is there already. Changes nothing."""
+    if (path / "config.json").exists():
+        raise ConfigError(f"run directory {path} already holds a run; give another --run-dir")
+    ancestor = path
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        raise ConfigError(
+            f"run directory {path} cannot be made: {ancestor} is a file; give another --run-dir"
+        )
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run directory {path} cannot be written: no permission in {ancestor}; "
+            "give another --run-dir"
+        )
+
+
+def prepare_run_dir(path: Path) -> None:
+    """Checks the run directory and makes it, with logs/ and trajectories/."""
+    check_run_dir(path)
+    try:
+        for name in RUN_FOLDERS:
+            (path / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run directory {path} cannot be written ({error.strerror}: {error.filename}); "
+            "give another --run-dir"
+        ) from None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # As our servers do: connections of an earlier run that still linger are no hindrance.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _metrics_ports(config: Config) -> list[int]:
+    first = config.launch.metrics_port
+    count = len(role_names(config.launch.actors, config.launch.learners))
+    if first + count - 1 > LAST_PORT:
+        raise ConfigError(
+            f"launch.metrics_port={first} leaves no room for {count} endpoints; "
+            f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"
+        )
+    return list(range(first, first + count)) if first else []
+
+
+def _check_distinct(asked: list[tuple[str, int]]) -> None:
+    owners: dict[int, str] = {}
+    for setting, port in asked:
+        if port in owners:
+            raise ConfigError(
+                f"port {port} is asked for twice, by {owners[port]} and {setting} "
+                "(launch.metrics_port takes one port per role, upwards); move one of them"
+            )
+        owners[port] = setting

@@ -1,0 +1,1 @@
+"""How completions become rewards: built-in judges, users' own functions, and their checks."""

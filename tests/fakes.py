@@ -1,0 +1,82 @@
+"""Stand-ins that tests share: prompts, groups, a prompt source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=16)
+
+
+def make_prompt(number: int, data_source: str = "task/add") -> Prompt:
+    return Prompt(
+        prompt_id=f"p{number}",
+        messages=({"role": "user", "content": f"Compute: {number} + 1"},),
+        answer=str(number + 1),
+        data_source=data_source,
+        columns={"kind": "add", "number": number},
+    )
+
+
+def make_lease(number: int = 1, group_size: int = 2, purpose: str = "train") -> Lease:
+    return Lease(
+        lease_id=f"{purpose[0]}{number}",
+        prompt=make_prompt(number),
+        group_size=group_size,
+        sampling=SAMPLING,
+        seed=number,
+        purpose=purpose,  # type: ignore[arg-type]
+        version=0,
+        deadline_seconds=60.0,
+    )
+
+
+def make_completion(versions: Sequence[int], seed: int = 0, text: str = "7") -> Completion:
+    random = np.random.default_rng(seed)
+    length = len(versions)
+    return Completion(
+        token_ids=random.integers(3, 90, length).astype(np.int32),
+        behavior_logprobs=-random.random(length).astype(np.float32),
+        versions=np.array(versions, dtype=np.int32),
+        finish_reason="stop",
+        text=text,
+    )
+
+
+def make_group(
+    lease: Lease,
+    *,
+    versions: Sequence[Sequence[int]] | None = None,
+    scores: Sequence[float] | None = None,
+    actor: str = "actor-0",
+) -> Group:
+    size = lease.group_size
+    spans = versions if versions is not None else [[lease.version] * (2 + i) for i in range(size)]
+    values = scores if scores is not None else [1.0] + [-1.0] * (size - 1)
+    return Group(
+        lease=lease,
+        prompt_token_ids=np.arange(4, dtype=np.int32),
+        completions=tuple(make_completion(span, seed=i) for i, span in enumerate(spans)),
+        rewards=np.array(values, dtype=np.float32),
+        reward_parts={"task": np.array(values, dtype=np.float32)},
+        actor=actor,
+        timings={"generate": 0.1, "judge": 0.01},
+    )
+
+
+class CountingPrompts:
+    """A prompt source of numbered prompts; ends after `limit` when one is given."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+
+    def get(self, position: int) -> Prompt | None:
+        if self._limit is not None and position >= self._limit:
+            return None
+        return make_prompt(position)
+
+    def held_out(self, num: int) -> tuple[Prompt, ...]:
+        return tuple(make_prompt(1_000_000 + i) for i in range(num))

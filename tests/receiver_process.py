@@ -1,0 +1,60 @@
+"""An actor that holds two small matrices instead of a model; run by test_weights.py.
+
+usage: receiver_process.py NAME WEIGHTS_ADDRESS FAULT
+Prints "live VERSION" when a version was swapped in, "error ..." when it was refused.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from asyncgrpo.config import Config
+from asyncgrpo.errors import WeightsError
+from asyncgrpo.weights.collective import WeightGroup
+from asyncgrpo.weights.proof import canary_prompts
+from asyncgrpo.weights.receiver import CollectiveReceiver
+
+VOCAB = 32
+
+
+def logprobs(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """float32 [canaries, VOCAB]: a one-layer language model of the last prompt token."""
+    last = torch.tensor([prompt[-1] for prompt in canary_prompts(VOCAB)])
+    return torch.log_softmax(weights["embed"][last] @ weights["head"].T, dim=-1)
+
+
+def main(name: str, address: str, fault: str) -> None:
+    if fault == "die_in_broadcast":
+        WeightGroup.broadcast = lambda group, buckets: os.kill(os.getpid(), signal.SIGKILL)
+    receiver = CollectiveReceiver(Config(), name, address)
+    held: dict[str, torch.Tensor] = {}
+    while True:
+        try:
+            receiver.check()
+        except WeightsError as error:
+            print(f"error {error}", flush=True)
+            return
+        staged = receiver.staged()
+        if staged is None:
+            time.sleep(0.001)
+            continue
+        version, tensors = staged
+        if fault == "stale_engine" and held:
+            list(tensors)  # takes them, and goes on with the old ones
+        else:
+            held = {key: tensor.clone() for key, tensor in tensors}
+        if fault == "bit_flip" and version > 0:
+            receiver._digests[1] ^= 1
+        tokens = logprobs(held).argmax(-1).tolist()
+        values = logprobs(held)[range(len(tokens)), tokens].tolist()
+        receiver.loaded(version, 0.0, list(zip(tokens, values, strict=True)))
+        print(f"live {version}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
