@@ -58,10 +58,11 @@ def choose_ports(config: Config) -> Ports:
 
 def check_run_dir(path: Path) -> None:
     """ConfigError when a run cannot be written there, or one is there already. Changes nothing."""
-    if (path / "config.json").exists():
+    # os.path.exists, unlike Path.exists, takes "may not look" for "no".
+    if os.path.exists(path / "config.json"):
         raise ConfigError(f"run directory {path} already holds a run; give another --run-dir")
-    ancestor = path
-    while not ancestor.exists():
+    ancestor = path.absolute()
+    while not os.path.exists(ancestor):
         ancestor = ancestor.parent
     if not ancestor.is_dir():
         raise ConfigError(

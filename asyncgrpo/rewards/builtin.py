@@ -38,9 +38,12 @@ def length_penalty(completions: Sequence[str]) -> list[float]:
 
 
 def exact(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
-    """1 when the text without outer white space equals the answer, else 0."""
+    """1 when the text without outer white space equals the answer, else 0.
+
+    Raises ValueError for a record without an answer.
+    """
     return [
-        float(text.strip() == truth.strip())
+        float(text.strip() == _known(truth).strip())
         for text, truth in zip(completions, answer, strict=True)
     ]
 
@@ -49,9 +52,10 @@ def gsm8k(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
     """1 when the number after the last "####" (else the last number) equals the answer's, else 0.
 
     The answer may be the bare number or the data set's whole solution. "1,234" is 1234.
+    Raises ValueError for a record whose answer holds no number.
     """
     return [
-        float(_final_number(text) is not None and _final_number(text) == _final_number(truth))
+        float(_final_number(text) == _true_number(truth))
         for text, truth in zip(completions, answer, strict=True)
     ]
 
@@ -60,7 +64,13 @@ def task_score(text: str, answer: str, kind: str) -> float:
     """+1 or -1 for one completion of a generated task."""
     if kind not in _JUDGES:
         raise ValueError(f"kind {kind!r} is not a generated task: {', '.join(_JUDGES)}")
-    return 1.0 if _JUDGES[kind](_answer_part(text), answer) else -1.0
+    return 1.0 if _JUDGES[kind](_answer_part(text), _known(answer)) else -1.0
+
+
+def _known(answer: str | None) -> str:
+    if answer is None:
+        raise ValueError("the record has no answer; add an answer column to the data")
+    return answer
 
 
 def _answer_part(text: str) -> str:
@@ -100,6 +110,13 @@ def _is_value(text: str, answer: str) -> bool:
 def _final_number(text: str) -> float | None:
     numbers = _numbers(_THOUSANDS.sub("", text.rpartition("####")[2]))
     return numbers[-1] if numbers else None
+
+
+def _true_number(answer: str | None) -> float:
+    number = _final_number(_known(answer))
+    if number is None:
+        raise ValueError(f"the record's answer {answer!r} holds no number; use another reward")
+    return number
 
 
 _JUDGES: dict[str, Callable[[str, str], bool]] = {

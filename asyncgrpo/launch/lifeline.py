@@ -1,0 +1,95 @@
+"""Stops all processes of a run when its launcher was killed without a chance to do so itself.
+
+Run as a script with the standard library only (`python -I -S lifeline.py FD RUN_ID GRACE`), in a
+session of its own. It reads a pipe that the launcher holds: a byte is a goodbye, the end of the
+file without one means that the launcher is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+
+RUN_ID, ROLE = "ASYNCGRPO_RUN_ID", "ASYNCGRPO_ROLE"
+POLL_SECONDS, KILL_SECONDS = 0.05, 5.0
+
+
+def find_run_processes(run_id: str, role: str = "") -> list[int]:
+    """Live processes that carry the run id (and role) in their environment, and their descendants.
+
+    The environment finds what left its group, session or parent; descent finds what overwrote its
+    environment (setproctitle does). The caller and zombies are left out.
+    """
+    marks = {f"{RUN_ID}={run_id}".encode()} | ({f"{ROLE}={role}".encode()} if role else set())
+    parents = _live_parents()
+    found = {pid for pid in parents if marks <= _environment(pid)}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {os.getpid()})
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    """Signals each process that is still there and ours."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue  # it ended by itself, or changed its user: not for us to end
+
+
+def stop_run(run_id: str, grace_seconds: float) -> None:
+    """SIGTERM, then after the grace SIGKILL, until nothing carries the run id any more."""
+    send(find_run_processes(run_id), signal.SIGTERM)
+    if not _wait_until_gone(run_id, grace_seconds):
+        deadline = time.monotonic() + KILL_SECONDS
+        while time.monotonic() < deadline and (left := find_run_processes(run_id)):
+            send(left, signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+
+
+def _wait_until_gone(run_id: str, seconds: float) -> bool:
+    """Two looks must find nothing: a fork may hide between two readings of /proc."""
+    deadline, empty = time.monotonic() + seconds, 0
+    while empty < 2 and time.monotonic() < deadline:
+        empty = 0 if find_run_processes(run_id) else empty + 1
+        time.sleep(POLL_SECONDS)
+    return empty == 2
+
+
+def _live_parents() -> dict[int, int]:
+    """Process -> its parent, without zombies."""
+    parents: dict[int, int] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        # The command name in brackets may hold anything, brackets included: look behind it.
+        state, parent = (_read(f"/proc/{name}/stat").rpartition(b")")[2].split() + [b"Z", b"0"])[:2]
+        if state not in (b"Z", b"X"):
+            parents[int(name)] = int(parent)
+    return parents
+
+
+def _environment(pid: int) -> set[bytes]:
+    return set(_read(f"/proc/{pid}/environ").split(b"\0"))
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""  # it ended while we looked, or belongs to somebody else
+
+
+def main() -> None:
+    pipe, run_id, grace_seconds = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if os.read(pipe, 1) == b"":
+        print(f"launcher: lost; stopping {find_run_processes(run_id)}", flush=True)
+        stop_run(run_id, grace_seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Runs a plan on this machine: starts all processes, watches them, and leaves none behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
+from asyncgrpo.launch import lifeline
+from asyncgrpo.launch.child import Child, kill_strays
+from asyncgrpo.launch.logs import last_lines
+from asyncgrpo.launch.plan import Plan
+from asyncgrpo.launch.verdict import describe_exit, failure, judge_exit
+
+POLL_SECONDS = 0.05
+BACKOFF_SECONDS = 1.0  # before an actor's next life: what killed it may need a moment to pass
+SHOWN_LINES = 15
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_ORDER = (("actor", "learner"), ("buffer",))  # the buffer goes last: it takes what comes in
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Supervisor:
+    """The processes of one run from start to end.
+
+    `on_line(name, line)` gets every log line, and our own events under the name "launcher";
+    `on_tick()` is called about 20 times per second (a progress display). Both are called by the
+    thread that called `run`; what they raise ends the run.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        run_dir: Path,
+        *,
+        grace_seconds: float,
+        max_actor_restarts: int,
+        on_line: Callable[[str, str], None],
+        on_tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.run_id = uuid.uuid4().hex
+        self._children = [Child(spec, self.run_id) for spec in plan.specs]
+        self._log_file = run_dir / "logs" / "launcher.log"
+        self._grace_seconds = grace_seconds
+        self._max_actor_restarts = max_actor_restarts
+        self._on_line, self._on_tick = on_line, on_tick
+        self._callback_error: Exception | None = None
+        self._signals: list[int] = []
+        self._restart_at: dict[str, float] = {}
+        self._early_deadline: dict[str, float] = {}
+
+    def run(self) -> int:
+        """Returns 0 when the learner is done, 130 when interrupted; nothing is left either way.
+
+        Raises, after everything was stopped: RoleFailed (exit code 3), BadInput (2) when a role
+        found some, and whatever a callback raised.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            # Signals arrive there, and the kernel ends our children with the thread that forked.
+            raise RunError("a run must be started from the main thread of its process")
+        with self._signals_noted(), _adopting_orphans(), self._lifeline() as say_goodbye:
+            try:
+                self._start()
+                code = self._watch()
+            finally:
+                self._stop()
+                say_goodbye()
+        self._raise_callback_error()
+        return code
+
+    def _start(self) -> None:
+        for child in self._children:
+            child.start()
+            self._say(f"started {child.spec.name} (pid {child.pid})")
+
+    def _watch(self) -> int:
+        """Until the learner is done, somebody interrupts, or a role fails (raises)."""
+        while True:
+            self._forward_lines()
+            self._call(self._on_tick)
+            self._raise_callback_error()
+            if self._signals:
+                self._say(f"{signal.Signals(self._signals[0]).name}: stopping; again = kill now")
+                return EXIT_INTERRUPTED
+            if self._handle_exits():
+                return EXIT_DONE
+            self._restart_due()
+            self._refuse_early_ends()
+            time.sleep(POLL_SECONDS)
+
+    def _handle_exits(self) -> bool:
+        """Reacts to every process that has ended since the last look; True: the run is done."""
+        ended = [child for child in self._children if child.running and child.poll() is not None]
+        verdicts = [(child, self._judge(child)) for child in ended]
+        if any(verdict == "done" for _, verdict in verdicts):
+            self._say("the learner is done")
+            return True
+        now = time.monotonic()
+        for child, verdict in verdicts:
+            if verdict == "fail":
+                raise self._failure(child)
+            if verdict == "early":
+                self._early_deadline[child.spec.name] = now + self._grace_seconds
+            elif verdict == "restart":
+                self._restart_at[child.spec.name] = now + BACKOFF_SECONDS
+                self._say_restart(child)
+        return False
+
+    def _judge(self, child: Child) -> str:
+        code = child.poll() or 0
+        return judge_exit(child.spec.role, code, child.restarts, self._max_actor_restarts)
+
+    def _say_restart(self, child: Child) -> None:
+        count = f"restart {child.restarts + 1} of {self._max_actor_restarts}"
+        self._say(f"{child.spec.name} {describe_exit(child.exit_code or 0)}; {count} follows")
+
+    def _restart_due(self) -> None:
+        for child in self._children:
+            if time.monotonic() >= self._restart_at.get(child.spec.name, float("inf")):
+                del self._restart_at[child.spec.name]
+                child.restarts += 1
+                child.start()
+                self._say(f"restarted {child.spec.name} (pid {child.pid})")
+
+    def _refuse_early_ends(self) -> None:
+        """A role may end a moment before torchrun is through with ending, but not go missing."""
+        for child in self._children:
+            if time.monotonic() >= self._early_deadline.get(child.spec.name, float("inf")):
+                raise self._failure(child)
+
+    def _failure(self, child: Child) -> Exception:
+        code, log_file = child.exit_code or 0, child.spec.log_file
+        self._forward_lines()
+        self._say(f"{child.spec.name} {describe_exit(code)}; stopping the run")
+        lines = last_lines(log_file, SHOWN_LINES)
+        recorded = child.recorded_error()
+        return failure(child.spec.name, code, child.restarts, recorded, log_file, lines)
+
+    def _stop(self) -> None:
+        """Ends all that is left, in order. Nothing a callback does can keep it from that."""
+        signals_before = len(self._signals)
+        for roles in STOP_ORDER:
+            stage = [child for child in self._children if child.spec.role in roles]
+            self._stop_stage(sorted(stage, key=lambda child: child.spec.role), signals_before)
+        if strays := kill_strays(self.run_id):
+            self._say(f"killed processes that the roles left behind: {strays}")
+        self._forward_lines(at_end=True)
+        self._say("all processes have ended")
+
+    def _stop_stage(self, stage: Sequence[Child], signals_before: int) -> None:
+        for child in stage:
+            child.terminate()
+        deadline = time.monotonic() + self._grace_seconds
+        while left := [child for child in stage if child.running and child.poll() is None]:
+            if time.monotonic() > deadline or len(self._signals) > signals_before:
+                break
+            self._forward_lines()
+            time.sleep(POLL_SECONDS)
+        for child in left:
+            child.kill()
+            self._say(f"killed {child.spec.name}: it did not end within {self._grace_seconds:g} s")
+
+    def _forward_lines(self, *, at_end: bool = False) -> None:
+        for child in self._children:
+            for line in child.tail.new_lines(at_end=at_end):
+                self._call(self._on_line, child.spec.name, line)
+
+    def _say(self, line: str) -> None:
+        with self._log_file.open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+        self._call(self._on_line, "launcher", line)
+
+    def _call(self, callback: Callable[..., None], *arguments: str) -> None:
+        """Calls back unless a callback has raised before; the error is raised between two turns."""
+        if self._callback_error is not None:
+            return
+        try:
+            callback(*arguments)
+        except Exception as error:
+            self._callback_error = error
+
+    def _raise_callback_error(self) -> None:
+        if self._callback_error is not None:
+            raise self._callback_error
+
+    @contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """Handlers only take a note. nohup's ignored SIGHUP stays ignored."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signals.append(number)
+
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [n for n in STOP_SIGNALS if not (n is signal.SIGHUP and ignored)]
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _lifeline(self) -> Iterator[Callable[[], None]]:
+        """A process that stops the run should this one be killed before it says goodbye."""
+        script = [sys.executable, "-I", "-S", lifeline.__file__]
+        environment = {key: value for key, value in os.environ.items() if key != lifeline.RUN_ID}
+        reading, writing = os.pipe()
+        with self._log_file.open("ab") as log:
+            process = subprocess.Popen(
+                [*script, str(reading), self.run_id, str(self._grace_seconds)],
+                env=environment,
+                pass_fds=[reading],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        os.close(reading)
+        try:
+            yield lambda: os.write(writing, b"x") and None
+        finally:
+            os.close(writing)
+            process.wait()
+
+
+@contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Orphans of our children become ours instead of init's, so that we can wait for their end."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

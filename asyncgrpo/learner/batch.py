@@ -1,0 +1,217 @@
+"""Packs the groups of a shard into micro-batches: one row of sequences end to end, no padding.
+
+The only place where tokens are shifted: the input at a place predicts the target at that place.
+A prompt of P and a completion of T tokens take P + T - 1 places, as the last token predicts
+nothing. Example: prompt [7, 8, 9], completion [4, 5], staleness 2, advantage 0.7:
+
+    input_ids          7    8    9    4
+    target_ids         8    9    4    5
+    position_ids       0    1    2    3
+    loss_mask          -    -    x    x
+    behavior_logprobs  0    0   -.1  -.3
+    advantages         0    0    .7   .7
+    staleness          0    0    2    2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from asyncgrpo.errors import StalenessError
+from asyncgrpo.learner.advantages import group_advantages
+from asyncgrpo.types import Completion, Float32, Group, Int32, Shard
+
+Int64 = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+StalenessAction = Literal["drop", "mask"]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch of N sequences on S places, everything aligned with target_ids.
+
+    Where loss_mask is False, behavior_logprobs, advantages and staleness hold 0.
+    """
+
+    input_ids: Int64  # [S]
+    target_ids: Int64  # [S] the token after the input, in prompts too
+    position_ids: Int64  # [S] starts at 0 in every sequence
+    loss_mask: Bool  # [S] True: the target is a completion token that is trained on
+    behavior_logprobs: Float32  # [S] nats
+    advantages: Float32  # [S] the completion's advantage at each of its tokens
+    staleness: Int32  # [S] shard.step - version that sampled the target
+    sequence_ids: Int32  # [S] 0..N-1
+    cu_seqlens: Int32  # [N + 1] sequence i lies on places cu_seqlens[i] to cu_seqlens[i + 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackReport:
+    """What entered the loss of one rank and what was masked, by reason."""
+
+    num_loss_tokens: int
+    num_masked_stale: int  # tokens past max_staleness
+    num_masked_nonfinite: int  # tokens of the next
+    num_nonfinite_sequences: int  # completions with a behaviour log-prob that is NaN or infinite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scored:
+    """One completion with what the loss needs to know about each of its T tokens."""
+
+    prompt_token_ids: Int32  # [P]
+    completion: Completion
+    advantage: float
+    staleness: NDArray[np.int64]  # [T]
+    is_stale: Bool  # [T] past the bound
+    is_finite: bool  # all behaviour log-probs are
+
+    @property
+    def loss_mask(self) -> Bool:
+        return ~self.is_stale & self.is_finite
+
+    @property
+    def num_places(self) -> int:
+        return len(self.prompt_token_ids) + len(self.completion.token_ids) - 1
+
+
+def pack(
+    shard: Shard,
+    *,
+    advantage: str,
+    advantage_eps: float,
+    max_tokens: int,
+    max_staleness: int,
+    staleness_action: StalenessAction,
+) -> tuple[tuple[Batch, ...], PackReport]:
+    """Micro-batches of at most max_tokens places each, and a report of what was masked.
+
+    Sequences are sorted by length, so that a micro-batch holds similar lengths; the order is a
+    function of the shard alone. A single sequence longer than max_tokens is a micro-batch of its
+    own. Completions with nothing in the loss take no places. There is always at least one
+    micro-batch (possibly with an empty mask): every rank must join the gradient's all-reduce.
+
+    Masking does not change the normaliser: the loss divides by shard.num_loss_tokens_global, all
+    completion tokens of the whole batch on all ranks, masked ones included, so that neither the
+    split into micro-batches nor another rank's masks change the weight of a token.
+
+    Raises StalenessError when staleness_action is "drop" and a token is older than max_staleness:
+    the buffer's eviction should not have let it through.
+    """
+    scored: list[_Scored] = []
+    for group in shard.groups:
+        values = group_advantages(advantage, group.rewards, advantage_eps)
+        scored += _score(group, shard.step, values, max_staleness, staleness_action)
+    trained = sorted(
+        (item for item in scored if item.loss_mask.any()), key=lambda item: item.num_places
+    )
+    batches = tuple(_join(items) for items in _fill(trained, max_tokens))
+    return batches or (_empty_batch(),), _report(scored)
+
+
+def _score(
+    group: Group,
+    step: int,
+    advantages: Float32,
+    max_staleness: int,
+    action: StalenessAction,
+) -> Iterator[_Scored]:
+    """The group's completions, each with its advantage and the staleness of its tokens."""
+    assert len(group.prompt_token_ids) > 0, "nothing predicts the first token of an empty prompt"
+    for completion, advantage in zip(group.completions, advantages, strict=True):
+        staleness = step - completion.versions.astype(np.int64)
+        is_stale = staleness > max_staleness
+        if action == "drop" and is_stale.any():
+            _refuse(group, step, int(staleness.max()), max_staleness)
+        yield _Scored(
+            prompt_token_ids=group.prompt_token_ids,
+            completion=completion,
+            advantage=float(advantage),
+            staleness=staleness,
+            is_stale=is_stale,
+            # One NaN or infinite log-prob would make the loss and all gradients NaN.
+            is_finite=bool(np.isfinite(completion.behavior_logprobs).all()),
+        )
+
+
+def _refuse(group: Group, step: int, staleness: int, max_staleness: int) -> None:
+    raise StalenessError(
+        f"group {group.lease.lease_id} has a token of version {step - staleness} at step {step}: "
+        f"{staleness} versions old, allowed are max_staleness={max_staleness}. The buffer should "
+        "have evicted this group: please report it; buffer.staleness_action=mask only masks "
+        "such tokens"
+    )
+
+
+def _report(scored: Sequence[_Scored]) -> PackReport:
+    nonfinite = [item for item in scored if not item.is_finite]
+    return PackReport(
+        num_loss_tokens=sum(int(item.loss_mask.sum()) for item in scored),
+        num_masked_stale=sum(int(item.is_stale.sum()) for item in scored if item.is_finite),
+        num_masked_nonfinite=sum(len(item.completion.token_ids) for item in nonfinite),
+        num_nonfinite_sequences=len(nonfinite),
+    )
+
+
+def _fill(items: Sequence[_Scored], max_tokens: int) -> Iterator[list[_Scored]]:
+    """Cuts the items, in their order, into runs of at most max_tokens places."""
+    run: list[_Scored] = []
+    used = 0
+    for item in items:
+        if run and used + item.num_places > max_tokens:
+            yield run
+            run, used = [], 0
+        run.append(item)
+        used += item.num_places
+    if run:
+        yield run
+
+
+def _join(items: Sequence[_Scored]) -> Batch:
+    """Lays the items end to end."""
+    lengths = np.array([item.num_places for item in items], np.int32)
+    tokens = [np.concatenate([i.prompt_token_ids, i.completion.token_ids]) for i in items]
+    return Batch(
+        input_ids=np.concatenate([row[:-1] for row in tokens]).astype(np.int64),
+        target_ids=np.concatenate([row[1:] for row in tokens]).astype(np.int64),
+        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+        loss_mask=_on_targets(items, lambda item: True, np.bool_),
+        behavior_logprobs=_on_targets(
+            items, lambda item: item.completion.behavior_logprobs, np.float32
+        ),
+        advantages=_on_targets(items, lambda item: item.advantage, np.float32),
+        staleness=_on_targets(items, lambda item: item.staleness, np.int32),
+        sequence_ids=np.repeat(np.arange(len(items), dtype=np.int32), lengths),
+        cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+    )
+
+
+def _on_targets(
+    items: Sequence[_Scored], value: Callable[[_Scored], ArrayLike], dtype: type[Scalar]
+) -> NDArray[Scalar]:
+    """Each item's values (one, or one per completion token) on its target places; 0 if masked."""
+    rows: list[NDArray[Scalar]] = []
+    for item in items:
+        rows.append(np.zeros(len(item.prompt_token_ids) - 1, dtype))
+        rows.append(np.where(item.loss_mask, value(item), 0).astype(dtype))
+    return np.concatenate(rows)
+
+
+def _empty_batch() -> Batch:
+    """One place outside the loss: a forward and backward pass that adds nothing."""
+    return Batch(
+        input_ids=np.zeros(1, np.int64),
+        target_ids=np.zeros(1, np.int64),
+        position_ids=np.zeros(1, np.int64),
+        loss_mask=np.zeros(1, np.bool_),
+        behavior_logprobs=np.zeros(1, np.float32),
+        advantages=np.zeros(1, np.float32),
+        staleness=np.zeros(1, np.int32),
+        sequence_ids=np.zeros(1, np.int32),
+        cu_seqlens=np.array([0, 1], np.int32),
+    )

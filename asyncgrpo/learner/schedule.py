@@ -1,0 +1,30 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from asyncgrpo.config import LearnerSettings
+
+# share of the way from warm-up to max_steps, in [0, 1] -> share of the way from floor to peak
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+
+
+def learning_rate(step: int, settings: LearnerSettings, max_steps: int) -> float:
+    """Learning rate of optimizer update number `step` (0 is the first).
+
+    Rises linearly from lr / warmup_steps to lr over the first warmup_steps updates, then follows
+    the schedule and reaches lr * min_lr_ratio at step max_steps (constant stays at lr).
+    """
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    # max: a warm-up as long as the run leaves no steps to decay over, which would divide by zero.
+    decay_steps = max(max_steps - settings.warmup_steps, 1)
+    progress = min((step - settings.warmup_steps) / decay_steps, 1.0)
+    height = SCHEDULES[settings.schedule](progress)
+    return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * height)

@@ -1,0 +1,83 @@
+"""Drives one VllmEngine through live weight swaps; run by test_vllm_engine.py.
+
+usage: engine_process.py MODEL_FOLDER OUT.json KV_ON_UPDATE SEED
+MODEL_FOLDER holds weights_<version>.safetensors beside the model. Sequences of 40 tokens are in
+flight while versions 0, 1, 2 are swapped in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    TORCHDYNAMO_DISABLE="1",
+    OMP_NUM_THREADS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_PLUGINS="",
+    HF_HUB_OFFLINE="1",
+)
+
+from safetensors.torch import load_file
+
+from asyncgrpo.actor.vllm_engine import VllmEngine
+from asyncgrpo.config import from_mapping
+from asyncgrpo.types import Sampling
+from asyncgrpo.weights.proof import CANARY_SAMPLING, canary_prompts
+
+NUM_TOKENS, NUM_REQUESTS, STEPS_PER_VERSION, VOCAB = 40, 6, 13, 96
+
+
+def described(sampled) -> dict:
+    return {
+        "lease_id": sampled.lease_id,
+        "prompt": sampled.prompt_token_ids.tolist(),
+        "completions": [
+            {
+                "token_ids": c.token_ids.tolist(),
+                "logprobs": c.behavior_logprobs.tolist(),
+                "versions": c.versions.tolist(),
+                "finish_reason": c.finish_reason,
+            }
+            for c in sampled.completions
+        ],
+    }
+
+
+def main(folder: str, out: str, kv_on_update: str, seed: str) -> None:
+    config = from_mapping(
+        {
+            "sampling": {"max_completion_tokens": NUM_TOKENS, "temperature": 0.7},
+            "data": {"max_prompt_tokens": 24},
+            "actor": {"concurrency": 8, "kv_on_update": kv_on_update},
+            "algo": {"group_size": 4},
+        }
+    )
+    engine = VllmEngine(config, folder, int(seed), stop_token_ids=[])
+    sampling = Sampling(
+        temperature=0.7, top_p=1.0, top_k=0, max_completion_tokens=NUM_TOKENS
+    )
+    finished = []
+    for version in range(3):
+        weights = load_file(Path(folder) / f"weights_{version}.safetensors")
+        engine.load_weights(version, weights.items())
+        for row, prompt in enumerate(canary_prompts(VOCAB)):
+            engine.add(f"canary-{version}-{row}", prompt, CANARY_SAMPLING, 1, seed=row)
+        if version == 0:
+            for i in range(NUM_REQUESTS):
+                prompt = [(3 + 7 * i + 13 * j) % VOCAB for j in range(4 + i)]
+                engine.add(f"t{i}", prompt, sampling, 4, seed=i)
+        for _ in range(STEPS_PER_VERSION):
+            finished += engine.step()
+    while engine.num_requests:
+        finished += engine.step()
+    Path(out).write_text(json.dumps([described(sampled) for sampled in finished]))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
