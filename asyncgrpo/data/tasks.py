@@ -77,14 +77,14 @@ class TaskSource:
     def task(self, position: int) -> Task:
         """The task behind `get(position)`, with its demonstrations."""
         rng = random.Random(f"{self._seed}:{position}")
+        (kind,) = rng.choices(list(self._weights), list(self._weights.values()))
         for _ in range(MAX_REDRAWS):
-            (kind,) = rng.choices(list(self._weights), list(self._weights.values()))
             task = draw_task(kind, self._settings, rng)
             if task.text not in self._reserved:
                 return task
         raise ConfigError(
-            f"data.tasks: {MAX_REDRAWS} draws in a row were held-out prompts; allow more different "
-            "prompts: larger data.tasks.max_operand, sequence_max or letters, or more kinds"
+            f"data.tasks: {MAX_REDRAWS} draws of {kind!r} in a row were held-out prompts; allow "
+            "more different ones: larger data.tasks.max_operand, sequence_max, modulus or letters"
         )
 
     def held_out(self) -> tuple[Prompt, ...]:

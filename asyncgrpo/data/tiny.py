@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import HELD_OUT_PROMPTS
@@ -193,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-eval", type=int, default=HELD_OUT_PROMPTS, help="held-out prompts")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
+    transformers_logging.disable_progress_bar()
 
     def report(line: str) -> None:
         print(line, flush=True)

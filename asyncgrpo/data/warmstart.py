@@ -24,6 +24,7 @@ from asyncgrpo.rewards.builtin import task_score
 from asyncgrpo.types import Prompt
 
 IGNORED = -100  # label of positions outside the completion
+FRESH_POSITION = 10**9  # training tasks from here on measure the skill, and teach nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,8 @@ class Recipe:
     final_lr_ratio: float = 0.1
     max_grad_norm: float = 1.0
     max_new_tokens: int = 16
-    min_skill: float = 0.92  # greedy accuracy that ends the skill phase ...
+    fresh_prompts: int = 256
+    min_skill: float = 0.92  # greedy accuracy on fresh prompts that ends the skill phase ...
     extra_steps: int = 96  # ... or so many more steps, at most `max_extensions` times
     max_extensions: int = 3
 
@@ -87,16 +89,16 @@ class WarmStart:
         planned = recipe.skill_steps + recipe.careless_steps
         self._report(f"warm start of the tiny model: {planned} steps, once per cache")
         self._train(0, recipe.skill_steps, careless_share=0.0)
-        skill = self._measure("skill learned")
+        fresh = [self._source.get(FRESH_POSITION + i) for i in range(recipe.fresh_prompts)]
         for _ in range(recipe.max_extensions):
-            if skill >= recipe.min_skill:
+            if self._measure("skill on fresh prompts", fresh) >= recipe.min_skill:
                 break
             self._train(
                 recipe.skill_steps - recipe.extra_steps, recipe.skill_steps, careless_share=0.0
             )
-            skill = self._measure("more practice")
+        self._measure("skill on held-out prompts", self._source.held_out())
         self._train(recipe.skill_steps, planned, careless_share=recipe.careless_share)
-        self._measure("bad habits added")
+        self._measure("with bad habits, held-out", self._source.held_out())
 
     def _train(self, first: int, last: int, careless_share: float) -> None:
         """Steps [first, last) of the learning rate schedule."""
@@ -139,14 +141,15 @@ class WarmStart:
         chosen = labels != IGNORED
         return F.cross_entropy(self._model.lm_head(hidden[chosen]), labels[chosen])
 
-    def _measure(self, name: str) -> float:
+    def _measure(self, name: str, prompts: Sequence[Prompt]) -> float:
+        """Greedy accuracy, each kind with the same weight."""
         accuracy = greedy_accuracy(
-            self._model, self._tokenizer, self._source.held_out(), self._recipe.max_new_tokens
+            self._model, self._tokenizer, prompts, self._recipe.max_new_tokens
         )
         mean = sum(accuracy.values()) / len(accuracy)
-        kinds = " ".join(f"{kind} {share:.2f}" for kind, share in accuracy.items())
+        kinds = " ".join(f"{kind} {share:.2f}" for kind, share in sorted(accuracy.items()))
         seconds = time.perf_counter() - self._start
-        self._report(f"{name}: {seconds:.0f} s, greedy held-out accuracy {mean:.3f} ({kinds})")
+        self._report(f"  {name}: {seconds:.0f} s, greedy accuracy {mean:.3f} ({kinds})")
         return mean
 
 

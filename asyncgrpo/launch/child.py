@@ -43,7 +43,7 @@ class Child:
     def start(self) -> None:
         """Starts the process; its output is appended to its log file. RoleFailed: cannot fork."""
         self._error_file.unlink(missing_ok=True)
-        self.exit_code = None
+        self.exit_code, self._process = None, None
         command = [sys.executable, "-I", "-S", str(PRELUDE), str(os.getpid()), *self.spec.argv]
         try:
             with self.spec.log_file.open("ab") as log:

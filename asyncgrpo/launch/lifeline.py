@@ -64,9 +64,9 @@ def _live_parents() -> dict[int, int]:
     parents: dict[int, int] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         # The command name in brackets may hold anything, brackets included: look behind it.
-        state, parent = (_read(f"/proc/{name}/stat").rpartition(b")")[2].split() + [b"Z", b"0"])[:2]
-        if state not in (b"Z", b"X"):
-            parents[int(name)] = int(parent)
+        fields = _read(f"/proc/{name}/stat").rpartition(b")")[2].split()
+        if fields and fields[0] not in (b"Z", b"X"):
+            parents[int(name)] = int(fields[1])
     return parents
 
 
@@ -83,12 +83,14 @@ def _read(path: str) -> bytes:
 
 
 def main() -> None:
+    """Waits for the launcher's goodbye, or for its end."""
     pipe, run_id, grace_seconds = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if os.read(pipe, 1) == b"":
-        print(f"launcher: lost; stopping {find_run_processes(run_id)}", flush=True)
+        found = find_run_processes(run_id)
         stop_run(run_id, grace_seconds)
+        print(f"the launcher was killed; stopped its processes {found}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
 from asyncgrpo.launch.logs import last_lines
 from asyncgrpo.launch.plan import Plan
-from asyncgrpo.launch.verdict import describe_exit, failure, judge_exit
+from asyncgrpo.launch.verdict import Verdict, describe_exit, failure, judge_exit
 
 POLL_SECONDS = 0.05
 BACKOFF_SECONDS = 1.0  # before an actor's next life: what killed it may need a moment to pass
@@ -116,7 +116,7 @@ class Supervisor:
                 self._say_restart(child)
         return False
 
-    def _judge(self, child: Child) -> str:
+    def _judge(self, child: Child) -> Verdict:
         code = child.poll() or 0
         return judge_exit(child.spec.role, code, child.restarts, self._max_actor_restarts)
 
@@ -150,8 +150,8 @@ class Supervisor:
         """Ends all that is left, in order. Nothing a callback does can keep it from that."""
         signals_before = len(self._signals)
         for roles in STOP_ORDER:
-            stage = [child for child in self._children if child.spec.role in roles]
-            self._stop_stage(sorted(stage, key=lambda child: child.spec.role), signals_before)
+            stage = [c for role in roles for c in self._children if c.spec.role == role]
+            self._stop_stage(stage, signals_before)
         if strays := kill_strays(self.run_id):
             self._say(f"killed processes that the roles left behind: {strays}")
         self._forward_lines(at_end=True)
@@ -176,9 +176,12 @@ class Supervisor:
                 self._call(self._on_line, child.spec.name, line)
 
     def _say(self, line: str) -> None:
+        self._call(self._log, line)
+        self._call(self._on_line, "launcher", line)
+
+    def _log(self, line: str) -> None:
         with self._log_file.open("a", encoding="utf-8") as log:
             log.write(f"{time.strftime('%H:%M:%S')} {line}\n")
-        self._call(self._on_line, "launcher", line)
 
     def _call(self, callback: Callable[..., None], *arguments: str) -> None:
         """Calls back unless a callback has raised before; the error is raised between two turns."""
@@ -210,7 +213,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     @contextmanager
-    def _lifeline(self) -> Iterator[Callable[[], None]]:
+    def _lifeline(self) -> Iterator[Callable[[], object]]:
         """A process that stops the run should this one be killed before it says goodbye."""
         script = [sys.executable, "-I", "-S", lifeline.__file__]
         environment = {key: value for key, value in os.environ.items() if key != lifeline.RUN_ID}
@@ -227,7 +230,7 @@ class Supervisor:
             )
         os.close(reading)
         try:
-            yield lambda: os.write(writing, b"x") and None
+            yield lambda: os.write(writing, b"x")
         finally:
             os.close(writing)
             process.wait()

@@ -130,10 +130,12 @@ class _Draft:
     shared: Mapping[int, Sequence[str]]
 
     def buffer(self) -> ProcessSpec:
+        """Never imports torch, never pinned."""
         argv = (self.python, *self._role_arguments("buffer"))
         return self._spec("buffer", 0, "buffer", argv, {"PYTHONUNBUFFERED": "1"}, ())
 
     def actor(self, index: int, offline: bool) -> ProcessSpec:
+        """One engine with everything around it."""
         name = f"actor-{index}"
         argv = (self.python, *self._role_arguments("actor"), "--index", str(index))
         environment = self._torch_environment([name], self.config.actor.threads)
@@ -144,6 +146,7 @@ class _Draft:
         return self._spec("actor", index, name, argv, environment, [name])
 
     def learner(self, rendezvous_port: int) -> ProcessSpec:
+        """torchrun with all ranks."""
         ranks = [f"learner-{rank}" for rank in range(self.config.launch.learners)]
         argv = (
             *(self.python, "-m", "torch.distributed.run", "--nnodes", "1"),

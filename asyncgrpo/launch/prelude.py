@@ -16,6 +16,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """Replaces itself by the program; exits with one line when it cannot."""
     launcher, argv = int(sys.argv[1]), sys.argv[2:]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != launcher:  # it died before prctl: nobody would tell us any more

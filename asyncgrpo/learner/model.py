@@ -30,19 +30,16 @@ except ImportError:  # builds without it call attention block by block on CUDA t
 # (128 sequences of 12 to 30: 6 against 23 ms) and less above it (16 of 8 to 256: 26 against 16).
 MAX_PADDED_TOKENS = 128
 LOGITS_PER_CHUNK = 1 << 26  # elements of one float32 chunk of tokens x vocabulary: 256 MiB
-PACKED = "packed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """Neighbouring sequences that go through attention in one call, N of them, T the longest."""
 
-    start: int
-    end: int  # places start to end of the row
-    num_sequences: int  # N
-    longest: int  # T
-    gather: Tensor | None  # int64 [N * T] place of each padded slot; None when N = 1
-    scatter: Tensor | None  # int64 [end - start] padded slot of each place
+    places: slice  # of the row
+    shape: tuple[int, int]  # N, T
+    gather: Tensor  # int64 [N * T] the place that fills each padded slot
+    scatter: Tensor  # int64 [number of places] padded slot of each place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,22 +95,16 @@ def _cut_points(lengths: Sequence[int]) -> list[int]:
 
 
 def _block(start: int, lengths: NDArray[np.int64], device: str | torch.device) -> Block:
-    num_sequences, longest, total = len(lengths), int(lengths.max()), int(lengths.sum())
-    gather = scatter = None
-    if num_sequences > 1:
-        slots = np.arange(longest)
-        starts = start + np.cumsum(lengths) - lengths
-        # Padding repeats the sequence's own last place: nothing of a neighbour is ever read.
-        places = np.minimum(starts[:, None] + slots, (starts + lengths - 1)[:, None])
-        gather = torch.from_numpy(places.ravel()).to(device)
-        scatter = torch.from_numpy(np.flatnonzero(slots < lengths[:, None])).to(device)
+    longest = int(lengths.max())
+    slots = np.arange(longest)
+    starts = start + np.cumsum(lengths) - lengths
+    # Padding repeats the sequence's own last place: nothing of a neighbour is ever read.
+    places = np.minimum(starts[:, None] + slots, (starts + lengths - 1)[:, None])
     return Block(
-        start=start,
-        end=start + total,
-        num_sequences=num_sequences,
-        longest=longest,
-        gather=gather,
-        scatter=scatter,
+        places=slice(start, start + int(lengths.sum())),
+        shape=(len(lengths), longest),
+        gather=torch.from_numpy(places.ravel()).to(device),
+        scatter=torch.from_numpy(np.flatnonzero(slots < lengths[:, None])).to(device),
     )
 
 
@@ -130,8 +121,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row.
 
-    query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D]. Attention masks are not
-    looked at. ModelError for what would otherwise be left out silently.
+    query [1, H, S, D], key and value [1, H_kv, S, D] -> [1, S, H, D]; the attention mask is not
+    looked at. Raises ModelError for options that would otherwise be left out silently.
     """
     if packing is None:
         raise ModelError("packed attention was called without `packing`; use PolicyHead")
@@ -151,48 +142,41 @@ def packed_attention(
     return torch.cat([_attend_block(q, k, v, b, scaling) for b in packing.blocks])[None], None
 
 
-def _attend_block(
-    query: Tensor, key: Tensor, value: Tensor, block: Block, scaling: float | None
-) -> Tensor:
-    """[S, H, D] each -> [end - start, H, D] of one block, by one padded causal call."""
-    shape = (block.num_sequences, block.longest)
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, block: Block, scaling: float | None) -> Tensor:
+    """[S, H, D] each -> [number of places, H, D] of one block, by one padded causal call."""
+    is_single = block.shape[0] == 1
 
-    def padded(x: Tensor) -> Tensor:
-        if block.gather is None:
-            return x[None, block.start : block.end].transpose(1, 2)
-        return x.index_select(0, block.gather).unflatten(0, shape).transpose(1, 2)
+    def padded(x: Tensor) -> Tensor:  # [N, H, T, D]
+        rows = x[block.places] if is_single else x.index_select(0, block.gather)
+        return rows.view(*block.shape, *x.shape[1:]).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
-        padded(query),
-        padded(key),
-        padded(value),
+        *(padded(q), padded(k), padded(v)),
         is_causal=True,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=q.shape[1] != k.shape[1],
     )
-    out: Tensor = out.transpose(1, 2).flatten(0, 1)
-    return out if block.scatter is None else out.index_select(0, block.scatter)
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if is_single else out.index_select(0, block.scatter)
 
 
 def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None
 ) -> Tensor:
     """All sequences in one call. Under autocast the norms of q and k give float32: cast back."""
     out = varlen.varlen_attn(
-        query.to(value.dtype),
-        key.to(value.dtype),
-        value,
+        *(q.to(v.dtype), k.to(v.dtype), v),
         *(packing.cu_seqlens, packing.cu_seqlens),
         *(packing.longest, packing.longest),
         scale=scaling,
         window_size=(-1, 0),  # causal; the default looks both ways
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return cast(Tensor, out)
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
 
 
 def load_policy(
@@ -206,11 +190,12 @@ def load_policy(
     """
     try:
         policy = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=PACKED,
-            local_files_only=Path(path).is_dir(),
+            path, dtype=dtype, attn_implementation="packed", local_files_only=Path(path).is_dir()
         )
+        policy.eval().to(torch.device(device))
+        _check_separation(policy, path)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"model {path!r} cannot be loaded: {type(error).__name__}: {error}; set model.path to "
@@ -223,8 +208,6 @@ def load_policy(
                 f"model {path!r} has {option}={getattr(config, option)}, which is not supported: "
                 "log-probs would differ from the engine's; use another model"
             )
-    policy.to(device).eval()
-    _check_separation(policy, path)
     return policy
 
 
@@ -232,41 +215,30 @@ def load_policy(
 def _check_separation(policy: PreTrainedModel, path: str) -> None:
     """Changes the first of two sequences on a row: the second must not notice.
 
-    Layers that do not ask for attention by its registered name (recurrent ones, old code) would
-    mix the sequences without any error.
+    Layers that do not use the registered attention (recurrent ones) would mix them silently.
     """
     packing = _packing(np.array([0, 2, 4], np.int32), policy.device)
-    ends = [
-        _hidden_states(
-            policy, torch.tensor([[first, 0, 0, 1]]), torch.tensor([[0, 1] * 2]), packing
-        )
-        for first in (0, 1)
-    ]
-    if not torch.allclose(ends[0][2:], ends[1][2:], rtol=1e-2, atol=1e-3):
+    rows, places = torch.tensor([[[0, 0, 0, 1]], [[1, 0, 0, 1]]]), torch.tensor([[0, 1, 0, 1]])
+    one, other = (_hidden_states(policy, row, places, packing)[2:] for row in rows)
+    if not torch.allclose(one, other, rtol=1e-2, atol=1e-3):
         raise ModelError(
-            f"model {path!r} ({type(policy).__name__}) cannot be trained on packed sequences: they "
-            "would see each other; use a model with plain causal attention in every layer"
+            f"model {path!r} ({type(policy).__name__}) lets packed sequences see each other; "
+            "use a model with plain causal attention in every layer"
         )
 
 
-def _hidden_states(
-    policy: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, packing: Packing
-) -> Tensor:
-    """Last hidden states [S, width] of one row; input_ids and position_ids are [1, S]."""
-    states: Tensor = policy.base_model(
-        input_ids=input_ids.to(policy.device),
-        position_ids=position_ids.to(policy.device),
-        use_cache=False,
-        packing=packing,
-    ).last_hidden_state
-    return states[0]
+def _hidden_states(policy: PreTrainedModel, ids: Tensor, places: Tensor, pack: Packing) -> Tensor:
+    """Last hidden states [S, width] of one row of token and position ids, [1, S] each."""
+    ids, places = ids.to(policy.device), places.to(policy.device)
+    output = policy.base_model(input_ids=ids, position_ids=places, use_cache=False, packing=pack)
+    return cast(Tensor, output.last_hidden_state[0])
 
 
 class PolicyHead(nn.Module):
     """Scores the targets of packed rows. What DistributedDataParallel wraps.
 
-    The backbone gives hidden states, only places inside the loss meet the vocabulary, in chunks
-    that are computed again in the backward pass: tokens x vocabulary never exists whole.
+    Only places inside the loss meet the vocabulary, in chunks that are computed again in the
+    backward pass: tokens x vocabulary never exists whole.
     """
 
     def __init__(
@@ -293,14 +265,12 @@ class PolicyHead(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, width], targets [n] -> log-probs and entropies, float32 [n]."""
-        if len(hidden) <= self._chunk_tokens:
+        size = self._chunk_tokens
+        if len(hidden) <= size:
             return self._score_chunk(hidden, targets)
-        pairs = zip(
-            hidden.split(self._chunk_tokens), targets.split(self._chunk_tokens), strict=True
-        )
         scored = [
-            checkpoint(self._score_chunk, *pair, use_reentrant=False, preserve_rng_state=False)
-            for pair in pairs
+            checkpoint(self._score_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(hidden.split(size), targets.split(size), strict=True)
         ]
         logprobs, entropies = zip(*scored, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
@@ -317,11 +287,22 @@ class PolicyHead(nn.Module):
 def published_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name as in Hugging Face's named_parameters, tensor) of a policy, however it is wrapped.
 
-    Looks through DistributedDataParallel and PolicyHead. A tied output layer does not appear:
-    it is the embedding.
+    Looks through DistributedDataParallel and PolicyHead; a tied output layer does not appear.
     """
     for wrapper in ("module", "policy"):
         inner = getattr(module, wrapper, None)
         if isinstance(inner, nn.Module):
             module = inner
     yield from module.named_parameters()
+
+
+@torch.no_grad()
+def next_logprobs(policy: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """float32 [N, V] on the CPU: log-probs of the token after each prompt, at temperature 1."""
+    lengths = [len(prompt) for prompt in prompts]
+    packing = _packing(np.cumsum([0, *lengths], dtype=np.int32), policy.device)
+    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+    positions = torch.tensor([[place for length in lengths for place in range(length)]])
+    hidden = _hidden_states(policy, ids, positions, packing)
+    last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
+    return policy.get_output_embeddings()(hidden[last]).float().log_softmax(-1).cpu()

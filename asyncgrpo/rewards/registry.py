@@ -16,7 +16,7 @@ import numbers
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +87,8 @@ class BoundFunction:
         return chosen
 
     def _as_list(self, returned: object, count: int) -> list[Any]:
-        is_list = hasattr(returned, "__iter__") and not isinstance(returned, str | bytes | Mapping)
-        values: list[Any] | None = list(returned) if is_list else None  # type: ignore[call-overload]
+        is_text = isinstance(returned, str | bytes | Mapping)
+        values = list(returned) if isinstance(returned, Iterable) and not is_text else None
         if values is None or len(values) != count:
             shown = _shown(returned) if values is None else f"{len(values)} values"
             raise RewardError(

@@ -1,0 +1,56 @@
+"""A learner rank's process: wires its model, the buffer and (on rank 0) the weights to one loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from asyncgrpo.learner.loop import Learner
+from asyncgrpo.learner.update import PolicyUpdater
+from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.recorder import RunRecorder
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.weights.sender import CollectiveSender
+from asyncgrpo.wire.sockets import DealerClient
+
+log = logging.getLogger(__name__)
+
+
+def run_learner(run: RunDir) -> None:
+    """Trains to the end as the rank that torchrun's environment names."""
+    start = time.perf_counter()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    name = f"learner-{rank}"
+    cores = run.endpoints.cores.get(name)
+    if cores:
+        os.sched_setaffinity(0, cores)
+    if world_size > 1:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        seconds = run.config.buffer.take_timeout_seconds + run.config.launch.start_timeout_seconds
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    sender = recorder = None
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
+    if rank == 0:
+        sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store)
+        recorder = RunRecorder(run, exporter)
+    updater = PolicyUpdater(run.config, save_to=run.model_path if rank == 0 else None)
+    learner = Learner(
+        run.config,
+        rank=rank,
+        world_size=world_size,
+        updater=updater,
+        client=DealerClient(run.endpoints.buffer, name, "the buffer"),
+        sender=sender,
+        recorder=recorder,
+    )
+    log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)
+    learner.run()
+    if sender is not None:
+        sender.close()
+    if world_size > 1:
+        dist.destroy_process_group()

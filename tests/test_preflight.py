@@ -1,0 +1,241 @@
+"""What is refused before any process starts: models, ports, run directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.errors import ConfigError, ModelError
+from asyncgrpo.launch.environment import detect_host, environment_report, git_state
+from asyncgrpo.launch.model_folder import check_model_folder
+from asyncgrpo.launch.preflight import (
+    check_port_free,
+    check_run_dir,
+    choose_ports,
+    pick_free_ports,
+    prepare_run_dir,
+)
+
+
+def safetensors_bytes(num_bytes: int = 8) -> bytes:
+    tensor = {"dtype": "F32", "shape": [num_bytes // 4], "data_offsets": [0, num_bytes]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, "w": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(num_bytes)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that passes; each test breaks one thing."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_json(folder / "config.json", {"architectures": ["Qwen3ForCausalLM"]})
+    write_json(folder / "tokenizer.json", {})
+    (folder / "model.safetensors").write_bytes(safetensors_bytes())
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(ModelError) as caught:
+        check_model_folder(str(path))
+    return str(caught.value)
+
+
+def test_a_complete_model_folder_passes_and_the_embedded_model_needs_none(model: Path) -> None:
+    assert check_model_folder(str(model)) == model
+    assert check_model_folder("tiny") is None
+
+
+def test_a_folder_that_does_not_exist_names_its_nearest_neighbour(model: Path) -> None:
+    assert f"did you mean {model}?" in refusal(model.with_name("modle"))
+    assert "does not exist" in refusal("just-a-word")
+
+
+def test_no_config_says_so_and_recognises_an_adapter(model: Path) -> None:
+    (model / "config.json").unlink()
+    assert "has no config.json; give the folder that save_pretrained wrote" in refusal(model)
+    write_json(model / "adapter_config.json", {})
+    assert "merge it into its base model" in refusal(model)
+
+
+def test_a_broken_config_is_no_traceback(model: Path) -> None:
+    (model / "config.json").write_text("{")
+    assert "is not valid JSON" in refusal(model)
+
+
+def test_a_file_in_place_of_a_folder_is_named(model: Path) -> None:
+    assert "is a file; give the folder" in refusal(model / "config.json")
+
+
+def test_no_tokenizer_says_which_files_count(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    assert "has no tokenizer (tokenizer.json, tokenizer.model" in refusal(model)
+    (model / "tokenizer.model").touch()
+    assert check_model_folder(str(model)) == model
+
+
+def test_no_weights_says_so(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert "has no weights (*.safetensors, *.bin)" in refusal(model)
+
+
+def test_missing_shards_are_named(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "part-1.safetensors")
+    shards = {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "part-3.safetensors"}
+    write_json(model / "model.safetensors.index.json", {"weight_map": shards})
+    assert "2 of 3 shards: part-2.safetensors, part-3.safetensors" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        (b"", "is cut off"),
+        (safetensors_bytes(400)[:-1], "is cut off"),
+        (safetensors_bytes()[:20], "is cut off"),
+        ((20).to_bytes(8, "little") + b"no header in here at all", "is no safetensors file"),
+    ],
+)
+def test_weights_that_a_broken_copy_left_are_refused(
+    model: Path, content: bytes, message: str
+) -> None:
+    (model / "model.safetensors").write_bytes(content)
+    assert message in refusal(model)
+
+
+def test_an_unsupported_architecture_lists_the_supported_and_the_nearest(model: Path) -> None:
+    write_json(model / "config.json", {"architectures": ["Qwen3MoeForCausalLM"]})
+    message = refusal(model)
+    assert "Qwen3MoeForCausalLM is not supported; supported are Qwen3ForCausalLM" in message
+    assert "nearest: Qwen3ForCausalLM" in message
+    write_json(model / "config.json", {})
+    assert "none named is not supported" in refusal(model)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "hub"
+
+
+def test_a_hub_name_that_is_not_cached_is_refused_only_offline(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "HF_HUB_OFFLINE is set" in refusal("Qwen/Qwen3-0.6B")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert check_model_folder("Qwen/Qwen3-0.6B") is None
+
+
+def test_a_cached_hub_model_is_looked_through_like_a_folder(hub: Path, model: Path) -> None:
+    cached = hub / "models--Qwen--Qwen3-0.6B"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    model.rename(cached / "snapshots" / "abc")
+    assert check_model_folder("Qwen/Qwen3-0.6B") is None
+    (cached / "snapshots" / "abc" / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refusal("Qwen/Qwen3-0.6B")
+
+
+def test_a_port_in_use_is_refused_with_the_setting_to_change() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"launch.buffer_port: port {port} .* in use"):
+            check_port_free("127.0.0.1", port, "launch.buffer_port")
+        with pytest.raises(ConfigError, match=r"set another launch.metrics_port"):
+            choose_ports(from_mapping({"launch": {"metrics_port": port}}))
+    check_port_free("127.0.0.1", port, "launch.buffer_port")
+
+
+def test_picked_ports_are_distinct_and_can_be_listened_on() -> None:
+    ports = pick_free_ports(20)
+    assert len(set(ports)) == 20
+    for port in ports:
+        check_port_free("127.0.0.1", port, "any")
+
+
+def test_settings_choose_their_ports_and_the_rest_is_free() -> None:
+    wanted = pick_free_ports(1)[0]
+    ports = choose_ports(from_mapping({"launch": {"weights_port": wanted}}))
+    assert ports.weights == wanted
+    assert len({ports.buffer, ports.weights, ports.store, ports.rendezvous}) == 4
+    assert ports.metrics == 0
+
+
+def test_ports_that_collide_or_run_out_of_numbers_are_refused() -> None:
+    port = pick_free_ports(1)[0]
+    twice = {"launch": {"buffer_port": port, "weights_port": port}}
+    with pytest.raises(ConfigError, match=f"port {port} is asked for twice"):
+        choose_ports(from_mapping(twice))
+    with pytest.raises(ConfigError, match="no room for 5 endpoints; it must be <= 65531"):
+        choose_ports(from_mapping({"launch": {"metrics_port": 65535}}))
+
+
+def test_a_run_dir_is_made_with_its_folders_and_checking_it_makes_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "one"
+    check_run_dir(run_dir)
+    assert not run_dir.parent.exists()
+    prepare_run_dir(run_dir)
+    assert sorted(entry.name for entry in run_dir.iterdir()) == ["logs", "trajectories"]
+
+
+def test_a_run_dir_that_holds_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ConfigError, match="already holds a run; give another --run-dir"):
+        check_run_dir(tmp_path)
+
+
+def test_a_run_dir_under_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file; give another --run-dir"):
+        check_run_dir(tmp_path / "file" / "run")
+
+
+def test_a_run_dir_nobody_can_write_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        prepare_run_dir(Path("/proc/asyncgrpo"))  # refused even to root
+
+
+def test_the_host_has_the_cores_of_this_process_and_the_gpus_it_may_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert detect_host(tmp_path).gpu_ids == ("0", "1", "2")
+    assert set(detect_host(tmp_path).cores) == os.sched_getaffinity(0)
+    for visible, expected in {"2,0": ("2", "0"), "": (), "1,-1,0": ("1",), "7": ()}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert detect_host(tmp_path).gpu_ids == expected
+
+
+def test_the_environment_report_tells_runs_apart_and_is_json() -> None:
+    report = json.loads(json.dumps(environment_report(Config())))
+    assert report["packages"]["numpy"].count(".") >= 1
+    assert report["seed"] == 0
+    assert report["hardware"]["cores"] == len(os.sched_getaffinity(0))
+    assert report["hardware"]["memory_bytes"] > 1 << 28
+
+
+def test_git_state_knows_clean_from_dirty_and_tolerates_no_checkout(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    state = git_state(tmp_path)
+    assert state is not None
+    assert len(state["commit"]) == 40
+    assert state["dirty"] is False
+    (tmp_path / "new").touch()
+    assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}

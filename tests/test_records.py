@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from asyncgrpo.data.records import read_jsonl
+from asyncgrpo.errors import DataError
+
+GSM8K = Path(__file__).parent / "data" / "gsm8k_8.jsonl"
+QUESTION = ({"role": "user", "content": "2 + 3?"},)
+
+
+def write(folder: Path, *rows: object) -> Path:
+    path = folder / "rows.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "user", "content": "2 + 3?"}], "reward_model": {"ground_truth": "5"}},
+        {"prompt": "2 + 3?", "answer": "5"},
+        {"prompt": "2 + 3?", "solution": 5},
+        {"messages": [{"content": "2 + 3?", "role": "user"}], "ground_truth": 5},
+        {"query": "2 + 3?", "ground_truth": "5"},
+        {"question": "2 + 3?", "answer": "5"},
+    ],
+)
+def test_every_usual_shape_gives_the_same_question_and_answer(tmp_path, row):
+    (prompt,) = read_jsonl(write(tmp_path, row))
+    assert (prompt.messages, prompt.answer) == (QUESTION, "5")
+    assert (prompt.prompt_id, prompt.data_source) == ("rows:0", "rows")
+    assert prompt.columns == row
+
+
+def test_real_gsm8k_records_keep_every_column():
+    prompts = read_jsonl(GSM8K)
+    assert len(prompts) == 8
+    assert prompts[0].answer == "72"
+    assert prompts[0].data_source == "openai/gsm8k"
+    assert prompts[0].messages[0]["content"].startswith("Natalia sold clips to 48")
+    assert prompts[7].prompt_id == "gsm8k_8:7"
+    raw = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    assert [prompt.columns for prompt in prompts] == raw
+
+
+def test_conversations_with_several_messages_are_kept_whole(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    (prompt,) = read_jsonl(write(tmp_path, {"prompt": chat}))
+    assert list(prompt.messages) == chat
+
+
+def test_any_language_and_line_separators_inside_text_survive(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "三\u2028加四 🦆", "answer": "七"}\n', encoding="utf-8")
+    (prompt,) = read_jsonl(path)
+    assert (prompt.messages[0]["content"], prompt.answer) == ("三\u2028加四 🦆", "七")
+
+
+def test_a_file_without_any_answer_column_gives_prompts_without_answers(tmp_path):
+    path = write(tmp_path, {"prompt": "Hi"}, {"prompt": "Ho", "reward_model": {"style": "model"}})
+    assert [prompt.answer for prompt in read_jsonl(path)] == [None, None]
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
+    path = write(tmp_path, '\ufeff{"prompt": "Hi"}', "", '{"prompt": "Ho"}', "  ")
+    assert [prompt.prompt_id for prompt in read_jsonl(path)] == ["rows:0", "rows:1"]
+
+
+GOOD = {"prompt": "Hi", "answer": "7"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": ', "rows.jsonl:2 is not JSON"),
+        ("[" * 100_000, "rows.jsonl:2 is not JSON"),
+        ([1, 2], r"rows.jsonl:2 holds \[1, 2\], not an object"),
+        ({"answer": "7"}, "rows.jsonl:2 has no prompt; it has the columns answer; name the column"),
+        ({}, "rows.jsonl:2 has no prompt; it has no columns"),
+        ({"prompt": [], "answer": "7"}, r"rows.jsonl:2: prompt=\[\] must be text or a list"),
+        ({"prompt": 3, "answer": "7"}, r"rows.jsonl:2: prompt=3 must be text or a list"),
+        ({"prompt": " ", "answer": "7"}, r"prompt\[0\].content=' ' must be text that is not"),
+        ({"prompt": ["Hi"], "answer": "7"}, r"prompt\[0\]='Hi' must be a message"),
+        ({"prompt": [{"content": "Hi"}], "answer": "7"}, r"prompt\[0\].role=None must be text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "7"},
+            r"prompt\[0\].content=\[\{'type': 'image'\}\] must be text",
+        ),
+        ({"prompt": "Ho"}, "rows.jsonl:2 has no answer although other rows have one"),
+        ({"prompt": "Ho", "answer": None}, "rows.jsonl:2: answer=None must be a number or text"),
+        ({"prompt": "Ho", "answer": ""}, "rows.jsonl:2: answer='' must be a number or text"),
+        (
+            {"prompt": "Ho", "reward_model": {"ground_truth": ["7"]}},
+            r"rows.jsonl:2: reward_model.ground_truth=\['7'\] must be a number or text",
+        ),
+        ({**GOOD, "data_source": ""}, "rows.jsonl:2: data_source='' must be text"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line_and_the_remedy(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        read_jsonl(write(tmp_path, GOOD, row))
+
+
+def test_a_missing_file_is_an_error_that_lists_its_neighbours(tmp_path):
+    write(tmp_path, GOOD)
+    with pytest.raises(DataError, match=r"row\.jsonl does not exist; there are: .*rows\.jsonl"):
+        read_jsonl(tmp_path / "row.jsonl")
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(DataError, match="is a folder; give one JSONL file"):
+        read_jsonl(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_an_error(tmp_path, content):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="holds no records"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_a_file_that_is_not_text_is_an_error(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1\xff\xfe\x00")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        read_jsonl(tmp_path / "rows.parquet")
