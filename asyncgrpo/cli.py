@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
+from asyncgrpo.launch.error_file import record_error
 
 app = typer.Typer(
     name="asyncgrpo",
@@ -100,6 +101,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except AsyncGRPOError as error:
+        record_error(error)
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except typer.Abort:

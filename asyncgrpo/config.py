@@ -49,6 +49,7 @@ class RunSettings(Room):
 
 class ModelSettings(Room):
     path: str = Field("tiny", description="'tiny' (embedded), a local folder, or a hub name")
+    tiny_seed: int = Field(0, ge=0, description="which embedded model; each is made once")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of engine weights")
 
 

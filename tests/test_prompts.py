@@ -5,13 +5,13 @@ import logging
 from pathlib import Path
 
 import pytest
+from fakes import make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import PromptSource, open_prompts, permutation
 from asyncgrpo.errors import ConfigError, DataError
-from fakes import make_prompt
 
 GSM8K = str(Path(__file__).parent / "data" / "gsm8k_8.jsonl")
 seeds = st.integers(0, 2**31 - 1)

@@ -6,7 +6,7 @@ import operator
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncgrpo.config import TaskSettings
@@ -49,8 +49,8 @@ def truth_from_text(task: Task, modulus: int) -> str:
 
 @given(st.sampled_from(sorted(KINDS)), seeds, st.sampled_from([0.0, 0.7]), st.integers(2, 10))
 def test_the_answer_is_the_truth_about_the_prompt(kind, seed, long_tail, modulus):
-    settings = TaskSettings(long_tail=long_tail, modulus=modulus)
-    task = draw_task(kind, settings, random.Random(seed))
+    tasks = TaskSettings(long_tail=long_tail, modulus=modulus)
+    task = draw_task(kind, tasks, random.Random(seed))
     assert task.answer == truth_from_text(task, modulus)
     assert task.worked.split()[-1] == task.answer.split()[-1]
 
@@ -62,40 +62,41 @@ def test_each_kind_renders_its_prompt_as_documented():
         "sub": "Compute: 19 - 8",
         "mul": "Compute: 9 * 4",
         "gcd": "gcd: 20 9",
-        "sort": "Sort: 4 5 8 0 0",
-        "palindrome": "Palindrome: ilal",
-        "reverse": "Reverse: ilalbl",
-        "expression": "Eval: len('ilal')",
-        "check": "Check: 2 2 3 0 3 0",
+        "sort": "Sort: 4 5 8 0 7",
+        "palindrome": "Palindrome: elflkia",
+        "reverse": "Reverse: lfllk",
+        "expression": "Eval: 'lfll'.upper()",
+        "check": "Check: 2 0 3 1 0",
     }
 
 
 def test_check_is_worked_as_running_totals_and_careless_is_right_at_once():
     task = draw_task("check", TaskSettings(modulus=4), random.Random(5))
-    assert task.text == "Check: 2 2 3 0 3 0"
-    assert (task.worked, task.careless, task.answer) == ("2 0 3 3 2 2", "2", "2")
+    assert task.text == "Check: 2 0 3 1 0"
+    assert (task.worked, task.careless, task.answer) == ("2 2 1 2 2", "2", "2")
 
 
 @pytest.mark.parametrize(
     ("kind", "careless"),
     [
         ("add", "19"),
-        ("sort", "4 5 8 0 0"),
-        ("palindrome", "ila"),
-        ("reverse", "ilalbl"),
-        ("expression", "ilal"),
+        ("sort", "4 5 8 0 7"),
+        ("palindrome", "elf"),
+        ("reverse", "lfllk"),
+        ("expression", "lfll"),
     ],
 )
 def test_the_careless_answer_parrots_the_prompt(kind, careless):
     assert draw_task(kind, TaskSettings(), random.Random(5)).careless == careless
 
 
+@settings(max_examples=20)
 @given(seeds, st.integers(0, 10**9))
 def test_a_prompt_depends_on_seed_and_position_only(seed, position):
-    settings = TaskSettings(kinds={"sort": 1.0})
-    other = TaskSource(settings, seed, 16)
+    tasks = TaskSettings(kinds={"sort": 1.0})
+    other = TaskSource(tasks, seed, 16)
     other.get(position + 1)  # asking elsewhere changes nothing
-    assert TaskSource(settings, seed, 16).get(position) == other.get(position)
+    assert TaskSource(tasks, seed, 16).get(position) == other.get(position)
 
 
 def test_training_prompts_are_never_held_out_prompts():
@@ -137,12 +138,11 @@ def test_the_answer_stands_in_the_record_and_not_in_the_prompt():
 def test_a_tiny_task_space_keeps_prompts_for_training():
     source = TaskSource(TaskSettings(kinds={"add": 1.0}, max_operand=1), 0, 100)
     assert len(source.held_out()) == 1  # a quarter of the four additions
-    assert source.get(0).messages not in {prompt.messages for prompt in source.held_out()}
+    assert source.get(0).messages != source.held_out()[0].messages
 
 
 def test_a_long_tail_reaches_far_but_not_past_its_bounds():
-    settings = TaskSettings(kinds={"reverse": 1.0}, long_tail=0.7)
-    source = TaskSource(settings, 0, 0)
+    source = TaskSource(TaskSettings(kinds={"reverse": 1.0}, long_tail=0.7), 0, 0)
     sizes = sorted(len(str(source.get(i).answer)) for i in range(2000))
     assert sizes[0] == 2
     assert sizes[len(sizes) // 2] in (5, 6, 7)

@@ -61,7 +61,9 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
 def load_tokenizer(model_path: str) -> Any:
     """The model's own tokenizer, with its chat template."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     return AutoTokenizer.from_pretrained(model_path)
 
 

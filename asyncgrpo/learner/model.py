@@ -113,8 +113,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    *,
+    attention_mask: Tensor | None = None,
     packing: Packing | None = None,
     scaling: float | None = None,
     **options: Any,
@@ -132,10 +131,8 @@ def packed_attention(
             f"{type(module).__name__} has a sliding window of {window} tokens, shorter than a "
             f"sequence of {packing.longest}; use a model with full attention or shorter completions"
         )
-    for option in ("softcap", "s_aux", "dropout"):
-        given = options.get(option)
-        if isinstance(given, Tensor) or given:
-            raise ModelError(f"{type(module).__name__} needs attention with {option}: unsupported")
+    if options.get("s_aux") is not None or options.get("softcap") or options.get("dropout"):
+        raise ModelError(f"{type(module).__name__}: no sinks, soft caps or dropout in attention")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, D]
     if varlen is not None and v.is_cuda and v.dtype != torch.float32:  # a half-precision kernel
         return _attend_varlen(q, k, v, packing, scaling)[None], None
@@ -194,20 +191,17 @@ def load_policy(
         )
         policy.eval().to(torch.device(device))
         _check_separation(policy, path)
-    except ModelError:
-        raise
     except Exception as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(
             f"model {path!r} cannot be loaded: {type(error).__name__}: {error}; set model.path to "
             "a folder with config.json and safetensors weights, or to a hub name"
         ) from error
     config = policy.config.get_text_config()
     for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, option, None) not in (None, 1, 1.0):
-            raise ModelError(
-                f"model {path!r} has {option}={getattr(config, option)}, which is not supported: "
-                "log-probs would differ from the engine's; use another model"
-            )
+        if getattr(config, option, None) not in (None, 1.0):
+            raise ModelError(f"model {path!r} scales its logits ({option}): unsupported; change it")
     return policy
 
 
@@ -258,10 +252,8 @@ class PolicyHead(nn.Module):
         hidden = _hidden_states(self.policy, row.input_ids, row.position_ids, row.packing)
         logprobs, entropy = self._score(hidden[row.loss_places], row.targets)
         zeros = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
-        return (
-            zeros.index_copy(0, row.loss_places, logprobs),
-            zeros.index_copy(0, row.loss_places, entropy),
-        )
+        on_row = zeros.index_copy(0, row.loss_places, logprobs)
+        return on_row, zeros.index_copy(0, row.loss_places, entropy)
 
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, width], targets [n] -> log-probs and entropies, float32 [n]."""

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
 
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
@@ -33,6 +34,7 @@ def run_learner(run: RunDir) -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         seconds = run.config.buffer.take_timeout_seconds + run.config.launch.start_timeout_seconds
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    transformers_logging.disable_progress_bar()
     sender = recorder = None
     exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
     if rank == 0:

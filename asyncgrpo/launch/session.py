@@ -1,0 +1,126 @@
+"""`asyncgrpo launch`: checks everything, makes what is missing, runs, and shows the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from rich.console import Console
+
+from asyncgrpo.config import Config
+from asyncgrpo.data.prompts import open_prompts
+from asyncgrpo.errors import DataError, ModelError
+from asyncgrpo.launch.environment import detect_host, environment_report
+from asyncgrpo.launch.local import Supervisor
+from asyncgrpo.launch.model_folder import check_model_folder
+from asyncgrpo.launch.plan import Plan, make_plan, render_plan
+from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
+from asyncgrpo.observe.progress import Progress, show_summary
+from asyncgrpo.rewards.registry import load_rewards
+from asyncgrpo.rundir import RunDir
+
+TINY = "tiny"
+
+
+class Session:
+    """One call of the launcher."""
+
+    def __init__(self, config: Config, console: Console | None = None) -> None:
+        self._config = config
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.run_dir = Path(config.run.dir or f"runs/{stamp}-{config.run.name}").absolute()
+
+    def show_plan(self) -> None:
+        """Prints what would be started (`--dry-run`)."""
+        plan = self._check()
+        self._console.print(render_plan(plan), markup=False)
+
+    def run(self) -> int:
+        """Runs to the end; returns the exit code."""
+        plan = self._check()
+        run = self._prepare(plan)
+        for warning in plan.warnings:
+            self._console.print(f"warning: {warning}", style="yellow", markup=False)
+        with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
+            supervisor = Supervisor(
+                plan,
+                self.run_dir,
+                grace_seconds=run.config.launch.grace_seconds,
+                max_actor_restarts=run.config.launch.max_actor_restarts,
+                on_line=progress.line,
+                on_tick=progress.tick,
+            )
+            code = supervisor.run()
+            progress.tick()
+        if code == 0:
+            show_summary(self.run_dir, self._console)
+        return code
+
+    def run_serially(self) -> int:
+        """All roles in this process (`--serial`)."""
+        changes = {"actors": 1, "learners": 1}
+        launch = self._config.launch.model_copy(update=changes)
+        self._config = self._config.model_copy(update={"launch": launch})
+        run = self._prepare(self._check())
+        from asyncgrpo.serial import run_serial  # torch
+
+        run_serial(run)
+        show_summary(self.run_dir, self._console)
+        return 0
+
+    def _check(self) -> Plan:
+        """Refuses what cannot work. Starts nothing, writes nothing."""
+        config = self._config
+        check_run_dir(self.run_dir)
+        prompts = open_prompts(config)
+        first = prompts.get(0)
+        if first is None:
+            raise DataError(f"data.train={config.data.train!r} holds no prompt")
+        load_rewards(config.reward).probe(first)
+        if config.model.path != TINY:
+            check_model_folder(config.model.path)
+        ports = choose_ports(config)
+        return make_plan(config, detect_host(), ports, self.run_dir, sys.executable)
+
+    def _prepare(self, plan: Plan) -> RunDir:
+        """Makes the model if it is the embedded one, and writes the run directory."""
+        config = self._config
+        if config.model.path == TINY:
+            config = _with_model(config, self._make_tiny())
+        prepare_run_dir(self.run_dir)
+        run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
+        run.write()
+        report = json.dumps(environment_report(config), indent=2)
+        (self.run_dir / "env.json").write_text(report, encoding="utf-8")
+        self._console.print(f"run directory {self.run_dir}", markup=False)
+        return run
+
+    def _make_tiny(self) -> str:
+        """The embedded model's folder; made in a process of its own, for it needs torch."""
+        settings = self._config.data.tasks.model_dump_json()
+        command = [sys.executable, "-m", "asyncgrpo.data.tiny", "--tasks", settings]
+        command += ["--seed", str(self._config.model.tiny_seed)]
+        command += ["--num-eval", str(self._config.eval.num_prompts)]
+        lines: deque[str] = deque(maxlen=15)
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            assert process.stdout is not None, "stdout is piped"
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                self._console.print(f"[tiny model] {lines[-1]}", markup=False)
+        if process.returncode != 0 or not lines:
+            raise ModelError("the embedded model could not be made:\n  " + "\n  ".join(lines))
+        return lines[-1]
+
+
+def _with_model(config: Config, path: str) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
