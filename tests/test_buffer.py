@@ -103,9 +103,7 @@ def test_ticket_order_waits_for_earlier_open_work():
 
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=24), st.integers(1, 4))
 def test_dealing_loses_nothing_and_balances_tokens(lengths, world_size):
-    groups = [
-        make_group(make_lease(i), versions=[[0] * n, [0] * n]) for i, n in enumerate(lengths)
-    ]
+    groups = [make_group(make_lease(i), versions=[[0] * n, [0] * n]) for i, n in enumerate(lengths)]
     hands = deal(groups, world_size)
     assert sorted(g.lease.lease_id for hand in hands for g in hand) == sorted(
         g.lease.lease_id for g in groups

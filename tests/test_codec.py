@@ -109,7 +109,9 @@ def test_a_wrong_schema_number_is_named():
 
 @given(st.data())
 def test_mutated_frames_never_do_anything_but_raise_wire_errors(data):
-    frames = [bytearray(frame) for frame in encode(group_packet("put", [make_group(make_lease(1))]))]
+    frames = [
+        bytearray(frame) for frame in encode(group_packet("put", [make_group(make_lease(1))]))
+    ]
     for _ in range(data.draw(st.integers(1, 4))):
         frame = frames[data.draw(st.integers(0, len(frames) - 1))]
         if frame:

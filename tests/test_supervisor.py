@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from asyncgrpo.errors import BadInput, ConfigError, RoleFailed, RunError
+from asyncgrpo.launch.child import PRELUDE as CHILD_PRELUDE
 from asyncgrpo.launch.child import kill_strays
 from asyncgrpo.launch.error_file import ERROR_FILE, read_error, record_error
 from asyncgrpo.launch.lifeline import find_run_processes
 from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.logs import LogTail, last_lines
+from asyncgrpo.launch.logs import LogTail, before_torchrun_report, last_lines
 from asyncgrpo.launch.plan import Plan, ProcessSpec
 from asyncgrpo.launch.verdict import describe_exit, failure, judge_exit
 from asyncgrpo.rundir import Endpoints
@@ -106,6 +107,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
         threading.Event().wait(0.02)
 
 
+def is_alive(pid: int) -> bool:
+    """Zombies do not count."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 def test_a_run_is_done_when_the_learner_is_and_everyone_else_is_stopped(tmp_path: Path) -> None:
     finish = "print('learned', flush=True)"
     run = Run(tmp_path, buffer=WORK, learner=finish, actor_0=WORK, actor_1=WORK)
@@ -146,10 +155,11 @@ def test_who_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     assert run.supervisor.run() == 130
     run.assert_nothing_left()
     assert run.said("killed actor-0: it did not end within 0.3 s")
+    assert not run.said("left behind")
 
 
 def test_a_second_signal_does_not_wait_for_the_grace(tmp_path: Path) -> None:
-    run = Run(tmp_path, grace=600.0, buffer=STUBBORN, learner=STUBBORN, actor_0=STUBBORN)
+    run = Run(tmp_path, grace=60.0, buffer=STUBBORN, learner=STUBBORN, actor_0=STUBBORN)
     run.on_ready = lambda: [os.kill(os.getpid(), signal.SIGINT), again.start()]
     log = tmp_path / "logs" / "launcher.log"
 
@@ -169,6 +179,28 @@ def test_a_grandchild_in_its_own_session_is_found_and_ended(tmp_path: Path) -> N
     assert run.supervisor.run() == 130
     assert (tmp_path / "up").exists()
     run.assert_nothing_left()
+
+
+def test_a_grandchild_that_hides_its_role_is_found_by_the_last_sweep(tmp_path: Path) -> None:
+    hidden = "os.environ['ASYNCGRPO_ROLE'] = 'nobody'\n" + WITH_RUNAWAY
+    run = Run(tmp_path, buffer=WORK, learner=WORK, actor_0=hidden)
+    run.signal_when_ready(signal.SIGINT)
+    assert run.supervisor.run() == 130
+    assert run.said("killed processes that the roles left behind")
+    run.assert_nothing_left()
+
+
+def test_a_child_without_our_environment_is_ended_with_its_group(tmp_path: Path) -> None:
+    bare = (
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'],\n"
+        "    env={}, stdout=subprocess.DEVNULL)\n"
+        "print('child', child.pid, flush=True); sys.exit(1)"
+    )
+    run = Run(tmp_path, buffer=WORK, learner=WORK, actor_0=bare)
+    with pytest.raises(RoleFailed):
+        run.supervisor.run()
+    (pid,) = [int(line.split()[1]) for _, line in run.shown if line.startswith("child ")]
+    wait_until(lambda: not is_alive(pid))
 
 
 @pytest.mark.parametrize("victim", ["buffer", "learner"])
@@ -296,6 +328,25 @@ def test_after_kill_9_of_the_launcher_the_lifeline_stops_everything(tmp_path: Pa
         kill_strays(run_id)
 
 
+def test_a_role_dies_with_its_launcher_even_without_a_lifeline(tmp_path: Path) -> None:
+    start = (
+        "import os, subprocess, sys\n"
+        "role = [sys.executable, '-S', '-c', 'import time; print(1, flush=True); time.sleep(600)']\n"
+        f"command = [sys.executable, '-I', '-S', {str(CHILD_PRELUDE)!r}, str(os.getpid()), *role]\n"
+        "child = subprocess.Popen(command, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline(); print(child.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", start], capture_output=True, text=True)
+    wait_until(lambda: not is_alive(int(done.stdout)))
+
+
+def test_a_role_whose_launcher_is_gone_already_does_not_start() -> None:
+    command = [sys.executable, "-I", "-S", str(CHILD_PRELUDE), "1", "echo", "started"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "launcher 1 is gone; echo is not started" in done.stderr
+
+
 @pytest.mark.slow
 def test_bad_input_passes_through_torchrun_and_no_rank_is_left(tmp_path: Path) -> None:
     rank = tmp_path / "rank.py"
@@ -353,10 +404,25 @@ def test_the_first_recorded_error_counts_and_a_broken_record_is_shown_as_it_is(
     record_error(ConfigError("first"))
     record_error(RoleFailed("second"))
     assert json.loads(path.read_text()) == {"exit_code": 2, "message": "first"}
+    path.unlink()
+    record_error(ZeroDivisionError("by zero"))
+    assert json.loads(path.read_text()) == {"exit_code": 3, "message": "ZeroDivisionError: by zero"}
     path.write_text('{"exit_code": 2, "mess')
     broken = read_error(path)
     assert broken is not None
     assert (broken.exit_code, broken.message) == (3, '{"exit_code": 2, "mess')
+
+
+def test_the_lines_shown_of_a_dead_learner_end_before_torchruns_own_report() -> None:
+    report = (
+        "E1121 03:34 9 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)"
+    )
+    assert before_torchrun_report(["a", "ValueError: b", report, "Traceback", "c"]) == [
+        "a",
+        "ValueError: b",
+    ]
+    assert before_torchrun_report([report, "c"]) == [report, "c"]
+    assert before_torchrun_report(["a", "b"]) == ["a", "b"]
 
 
 def test_a_tail_gives_whole_lines_once_and_the_rest_at_the_end(tmp_path: Path) -> None:

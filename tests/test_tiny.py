@@ -48,7 +48,7 @@ def test_a_chat_is_plain_chatml_with_two_tokens_of_overhead():
     chat = [{"role": "user", "content": "Check: 3 1 2"}]
     text = TOKENIZER.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nCheck: 3 1 2<|im_end|>\n<|im_start|>assistant\n"
-    tokens = TOKENIZER.convert_ids_to_tokens(render(TOKENIZER, "Check: 3 1 2"))
+    tokens = TOKENIZER.convert_ids_to_tokens(render(TOKENIZER, ["Check: 3 1 2"])[0])
     assert tokens == [
         "<|im_start|>user\n",
         "Check: ",
@@ -61,7 +61,8 @@ def test_a_chat_is_plain_chatml_with_two_tokens_of_overhead():
 
 def test_prompts_of_the_default_tasks_are_short():
     held_out = TaskSource(TaskSettings(), 0, 318).held_out()
-    sizes = [len(render(TOKENIZER, prompt.messages[0]["content"])) for prompt in held_out]
+    rows = render(TOKENIZER, [prompt.messages[0]["content"] for prompt in held_out])
+    sizes = [len(row) for row in rows]
     assert min(sizes) >= 6
     assert max(sizes) <= 18
     assert 7 <= sum(sizes) / len(sizes) <= 10
@@ -76,7 +77,7 @@ def test_an_untrained_model_loads_and_gives_clearly_uneven_logits(tmp_path, tied
     names = {name for name, _ in model.named_parameters()}
     assert ("lm_head.weight" in names) is not tied
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    logits = model(torch.tensor([render(tokenizer, "Sort: 3 1 2")])).logits[0, -1]
+    logits = model(torch.tensor(render(tokenizer, ["Sort: 3 1 2"]))).logits[0, -1]
     assert len(logits) == len(tokenizer) == model.config.vocab_size
     assert float(logits.detach().std()) > 0.5
 

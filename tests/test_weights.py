@@ -70,7 +70,9 @@ def test_any_flipped_bit_changes_the_digest_of_its_tensor_only(place, bit):
     flat = FlatWeights(Manifest.of(tensors(3), "float32"))
     flat.fill(tensors(3))
     before = flat.digests()
-    dict(flat.views())["head"].flatten().view(torch.int32)[place] ^= 1 << bit if bit < 31 else -(2**31)
+    dict(flat.views())["head"].flatten().view(torch.int32)[place] ^= (
+        1 << bit if bit < 31 else -(2**31)
+    )
     assert differing(flat.manifest, before, flat.digests()) == ["head"]
 
 

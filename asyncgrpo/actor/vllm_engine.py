@@ -45,6 +45,7 @@ class VllmEngine:
             enable_prefix_caching=False,  # else old keys and values could serve new requests
             skip_tokenizer_init=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",  # of the distribution that is really sampled
         )
         self._llm = LLMEngine.from_engine_args(args)

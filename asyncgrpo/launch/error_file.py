@@ -20,15 +20,18 @@ class RecordedError:
     message: str
 
 
-def record_error(error: AsyncGRPOError) -> None:
+def record_error(error: Exception) -> None:
     """Leaves the error where the launcher looks; does nothing in a process it did not start.
 
     Of several ranks the first one counts: the others mostly fail because of it.
     """
+    code, message = EXIT_ROLE_FAILED, f"{type(error).__name__}: {error}"
+    if isinstance(error, AsyncGRPOError):
+        code, message = error.exit_code, str(error)
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
-    record = json.dumps({"exit_code": error.exit_code, "message": str(error)})
+    record = json.dumps({"exit_code": code, "message": message})
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(record)

@@ -18,13 +18,13 @@ from types import FrameType
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
-from asyncgrpo.launch.logs import last_lines
+from asyncgrpo.launch.logs import before_torchrun_report, last_lines
 from asyncgrpo.launch.plan import Plan
 from asyncgrpo.launch.verdict import Verdict, describe_exit, failure, judge_exit
 
 POLL_SECONDS = 0.05
 BACKOFF_SECONDS = 1.0  # before an actor's next life: what killed it may need a moment to pass
-SHOWN_LINES = 15
+READ_LINES, SHOWN_LINES = 100, 15
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_ORDER = (("actor", "learner"), ("buffer",))  # the buffer goes last: it takes what comes in
 PR_SET_CHILD_SUBREAPER = 36
@@ -142,7 +142,7 @@ class Supervisor:
         code, log_file = child.exit_code or 0, child.spec.log_file
         self._forward_lines()
         self._say(f"{child.spec.name} {describe_exit(code)}; stopping the run")
-        lines = last_lines(log_file, SHOWN_LINES)
+        lines = before_torchrun_report(last_lines(log_file, READ_LINES))[-SHOWN_LINES:]
         recorded = child.recorded_error()
         return failure(child.spec.name, code, child.restarts, recorded, log_file, lines)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 TAIL_BYTES = 64 << 10  # enough for the last lines, however long the log is
+TORCHRUN_REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 READ_BYTES = 1 << 20  # per call: a role that floods its log must not stop the others
 
 
@@ -40,6 +43,14 @@ def last_lines(path: Path, count: int) -> list[str]:
     except FileNotFoundError:
         return []
     return [line for line in lines if line.strip()][-count:]
+
+
+def before_torchrun_report(lines: Sequence[str]) -> list[str]:
+    """Without the 40 lines that torchrun adds when a rank fails: the cause stands above them."""
+    for place, line in enumerate(lines):
+        if place and TORCHRUN_REPORT.match(line):
+            return list(lines[:place])
+    return list(lines)
 
 
 def _shown(line: bytes) -> str:

@@ -20,6 +20,8 @@ VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "",
+    "PYTHONWARNINGS": "ignore",  # deprecations inside vLLM, nothing that a user could act on
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 RoleName = Literal["buffer", "actor", "learner"]
 Environment = dict[str, str]

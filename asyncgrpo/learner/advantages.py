@@ -47,6 +47,6 @@ def group_advantages(name: str, rewards: Float32, eps: float) -> Float32:
 
 
 def _is_uniform(rewards: Float32) -> bool:
-    # Judged by the spread: the mean of equal rewards is off by a rounding error, which a small
-    # std + eps would blow up to advantages of size 1.
+    # Judged by the spread: a mean of equal rewards that is off by rounding would be blown up by a
+    # small std + eps to advantages of size 1, and the std of a single reward is NaN.
     return len(rewards) == 0 or bool(rewards.max() == rewards.min())

@@ -58,9 +58,7 @@ def main(folder: str, out: str, kv_on_update: str, seed: str) -> None:
         }
     )
     engine = VllmEngine(config, folder, int(seed), stop_token_ids=[])
-    sampling = Sampling(
-        temperature=0.7, top_p=1.0, top_k=0, max_completion_tokens=NUM_TOKENS
-    )
+    sampling = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_completion_tokens=NUM_TOKENS)
     finished = []
     for version in range(3):
         weights = load_file(Path(folder) / f"weights_{version}.safetensors")

@@ -1,0 +1,251 @@
+"""The actor loop against a fake engine, buffer and learner: versions, back-pressure, failures."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+from fakes import make_lease
+
+from asyncgrpo.actor.judge import InlineJudge
+from asyncgrpo.actor.loop import MAX_CONTRACT_FAILURES, ActorLoop
+from asyncgrpo.config import RewardSettings, from_mapping
+from asyncgrpo.errors import RewardError
+from asyncgrpo.types import Completion, Sampled
+from asyncgrpo.weights.proof import NUM_CANARIES
+from asyncgrpo.wire.codec import Packet, groups_from, lease_fields
+
+
+class FakeEngine:
+    """Finishes every request after `steps` steps; each token carries the version of its step."""
+
+    def __init__(self, steps: int = 3) -> None:
+        self.version, self._steps = -1, steps
+        self.requests: dict[str, tuple[list[int], int, list[int]]] = {}
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.requests)
+
+    def add(self, request_id, prompt_token_ids, sampling, num_completions, seed):
+        self.requests[request_id] = (list(prompt_token_ids), num_completions, [])
+
+    def step(self):
+        finished = []
+        for name, (prompt, count, versions) in list(self.requests.items()):
+            versions.append(self.version)
+            if len(versions) == (1 if name.startswith("canary") else self._steps):
+                del self.requests[name]
+                completion = Completion(
+                    token_ids=np.arange(len(versions), dtype=np.int32),
+                    behavior_logprobs=np.full(len(versions), -0.5, dtype=np.float32),
+                    versions=np.array(versions, dtype=np.int32),
+                    finish_reason="stop",
+                )
+                finished.append(
+                    Sampled(
+                        lease_id=name,
+                        prompt_token_ids=np.array(prompt, dtype=np.int32),
+                        completions=(completion,) * count,
+                    )
+                )
+        return finished
+
+    def load_weights(self, version, tensors):
+        self.version = version
+
+    def close(self):
+        self.requests.clear()
+
+
+class FakeTokenizer:
+    def apply_chat_template(self, messages, **options):
+        return [1] * len(messages[0]["content"])
+
+    def batch_decode(self, ids, **options):
+        return ["seven" for _ in ids]
+
+
+class FakeClient:
+    """Keeps what the actor sends; the test puts what the buffer would answer into `inbox`."""
+
+    def __init__(self) -> None:
+        self.sent: list[Packet] = []
+        self.inbox: deque[Packet] = deque()
+
+    def post(self, packet):
+        self.sent.append(packet)
+        return len(self.sent)
+
+    def poll(self, timeout_seconds):
+        arrived = list(self.inbox)
+        self.inbox.clear()
+        return arrived
+
+    def of(self, kind):
+        return [packet for packet in self.sent if packet.kind == kind]
+
+    def grant(self, *leases):
+        fields = {"leases": [lease_fields(lease) for lease in leases]}
+        self.inbox.append(Packet(kind="leases", fields=fields))
+
+
+class FakeReceiver:
+    def __init__(self) -> None:
+        self.waiting: int | None = None
+        self.proofs: list[tuple[int, int]] = []
+        self.busy: list[bool] = []
+
+    def staged(self):
+        return None if self.waiting is None else (self.waiting, [])
+
+    def loaded(self, version, stall_seconds, canaries):
+        self.proofs.append((version, len(canaries)))
+        self.waiting = None
+
+    def set_busy(self, busy):
+        self.busy.append(busy)
+
+    def check(self):
+        pass
+
+
+class Stage:
+    """One actor loop with everything around it."""
+
+    def __init__(self, use="reward_functions:vowels", steps=3, **rooms) -> None:
+        config = from_mapping(
+            {"actor": {"concurrency": 4}, "data": {"max_prompt_tokens": 40}, **rooms}
+        )
+        self.engine, self.client, self.receiver = FakeEngine(steps), FakeClient(), FakeReceiver()
+        self.time = 0.0
+        judge = InlineJudge(RewardSettings.model_validate({"functions": [{"use": use}]}))
+        self.loop = ActorLoop(
+            "actor-0",
+            config,
+            engine=self.engine,
+            tokenizer=FakeTokenizer(),
+            vocab_size=100,
+            client=self.client,
+            receiver=self.receiver,
+            judge=judge,
+            clock=lambda: self.time,
+        )
+        self.client.inbox.append(Packet(kind="welcome", fields={"credit": 2}))
+
+    def tick(self, count=1):
+        for _ in range(count):
+            self.time += 0.1
+            self.loop.tick(0.0)
+
+    def with_version(self, version):
+        self.receiver.waiting = version
+        self.tick(2)
+        return self
+
+
+def test_nothing_is_asked_for_before_the_first_weights_are_live():
+    stage = Stage()
+    stage.tick(3)
+    assert stage.client.of("lease") == []
+    stage.with_version(0)
+    assert [p.fields for p in stage.client.of("lease")] == [{"version": 0, "max": 4}]
+    assert stage.receiver.proofs == [(0, NUM_CANARIES)]
+
+
+def test_a_swap_between_two_steps_leaves_both_versions_in_one_completion():
+    stage = Stage().with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick()
+    stage.receiver.waiting = 1
+    stage.tick(2)
+    (packet,) = stage.client.of("put")
+    (group,) = groups_from(packet)
+    assert [c.versions.tolist() for c in group.completions] == [[0, 1, 1]] * 2
+    assert stage.receiver.proofs[-1] == (1, NUM_CANARIES)
+
+
+def test_free_places_are_asked_for_while_others_are_still_generating():
+    stage = Stage(steps=10).with_version(0)
+    stage.client.grant(make_lease(1), make_lease(2))
+    stage.tick(2)
+    assert [p.fields["max"] for p in stage.client.of("lease")] == [4, 2]
+
+
+def test_unacknowledged_groups_never_exceed_the_credit():
+    stage = Stage().with_version(0)
+    stage.client.grant(*(make_lease(i) for i in range(4)))
+    stage.tick(5)
+    assert len(stage.client.of("put")) == 2
+    first = stage.client.sent.index(stage.client.of("put")[0]) + 1
+    stage.client.inbox.append(Packet(kind="stored", request_id=first))
+    stage.tick()
+    assert len(stage.client.of("put")) == 3
+
+
+def test_no_new_work_is_taken_while_too_much_waits_for_credit():
+    stage = Stage(actor={"concurrency": 12}).with_version(0)
+    stage.client.grant(*(make_lease(i) for i in range(12)))
+    stage.tick(5)
+    asked = len(stage.client.of("lease"))
+    stage.client.grant()
+    stage.tick(3)
+    assert len(stage.client.of("lease")) == asked
+
+
+def test_an_overlong_prompt_fails_with_its_reason_and_is_not_retried():
+    stage = Stage(data={"max_prompt_tokens": 5}).with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick()
+    (failed,) = stage.client.of("fail")
+    assert failed.fields == {"lease_id": "t1", "reason": "prompt_too_long", "retry": False}
+
+
+def test_an_evaluation_waits_for_its_version_and_keeps_it_until_done():
+    stage = Stage().with_version(0)
+    lease = make_lease(5, group_size=1, purpose="eval")
+    fields = {**lease_fields(lease), "version": 1}
+    pushed = Packet(kind="evaluate", fields={"version": 1, "leases": [fields]})
+    stage.client.inbox.append(pushed)
+    stage.tick()
+    assert stage.client.of("accept") == []
+    stage.receiver.waiting = 1
+    stage.tick()
+    assert stage.client.of("accept")[0].fields == {"lease_ids": ["e5"], "refused": []}
+    stage.receiver.waiting = 2
+    stage.tick()
+    assert stage.engine.version == 1
+    stage.tick(4)
+    assert stage.receiver.busy == [True, False]
+    (group,) = groups_from(stage.client.of("put")[0])
+    assert {int(v) for c in group.completions for v in c.versions} == {1}
+    assert stage.engine.version == 2
+
+
+def test_an_evaluation_of_a_version_that_has_passed_is_refused():
+    stage = Stage().with_version(3)
+    lease = make_lease(5, group_size=1, purpose="eval")
+    fields = {"version": 0, "leases": [lease_fields(lease)]}
+    stage.client.inbox.append(Packet(kind="evaluate", fields=fields))
+    stage.tick()
+    assert stage.client.of("accept")[0].fields == {"lease_ids": ["e5"], "refused": ["e5"]}
+    assert stage.receiver.busy == []
+
+
+def test_a_reward_function_that_always_breaks_its_contract_ends_the_actor():
+    stage = Stage("reward_functions:raises", actor={"concurrency": 20}).with_version(0)
+    stage.client.grant(*(make_lease(i) for i in range(MAX_CONTRACT_FAILURES)))
+    with pytest.raises(RewardError, match="raises"):
+        stage.tick(5)
+    assert len(stage.client.of("fail")) == MAX_CONTRACT_FAILURES - 1
+
+
+def test_status_is_sent_once_a_second_with_what_was_generated():
+    stage = Stage().with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick(30)
+    last = stage.client.of("status")[-1].fields
+    assert last["tokens_generated"] == 6
+    assert last["groups_generated"] == 1
+    assert len(stage.client.of("status")) <= 4

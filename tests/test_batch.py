@@ -1,0 +1,228 @@
+"""Packing: every completion token stands once, on its target, with its own numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import make_lease
+
+from asyncgrpo.errors import StalenessError
+from asyncgrpo.learner.batch import Batch, PackReport, pack
+from asyncgrpo.types import Completion, Group, Shard
+
+STEP = 9
+
+
+def completion(
+    tokens: list[int], versions: list[int] | int = STEP, logprobs: list[float] | None = None
+) -> Completion:
+    spread = [versions] * len(tokens) if isinstance(versions, int) else versions
+    return Completion(
+        token_ids=np.array(tokens, np.int32),
+        behavior_logprobs=np.array(logprobs or [-0.1 * t for t in tokens], np.float32),
+        versions=np.array(spread, np.int32),
+        finish_reason="stop",
+    )
+
+
+def group(
+    number: int, prompt: list[int], completions: list[Completion], rewards: list[float]
+) -> Group:
+    scores = np.array(rewards, np.float32)
+    return Group(
+        lease=make_lease(number, group_size=len(completions)),
+        prompt_token_ids=np.array(prompt, np.int32),
+        completions=tuple(completions),
+        rewards=scores,
+        reward_parts={"task": scores},
+        actor="actor-0",
+    )
+
+
+def shard(*groups: Group) -> Shard:
+    return Shard(
+        step=STEP,
+        groups=groups,
+        num_loss_tokens_global=sum(g.num_tokens for g in groups),
+        num_completions_global=sum(len(g.completions) for g in groups),
+    )
+
+
+def packed(batch_of: Shard, **changes: Any) -> tuple[tuple[Batch, ...], PackReport]:
+    settings: dict[str, Any] = {
+        "advantage": "dr_grpo",
+        "advantage_eps": 1e-4,
+        "max_tokens": 1000,
+        "max_staleness": 4,
+        "staleness_action": "drop",
+    }
+    return pack(batch_of, **{**settings, **changes})
+
+
+def random_shard(seed: int, longest: int = 12) -> Shard:
+    """Token ids are unique over the whole shard, so that each can be looked up by itself."""
+    random = np.random.default_rng(seed)
+    next_token = 1
+
+    def tokens(count: int) -> list[int]:
+        nonlocal next_token
+        next_token += count
+        return list(range(next_token - count, next_token))
+
+    groups = []
+    for number in range(int(random.integers(1, 6))):
+        prompt = tokens(int(random.integers(1, 6)))
+        completions = []
+        for _ in range(4):
+            length = int(random.integers(0, longest + 1))
+            versions = np.sort(random.integers(STEP - 4, STEP + 1, length)).tolist()
+            completions.append(
+                completion(tokens(length), versions, (-random.random(length)).tolist())
+            )
+        groups.append(group(number, prompt, completions, random.normal(size=4).tolist()))
+    return shard(*groups)
+
+
+def expected_tokens(batch_of: Shard) -> dict[int, tuple[int, int, float, float, int]]:
+    """token -> (token before it, position of that one, log-prob, advantage, staleness)."""
+    table = {}
+    for one in batch_of.groups:
+        mean = sum(one.rewards.tolist()) / len(one.rewards)
+        for made, reward in zip(one.completions, one.rewards.tolist(), strict=True):
+            line = [*one.prompt_token_ids.tolist(), *made.token_ids.tolist()]
+            for t, token in enumerate(made.token_ids.tolist()):
+                place = len(one.prompt_token_ids) + t
+                age = batch_of.step - int(made.versions[t])
+                logprob = float(made.behavior_logprobs[t])
+                table[token] = (line[place - 1], place - 1, logprob, reward - mean, age)
+    return table
+
+
+def test_the_example_of_the_docstring_holds() -> None:
+    one = completion([4, 5], STEP - 2, [-0.1, -0.3])
+    other = completion([6], STEP)
+    (batch,), report = packed(shard(group(1, [7, 8, 9], [one, other], [1.4, 0.0])))
+    assert batch.cu_seqlens.tolist() == [0, 3, 7]
+    assert batch.sequence_ids.tolist() == [0] * 3 + [1] * 4
+    assert batch.input_ids[3:].tolist() == [7, 8, 9, 4]
+    assert batch.target_ids[3:].tolist() == [8, 9, 4, 5]
+    assert batch.position_ids[3:].tolist() == [0, 1, 2, 3]
+    assert batch.loss_mask[3:].tolist() == [False, False, True, True]
+    assert batch.behavior_logprobs[3:] == pytest.approx([0, 0, -0.1, -0.3])
+    assert batch.advantages == pytest.approx([0, 0, -0.7, 0, 0, 0.7, 0.7])
+    assert batch.staleness.tolist() == [0, 0, 0, 0, 0, 2, 2]
+    assert report.num_loss_tokens == 3
+
+
+@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("max_tokens", [17, 40, 1000])
+def test_every_completion_token_is_scored_once_with_its_own_numbers(
+    seed: int, max_tokens: int
+) -> None:
+    batch_of = random_shard(seed)
+    batches, report = packed(batch_of, max_tokens=max_tokens)
+    found: dict[int, tuple[int, int, float, float, int]] = {}
+    for batch in batches:
+        for s in np.flatnonzero(batch.loss_mask):
+            token = int(batch.target_ids[s])
+            assert token not in found
+            found[token] = (
+                int(batch.input_ids[s]),
+                int(batch.position_ids[s]),
+                float(batch.behavior_logprobs[s]),
+                float(batch.advantages[s]),
+                int(batch.staleness[s]),
+            )
+    expected = expected_tokens(batch_of)
+    assert found.keys() == expected.keys()
+    for token, values in expected.items():
+        assert found[token] == pytest.approx(values, abs=1e-6)
+    assert report.num_loss_tokens == batch_of.num_loss_tokens_global
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_micro_batches_are_full_sorted_and_consistent(seed: int) -> None:
+    batches, _ = packed(random_shard(seed), max_tokens=30)
+    lengths = [length for batch in batches for length in np.diff(batch.cu_seqlens).tolist()]
+    assert lengths == sorted(lengths)
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        size = len(batch.input_ids)
+        assert size <= 30
+        assert following is None or size + int(following.cu_seqlens[1]) > 30
+        for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
+            assert batch.position_ids[start:end].tolist() == list(range(end - start))
+            assert batch.target_ids[start : end - 1].tolist() == (
+                batch.input_ids[start + 1 : end].tolist()
+            )
+        for name in ("behavior_logprobs", "advantages", "staleness"):
+            assert not getattr(batch, name)[~batch.loss_mask].any()
+        wide = {batch.input_ids.dtype, batch.target_ids.dtype, batch.position_ids.dtype}
+        assert wide == {np.dtype(np.int64)}
+        assert {batch.behavior_logprobs.dtype, batch.advantages.dtype} == {np.dtype(np.float32)}
+        assert {batch.staleness.dtype, batch.cu_seqlens.dtype} == {np.dtype(np.int32)}
+
+
+def test_packing_twice_gives_the_same() -> None:
+    one, _ = packed(random_shard(3), max_tokens=30)
+    other, _ = packed(random_shard(3), max_tokens=30)
+    for mine, yours in zip(one, other, strict=True):
+        for name in Batch.__slots__:
+            np.testing.assert_array_equal(getattr(mine, name), getattr(yours, name))
+
+
+def test_a_token_past_the_bound_is_refused_with_group_version_step_and_bound() -> None:
+    old = group(17, [7], [completion([4, 5], [STEP - 5, STEP]), completion([6])], [1.0, 0.0])
+    with pytest.raises(StalenessError, match=r"group t17 .* version 4 at step 9.*max_staleness=4"):
+        packed(shard(old))
+
+
+def test_a_token_at_the_bound_is_trained() -> None:
+    old = group(17, [7], [completion([4, 5], [STEP - 4, STEP]), completion([6])], [1.0, 0.0])
+    (batch,), _ = packed(shard(old))
+    assert int(batch.staleness.max()) == 4
+
+
+def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> None:
+    versions = [STEP - 6, STEP - 5, STEP - 4, STEP]
+    old = group(1, [7], [completion([1, 2, 3, 4], versions), completion([6])], [1.0, 0.0])
+    (batch,), report = packed(shard(old), staleness_action="mask")
+    assert batch.target_ids[batch.loss_mask].tolist() == [6, 3, 4]
+    assert batch.staleness.tolist() == [0, 0, 0, 4, 0]
+    assert report == PackReport(
+        num_loss_tokens=3, num_masked_stale=2, num_masked_nonfinite=0, num_nonfinite_sequences=0
+    )
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("-inf"), float("inf")])
+def test_a_completion_with_a_nonfinite_logprob_leaves_the_loss_whole(poison: float) -> None:
+    bad = completion([1, 2, 3], STEP, [-0.1, poison, -0.1])
+    (batch,), report = packed(shard(group(1, [7], [bad, completion([6])], [1.0, 0.0])))
+    assert batch.target_ids[batch.loss_mask].tolist() == [6]
+    assert np.isfinite(batch.behavior_logprobs).all()
+    assert report == PackReport(
+        num_loss_tokens=1, num_masked_stale=0, num_masked_nonfinite=3, num_nonfinite_sequences=1
+    )
+
+
+def test_the_reward_of_an_empty_completion_still_counts_in_the_group_mean() -> None:
+    (batch,), _ = packed(shard(group(1, [7, 8], [completion([]), completion([6])], [1.0, 0.0])))
+    assert batch.target_ids.tolist() == [8, 6]
+    assert batch.advantages == pytest.approx([0.0, -0.5])
+
+
+@pytest.mark.parametrize("groups", [(), (group(1, [7], [completion([]), completion([])], [1, 0]),)])
+def test_a_shard_without_tokens_gives_one_micro_batch_with_an_empty_mask(
+    groups: tuple[Group, ...],
+) -> None:
+    (batch,), report = packed(shard(*groups))
+    assert len(batch.input_ids) == 1
+    assert not batch.loss_mask.any()
+    assert report.num_loss_tokens == 0
+
+
+def test_a_sequence_longer_than_a_micro_batch_gets_one_of_its_own() -> None:
+    long = completion(list(range(1, 41)))
+    batches, _ = packed(shard(group(1, [7], [long, completion([6])], [1.0, 0.0])), max_tokens=16)
+    assert [len(batch.input_ids) for batch in batches] == [1, 40]

@@ -1,0 +1,102 @@
+"""Reward workers: slow, dying and broken reward functions harm only their own group."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from fakes import make_prompt
+
+from asyncgrpo.actor.judge import InlineJudge, Job, JudgePool
+from asyncgrpo.config import RewardSettings
+
+
+def settings(use: str, **changes) -> RewardSettings:
+    return RewardSettings.model_validate({"functions": [{"use": use}], **changes})
+
+
+def job(number: int, *texts: str) -> Job:
+    return Job(lease_id=f"t{number}", prompt=make_prompt(number), texts=texts or ("a", "b"))
+
+
+def collect(judge, count, seconds=30.0):
+    """Verdicts by lease id; fails when they do not come in time."""
+    verdicts, end = {}, time.monotonic() + seconds
+    while len(verdicts) < count:
+        assert time.monotonic() < end, f"only {sorted(verdicts)} came back"
+        for verdict in judge.done():
+            verdicts[verdict.lease_id] = verdict
+    return verdicts
+
+
+@pytest.fixture()
+def pool():
+    pools = []
+
+    def start(use, **changes):
+        pools.append(JudgePool(settings(use, **changes)))
+        return pools[-1]
+
+    yield start
+    for started in pools:
+        started.close()
+
+
+def test_groups_are_scored_in_other_processes_like_inline(pool):
+    workers, inline = (
+        pool("reward_functions:vowels", workers=2),
+        InlineJudge(settings("reward_functions:vowels")),
+    )
+    jobs = [job(i, "aeiou" * i, "xyz") for i in range(6)]
+    for each in jobs:
+        workers.submit(each)
+        inline.submit(each)
+    expected = {v.lease_id: v.scores.rewards.tolist() for v in inline.done()}
+    assert {n: v.scores.rewards.tolist() for n, v in collect(workers, 6).items()} == expected
+
+
+def test_asking_for_verdicts_never_waits_for_a_slow_function(pool):
+    workers = pool("reward_functions:sleepy", timeout_seconds=30)
+    workers.submit(job(1, "sleep"))
+    start = time.monotonic()
+    for _ in range(100):
+        assert workers.done() == []
+    assert time.monotonic() - start < 1.0
+
+
+def test_a_function_that_hangs_costs_its_group_only(pool):
+    workers = pool("reward_functions:sleepy", timeout_seconds=2.0)
+    workers.submit(job(1, "sleep"))
+    workers.submit(job(2, "fine"))
+    verdicts = collect(workers, 2)
+    assert verdicts["t1"].scores is None
+    assert "reward.timeout_seconds=2" in verdicts["t1"].error
+    assert verdicts["t2"].scores.rewards.tolist() == [1.0]
+
+
+def test_a_worker_that_dies_is_replaced_and_its_group_fails_after_a_second_try(pool):
+    workers = pool("reward_functions:deadly")
+    workers.submit(job(1, "die"))
+    workers.submit(job(2, "live"))
+    verdicts = collect(workers, 2)
+    assert verdicts["t1"].error == "the reward worker died"
+    assert not verdicts["t1"].contract
+    assert verdicts["t2"].scores.rewards.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        ("reward_functions:raises", "KeyError"),
+        ("reward_functions:too_few", "1"),
+        ("reward_functions:not_finite", "nan"),
+    ],
+)
+def test_a_broken_contract_is_a_verdict_that_says_what_is_wrong(use, said):
+    judge = InlineJudge(settings(use))
+    judge.submit(job(1))
+    (verdict,) = judge.done()
+    assert verdict.scores is None
+    assert verdict.contract
+    assert said in verdict.error
+    assert use.split(":")[1] in verdict.error
