@@ -14,7 +14,7 @@ Advantage = Callable[[Float32, float], Float32]  # (rewards [G], eps) -> advanta
 def grpo(rewards: Float32, eps: float) -> Float32:
     """A_i = (R_i - mean R) / (std R + eps), std with G - 1 degrees of freedom.
 
-    DeepSeekMath, arXiv 2402.03300, section 4.1. rewards float32 [G] -> float32 [G].
+    DeepSeekMath, arXiv 2402.03300. rewards float32 [G] -> float32 [G].
     """
     if _is_uniform(rewards):
         return np.zeros(len(rewards), np.float32)
@@ -26,7 +26,7 @@ def grpo(rewards: Float32, eps: float) -> Float32:
 def dr_grpo(rewards: Float32, eps: float) -> Float32:
     """A_i = R_i - mean R (eps is not used).
 
-    Dr. GRPO, arXiv 2503.20783, section 3.2. rewards float32 [G] -> float32 [G].
+    Dr. GRPO, arXiv 2503.20783. rewards float32 [G] -> float32 [G].
     """
     if _is_uniform(rewards):
         return np.zeros(len(rewards), np.float32)

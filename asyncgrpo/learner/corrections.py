@@ -38,8 +38,8 @@ def safe_exp(log_ratio: Tensor) -> Tensor:
 def decoupled(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     """weight = sg(min(w, cap)) with w = p / mu, for a loss clipped on pi / p.
 
-    Decoupled PPO objective: Hilton et al., arXiv 2110.00641, equation 3; asynchronous, AReaL,
-    arXiv 2505.24298, equation 5. Truncation of w bounds its variance (algo.correction_cap).
+    Decoupled PPO objective of Hilton et al., arXiv 2110.00641, used asynchronously by AReaL, arXiv
+    2505.24298. Truncation of w at algo.correction_cap bounds its variance.
     """
     ratio = safe_exp(inputs.proximal_logprobs - inputs.behavior_logprobs).detach()
     cap = algo.correction_cap

@@ -88,8 +88,8 @@ def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
 def ppo_clip(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     """loss = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A).
 
-    PPO, arXiv 1707.06347, equation 7, with the two clips apart as in DAPO, arXiv 2503.14476,
-    equation 10.
+    PPO, arXiv 1707.06347, equation 7, with the two clips apart as in DAPO, arXiv 2503.14476
+    (clip-higher).
     """
     low, high = 1.0 - algo.clip_low, 1.0 + algo.clip_high
     ratio = safe_exp(inputs.logprobs - inputs.proximal_logprobs)
@@ -113,7 +113,7 @@ def policy_loss(
 ) -> LossOutput:
     """Token mean over the global batch: sum(mask * weight * loss) / num_loss_tokens_global.
 
-    Aggregation of DAPO, arXiv 2503.14476, equation 8. Losses of all micro-batches and ranks add
+    Token-level aggregation of DAPO, arXiv 2503.14476. Losses of all micro-batches and ranks add
     up to the loss of the step, and so do their gradients: DistributedDataParallel averages
     gradients over ranks, so multiply by the number of ranks before backward().
     """

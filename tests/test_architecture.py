@@ -1,0 +1,146 @@
+"""Imports go down the floors only, and heavy packages stay out of the light rooms."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "asyncgrpo"
+FLOORS = {
+    5: ("cli", "trainer", "serial", "launch"),
+    4: (
+        "actor.loop",
+        "actor.process",
+        "actor.judge",
+        "buffer.server",
+        "learner.loop",
+        "learner.process",
+        "learner.update",
+        "observe.recorder",
+        "observe.progress",
+        "weights.sender",
+        "weights.receiver",
+    ),
+    3: (
+        "wire.sockets",
+        "actor.vllm_engine",
+        "actor.toy_engine",
+        "learner.model",
+        "weights.flat",
+        "weights.local",
+        "weights.collective",
+        "observe.exporter",
+        "data.tiny",
+        "data.warmstart",
+    ),
+    2: (
+        "data",
+        "rewards",
+        "wire.codec",
+        "buffer",
+        "learner",
+        "weights",
+        "evaluate",
+        "rundir",
+        "observe",
+    ),
+    1: ("config", "protocols", "observe.metrics"),
+    0: ("errors", "types"),
+}
+STRANGERS = ("actor", "buffer", "learner")
+HEAVY = {
+    "torch": ("learner", "weights", "actor.toy_engine", "actor.vllm_engine", "data.tiny"),
+    "vllm": ("actor.vllm_engine",),
+    "transformers": ("learner", "data.tiny"),
+    "zmq": ("wire.sockets",),
+}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def floor(module: str) -> int:
+    """The floor of the longest matching name."""
+    matches = [
+        (len(name), number)
+        for number, names in FLOORS.items()
+        for name in names
+        if module == name or module.startswith(name + ".")
+    ]
+    return max(matches)[1]
+
+
+def imports(path: Path, *, at_import: bool) -> set[str]:
+    """Modules that a file imports; at_import: only those that importing it really loads."""
+    tree = ast.parse(path.read_text())
+    found, pending = set(), list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        pending += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    stripped = {name.removeprefix("asyncgrpo.") for name in names if name.startswith("asyncgrpo.")}
+    return {name for name in stripped if name in MODULES}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name))
+def test_imports_go_down_only(module):
+    for other in own(imports(MODULES[module], at_import=True)):
+        if other.split(".")[0] == module.split(".")[0] or not floor(module):
+            continue  # within one room
+        assert floor(other) <= floor(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if name))
+def test_actor_buffer_and_learner_never_import_each_other(module):
+    room = module.split(".")[0]
+    others = {other.split(".")[0] for other in own(imports(MODULES[module], at_import=False))}
+    if room in STRANGERS:
+        assert not others & (set(STRANGERS) - {room})
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_heavy_packages_stay_in_their_rooms(package):
+    for module, path in MODULES.items():
+        if module == "data.warmstart" or module.startswith(HEAVY[package]):
+            continue
+        loaded = {name.split(".")[0] for name in imports(path, at_import=True)}
+        assert package not in loaded, f"{module} loads {package}"
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["cli", "buffer.server", "launch.session", "wire.sockets"])
+def test_light_processes_never_load_torch(module):
+    assert not {"torch", "transformers", "vllm"} & loaded_by(f"import asyncgrpo.{module}")
+
+
+def test_help_answers_in_half_a_second():
+    command = [sys.executable, "-m", "asyncgrpo.cli", "--help"]
+    seconds = []
+    for _ in range(5):  # the best of five: other processes may hold the cores
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5

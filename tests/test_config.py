@@ -1,0 +1,103 @@
+"""Settings: what is wrong is named with its value, what is allowed, and what to change."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from asyncgrpo.config import ALIASES, Config, from_mapping, load_config
+from asyncgrpo.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+WRONG = {
+    "learner.lrr=1": ["unknown setting learner.lrr", "did you mean learner.lr?"],
+    "buffer.lr=1": ["unknown setting buffer.lr", "did you mean learner.lr?"],
+    "leaner.lr=1": ["unknown setting leaner", "did you mean learner?"],
+    "data.tasks.modulos=3": ["unknown setting data.tasks.modulos", "data.tasks.modulus?"],
+    "reward.functions=[{use='task', wieght=2}]": ["wieght", "did you mean", "weight?"],
+    "learner.lr=fast": ["learner.lr='fast'", "valid number"],
+    "launch.actors=0": ["launch.actors=0", "greater than or equal to 1"],
+    "launch.actors=two": ["launch.actors='two'", "valid integer"],
+    "buffer.max_staleness=-1": ["buffer.max_staleness=-1", "greater than or equal to 0"],
+    "actor.engine=sglang": ["actor.engine='sglang'", "'vllm' or 'toy'"],
+    "algo.group_size=1": ["algo.group_size=1", "must be >= 2", "set algo.group_size"],
+    "buffer.completions_per_step=30": ["completions_per_step=30", "group_size=8", "24 or 32"],
+    "weights.publish_every=6": ["publish_every=6", "max_staleness + 1 = 5", "deadlock"],
+    "launch.learners=17": ["groups_per_step=16", "launch.learners=17", "at least one group"],
+    "learner.max_tokens_per_microbatch=20": ["=20", "256 + 16 = 272"],
+    "data.tasks.sequence_min=9": ["sequence_min=9", "sequence_max=6"],
+    "reward.functions=[{use='task'}, {use='task'}]": ["two are called 'task'", "`name`"],
+    "launch.metrics_port=99999": ["launch.metrics_port=99999", "65535"],
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_settings_are_refused_with_value_limit_and_remedy(override):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    for part in WRONG[override]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["learner.lr", "=3", ""])
+def test_an_override_without_key_or_value_is_refused(text):
+    with pytest.raises(ConfigError, match="must look like room.key=value"):
+        load_config(None, [text])
+
+
+def test_overrides_are_toml_values_and_bare_words_are_text():
+    config = load_config(None, ["learner.lr=1e-4", "actor.engine=toy", "learner.betas=[0.8, 0.9]"])
+    assert (config.learner.lr, config.actor.engine, config.learner.betas) == (
+        1e-4,
+        "toy",
+        (0.8, 0.9),
+    )
+
+
+def test_a_batch_may_be_given_in_completions():
+    config = load_config(None, ["buffer.completions_per_step=64", "algo.group_size=4"])
+    assert config.buffer.groups_per_step == 16
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_names_of_other_trainers_are_taken_with_a_notice(alias, caplog):
+    room, key = ALIASES[alias].split(".")
+    value = {"clip_low": 0.1, "clip_high": 0.5, "schedule": "linear"}.get(key, 512)
+    with caplog.at_level(logging.WARNING):
+        config = from_mapping({"algo": {alias: value}})
+    assert getattr(getattr(config, room), key) == value
+    assert ALIASES[alias] in caplog.text
+
+
+def test_an_alias_beside_its_own_name_is_refused():
+    with pytest.raises(ConfigError, match="means algo.group_size, which is set too"):
+        from_mapping({"algo": {"num_generations": 4, "group_size": 8}})
+
+
+def test_a_missing_config_file_names_its_neighbours(tmp_path):
+    (tmp_path / "mine.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"nine.toml does not exist; there are: .*mine.toml"):
+        load_config(tmp_path / "nine.toml")
+
+
+def test_broken_toml_is_refused_with_its_line(tmp_path):
+    (tmp_path / "bad.toml").write_text("[learner]\nlr = \n")
+    with pytest.raises(ConfigError, match="line 2"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_the_resolved_dump_gives_the_same_settings_again():
+    config = load_config(None, ["buffer.completions_per_step=64", "learner.betas=[0.8, 0.9]"])
+    assert from_mapping(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    assert isinstance(load_config(path), Config)
+
+
+def test_there_are_shipped_configs():
+    assert "tiny" in [path.stem for path in CONFIGS]
