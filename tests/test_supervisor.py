@@ -40,6 +40,7 @@ class Run:
     def __init__(self, folder: Path, grace: float = 5.0, restarts: int = 0, **codes: str) -> None:
         self.shown: list[tuple[str, str]] = []
         self.on_ready: Callable[[], object] = lambda: None
+        self.on_stopping: Callable[[], object] = lambda: None
         (folder / "logs").mkdir()
         specs = tuple(make_spec(folder, name.replace("_", "-"), codes[name]) for name in codes)
         endpoints = Endpoints(buffer="", weights="", store=("", 0))
@@ -55,6 +56,8 @@ class Run:
 
     def _note(self, name: str, line: str) -> None:
         self.shown.append((name, line))
+        if "stopping; again" in line:
+            self.on_stopping()
         self._num_ready += line == "ready"
         if line == "ready" and self._num_ready == self._num_wanted:
             self.on_ready()
@@ -166,6 +169,15 @@ def test_a_second_signal_does_not_wait_for_the_grace(tmp_path: Path) -> None:
     again = threading.Thread(target=interrupt_again)
     assert run.supervisor.run() == 130
     again.join()
+    run.assert_nothing_left()
+
+
+def test_a_second_signal_right_after_the_answer_to_the_first_counts(tmp_path: Path) -> None:
+    run = Run(tmp_path, grace=60.0, buffer=STUBBORN, learner=STUBBORN)
+    run.signal_when_ready(signal.SIGINT)
+    run.on_stopping = lambda: os.kill(os.getpid(), signal.SIGINT)
+    assert run.supervisor.run() == 130
+    assert run.said("killed learner: it did not end at once")
     run.assert_nothing_left()
 
 

@@ -34,7 +34,7 @@ class Recipe:
     initial_std: float = 0.02
     skill_steps: int = 896
     careless_steps: int = 64
-    careless_share: float = 0.62  # of demonstrations in the careless phase
+    careless_share: float = 0.65  # of demonstrations in the careless phase
     batch_size: int = 64  # demonstrations
     batches_per_bucket: int = 8  # drawn together, sorted by length, cut: little padding
     muon_lr: float = 0.03  # hidden matrices

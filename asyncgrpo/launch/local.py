@@ -56,6 +56,7 @@ class Supervisor:
         self._on_line, self._on_tick = on_line, on_tick
         self._callback_error: Exception | None = None
         self._signals: list[int] = []
+        self._num_heeded = 0  # signals that the stop answers; one more means "kill now"
         self._restart_at: dict[str, float] = {}
         self._early_deadline: dict[str, float] = {}
 
@@ -90,6 +91,7 @@ class Supervisor:
             self._call(self._on_tick)
             self._raise_callback_error()
             if self._signals:
+                self._num_heeded = len(self._signals)
                 self._say(f"{signal.Signals(self._signals[0]).name}: stopping; again = kill now")
                 return EXIT_INTERRUPTED
             if self._handle_exits():
@@ -148,27 +150,28 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Ends all that is left, in order. Nothing a callback does can keep it from that."""
-        signals_before = len(self._signals)
         for roles in STOP_ORDER:
             stage = [c for role in roles for c in self._children if c.spec.role == role]
-            self._stop_stage(stage, signals_before)
+            self._stop_stage(stage)
         if strays := kill_strays(self.run_id):
             self._say(f"killed processes that the roles left behind: {strays}")
         self._forward_lines(at_end=True)
         self._say("all processes have ended")
 
-    def _stop_stage(self, stage: Sequence[Child], signals_before: int) -> None:
+    def _stop_stage(self, stage: Sequence[Child]) -> None:
         for child in stage:
             child.terminate()
         deadline = time.monotonic() + self._grace_seconds
         while left := [child for child in stage if child.running and child.poll() is None]:
-            if time.monotonic() > deadline or len(self._signals) > signals_before:
+            if time.monotonic() > deadline or len(self._signals) > self._num_heeded:
                 break
             self._forward_lines()
             time.sleep(POLL_SECONDS)
+        hurried = len(self._signals) > self._num_heeded
+        patience = "at once" if hurried else f"within {self._grace_seconds:g} s"
         for child in left:
             child.kill()
-            self._say(f"killed {child.spec.name}: it did not end within {self._grace_seconds:g} s")
+            self._say(f"killed {child.spec.name}: it did not end {patience}")
 
     def _forward_lines(self, *, at_end: bool = False) -> None:
         for child in self._children:

@@ -1,0 +1,300 @@
+"""Whole runs from the command line: what is written, what is left behind after each kind of end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.observe.metrics import METRICS
+
+SECONDS = 240
+SMALL = [
+    "run.max_steps=6",
+    "data.max_prompt_tokens=32",
+    "sampling.max_completion_tokens=8",
+    'reward.functions=[{use="reward_functions:vowels"}]',
+    "algo.drop_uniform_groups=false",
+    "algo.group_size=4",
+    "buffer.groups_per_step=4",
+    "buffer.max_staleness=2",
+    "actor.concurrency=8",
+    "eval.num_prompts=12",
+    "eval.every=3",
+    "launch.grace_seconds=3",
+]
+
+
+class Launch:
+    """An `asyncgrpo launch` of ours, in its own folder."""
+
+    def __init__(self, base: Path, model: Path, *overrides: str, engine: str = "toy") -> None:
+        self.run_dir = base / "run"
+        self.out = base / "out.txt"
+        settings = [*SMALL, f"actor.engine={engine}", f"model.path={model}", *overrides]
+        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--run-dir", str(self.run_dir)]
+        command += [part for setting in settings for part in ("--set", setting)]
+        with self.out.open("w") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent
+            )
+
+    def text(self) -> str:
+        return self.out.read_text()
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running:\n{self.text()[-4000:]}") from None
+
+    def rows(self) -> list[dict]:
+        path = self.run_dir / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that names our run directory in its command line, and its children."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = str(self.run_dir) in " ".join(process.cmdline())
+                if ours and process.pid != self.process.pid:
+                    found += [process, *process.children(recursive=True)]
+            except psutil.Error:
+                continue
+        return found
+
+    def find(self, *words: str) -> psutil.Process:
+        """The one process whose command line holds all the words."""
+        for process in self.processes():
+            line = process.cmdline()
+            if process.is_running() and all(word in line for word in words):
+                return process
+        raise AssertionError(f"no process {words} in {[p.cmdline() for p in self.processes()]}")
+
+    def until(self, done: Callable[[], object], what: str) -> None:
+        end = time.monotonic() + SECONDS
+        while not done():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.text()[-4000:]}"
+            assert time.monotonic() < end, f"never {what}:\n{self.text()[-4000:]}"
+            time.sleep(0.05)
+
+    def until_training(self) -> list[psutil.Process]:
+        self.until(lambda: len(self.rows()) >= 2, "trained")
+        return self.processes()
+
+    def assert_nothing_left(self, started: list[psutil.Process]) -> None:
+        _, alive = psutil.wait_procs(started, timeout=20)
+        assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return build_untrained(tmp_path_factory.mktemp("model") / "untrained", True, 5)
+
+
+@pytest.fixture()
+def launch(tmp_path, model):
+    started: list[Launch] = []
+
+    def start(*overrides: str, engine: str = "toy") -> Launch:
+        started.append(Launch(tmp_path, model, *overrides, engine=engine))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.process.send_signal(signal.SIGTERM)
+            each.wait()
+
+
+def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["run"]["max_steps"] == steps
+    assert "torch" in json.dumps(json.loads((run_dir / "env.json").read_text()))
+    for role in ("buffer", "learner", "actor-0", "actor-1"):
+        assert (run_dir / "logs" / f"{role}.log").is_file()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all(name in METRICS for row in rows for name in row)
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(steps))
+    assert {row["eval/version"] for row in rows if "eval/version" in row} >= {0, steps}
+    for step, row in enumerate(trained):
+        lines = (run_dir / f"trajectories/step_{step}.jsonl").read_text().splitlines()
+        completions = [json.loads(line) for line in lines]
+        assert len(completions) == 16
+        assert max(c["staleness"] for c in completions) == row["staleness/max"] <= max_staleness
+        assert sum(c["num_tokens"] for c in completions) == row["tokens_trained"]
+        assert all(step - c["versions"][0][0] == c["staleness"] for c in completions)
+        assert all(sum(n for _, n in c["versions"]) == c["num_tokens"] for c in completions)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["after"]["num_answered"] == summary["before"]["num_answered"] == 12
+    assert summary["leases"]["leases_trained"] == 4 * steps
+
+
+def check_model(folder: Path, start: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    first = AutoModelForCausalLM.from_pretrained(start)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Compute: 1 + 2"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
+    )
+    with torch.no_grad():
+        assert not torch.equal(trained(ids).logits, first(ids).logits)
+
+
+@pytest.mark.engine
+def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch, model):
+    run = launch("launch.max_actor_restarts=1", engine="vllm")
+    started = run.until_training()
+    assert run.wait() == 0, run.text()[-4000:]
+    run.assert_nothing_left(started)
+    check_run_directory(run.run_dir, steps=6, max_staleness=2)
+    check_model(run.run_dir / "model", model)
+    assert "held-out accuracy, 12 prompts" in run.text()
+    rows = [row for row in run.rows() if "publish/canary_difference" in row]
+    assert rows
+    assert all(row["publish/canary_difference"] < 1e-3 for row in rows)
+    assert all(row["publish/evictions"] == 0 for row in rows)
+
+
+@pytest.mark.engine
+def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twice(launch):
+    run = launch("run.max_steps=40", engine="vllm")
+    run.until_training()
+    doomed = run.find("actor", "1")
+    family = [doomed, *doomed.children(recursive=True)]
+    doomed.kill()
+    run.assert_nothing_left(family)
+    run.until(lambda: run.text().count("joined") >= 3 or len(run.rows()) >= 40, "joined again")
+    started = run.processes()
+    assert run.wait() == 0, run.text()[-4000:]
+    run.assert_nothing_left(started)
+    leases = [
+        json.loads(line)["lease_id"]
+        for step in range(40)
+        for line in (run.run_dir / f"trajectories/step_{step}.jsonl").read_text().splitlines()
+    ]
+    assert len(leases) == 40 * 16
+    assert len(set(leases)) == 40 * 4
+    assert run.rows()[-1].get("leases_expired", 0) >= 0
+
+
+@pytest.mark.engine
+def test_nothing_is_left_when_the_launcher_is_killed(launch):
+    run = launch("run.max_steps=5000", engine="vllm")
+    started = run.until_training()
+    assert len(started) >= 5
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_left(started)
+
+
+@pytest.mark.slow
+def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
+    run = launch("run.max_steps=5000")
+    started = run.until_training()
+    ranks = [
+        p for p in started if "asyncgrpo.cli" not in p.cmdline()[1:3] or "learner" in p.cmdline()
+    ]
+    workers = [
+        p for p in ranks if "torch.distributed.run" not in p.cmdline() and "learner" in p.cmdline()
+    ]
+    workers[-1].kill()
+    assert run.wait() == 3
+    run.assert_nothing_left(started)
+    assert "learner" in run.text().splitlines()[-20:][0] or "last lines of" in run.text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_everything_in_order(launch):
+    run = launch("run.max_steps=5000")
+    started = run.until_training()
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait() == 130
+    run.assert_nothing_left(started)
+    rows = run.rows()
+    assert [row["step"] for row in rows if "loss" in row] == list(range(len(rows)))[: len(rows)]
+
+
+@pytest.mark.slow
+def test_a_run_with_one_learner_and_strict_ticket_order_at_staleness_zero(launch):
+    run = launch(
+        "launch.learners=1", "launch.actors=2", "buffer.max_staleness=0", "buffer.order=ticket"
+    )
+    assert run.wait() == 0, run.text()[-4000:]
+    check_run_directory(run.run_dir, steps=6, max_staleness=0)
+
+
+def refused(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "asyncgrpo.cli", "launch", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "started" not in done.stdout
+    return done.stderr
+
+
+BAD_INPUT = {
+    ("--set", "learner.lrr=1"): "did you mean learner.lr?",
+    ("--config", "none.toml"): "none.toml does not exist",
+    ("--actors", "none"): "Invalid value for '--actors'",
+    ("--actors", "0"): "launch.actors=0",
+    ("--set", "model.path=/nowhere"): "'/nowhere' does not exist",
+    ("--set", "data.train=nothing.jsonl"): "nothing.jsonl",
+    ("--set", "data.tasks.kinds={sorting=1}"): "sort",
+    ("--set", 'reward.functions=[{use="tsk"}]'): "task",
+    ("--set", 'reward.functions=[{use="reward_functions:raises"}]'): "KeyError",
+    ("--set", 'reward.functions=[{use="reward_functions:too_few"}]'): "too_few",
+    ("--set", 'reward.functions=[{use="reward_functions:not_finite"}]'): "nan",
+    ("--set", 'reward.functions=[{use="reward_functions:nothing"}]'): "nothing",
+    ("--set", "launch.gpus=64"): "launch.gpus=64",
+    ("--set", "weights.publish_every=9"): "deadlock",
+    ("--set", "algo.group_size=1"): "algo.group_size=1",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda a: a[-1])
+def test_bad_input_is_refused_before_anything_is_started_or_written(arguments, tmp_path):
+    assert BAD_INPUT[arguments] in refused(*arguments, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "already holds a run" in refused("--run-dir", str(tmp_path), cwd=tmp_path)
+
+
+def test_a_data_file_with_a_broken_line_is_refused_with_its_number(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": \n')
+    assert "d.jsonl:2" in refused("--set", "data.train=d.jsonl", cwd=tmp_path)
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
+    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--actors", "2", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    for part in ("buffer", "actor-0", "actor-1", "learner", "core", "OMP_NUM_THREADS", "--index 1"):
+        assert part in done.stdout
+    assert list(tmp_path.iterdir()) == []
