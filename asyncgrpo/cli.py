@@ -108,6 +108,7 @@ def main() -> None:
         code = EXIT_INTERRUPTED
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):  # click's usage errors
+            record_error(error)
             raise
         error.show()
         code = error.exit_code

@@ -67,9 +67,7 @@ def measure(rows: list[dict[str, Any]], target: float) -> dict[str, float]:
     busy = last["generate_seconds"] - first["generate_seconds"]
     idle = last["idle_seconds"] - first["idle_seconds"]
     generated = last["tokens_generated"] - first["tokens_generated"]
-    reached = [
-        row["seconds"] for row in rows if (row.get("eval/accuracy") or 0.0) >= target
-    ]
+    reached = [row["seconds"] for row in rows if (row.get("eval/accuracy") or 0.0) >= target]
     return {
         "completions_per_second": 128 * len(trained) / seconds,
         "trained_tokens_per_second": tokens / seconds,

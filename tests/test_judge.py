@@ -29,7 +29,7 @@ def collect(judge, count, seconds=30.0):
     return verdicts
 
 
-@pytest.fixture()
+@pytest.fixture
 def pool():
     pools = []
 

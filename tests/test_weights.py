@@ -213,7 +213,7 @@ class Actor:
         return self.lines.get(timeout=30)
 
 
-@pytest.fixture()
+@pytest.fixture
 def network():
     """A sender and a function that starts actors; everything is stopped afterwards."""
     config = from_mapping({"weights": {"ready_timeout_seconds": 2.0, "bucket_bytes": 1024}})

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from asyncgrpo.data.prompts import PromptSource
 
 Replies = list[tuple[str, Packet]]
+Action = Callable[[str, Packet, float], Replies]
 RecordStep = Callable[[int, Sequence[Group]], None]
 ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evaluation
 
@@ -75,7 +76,7 @@ class BufferCore:
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
         """Takes one packet; returns everything that can be sent because of it."""
-        action = getattr(self, f"_on_{packet.kind}", None)
+        action: Action | None = getattr(self, f"_on_{packet.kind}", None)
         if action is None:
             return [(peer, _answer(packet, "refused", reason=f"unknown kind {packet.kind!r}"))]
         try:
@@ -202,7 +203,7 @@ class BufferCore:
         for peer, request in list(self._waiting_actors.items()):
             version = self._held[peer]
             count = min(request.fields["max"], self.gate.open_for(version))
-            leases = []
+            leases: list[dict[str, Any]] = []
             while len(leases) < count and (prompt := self._next_prompt()) is not None:
                 self.gate.issue(version)
                 leases.append(self._issue(prompt, peer, version, now))

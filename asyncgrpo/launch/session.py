@@ -16,14 +16,12 @@ from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.errors import DataError, ModelError
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.model_folder import check_model_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
 from asyncgrpo.launch.plan import Plan, make_plan, render_plan
 from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import load_rewards
 from asyncgrpo.rundir import RunDir
-
-TINY = "tiny"
 
 
 class Session:
@@ -37,13 +35,15 @@ class Session:
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`)."""
-        plan = self._check()
-        self._console.print(render_plan(plan), markup=False)
+        self._check()
+        self._console.print(render_plan(self._plan(self._config)), markup=False)
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        plan = self._check()
-        run = self._prepare(plan)
+        self._check()
+        config = self._with_model()
+        plan = self._plan(config)
+        run = self._prepare(config, plan)
         for warning in plan.warnings:
             self._console.print(f"warning: {warning}", style="yellow", markup=False)
         with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
@@ -66,32 +66,47 @@ class Session:
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        run = self._prepare(self._check())
+        self._check()
+        config = self._with_model()
+        run = self._prepare(config, self._plan(config))
         from asyncgrpo.serial import run_serial  # torch
 
         run_serial(run)
         show_summary(self.run_dir, self._console)
         return 0
 
-    def _check(self) -> Plan:
+    def _check(self) -> None:
         """Refuses what cannot work. Starts nothing, writes nothing."""
         config = self._config
         check_run_dir(self.run_dir)
-        prompts = open_prompts(config)
-        first = prompts.get(0)
+        first = open_prompts(config).get(0)
         if first is None:
             raise DataError(f"data.train={config.data.train!r} holds no prompt")
         load_rewards(config.reward).probe(first)
-        if config.model.path != TINY:
-            check_model_folder(config.model.path)
-        ports = choose_ports(config)
-        return make_plan(config, detect_host(), ports, self.run_dir, sys.executable)
+        check_model_folder(config.model.path)
+        self._plan(config)
 
-    def _prepare(self, plan: Plan) -> RunDir:
-        """Makes the model if it is the embedded one, and writes the run directory."""
-        config = self._config
-        if config.model.path == TINY:
-            config = _with_model(config, self._make_tiny())
+    def _plan(self, config: Config) -> Plan:
+        """Chosen late, so that nobody takes a free port meanwhile."""
+        return make_plan(
+            config,
+            detect_host(),
+            choose_ports(config),
+            self.run_dir,
+            sys.executable,
+            model_is_local=Path(config.model.path).is_dir(),
+        )
+
+    def _with_model(self) -> Config:
+        """The settings with the model's folder; makes the embedded model if it is that one."""
+        model = self._config.model
+        if model.path != EMBEDDED:
+            return self._config
+        model = model.model_copy(update={"path": self._make_tiny()})
+        return self._config.model_copy(update={"model": model})
+
+    def _prepare(self, config: Config, plan: Plan) -> RunDir:
+        """Writes the run directory."""
         prepare_run_dir(self.run_dir)
         run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
         run.write()
@@ -120,7 +135,3 @@ class Session:
         if process.returncode != 0 or not lines:
             raise ModelError("the embedded model could not be made:\n  " + "\n  ".join(lines))
         return lines[-1]
-
-
-def _with_model(config: Config, path: str) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})

@@ -81,8 +81,8 @@ class BoundFunction:
             if name not in columns and not optional:
                 raise RewardError(
                     f"{self} needs a column {name!r} that the record does not have; available: "
-                    f"{', '.join(columns)}; rename the parameter, give it a default, or add the "
-                    "column to the data"
+                    f"{', '.join(columns)}; rename the parameter, give it a default, add the "
+                    "column to the data, or use another reward function"
                 )
         return chosen
 

@@ -32,7 +32,7 @@ class Server:
     """A bound ROUTER. Peers are named by their identity, e.g. "actor-0.17" (name.incarnation)."""
 
     def __init__(self, address: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         _prepare(self._socket)
         self._socket.router_mandatory = True  # a send to a lost peer says so
         self._answers: dict[str, OrderedDict[int, Packet | None]] = {}
@@ -109,7 +109,7 @@ class DealerClient:
     ) -> None:
         self.identity = f"{name}.{os.getpid()}"
         self._peer, self._clock = f"{peer} at {address}", clock
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         _prepare(self._socket)
         self._socket.setsockopt(zmq.IDENTITY, self.identity.encode())
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)

@@ -105,7 +105,7 @@ def model(tmp_path_factory) -> Path:
     return build_untrained(tmp_path_factory.mktemp("model") / "untrained", True, 5)
 
 
-@pytest.fixture()
+@pytest.fixture
 def launch(tmp_path, model):
     started: list[Launch] = []
 
