@@ -44,7 +44,7 @@ def test_wrong_settings_are_refused_with_value_limit_and_remedy(override):
 
 @pytest.mark.parametrize("text", ["learner.lr", "=3", ""])
 def test_an_override_without_key_or_value_is_refused(text):
-    with pytest.raises(ConfigError, match="must look like room.key=value"):
+    with pytest.raises(ConfigError, match=r"must look like room.key=value"):
         load_config(None, [text])
 
 
@@ -73,7 +73,7 @@ def test_names_of_other_trainers_are_taken_with_a_notice(alias, caplog):
 
 
 def test_an_alias_beside_its_own_name_is_refused():
-    with pytest.raises(ConfigError, match="means algo.group_size, which is set too"):
+    with pytest.raises(ConfigError, match=r"means algo.group_size, which is set too"):
         from_mapping({"algo": {"num_generations": 4, "group_size": 8}})
 
 

@@ -1,4 +1,4 @@
-"""Publishing: the bookkeeping, the buffer with its digests, and real broadcasts with real faults."""
+"""Publishing: the bookkeeping, the buffer with its digests, and broadcasts with real faults."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_missing_or_misnamed_parameters_are_refused_by_name():
     flat = FlatWeights(Manifest.of(tensors(1), "float32"))
     with pytest.raises(WeightsError, match="1 parameters came, 2 are expected"):
         flat.fill(tensors(1)[:1])
-    with pytest.raises(WeightsError, match="head .* came, not embed"):
+    with pytest.raises(WeightsError, match=r"head .* came, not embed"):
         flat.fill(tensors(1)[::-1])
 
 
@@ -186,7 +186,7 @@ def test_no_schedule_lets_a_member_hold_what_it_did_not_prove(seed):
             assert member.held <= state.newest
 
 
-# -- real processes ---------------------------------------------------------------------------------
+# -- real processes --------------------------------------------------------------------------------
 
 
 def free_port() -> int:

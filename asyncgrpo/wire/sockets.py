@@ -34,7 +34,7 @@ class Server:
     def __init__(self, address: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         _prepare(self._socket)
-        self._socket.router_mandatory = True  # a send to a lost peer says so
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a lost peer says so
         self._answers: dict[str, OrderedDict[int, Packet | None]] = {}
         try:
             self._socket.bind(address)
