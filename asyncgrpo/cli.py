@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -98,25 +99,24 @@ def main() -> None:
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    from asyncgrpo.rundir import leave
+
+    end = leave if sys.argv[1:2] == ["role"] else sys.exit
     try:
-        code = app(standalone_mode=False)
+        end(app(standalone_mode=False) or 0)
     except AsyncGRPOError as error:
         record_error(error)
         print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
+        end(error.exit_code)
     except typer.Abort:
-        code = EXIT_INTERRUPTED
+        end(EXIT_INTERRUPTED)
     except Exception as error:
-        if not hasattr(error, "exit_code") or not hasattr(error, "show"):  # click's usage errors
-            record_error(error)
-            raise
-        error.show()
-        code = error.exit_code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "role" in sys.argv[1:2]:
-        os._exit(code or 0)  # a regular exit of vLLM takes seconds; nothing is left to flush
-    sys.exit(code)
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # wrong usage of the command
+            error.show()
+            end(error.exit_code)
+        record_error(error)
+        traceback.print_exc()
+        end(1)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ targets/        Prometheus file_sd targets
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
@@ -60,3 +63,14 @@ class RunDir:
     def model_path(self) -> Path:
         """Where the trained model is saved."""
         return self.path / "model"
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends a role's process at once, without taking its objects apart.
+
+    A regular exit of vLLM takes seconds, and the destructor of a gloo process group can wait
+    forever for the interpreter lock that its own caller holds (seen in torch 2.13).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -8,22 +8,22 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from asyncgrpo.actor.judge import JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
 from asyncgrpo.config import Config
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.protocols import Engine
-from asyncgrpo.rundir import RunDir
+from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
 SHOW_SECONDS = 1.0
 
 
-def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool]) -> None:
-    """Generates until stopped. `restart` counts the lives of this actor before this one."""
+def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool]) -> NoReturn:
+    """Generates until stopped, and ends the process. `restart` counts the actor's earlier lives."""
     name = f"actor-{index}"
     start = time.perf_counter()
     cores = run.endpoints.cores.get(name)
@@ -48,14 +48,13 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
     exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
     log.info("ready after %.1f s, pid %d", time.perf_counter() - start, os.getpid())
     shown_at = 0.0
-    try:
-        while not stopping():
-            loop.tick(IDLE_SECONDS)
-            if time.monotonic() - shown_at >= SHOW_SECONDS:
-                exporter.show(loop.counters)
-                shown_at = time.monotonic()
-    finally:
-        judge.close()
+    while not stopping():
+        loop.tick(IDLE_SECONDS)
+        if time.monotonic() - shown_at >= SHOW_SECONDS:
+            exporter.show(loop.counters)
+            shown_at = time.monotonic()
+    judge.close()
+    leave(0)
 
 
 def load_tokenizer(model_path: str) -> Any:

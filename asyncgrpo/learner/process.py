@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,15 +16,15 @@ from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.recorder import RunRecorder
-from asyncgrpo.rundir import RunDir
+from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.weights.sender import CollectiveSender
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
 
 
-def run_learner(run: RunDir) -> None:
-    """Trains to the end as the rank that torchrun's environment names."""
+def run_learner(run: RunDir) -> NoReturn:
+    """Trains to the end as the rank that torchrun's environment names, and ends the process."""
     start = time.perf_counter()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     name = f"learner-{rank}"
@@ -54,5 +55,4 @@ def run_learner(run: RunDir) -> None:
     learner.run()
     if sender is not None:
         sender.close()
-    if world_size > 1:
-        dist.destroy_process_group()
+    leave(0)

@@ -6,6 +6,8 @@ learner, ranks 1.. are the actors of this generation.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,9 @@ import torch
 import torch.distributed as dist
 
 from asyncgrpo.errors import WeightsError
+
+RETIRED_SECONDS = 60.0
+_retired: deque[tuple[float, object]] = deque()
 
 
 def open_store(host: str, port: int, *, is_master: bool, timeout_seconds: float) -> Any:
@@ -73,3 +78,17 @@ def open_group(
     except RuntimeError as error:
         raise WeightsError(f"group of generation {generation} did not form: {error}") from error
     return WeightGroup(generation=generation, handle=handle)
+
+
+def retire(group: WeightGroup | None) -> None:
+    """Keeps a group that is no longer used alive for a while, then lets it go.
+
+    Its destructor joins the group's own thread while it holds the interpreter lock; if that thread
+    is just releasing a tensor it waits for the same lock, and the process hangs (seen in torch
+    2.13). A minute later the thread is idle.
+    """
+    now = time.monotonic()
+    if group is not None:
+        _retired.append((now, group))
+    while _retired and now - _retired[0][0] > RETIRED_SECONDS:
+        _retired.popleft()

@@ -17,7 +17,7 @@ from typing import Any
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AsyncGRPOError, WeightsError
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.weights.collective import WeightGroup, open_group, open_store
+from asyncgrpo.weights.collective import WeightGroup, open_group, open_store, retire
 from asyncgrpo.weights.flat import FlatWeights, Manifest
 from asyncgrpo.wire.codec import Packet
 from asyncgrpo.wire.sockets import DealerClient
@@ -137,6 +137,7 @@ class CollectiveReceiver:
         start = time.perf_counter()
         try:
             if self._group is None or self._group.generation != fields["generation"]:
+                retire(self._group)
                 self._group = None
                 self._group = open_group(
                     self._store,
@@ -149,6 +150,7 @@ class CollectiveReceiver:
             self._group.broadcast(self._flat.buckets(self._bucket_bytes))
         except WeightsError as error:
             log.warning("version %d did not arrive: %s", fields["version"], error)
+            retire(self._group)
             self._group = None
             return
         self._copy_seconds = time.perf_counter() - start

@@ -16,7 +16,13 @@ from asyncgrpo.config import Config
 from asyncgrpo.errors import PeerTimeout, WeightsError
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32
-from asyncgrpo.weights.collective import WeightGroup, choose_backend, open_group, open_store
+from asyncgrpo.weights.collective import (
+    WeightGroup,
+    choose_backend,
+    open_group,
+    open_store,
+    retire,
+)
 from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
 from asyncgrpo.weights.proof import check_proof
@@ -102,6 +108,7 @@ class CollectiveSender:
     def close(self) -> None:
         self._stop.set()
         self._thread.join(self._settings.transfer_timeout_seconds)
+        retire(self._group)
         self._server.close()
 
     def _wait(self, done: Any, what: str, seconds: float | None = None) -> None:
@@ -243,6 +250,7 @@ class CollectiveSender:
                 self._metrics["publish/rounds"] += 1
             except WeightsError as error:
                 log.warning("publish of version %d to %s failed: %s", version, names, error)
+                retire(self._group)
                 self._group, self._group_peers = None, ()
         self._handshake.close_round(time.monotonic(), sent=sent)
 
@@ -261,7 +269,7 @@ class CollectiveSender:
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
         if fresh:
-            self._group = None
+            retire(self._group)
             self._group = open_group(
                 self._store,
                 backend=self._backend,
