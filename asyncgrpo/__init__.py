@@ -8,12 +8,11 @@ from typing import Any
 __version__ = "0.1.0"
 _HOMES = {
     "Config": "asyncgrpo.config",
-    "Trainer": "asyncgrpo.trainer",
     "Prompt": "asyncgrpo.types",
     "Group": "asyncgrpo.types",
     "Completion": "asyncgrpo.types",
 }
-__all__ = ["Completion", "Config", "Group", "Prompt", "Trainer"]
+__all__ = ["Completion", "Config", "Group", "Prompt"]
 
 
 def __getattr__(name: str) -> Any:

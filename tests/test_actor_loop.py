@@ -249,3 +249,18 @@ def test_status_is_sent_once_a_second_with_what_was_generated():
     assert last["tokens_generated"] == 6
     assert last["groups_generated"] == 1
     assert len(stage.client.of("status")) <= 4
+
+
+def test_a_second_evaluation_does_not_displace_one_that_still_waits():
+    stage = Stage().with_version(0)
+    for number, version in ((5, 1), (6, 2)):
+        lease = {**lease_fields(make_lease(number, 1, "eval")), "version": version}
+        fields = {"version": version, "leases": [lease]}
+        stage.client.inbox.append(Packet(kind="evaluate", fields=fields))
+    stage.tick()
+    for version in (1, 2):
+        stage.receiver.waiting = version
+        stage.tick(8)
+    answered = [groups_from(packet)[0] for packet in stage.client.of("put")]
+    found = {g.lease.lease_id: int(g.completions[0].versions[0]) for g in answered}
+    assert found == {"e5": 1, "e6": 2}

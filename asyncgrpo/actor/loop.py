@@ -63,7 +63,7 @@ class ActorLoop:
         self._outbox: list[Group] = []  # scored, waiting for credit
         self._unacked: set[int] = set()  # put requests without an answer
         self._asked: int | None = None  # the lease request under way
-        self._next_eval: list[Lease] = []  # for a version that is not live yet
+        self._next_eval: list[Lease] = []  # for versions that are not live yet
         self._eval_open: set[str] = set()
         self._credit = 1
         self._contract_failures = 0
@@ -111,7 +111,7 @@ class ActorLoop:
             for fields in packet.fields["leases"]:
                 self._start(lease_from(fields))
         elif packet.kind == "evaluate":
-            self._next_eval = [lease_from(fields) for fields in packet.fields["leases"]]
+            self._next_eval += [lease_from(fields) for fields in packet.fields["leases"]]
             self._start_evaluation()
         elif packet.kind == "stored":
             self._unacked.discard(packet.request_id)
@@ -195,18 +195,19 @@ class ActorLoop:
     # -- evaluation ---------------------------------------------------------------------------
 
     def _start_evaluation(self) -> None:
-        """Starts held-out prompts once their version is live; refuses them when it has passed."""
-        if not self._next_eval or self._next_eval[0].version > self._engine.version:
+        """Starts held-out prompts whose version is live; refuses those whose version has passed."""
+        live = self._engine.version
+        due = [lease for lease in self._next_eval if lease.version <= live]
+        if not due:
             return
-        leases, self._next_eval = self._next_eval, []
-        passed = leases[0].version < self._engine.version
-        if not passed:
-            self._eval_open = {lease.lease_id for lease in leases}
-            self._receiver.set_busy(True)
-            for lease in leases:
+        self._next_eval = [lease for lease in self._next_eval if lease.version > live]
+        for lease in due:
+            if lease.version == live:
+                self._eval_open.add(lease.lease_id)
+                self._receiver.set_busy(True)
                 self._start(lease)
-        ids = [lease.lease_id for lease in leases]
-        fields = {"lease_ids": ids, "refused": ids if passed else []}
+        passed = [lease.lease_id for lease in due if lease.version < live]
+        fields = {"lease_ids": [lease.lease_id for lease in due], "refused": passed}
         self._client.post(Packet(kind="accept", fields=fields))
 
     def _eval_done(self, lease_id: str) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from asyncgrpo.errors import RoleFailed
@@ -17,6 +18,11 @@ from asyncgrpo.launch.plan import ProcessSpec
 
 RESTART = "ASYNCGRPO_RESTART"
 PRELUDE = Path(__file__).with_name("prelude.py")
+
+
+def with_prelude(argv: Sequence[str]) -> list[str]:
+    """A command line that the kernel ends together with this process."""
+    return [sys.executable, "-I", "-S", str(PRELUDE), str(os.getpid()), *argv]
 
 
 class Child:
@@ -44,11 +50,10 @@ class Child:
         """Starts the process; its output is appended to its log file. RoleFailed: cannot fork."""
         self._error_file.unlink(missing_ok=True)
         self.exit_code, self._process = None, None
-        command = [sys.executable, "-I", "-S", str(PRELUDE), str(os.getpid()), *self.spec.argv]
         try:
             with self.spec.log_file.open("ab") as log:
                 self._process = subprocess.Popen(
-                    command,
+                    with_prelude(self.spec.argv),
                     env=self._environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -14,6 +14,7 @@ from rich.console import Console
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.errors import DataError, ModelError
+from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
@@ -123,7 +124,7 @@ class Session:
         command += ["--num-eval", str(self._config.eval.num_prompts)]
         lines: deque[str] = deque(maxlen=15)
         with subprocess.Popen(
-            command,
+            with_prelude(command),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

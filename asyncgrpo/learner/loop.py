@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from asyncgrpo.config import Config
@@ -60,10 +60,13 @@ class Learner:
         client: Client,
         sender: WeightSender | None,
         recorder: Recorder | None,
+        show: Callable[[Mapping[str, float]], None] = lambda row: None,
     ) -> None:
+        """show: gets this rank's row of every step, for its metrics endpoint."""
         self._config, self._rank, self._world_size = config, rank, world_size
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
+        self._show = show
         self._published = -1
         self._evaluated = -1  # version of the last evaluation asked for
         self._summary: Mapping[str, Any] = {}
@@ -88,6 +91,8 @@ class Learner:
                 self._publish(version)
                 self._evaluate_now_and_then(version)
             row["step_seconds"] = time.perf_counter() - start
+            row.update(step=step, version=version)
+            self._show(row)
             self._tell(step, row)
         self._finish(version)
 
@@ -112,8 +117,7 @@ class Learner:
             return
         answer = self._client.call(Packet(kind="trained", fields={"step": step}), CALL_SECONDS)
         self._summary = answer.fields
-        row.update(self._sender.metrics(), step=step, version=step + 1)
-        self._recorder.row(row, self._summary)
+        self._recorder.row({**row, **self._sender.metrics()}, self._summary)
 
     def _evaluate_now_and_then(self, version: int) -> None:
         every = self._config.eval.every

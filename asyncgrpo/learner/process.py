@@ -50,6 +50,7 @@ def run_learner(run: RunDir) -> NoReturn:
         client=DealerClient(run.endpoints.buffer, name, "the buffer"),
         sender=sender,
         recorder=recorder,
+        show=exporter.show,
     )
     log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)
     learner.run()
