@@ -17,7 +17,8 @@ export UV_TORCH_BACKEND ?= cpu
 else
 export UV_TORCH_BACKEND ?= auto
 endif
-export UV_COMPILE_BYTECODE ?= 1   # else every process of a first run compiles vLLM and torch anew
+# Without byte code every process of a first run compiles vLLM and torch anew.
+export UV_COMPILE_BYTECODE ?= 1
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export HF_HUB_OFFLINE ?= 1
 

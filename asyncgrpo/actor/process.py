@@ -79,7 +79,8 @@ def stop_token_ids(config: Config, tokenizer: Any) -> list[int]:
 def _load_engine(config: Config, index: int, restart: int, stop_ids: list[int]) -> Engine:
     seed = (config.run.seed + 1) * 10_007 + index * 101 + restart
     if config.actor.engine == "vllm":
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # its notes on Triton help nobody here
+        for noisy in ("vllm", "torch._library.triton"):  # that there is no Triton is no news here
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         from asyncgrpo.actor.vllm_engine import VllmEngine
 
         return VllmEngine(config, config.model.path, seed, stop_ids)
