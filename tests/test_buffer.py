@@ -290,6 +290,17 @@ def test_a_prompt_whose_actor_died_is_handed_out_again():
     assert core.leases.reasons["expired/actor_restarted"] == 2
 
 
+def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    for peer in ("a.1", "b.1"):
+        fields = {"version": 0, "max": 12}
+        replies = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
+    assert replies == []  # the first took all that the gate lets start
+    ((peer, granted),) = core.lost("a.1", 1.0)
+    assert (peer, granted.kind, len(granted.fields["leases"])) == ("b.1", "leases", 12)
+    assert core.leases.reasons["expired/unreachable"] == 12
+
+
 def test_a_lease_past_its_deadline_expires_and_a_late_group_is_not_stored():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
     core.handle("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}), 0.0)

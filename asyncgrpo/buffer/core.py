@@ -71,6 +71,7 @@ class BufferCore:
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
         self._jobs: dict[int, EvalJob] = {}
         self._reports: dict[int, EvalReport] = {}
+        self._untold: list[dict[str, Any]] = []  # reports that rank 0 has not got with a step
         self._waiting_evals: list[tuple[str, Packet]] = []
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
 
@@ -89,6 +90,11 @@ class BufferCore:
         for lease in self.leases.overdue(now):
             self._end_unfinished(lease.lease.lease_id, "expired", "deadline")
         return self._serve_actors(now) + self._serve_takes() + self._serve_evals(now)
+
+    def lost(self, peer: str, now: float) -> Replies:
+        """A peer's connection is gone: its leases end now instead of at their deadlines."""
+        self._forget_peer(peer, "unreachable")
+        return self.tick(now)
 
     def metrics(self) -> dict[str, float]:
         """Counters and sizes by metric name."""
@@ -110,14 +116,15 @@ class BufferCore:
         actor = packet.fields["actor"]
         former = self._actors.get(actor)
         if former is not None and former != peer:
-            self._forget_peer(former)
+            self._forget_peer(former, "actor_restarted")
         self._actors[actor] = peer
         return [(peer, _answer(packet, "welcome", credit=self._config.buffer.credit))]
 
-    def _forget_peer(self, peer: str) -> None:
+    def _forget_peer(self, peer: str, reason: str) -> None:
         self._waiting_actors.pop(peer, None)
+        self._held.pop(peer, None)
         for lease in self.leases.held_by(peer):
-            self._end_unfinished(lease.lease.lease_id, "expired", "actor_restarted")
+            self._end_unfinished(lease.lease.lease_id, "expired", reason)
 
     def _on_held(self, peer: str, packet: Packet, now: float) -> Replies:
         self._held[peer] = packet.fields["version"]
@@ -296,7 +303,7 @@ class BufferCore:
         return [(peer, _answer(packet, "noted", **self._summary()))]
 
     def _summary(self) -> dict[str, Any]:
-        reports = [report.as_fields() for report in self._reports.values()]
+        reports, self._untold = self._untold, []
         return {"metrics": self.metrics(), "actors": self._status, "evaluations": reports}
 
     # -- evaluation -----------------------------------------------------------------------
@@ -355,6 +362,7 @@ class BufferCore:
                     self._end_unfinished(lease_id, "expired", "eval_deadline")
             if not job.unanswered:
                 self._reports[version] = job.report(self._config.reward.correct_above)
+                self._untold.append(self._reports[version].as_fields())
                 del self._jobs[version]
         answered = [
             (peer, reply) for peer, p in self._waiting_evals if (reply := self._eval_reply(p, now))

@@ -29,21 +29,24 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     shown_at = 0.0
     while not stopping():
         for peer, packet in server.receive(POLL_SECONDS):
-            _send(server, core.handle(peer, packet, time.monotonic()))
+            _send(server, core, core.handle(peer, packet, time.monotonic()))
         now = time.monotonic()
-        _send(server, core.tick(now))
+        _send(server, core, core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show(core.metrics())
             shown_at = now
     server.close()
 
 
-def _send(server: Server, replies: Replies) -> None:
-    for peer, packet in replies:
-        if packet.request_id:
-            server.answer(peer, packet)
-        else:
-            server.push(peer, packet)
+def _send(server: Server, core: BufferCore, replies: Replies) -> None:
+    """Sends; work that was given to a peer that is gone goes to others."""
+    while replies:
+        peer, packet = replies.pop(0)
+        reached = server.answer(peer, packet) if packet.request_id else server.push(peer, packet)
+        if not reached:
+            log.warning("%s is gone; its leases are handed out again", peer)
+            server.forget(peer)
+            replies += core.lost(peer, time.monotonic())
 
 
 def _record_nothing(step: int, groups: Sequence[Group]) -> None:

@@ -60,8 +60,11 @@ class Server:
                 requests.append((name, packet))
         return requests
 
-    def answer(self, peer: str, packet: Packet) -> None:
-        """Answers the request packet.request_id; small answers are remembered for a repeat."""
+    def answer(self, peer: str, packet: Packet) -> bool:
+        """Answers the request packet.request_id; small answers are remembered for a repeat.
+
+        False when the peer's connection is gone.
+        """
         answers = self._answers.setdefault(peer, OrderedDict())
         if packet.arrays:  # large; such requests (take) are idempotent in the buffer itself
             answers.pop(packet.request_id, None)
@@ -69,7 +72,7 @@ class Server:
             answers[packet.request_id] = packet
         while len(answers) > REMEMBERED_ANSWERS:
             answers.popitem(last=False)
-        self.push(peer, packet)
+        return self.push(peer, packet)
 
     def push(self, peer: str, packet: Packet) -> bool:
         """Sends without being asked; False when the peer's connection is gone."""
