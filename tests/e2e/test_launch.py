@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import METRICS
 
 SECONDS = 240
@@ -74,7 +77,7 @@ class Launch:
                     found += [process, *process.children(recursive=True)]
             except psutil.Error:
                 continue
-        return found
+        return list(dict.fromkeys(found))
 
     def find(self, *words: str) -> psutil.Process:
         """The one process whose command line holds all the words."""
@@ -130,6 +133,9 @@ def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
     assert all(name in METRICS for row in rows for name in row)
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(steps))
+    settings = from_mapping(config)
+    for row in trained:
+        assert row["lr"] == learning_rate(row["step"], settings.learner, steps)
     assert {row["eval/version"] for row in rows if "eval/version" in row} >= {0, steps}
     for step, row in enumerate(trained):
         lines = (run_dir / f"trajectories/step_{step}.jsonl").read_text().splitlines()
@@ -192,7 +198,8 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     ]
     assert len(leases) == 40 * 16
     assert len(set(leases)) == 40 * 4
-    assert run.rows()[-1].get("leases_expired", 0) >= 0
+    steps = [row for row in run.rows() if "loss" in row]
+    assert steps[-1]["leases_expired"] >= 1
 
 
 @pytest.mark.engine
@@ -209,16 +216,12 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     run = launch("run.max_steps=5000")
     started = run.until_training()
-    ranks = [
-        p for p in started if "asyncgrpo.cli" not in p.cmdline()[1:3] or "learner" in p.cmdline()
-    ]
-    workers = [
-        p for p in ranks if "torch.distributed.run" not in p.cmdline() and "learner" in p.cmdline()
-    ]
-    workers[-1].kill()
+    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
+    assert len(ranks) == 2
+    ranks[-1].kill()
     assert run.wait() == 3
     run.assert_nothing_left(started)
-    assert "learner" in run.text().splitlines()[-20:][0] or "last lines of" in run.text()
+    assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
 
 
 @pytest.mark.slow
@@ -228,8 +231,8 @@ def test_ctrl_c_stops_everything_in_order(launch):
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait() == 130
     run.assert_nothing_left(started)
-    rows = run.rows()
-    assert [row["step"] for row in rows if "loss" in row] == list(range(len(rows)))[: len(rows)]
+    steps = [row["step"] for row in run.rows() if "loss" in row]
+    assert steps == list(range(len(steps)))
 
 
 @pytest.mark.slow

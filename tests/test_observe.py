@@ -1,0 +1,183 @@
+"""What a run shows: the table of metrics, the endpoint, the rows, the progress display."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import urllib.request
+
+import pytest
+from fakes import make_group, make_lease
+from rich.console import Console
+
+from asyncgrpo.config import Config
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.observe.progress import Progress, show_summary, sparkline
+from asyncgrpo.observe.recorder import RunRecorder
+from asyncgrpo.observe.trajectories import TrajectoryWriter
+from asyncgrpo.rundir import Endpoints, RunDir
+
+ENDPOINTS = Endpoints(buffer="tcp://127.0.0.1:1", weights="tcp://127.0.0.1:2", store=("h", 3))
+REPORT = {
+    "version": 0,
+    "num_prompts": 4,
+    "num_answered": 4,
+    "accuracy": 0.5,
+    "reward_mean": 0.1,
+    "mean_tokens": 3.0,
+    "accuracy_by_source": {"task/add": 0.25, "task/sort": 0.75},
+}
+ROW = {
+    "step": 0,
+    "version": 1,
+    "loss": 0.1,
+    "rewards/mean": 0.2,
+    "objective/kl": 0.01,
+    "staleness/mean": 0.5,
+    "staleness/max": 1.0,
+    "wait_seconds": 0.1,
+    "train_seconds": 0.2,
+    "tokens_trained": 100.0,
+}
+
+
+def counters(tokens: float, busy: float, idle: float) -> dict:
+    return {"tokens_generated": tokens, "generate_seconds": busy, "idle_seconds": idle}
+
+
+def summary(actors=None, evaluations=()) -> dict:
+    metrics = {"groups_arrived": 4.0, "reward_arrived_sum": 2.0, "leases_trained": 4}
+    return {"metrics": metrics, "actors": actors or {}, "evaluations": list(evaluations)}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    made = RunDir(path=tmp_path, config=Config(), endpoints=ENDPOINTS)
+    made.write()
+    return made
+
+
+def scrape(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        return answer.read().decode()
+
+
+def port_of(run: RunDir, role: str) -> int:
+    target = json.loads((run.path / "targets" / f"{role}.json").read_text())
+    return int(target[0]["targets"][0].rsplit(":", 1)[1])
+
+
+def test_every_metric_has_a_unit_a_meaning_and_a_name_that_prometheus_accepts():
+    for name, metric in METRICS.items():
+        assert metric.name == name
+        assert metric.unit
+        assert metric.rises
+        assert re.fullmatch(r"asyncgrpo_[a-z0-9_]+", metric.prometheus_name)
+    assert len({metric.prometheus_name for metric in METRICS.values()}) == len(METRICS)
+
+
+def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
+    exporter = Exporter("actor-0", 0, run.path)
+    exporter.show({"rewards/mean": 0.25, "tokens_generated": 7})
+    exporter.show({"rewards/mean": 0.5})
+    text = scrape(port_of(run, "actor-0"))
+    assert 'asyncgrpo_rewards_mean{role="actor-0"} 0.5' in text
+    assert 'asyncgrpo_tokens_generated_total{role="actor-0"} 7.0' in text
+    assert "# TYPE asyncgrpo_tokens_generated_total counter" in text
+    assert (
+        f"# HELP asyncgrpo_rewards_mean reward; rises when {METRICS['rewards/mean'].rises}" in text
+    )
+
+
+def test_a_name_outside_the_table_is_refused(run):
+    with pytest.raises(KeyError, match="rewards/median"):
+        Exporter("x", 0, run.path).show({"rewards/median": 1.0})
+    recorder = RunRecorder(run, Exporter("y", 0, run.path))
+    with pytest.raises(KeyError, match="rewards/median"):
+        recorder.row({**ROW, "rewards/median": 1.0}, summary())
+
+
+def test_a_metrics_port_in_use_is_refused_with_the_setting(run):
+    Exporter("one", 0, run.path)
+    with pytest.raises(ConfigError, match=r"launch\.metrics_port"):
+        Exporter("two", port_of(run, "one"), run.path)
+
+
+def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    first = {"actor-0": counters(100, 1.0, 1.0), "actor-1": counters(50, 1.0, 1.0)}
+    second = {"actor-0": counters(300, 4.0, 1.0), "actor-1": counters(10, 1.0, 0.0)}  # restarted
+    recorder.row(ROW, summary(first, [REPORT]))
+    recorder.row({**ROW, "step": 1, "grad_norm": float("inf")}, summary(second, [REPORT]))
+    one, two = (json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines())
+    assert one["tokens_generated"] == 150
+    assert one["actor_idle_share"] == pytest.approx(0.5)
+    assert one["rewards/generated_mean"] == pytest.approx(0.5)
+    assert (one["eval/accuracy"], one["eval/version"]) == (0.5, 0)
+    assert "eval/accuracy" not in two
+    assert two["actor_idle_share"] == pytest.approx(0.0)
+    assert two["tokens_per_second"] >= 0
+    assert two["grad_norm"] is None
+
+
+def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
+    after = {
+        **REPORT,
+        "version": 1,
+        "accuracy": 0.9,
+        "accuracy_by_source": {"task/add": 0.8, "task/sort": 1.0},
+    }
+    recorder.finish([REPORT, after], summary())
+    written = json.loads((run.path / "summary.json").read_text())
+    assert (written["before"]["accuracy"], written["after"]["accuracy"]) == (0.5, 0.9)
+    assert (written["steps"], written["tokens_trained"], written["staleness_max"]) == (1, 100, 1)
+    out = io.StringIO()
+    show_summary(run.path, Console(file=out, width=100))
+    for part in ("task/add", "25.0%", "80.0%", "+55.0", "+40.0", "100 tokens generated", "model"):
+        assert part in out.getvalue()
+
+
+def test_progress_without_a_terminal_is_one_line_per_step_and_only_whole_rows(run):
+    out = io.StringIO()
+    rows = run.path / "metrics.jsonl"
+    with Progress(run.path, 5, Console(file=out, width=200)) as progress:
+        progress.tick()
+        rows.write_text(json.dumps({**ROW, "eval/accuracy": 0.5, "eval/version": 0}) + '\n{"st')
+        progress.tick()
+        progress.tick()
+        progress.line("actor-0", "a [bracketed] word")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step 1/5  reward +0.200")
+    assert "held-out 50.0% at version 0" in lines[0]
+    assert lines[1] == "[actor-0] a [bracketed] word"
+
+
+def test_the_live_panel_shows_where_the_run_stands(run):
+    out = io.StringIO()
+    (run.path / "metrics.jsonl").write_text(json.dumps({**ROW, "seconds": 3.0}) + "\n")
+    console = Console(file=out, width=120, force_terminal=True)
+    with Progress(run.path, 4, console) as progress:
+        progress.tick()
+    assert "step 1/4" in out.getvalue()
+    assert "about 9 s left" in out.getvalue()
+
+
+def test_sparklines_rise_with_the_share():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+
+
+def test_trajectories_hold_one_line_per_completion_with_runs_of_versions(tmp_path):
+    group = make_group(make_lease(3), versions=[[4, 4, 5], [5]], scores=[1.0, -1.0])
+    TrajectoryWriter(tmp_path)(6, [group])
+    text = (tmp_path / "trajectories" / "step_6.jsonl").read_text()
+    one, two = (json.loads(line) for line in text.splitlines())
+    assert (one["versions"], one["staleness"], one["num_tokens"]) == ([[4, 2], [5, 1]], 2, 3)
+    assert (two["versions"], two["staleness"], two["reward"]) == ([[5, 1]], 1, -1.0)
+    assert one["lease_id"] == two["lease_id"] == "t3"
+    assert one["answer"] == "4"
