@@ -97,8 +97,8 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
     trajectories = TrajectoryWriter(run.path)
     core = BufferCore(config, prompts or open_prompts(config), trajectories)
     hub, link = Hub(core, time.monotonic), LocalLink(config)
-    updater = PolicyUpdater(config, save_to=run.model_path)
     tokenizer = load_tokenizer(config.model.path)
+    updater = PolicyUpdater(config, save_to=run.model_path)
     actor = ActorLoop(
         "actor-0",
         config,

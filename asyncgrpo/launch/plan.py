@@ -58,7 +58,7 @@ class ProcessSpec:
     cores: Cores  # () = not pinned
     gpus: tuple[str, ...]
     log_file: Path
-    note: str = ""  # who else uses its cores
+    note: str = ""  # which rank is on which core, who else uses its cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,13 +209,14 @@ class _Draft:
         )
 
     def _sharing_note(self, members: Sequence[str]) -> str:
+        pins = [f"{m} on {', '.join(map(str, self.cores[m]))}" for m in members if m in self.cores]
         mine = {core for member in members for core in self.cores.get(member, ())}
         notes = [
             f"core {core} is used by {', '.join(names)}"
             for core, names in self.shared.items()
             if core in mine
         ]
-        return "; ".join(notes)
+        return "; ".join((pins if len(members) > 1 else []) + notes)
 
 
 def _assign_gpus(config: Config, host: Host) -> dict[str, str]:

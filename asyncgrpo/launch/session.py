@@ -70,6 +70,7 @@ class Session:
         self._check()
         config = self._with_model()
         run = self._prepare(config, self._plan(config))
+        self._console.print("serial: one actor with the toy engine, one learner, no sockets")
         from asyncgrpo.serial import run_serial  # torch
 
         run_serial(run)
