@@ -166,6 +166,21 @@ def test_a_swap_between_two_steps_leaves_both_versions_in_one_completion():
     assert stage.receiver.proofs[-1] == (1, NUM_CANARIES)
 
 
+def test_weights_of_the_same_version_are_loaded_and_proven_again_when_they_are_sent_again():
+    stage = Stage().with_version(2)
+    stage.receiver.waiting = 2  # the learner evicted this actor and does not know what it holds
+    stage.tick(3)
+    assert stage.receiver.proofs == [(2, NUM_CANARIES)] * 2
+
+
+def test_one_swap_is_proven_before_the_next_begins():
+    stage = Stage(steps=3).with_version(0)
+    stage.engine.step = list  # the canaries stay in the engine
+    stage.receiver.waiting = 1
+    stage.tick(3)
+    assert (stage.engine.version, len(stage.engine.requests)) == (1, NUM_CANARIES)
+
+
 def test_free_places_are_asked_for_while_others_are_still_generating():
     stage = Stage(steps=10).with_version(0)
     stage.client.grant(make_lease(1), make_lease(2))

@@ -308,3 +308,14 @@ def test_a_silent_actor_is_evicted_at_its_deadline_and_rejoins_with_fresh_weight
     publish(sender, 2)
     sender.settle(30)
     assert silent.next_line() == "live 2"
+
+
+def test_an_actor_that_was_evicted_without_a_word_is_asked_to_join_again(network):
+    sender, start = network
+    actor = start("actor-0")
+    publish(sender, 0)
+    sender.wait_for_actors(1, 30)
+    with sender._changed:
+        sender._evict("actor-0", "its connection was lost for a moment")
+    sender.wait_for_actors(1, 30)
+    assert [actor.next_line() for _ in range(2)] == ["live 0", "live 0"]

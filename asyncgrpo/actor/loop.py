@@ -57,6 +57,7 @@ class ActorLoop:
         self._client, self._receiver, self._judge = client, receiver, judge
         self._canary_prompts = canary_prompts(vocab_size)
         self._canaries: dict[str, tuple[int, float]] = {}
+        self._proving = False  # the canaries of the last swap are under way
         self._swap_seconds = 0.0
         self._sampling: dict[str, tuple[Lease, float]] = {}  # in the engine, since when
         self._scoring: dict[str, Scoring] = {}
@@ -169,7 +170,7 @@ class ActorLoop:
         """Replaces the weights between two steps; the proof follows with the canaries."""
         self._receiver.check()
         staged = self._receiver.staged()
-        if staged is None or staged[0] <= self._engine.version or self._eval_open:
+        if staged is None or self._proving or self._eval_open:
             return
         version, tensors = staged
         start = time.perf_counter()
@@ -177,7 +178,7 @@ class ActorLoop:
         self._swap_seconds = time.perf_counter() - start
         self.counters["swap_seconds"] += self._swap_seconds
         self.counters["swaps"] += 1
-        self._canaries = {}
+        self._canaries, self._proving = {}, True
         for row, prompt in enumerate(self._canary_prompts):
             self._engine.add(f"canary-{version}-{row}", prompt, CANARY_SAMPLING, 1, seed=row)
         self._client.post(Packet(kind="held", fields={"version": version}))
@@ -190,6 +191,7 @@ class ActorLoop:
         if len(self._canaries) == NUM_CANARIES:
             version = int(completion.versions[0])
             proofs = [self._canaries[f"canary-{version}-{row}"] for row in range(NUM_CANARIES)]
+            self._proving = False
             self._receiver.loaded(version, self._swap_seconds, proofs)
 
     # -- evaluation ---------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from asyncgrpo.wire.codec import Packet
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
-POLL_SECONDS = 0.003
+POLL_SECONDS, ALIVE_SECONDS = 0.003, 3.0
 
 
 class CollectiveReceiver:
@@ -39,6 +39,7 @@ class CollectiveReceiver:
         self._digests: list[int] = []
         self._copy_seconds = 0.0
         self._busy = False
+        self._alive_at = 0.0
         self._failure: Exception | None = None
         self._outbox: queue.SimpleQueue[Packet] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -98,12 +99,20 @@ class CollectiveReceiver:
                     actions[packet.kind](client, packet)
                 while not self._outbox.empty():
                     client.tell(self._outbox.get())
+                self._show_life(client)
         except Exception as error:
             if not isinstance(error, AsyncGRPOError):
                 log.exception("weights receiver stopped")
             self._failure = error
         finally:
             client.close()
+
+    def _show_life(self, client: DealerClient) -> None:
+        """Lets the learner say "rejoin" to an actor that does not know that it was evicted."""
+        now = time.monotonic()
+        if self._flat is not None and now - self._alive_at > ALIVE_SECONDS:
+            self._alive_at = now
+            client.tell(Packet(kind="alive", fields={"actor": self._actor}))
 
     def _join(self, client: DealerClient) -> None:
         client.post(Packet(kind="join", fields={"actor": self._actor}))

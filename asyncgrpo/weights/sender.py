@@ -183,6 +183,9 @@ class CollectiveSender:
     def _on_later(self, peer: str, packet: Packet) -> None:
         self._handshake.answer(packet.fields["actor"], packet.fields["round"], ready=False)
 
+    def _on_alive(self, peer: str, packet: Packet) -> None:
+        self._ask_to_rejoin(peer, packet)
+
     def _on_free(self, peer: str, packet: Packet) -> None:
         self._handshake.free(packet.fields["actor"])
 
