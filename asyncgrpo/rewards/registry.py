@@ -9,13 +9,9 @@ function may name just the arguments it wants. None means: not applicable to thi
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import math
 import numbers
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +20,7 @@ import numpy as np
 
 from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
+from asyncgrpo.imports import find_function, last_place, shown
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.types import Float32, Prompt
 
@@ -60,7 +57,7 @@ class BoundFunction:
             returned = self.call(**arguments)
         except Exception as error:  # a user's function may raise anything
             raise RewardError(
-                f"{self} raised {type(error).__name__}: {error} at {_last_place(error)}; it must "
+                f"{self} raised {type(error).__name__}: {error} at {last_place(error)}; it must "
                 "score any text, also an empty one"
             ) from error
         values = self._as_list(returned, len(completions))
@@ -90,9 +87,9 @@ class BoundFunction:
         is_text = isinstance(returned, str | bytes | Mapping)
         values = list(returned) if isinstance(returned, Iterable) and not is_text else None
         if values is None or len(values) != count:
-            shown = _shown(returned) if values is None else f"{len(values)} values"
+            what = shown(returned) if values is None else f"{len(values)} values"
             raise RewardError(
-                f"{self} returned {shown} for {count} completions; return a list with "
+                f"{self} returned {what} for {count} completions; return a list with "
                 "one number (or None) per completion"
             )
         return values
@@ -102,7 +99,7 @@ class BoundFunction:
             return None
         if not isinstance(value, numbers.Real | np.bool_):
             raise RewardError(
-                f"{self} returned {_shown(value)} ({type(value).__name__}) for completion {index}; "
+                f"{self} returned {shown(value)} ({type(value).__name__}) for completion {index}; "
                 "return a float or None"
             )
         score = float(value)
@@ -177,41 +174,11 @@ def _bind(function: RewardFunction) -> BoundFunction:
 
 
 def _find(use: str) -> Callable[..., Any]:
-    module_name, colon, name = use.partition(":")
-    if not colon:
-        if use not in BUILTINS:
-            raise RewardError(_unknown_builtin(use))
-        return BUILTINS[use]
-    if not module_name or not name:
-        raise RewardError(f"reward {use!r} must look like 'package.module:function'")
-    found: Any = _import(module_name, use)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise RewardError(_missing_attribute(use, part, found))
-        found = getattr(found, part)
-    if not callable(found):
-        raise RewardError(
-            f"reward {use!r} is {_shown(found)} ({type(found).__name__}), not a function; name a "
-            "function of that module"
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def _import(module_name: str, use: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: users keep rewards beside the config
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RewardError(
-            f"reward {use!r}: there is no module {error.name!r}; install it, or start from the "
-            f"folder that holds it (now {os.getcwd()})"
-        ) from error
-    except Exception as error:  # a user's module may raise anything
-        raise RewardError(
-            f"reward {use!r}: importing {module_name} raised {type(error).__name__}: {error} at "
-            f"{_last_place(error)}; repair the module"
-        ) from error
+    if ":" in use:
+        return find_function(use, "reward", RewardError)
+    if use not in BUILTINS:
+        raise RewardError(_unknown_builtin(use))
+    return BUILTINS[use]
 
 
 def _unknown_builtin(use: str) -> str:
@@ -221,13 +188,6 @@ def _unknown_builtin(use: str) -> str:
         f"there is no built-in reward {use!r}; {hint}built in are: {', '.join(BUILTINS)}; write "
         "your own as 'package.module:function'"
     )
-
-
-def _missing_attribute(use: str, part: str, home: object) -> str:
-    names = [name for name in dir(home) if not name.startswith("_")]
-    near = difflib.get_close_matches(part, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(names[:10]) or 'nothing'}"
-    return f"reward {use!r}: {part!r} is not defined there; {hint}"
 
 
 def _columns(prompt: Prompt, completions: Sequence[str]) -> dict[str, Any]:
@@ -254,15 +214,3 @@ def _weighted_sum(weights: Sequence[float], scores: Sequence[Score], index: int)
             "smaller weights in reward.functions"
         )
     return total
-
-
-def _last_place(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
