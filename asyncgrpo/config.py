@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,12 @@ ALIASES = {
     "num_generations": "algo.group_size",
     "prompt_repeat_k": "algo.group_size",
     "clip_range": "algo.clip_low",
+    "beta": "algo.kl_coef",
+    "kl_loss_coef": "algo.kl_coef",
+    "kl_estimator": "algo.kl",
+    "num_iterations": "algo.passes",
+    "optimizer_steps": "algo.minibatches",
+    "mask_truncated_completions": "algo.mask_truncated",
     "epsilon": "algo.clip_low",
     "cliprange_low": "algo.clip_low",
     "epsilon_high": "algo.clip_high",
@@ -32,12 +40,6 @@ ALIASES = {
     "lr_scheduler_type": "learner.schedule",
     "evaluate_step": "eval.every",
 }
-
-
-class Room(BaseModel):
-    """Base of every section: unknown keys are errors, values are frozen once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class RunSettings(Room):
@@ -153,21 +155,6 @@ class BufferSettings(Room):
     take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
 
 
-class AlgoSettings(Room):
-    group_size: int = Field(8, ge=1, description="completions per prompt (G)")
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    advantage_eps: float = Field(1e-4, gt=0, description="added to the standard deviation")
-    correction: Literal["decoupled", "none"] = Field(
-        "decoupled", description="importance correction of off-policy data"
-    )
-    correction_cap: float = Field(2.0, gt=0, description="cap of the importance weight")
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.28, gt=0)
-    drop_uniform_groups: bool = Field(
-        True, description="groups all right or all wrong are filtered and replaced"
-    )
-
-
 class LearnerSettings(Room):
     lr: float = Field(5e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.98)
@@ -179,6 +166,9 @@ class LearnerSettings(Room):
         0.0, ge=0, le=1, description="floor of the schedule, as share of lr"
     )
     max_grad_norm: float = Field(1.0, gt=0)
+    ess_scaled_lr: bool = Field(
+        False, description="lr times the square root of the effective share of samples"
+    )
     max_tokens_per_microbatch: int = Field(8192, ge=16, description="prompt and completion tokens")
     threads: int = Field(1, ge=1, description="torch threads of one rank")
 
@@ -217,6 +207,9 @@ class LaunchSettings(Room):
 
 class ObserveSettings(Room):
     trajectories: bool = Field(True, description="write trajectories/step_<k>.jsonl")
+    token_log: bool = Field(
+        False, description="write tokens/step_<k>.rank<r>.npz: every log-prob, version and mask"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
 
 
@@ -263,7 +256,7 @@ class Config(Room):
 
     def _problems(self) -> Iterable[str]:
         size, staleness = self.algo.group_size, self.buffer.max_staleness
-        if size < 2:
+        if size < 2 and ":" not in self.algo.advantage:
             yield (
                 f"algo.group_size={size} must be >= 2 with {self.algo.advantage} advantages: "
                 "they compare completions of one group; set algo.group_size to 4 or more"
@@ -280,6 +273,18 @@ class Config(Room):
                 f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "
                 f"launch.learners={self.launch.learners}: each rank needs at least one group; "
                 "use fewer learners or more groups"
+            )
+        if self.buffer.groups_per_step // self.launch.learners < self.algo.minibatches:
+            yield (
+                f"algo.minibatches={self.algo.minibatches} must be <= buffer.groups_per_step / "
+                f"launch.learners = {self.buffer.groups_per_step} / {self.launch.learners}: each "
+                "optimizer step needs a group on each rank"
+            )
+        if self.algo.overlong_buffer >= self.sampling.max_completion_tokens:
+            yield (
+                f"algo.overlong_buffer={self.algo.overlong_buffer} must be < "
+                f"sampling.max_completion_tokens={self.sampling.max_completion_tokens}: it is the "
+                "last part of a completion"
             )
         longest = self.data.max_prompt_tokens + self.sampling.max_completion_tokens
         if self.learner.max_tokens_per_microbatch < longest:

@@ -5,7 +5,8 @@
     │   ├── ConfigError         a setting: unknown, wrong type, out of range, contradictory
     │   ├── DataError           a data file: missing, malformed (with its line number)
     │   ├── ModelError          a model folder: no config, no tokenizer, no weights, unsupported
-    │   └── RewardError         a reward function: not found, raises, wrong count, not finite
+    │   ├── RewardError         a reward function: not found, raises, wrong count, not finite
+    │   └── AlgorithmError      a user's loss, correction .. returns something of the wrong shape
     └── RunError                something broke while running; exit code 3
         ├── RoleFailed          a process ended that should not have
         ├── PeerTimeout         a peer did not answer within its deadline (it is named)
@@ -48,6 +49,10 @@ class ModelError(BadInput):
 
 class RewardError(BadInput):
     """A reward function cannot be found or does not keep its contract."""
+
+
+class AlgorithmError(BadInput):
+    """A user's own loss, correction, advantage, aggregation or KL breaks its contract."""
 
 
 class RunError(AsyncGRPOError):

@@ -98,7 +98,7 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
     core = BufferCore(config, prompts or open_prompts(config), trajectories)
     hub, link = Hub(core, time.monotonic), LocalLink(config)
     tokenizer = load_tokenizer(config.model.path)
-    updater = PolicyUpdater(config, save_to=run.model_path)
+    updater = PolicyUpdater(config, save_to=run.model_path, log_to=run.path)
     actor = ActorLoop(
         "actor-0",
         config,

@@ -21,6 +21,7 @@ FLOORS = {
         "learner.loop",
         "learner.process",
         "learner.update",
+        "learner.prepare",
         "observe.recorder",
         "observe.progress",
         "weights.sender",
@@ -31,6 +32,8 @@ FLOORS = {
         "actor.vllm_engine",
         "actor.toy_engine",
         "learner.model",
+        "learner.attention",
+        "learner.reference",
         "weights.flat",
         "weights.local",
         "weights.collective",
@@ -49,8 +52,8 @@ FLOORS = {
         "rundir",
         "observe",
     ),
-    1: ("config", "protocols", "observe.metrics"),
-    0: ("errors", "types"),
+    1: ("config", "algo", "algorithms", "protocols", "observe.metrics"),
+    0: ("errors", "types", "imports", "room"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

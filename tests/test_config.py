@@ -65,7 +65,8 @@ def test_a_batch_may_be_given_in_completions():
 @pytest.mark.parametrize("alias", ALIASES)
 def test_names_of_other_trainers_are_taken_with_a_notice(alias, caplog):
     room, key = ALIASES[alias].split(".")
-    value = {"clip_low": 0.1, "clip_high": 0.5, "schedule": "linear"}.get(key, 512)
+    values = {"clip_low": 0.1, "clip_high": 0.5, "schedule": "linear", "kl": "k2"}
+    value = {**values, "minibatches": 4, "mask_truncated": True}.get(key, 512)
     with caplog.at_level(logging.WARNING):
         config = from_mapping({"algo": {alias: value}})
     assert getattr(getattr(config, room), key) == value

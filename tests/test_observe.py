@@ -49,7 +49,12 @@ def counters(tokens: float, busy: float, idle: float) -> dict:
 
 
 def summary(actors=None, evaluations=()) -> dict:
-    metrics = {"groups_arrived": 4.0, "reward_arrived_sum": 2.0, "leases_trained": 4}
+    metrics = {
+        "groups_arrived": 4.0,
+        "tokens_arrived": 320.0,
+        "reward_arrived_sum": 2.0,
+        "leases_trained": 4,
+    }
     return {"metrics": metrics, "actors": actors or {}, "evaluations": list(evaluations)}
 
 
@@ -116,6 +121,7 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     assert one["tokens_generated"] == 150
     assert one["actor_idle_share"] == pytest.approx(0.5)
     assert one["rewards/generated_mean"] == pytest.approx(0.5)
+    assert one["completions/generated_mean_length"] == pytest.approx(320 / (4 * 8))
     assert (one["eval/accuracy"], one["eval/version"]) == (0.5, 0)
     assert "eval/accuracy" not in two
     assert two["actor_idle_share"] == pytest.approx(0.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.errors import DataError, ModelError
@@ -45,7 +46,7 @@ class Session:
         config = self._with_model()
         plan = self._plan(config)
         run = self._prepare(config, plan)
-        for warning in plan.warnings:
+        for warning in (*plan.warnings, *notices(config.algo)):
             self._console.print(f"warning: {warning}", style="yellow", markup=False)
         with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
             supervisor = Supervisor(
@@ -86,6 +87,12 @@ class Session:
             raise DataError(f"data.train={config.data.train!r} holds no prompt")
         load_rewards(config.reward).probe(first)
         check_model_folder(config.model.path)
+        if config.algo.kl_coef and config.algo.reference.path:
+            check_model_folder(config.algo.reference.path)
+        if config.algo.custom:
+            from asyncgrpo.learner.objective import probe  # torch
+
+            probe(config.algo)
         self._plan(config)
 
     def _plan(self, config: Config) -> Plan:

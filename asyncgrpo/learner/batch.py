@@ -11,20 +11,22 @@ nothing. Example: prompt [7, 8, 9], completion [4, 5], staleness 2, advantage 0.
     behavior_logprobs  0    0   -.1  -.3
     advantages         0    0    .7   .7
     staleness          0    0    2    2
+
+The places of one sequence have its number in sequence_ids; completion_ids says which completion
+of the batch, counted over its groups, that sequence is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from asyncgrpo.errors import StalenessError
-from asyncgrpo.learner.advantages import group_advantages
-from asyncgrpo.types import Completion, Float32, Group, Int32, Shard
+from asyncgrpo.types import Completion, Float32, Group, Int32
 
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -47,6 +49,7 @@ class Batch:
     advantages: Float32  # [S] the completion's advantage at each of its tokens
     staleness: Int32  # [S] shard.step - version that sampled the target
     sequence_ids: Int32  # [S] 0..N-1
+    completion_ids: Int32  # [N] group-major index among all completions that were packed
     cu_seqlens: Int32  # [N + 1] sequence i lies on places cu_seqlens[i] to cu_seqlens[i + 1]
 
 
@@ -58,6 +61,9 @@ class PackReport:
     num_masked_stale: int  # tokens past max_staleness
     num_masked_nonfinite: int  # tokens of the next
     num_nonfinite_sequences: int  # completions with a behaviour log-prob that is NaN or infinite
+    num_truncated_sequences: int  # completions masked because they were cut at the limit
+    num_counted_tokens: int  # what the loss divides by: all but truncated ones, masked or not
+    num_counted_sequences: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +72,15 @@ class _Scored:
 
     prompt_token_ids: Int32  # [P]
     completion: Completion
-    advantage: float
+    completion_id: int
     staleness: NDArray[np.int64]  # [T]
     is_stale: Bool  # [T] past the bound
     is_finite: bool  # all behaviour log-probs are
+    is_truncated: bool  # and therefore masked
 
     @property
     def loss_mask(self) -> Bool:
-        return ~self.is_stale & self.is_finite
+        return ~self.is_stale & (self.is_finite and not self.is_truncated)
 
     @property
     def num_places(self) -> int:
@@ -81,32 +88,34 @@ class _Scored:
 
 
 def pack(
-    shard: Shard,
+    groups: Sequence[Group],
+    step: int,
     *,
-    advantage: str,
-    advantage_eps: float,
     max_tokens: int,
     max_staleness: int,
     staleness_action: StalenessAction,
+    mask_truncated: bool = False,
 ) -> tuple[tuple[Batch, ...], PackReport]:
     """Micro-batches of at most max_tokens places each, and a report of what was masked.
 
-    Sequences are sorted by length, so that a micro-batch holds similar lengths; the order is a
-    function of the shard alone. A single sequence longer than max_tokens is a micro-batch of its
-    own. Completions with nothing in the loss take no places. There is always at least one
-    micro-batch (possibly with an empty mask): every rank must join the gradient's all-reduce.
+    Advantages are still 0: see `with_advantages`. Sequences are sorted by length, so that a
+    micro-batch holds similar lengths; the order is a function of the groups alone. A single
+    sequence longer than max_tokens is a micro-batch of its own. Completions with nothing in the
+    loss take no places. There is always at least one micro-batch (possibly with an empty mask):
+    every rank must join the gradient's all-reduce.
 
-    Masking does not change the normaliser: the loss divides by shard.num_loss_tokens_global, all
-    completion tokens of the whole batch on all ranks, masked ones included, so that neither the
-    split into micro-batches nor another rank's masks change the weight of a token.
+    Masking stale or non-finite tokens does not change the normaliser: the loss divides by all
+    completion tokens of the whole batch on all ranks, so that neither the split into micro-batches
+    nor another rank's masks change the weight of a token. Only truncated completions, when these
+    are masked, leave the count too (the overlong filtering of DAPO, arXiv 2503.14476).
 
     Raises StalenessError when staleness_action is "drop" and a token is older than max_staleness:
     the buffer's eviction should not have let it through.
     """
     scored: list[_Scored] = []
-    for group in shard.groups:
-        values = group_advantages(advantage, group.rewards, advantage_eps)
-        scored += _score(group, shard.step, values, max_staleness, staleness_action)
+    for group in groups:
+        first = len(scored)
+        scored += _score(group, step, first, max_staleness, staleness_action, mask_truncated)
     trained = sorted(
         (item for item in scored if item.loss_mask.any()), key=lambda item: item.num_places
     )
@@ -114,16 +123,28 @@ def pack(
     return batches or (_empty_batch(),), _report(scored)
 
 
+def with_advantages(
+    batch: Batch, values: Float32, on_places: NDArray[np.float64] | float = 0.0
+) -> Batch:
+    """The batch with advantages: one float32 for each completion that was packed.
+
+    on_places: float64 [S], added to them (rewards per token).
+    """
+    spread = values[batch.completion_ids][batch.sequence_ids] + on_places
+    return replace(batch, advantages=np.where(batch.loss_mask, spread, 0.0).astype(np.float32))
+
+
 def _score(
     group: Group,
     step: int,
-    advantages: Float32,
+    first_id: int,
     max_staleness: int,
     action: StalenessAction,
+    mask_truncated: bool,
 ) -> Iterator[_Scored]:
-    """The group's completions, each with its advantage and the staleness of its tokens."""
+    """The group's completions, each with the staleness of its tokens."""
     assert len(group.prompt_token_ids) > 0, "nothing predicts the first token of an empty prompt"
-    for completion, advantage in zip(group.completions, advantages, strict=True):
+    for index, completion in enumerate(group.completions):
         staleness = step - completion.versions.astype(np.int64)
         is_stale = staleness > max_staleness
         if action == "drop" and is_stale.any():
@@ -131,11 +152,12 @@ def _score(
         yield _Scored(
             prompt_token_ids=group.prompt_token_ids,
             completion=completion,
-            advantage=float(advantage),
+            completion_id=first_id + index,
             staleness=staleness,
             is_stale=is_stale,
             # One NaN or infinite log-prob would make the loss and all gradients NaN.
             is_finite=bool(np.isfinite(completion.behavior_logprobs).all()),
+            is_truncated=mask_truncated and completion.finish_reason == "length",
         )
 
 
@@ -155,6 +177,11 @@ def _report(scored: Sequence[_Scored]) -> PackReport:
         num_masked_stale=sum(int(item.is_stale.sum()) for item in scored if item.is_finite),
         num_masked_nonfinite=sum(len(item.completion.token_ids) for item in nonfinite),
         num_nonfinite_sequences=len(nonfinite),
+        num_truncated_sequences=sum(item.is_truncated for item in scored),
+        num_counted_tokens=sum(
+            len(item.completion.token_ids) for item in scored if not item.is_truncated
+        ),
+        num_counted_sequences=sum(not item.is_truncated for item in scored),
     )
 
 
@@ -184,9 +211,10 @@ def _join(items: Sequence[_Scored]) -> Batch:
         behavior_logprobs=_on_targets(
             items, lambda item: item.completion.behavior_logprobs, np.float32
         ),
-        advantages=_on_targets(items, lambda item: item.advantage, np.float32),
+        advantages=np.zeros(int(lengths.sum()), np.float32),
         staleness=_on_targets(items, lambda item: item.staleness, np.int32),
         sequence_ids=np.repeat(np.arange(len(items), dtype=np.int32), lengths),
+        completion_ids=np.array([item.completion_id for item in items], np.int32),
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
     )
 
@@ -213,5 +241,6 @@ def _empty_batch() -> Batch:
         advantages=np.zeros(1, np.float32),
         staleness=np.zeros(1, np.int32),
         sequence_ids=np.zeros(1, np.int32),
+        completion_ids=np.zeros(1, np.int32),
         cu_seqlens=np.array([0, 1], np.int32),
     )

@@ -1,50 +1,25 @@
-"""The policy loss of one micro-batch and the sums from which a step's metrics are made.
+"""Token losses. Every public function here is one: its name is what `algo.loss` takes.
 
-Notation: mu behaviour, p proximal, pi present policy; r = pi / p, w = p / mu. A micro-batch
-yields sums over its loss tokens in the fixed order of SUM_KEYS, and maxima in that of MAX_KEYS:
-ranks add and compare these vectors, then `finish_metrics` divides once.
+Each gets the inputs (see inputs.py for mu, p, pi, r, rho, A) and algo settings, and returns what
+is minimised at each token, before mask, correction and aggregation. sg = stop gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from asyncgrpo.config import AlgoSettings
-from asyncgrpo.learner.batch import Batch
-from asyncgrpo.learner.corrections import CORRECTIONS, MAX_LOG_RATIO, Correction, safe_exp
+from asyncgrpo.learner.inputs import MAX_LOG_RATIO, safe_exp
 
-SUM_KEYS = (
-    "loss",  # already divided by the global token count: sums up to the step's loss
-    "tokens",
-    "weight",
-    "weight_squared",
-    "kl_k1",
-    "kl_k3",
-    "logprob_diff",
-    "clip_low",
-    "clip_high",
-    "capped",
-    "staleness",
-    "entropy",
-)
-MAX_KEYS = ("logprob_diff", "staleness")
+if TYPE_CHECKING:
+    from asyncgrpo.config import AlgoSettings
+    from asyncgrpo.learner.inputs import LossInputs
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossInputs:
-    """What a loss may look at; it never sees logits. All float32 [S], 0 where mask is 0."""
-
-    logprobs: Tensor  # log pi of the target, with gradient
-    behavior_logprobs: Tensor  # log mu
-    proximal_logprobs: Tensor  # log p, no gradient
-    advantages: Tensor
-    mask: Tensor  # 1 = in the loss
-    staleness: Tensor  # policy versions
-    entropy: Tensor  # nats, no gradient; only for metrics
+# A smaller sequence ratio has no weight left, and its square would be 0 in float32.
+MIN_LOG_SEQUENCE_RATIO = -18.42
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,134 +27,169 @@ class TokenLoss:
     """One loss per token, not yet masked or corrected."""
 
     loss: Tensor  # float32 [S], to be minimised
-    is_clipped_low: Tensor  # float32 [S] 1 where the lower clip took the gradient away
-    is_clipped_high: Tensor  # float32 [S]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossOutput:
-    """Loss of one micro-batch with its part of the step's metrics."""
-
-    loss: Tensor  # float32 scalar with gradient
-    sums: Tensor  # float64 [len(SUM_KEYS)], to be added over micro-batches and ranks
-    maxima: Tensor  # float64 [len(MAX_KEYS)], to be maximised over micro-batches and ranks
-
-
-def loss_inputs(batch: Batch, logprobs: Tensor, entropy: Tensor) -> LossInputs:
-    """Inputs for one optimizer step per batch, where p is pi without its gradient.
-
-    logprobs, entropy: float32 [S] on any device; the batch's arrays follow them there.
-    """
-
-    def tensor(name: str) -> Tensor:
-        return torch.from_numpy(getattr(batch, name)).to(logprobs.device, torch.float32)
-
-    return LossInputs(
-        logprobs=logprobs,
-        behavior_logprobs=tensor("behavior_logprobs"),
-        proximal_logprobs=logprobs.detach(),
-        advantages=tensor("advantages"),
-        mask=tensor("loss_mask"),
-        staleness=tensor("staleness"),
-        entropy=entropy,
-    )
+    is_clipped_low: Tensor  # bool [S] where a lower clip took the gradient away
+    is_clipped_high: Tensor  # bool [S] where an upper clip did, or capped a weight
 
 
 def ppo_clip(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
-    """loss = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A).
+    """Clipped surrogate of PPO; the two clips apart as in DAPO, optionally a dual clip.
 
-    PPO, arXiv 1707.06347, equation 7, with the two clips apart as in DAPO, arXiv 2503.14476
-    (clip-higher).
+    loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and for A < 0 at most -dual_clip A
+    Source: PPO, arXiv 1707.06347 eq. 7; clip-higher arXiv 2503.14476; dual clip arXiv 1912.09729
+    Settings: clip_low clip_high dual_clip
+    Use: the default. With one optimizer step per batch r = 1 and only the correction acts.
+    Staleness: 8 with correction decoupled, 8 with bypass, 2 uncorrected
     """
     low, high = 1.0 - algo.clip_low, 1.0 + algo.clip_high
-    ratio = safe_exp(inputs.logprobs - inputs.proximal_logprobs)
+    ratio, advantages = inputs.ratio, inputs.advantages
+    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    is_high = (ratio > high) & (advantages > 0)
+    if algo.dual_clip is not None:
+        floor = algo.dual_clip * advantages
+        is_high = is_high | ((advantages < 0) & (objective < floor))
+        objective = torch.where(advantages < 0, torch.maximum(objective, floor), objective)
+    is_low = (ratio < low) & (advantages < 0)
+    return TokenLoss(loss=-objective, is_clipped_low=is_low, is_clipped_high=is_high)
+
+
+def cispo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    """Caps the importance weight instead of the update: no token loses its gradient.
+
+    loss = -sg(clip(rho, cispo.floor, cispo.cap)) A log pi
+    Source: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786 (cap 4 to 8, no floor)
+    Settings: cispo.cap cispo.floor
+    Use: long completions whose rare tokens a clip would silence. Needs correction bypass.
+    Staleness: 8 (tiny task: as tis)
+    """
+    ratio, cap, floor = inputs.behavior_ratio, algo.cispo.cap, algo.cispo.floor
+    weight = ratio.clamp(min=floor, max=cap)
+    return TokenLoss(
+        loss=-weight * inputs.advantages * inputs.logprobs,
+        is_clipped_low=weight > ratio,
+        is_clipped_high=weight < ratio,
+    )
+
+
+def gspo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    """Clips the sequence's geometric mean ratio: a sequence is trained whole or not at all.
+
+    s = exp(mean_t log r); loss = -min(s A, clip(s, 1 - gspo.clip_low, 1 + gspo.clip_high) A)
+    Source: GSPO, arXiv 2507.18071 eq. 5-7
+    Settings: gspo.clip_low gspo.clip_high
+    Use: mixture-of-experts models. With correction bypass, or several optimizer steps per batch.
+        Meant for aggregation sequence_mean; token_mean weighs long sequences more.
+    Staleness: 8 at learning rates that keep s near 1; starves when most sequences are clipped
+    """
+    ratio = inputs.on_tokens(safe_exp(inputs.sequence_mean(inputs.logprobs - inputs.old_logprobs)))
+    return _sequence_clip(ratio, inputs, algo)
+
+
+def gspo_token(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    """GSPO's clip with a gradient per token, for advantages that differ inside a sequence.
+
+    s_t = sg(s) pi / sg(pi) with s as in gspo; loss = -min(s_t A, clip(s_t, ...) A)
+    Source: arXiv 2507.18071 section 4.3
+    Settings: gspo.clip_low gspo.clip_high
+    Use: as gspo, with KL in the reward per token or a custom advantage per token.
+    Staleness: as gspo
+    """
+    delta = (inputs.logprobs - inputs.old_logprobs).detach()
+    ratio = inputs.on_tokens(safe_exp(inputs.sequence_mean(delta)))
+    return _sequence_clip(ratio * (inputs.logprobs - inputs.logprobs.detach()).exp(), inputs, algo)
+
+
+def _sequence_clip(ratio: Tensor, inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    low, high = 1.0 - algo.gspo.clip_low, 1.0 + algo.gspo.clip_high
     advantages = inputs.advantages
     objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     return TokenLoss(
         loss=-objective,
-        is_clipped_low=((ratio < low) & (advantages < 0)).float(),
-        is_clipped_high=((ratio > high) & (advantages > 0)).float(),
+        is_clipped_low=(ratio < low) & (advantages < 0),
+        is_clipped_high=(ratio > high) & (advantages > 0),
     )
 
 
-TOKEN_LOSSES: dict[str, Callable[[LossInputs, AlgoSettings], TokenLoss]] = {"ppo_clip": ppo_clip}
+def sapo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    """A soft gate around r = 1 in place of a hard clip: the gradient fades, it never jumps.
 
-
-def policy_loss(
-    inputs: LossInputs,
-    algo: AlgoSettings,
-    num_loss_tokens_global: int,
-    token_loss: str = "ppo_clip",
-) -> LossOutput:
-    """Token mean over the global batch: sum(mask * weight * loss) / num_loss_tokens_global.
-
-    Token-level aggregation of DAPO, arXiv 2503.14476. Losses of all micro-batches and ranks add
-    up to the loss of the step, and so do their gradients: DistributedDataParallel averages
-    gradients over ranks, so multiply by the number of ranks before backward().
+    loss = -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A
+    Source: SAPO, arXiv 2511.20347
+    Settings: sapo.tau_positive sapo.tau_negative
+    Use: where hard clips make training jumpy. With bypass, or several optimizer steps per batch.
+    Staleness: as ppo_clip with bypass
     """
-    token = TOKEN_LOSSES[token_loss](inputs, algo)
-    correction = CORRECTIONS[algo.correction](inputs, algo)
-    # max: a batch of empty completions has count 0, and 0 / 0 would make the weights NaN.
-    count = max(num_loss_tokens_global, 1)
-    loss = (inputs.mask * correction.weight * token.loss).sum() / count
-    with torch.no_grad():
-        sums, maxima = _measure(inputs, token, correction)
-        sums[SUM_KEYS.index("loss")] = loss.double()
-    return LossOutput(loss=loss, sums=sums, maxima=maxima)
+    positive, negative = algo.sapo.tau_positive, algo.sapo.tau_negative
+    tau = torch.where(inputs.advantages > 0, positive, negative)
+    gate = torch.sigmoid(tau * (inputs.ratio - 1.0)) * 4.0 / tau
+    nowhere = torch.zeros_like(gate, dtype=torch.bool)
+    return TokenLoss(
+        loss=-gate * inputs.advantages, is_clipped_low=nowhere, is_clipped_high=nowhere
+    )
 
 
-def _measure(inputs: LossInputs, token: TokenLoss, correction: Correction) -> tuple[Tensor, Tensor]:
-    """Sums and maxima over the loss tokens; the place of the loss itself is left 0.
+def dppo_tv(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    """Trust region in probability, not in ratio: rare tokens are not clipped for tiny moves.
 
-    With delta = log p - log mu: k1 = -delta, k3 = exp(delta) - delta - 1 (both estimate
-    KL(mu || p), http://joschu.net/blog/kl-approx.html), w = exp(delta).
+    A token leaves when pi - mu > delta (A > 0) or pi - mu < -delta (A <= 0);
+    otherwise loss = -sg(min(rho, cap)) A log pi
+    Source: DPPO, arXiv 2602.04879 (binary total variation; section 5.4 for the cap)
+    Settings: dppo_tv.delta dppo_tv.cap
+    Use: large vocabularies with many rare tokens. Needs correction bypass.
+    Staleness: not measured beyond this project's tiny task
     """
-    mask = inputs.mask
-    delta = inputs.proximal_logprobs - inputs.behavior_logprobs
-    weight = safe_exp(delta)
-    bounded = delta.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    per_token = {
-        "loss": torch.zeros_like(mask),
-        "tokens": torch.ones_like(mask),
-        "weight": weight,
-        "weight_squared": weight.double().square(),
-        "kl_k1": -delta,
-        # expm1: exp(delta) - 1 loses all digits of the k3 of nearly equal policies.
-        "kl_k3": bounded.expm1() - bounded,
-        "logprob_diff": delta.abs(),
-        "clip_low": token.is_clipped_low,
-        "clip_high": token.is_clipped_high,
-        "capped": correction.is_capped,
-        "staleness": inputs.staleness,
-        "entropy": inputs.entropy,
-    }
-    # float64: a float32 sum over a large batch would depend on how it was split.
-    sums = torch.stack([(mask * per_token[key]).sum(dtype=torch.float64) for key in SUM_KEYS])
-    maxima = torch.stack([(mask * per_token[key]).max().double() for key in MAX_KEYS])
-    return sums, maxima
+    ratio = inputs.behavior_ratio
+    moved = (inputs.logprobs.exp() - inputs.behavior_logprobs.exp()).detach()
+    is_high = (inputs.advantages > 0) & (moved > algo.dppo_tv.delta)
+    is_low = (inputs.advantages <= 0) & (moved < -algo.dppo_tv.delta)
+    loss = -ratio.clamp(max=algo.dppo_tv.cap) * inputs.advantages * inputs.logprobs
+    return TokenLoss(
+        loss=loss.masked_fill(is_high | is_low, 0.0), is_clipped_low=is_low, is_clipped_high=is_high
+    )
 
 
-def finish_metrics(sums: Sequence[float], maxima: Sequence[float]) -> dict[str, float]:
-    """The step's numbers from its sums and maxima over all micro-batches and ranks.
+def vespo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    """Weighs a sequence by a smooth function of its ratio W that is 1 at W = 1 and fades around.
 
-    Means are per loss token; ess is Kish's effective share of samples (sum w)^2 / (n sum w^2).
-    A step without loss tokens reports 0 throughout.
+    loss = -sg(W^k exp(c (1 - W))) A log pi, W = prod_t rho; (k, c) by the sign of A
+    Source: VESPO, arXiv 2602.10693 (gamma weights)
+    Settings: vespo.positive vespo.negative
+    Use: long lag with short or medium completions: W spreads with the square root of the length.
+        Needs correction bypass.
+    Staleness: 64 in its source; look at masks by length decile
     """
-    total = dict(zip(SUM_KEYS, map(float, sums), strict=True))
-    largest = dict(zip(MAX_KEYS, map(float, maxima), strict=True))
-    count = max(total["tokens"], 1.0)  # an empty step would divide by zero
-    squares = total["weight_squared"]
-    return {
-        "loss": total["loss"],
-        "kl": total["kl_k3"] / count,
-        "kl_k1": total["kl_k1"] / count,
-        "ess": total["weight"] ** 2 / (count * squares) if squares > 0 else 0.0,
-        "clip_low_share": total["clip_low"] / count,
-        "clip_high_share": total["clip_high"] / count,
-        "cap_share": total["capped"] / count,
-        "logprob_diff_mean": total["logprob_diff"] / count,
-        "logprob_diff_max": largest["logprob_diff"],
-        "staleness_mean": total["staleness"] / count,
-        "staleness_max": largest["staleness"],
-        "entropy": total["entropy"] / count,
-    }
+    log_ratio = (inputs.logprobs - inputs.behavior_logprobs).detach()
+    total = inputs.sequence_sum(log_ratio).clamp(MIN_LOG_SEQUENCE_RATIO, MAX_LOG_RATIO)
+    log_w = inputs.on_tokens(total)
+    is_up = inputs.advantages >= 0
+    power = torch.where(is_up, algo.vespo.positive[0], algo.vespo.negative[0])
+    rate = torch.where(is_up, algo.vespo.positive[1], algo.vespo.negative[1])
+    weight = (rate + power * log_w - rate * log_w.exp()).exp()
+    nowhere = torch.zeros_like(weight, dtype=torch.bool)
+    return TokenLoss(
+        loss=-weight * inputs.advantages * inputs.logprobs,
+        is_clipped_low=nowhere,
+        is_clipped_high=nowhere,
+    )
+
+
+def topr(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    """Learns from good samples as they are, from bad ones only while they are still likely.
+
+    loss = -A log pi for A > 0, -sg(min(ratio, 1)) A log pi for A < 0
+    ratio is the whole sequence's prod_t rho (topr.level = sequence) or the token's rho (token)
+    Source: TOPR, arXiv 2503.14286 eq. 8 (there by the sign of the reward)
+    Settings: topr.level
+    Use: data of any age, no trust region at all. Needs correction bypass.
+    Staleness: unbounded in its source, with small learning rates
+    """
+    log_ratio = (inputs.logprobs - inputs.behavior_logprobs).detach()
+    if algo.topr.level == "sequence":
+        log_ratio = inputs.on_tokens(inputs.sequence_sum(log_ratio))
+    ratio = safe_exp(log_ratio)
+    is_bad = inputs.advantages < 0
+    weight = torch.where(is_bad, ratio.clamp(max=1.0), 1.0)
+    return TokenLoss(
+        loss=-weight * inputs.advantages * inputs.logprobs,
+        is_clipped_low=torch.zeros_like(is_bad),
+        is_clipped_high=is_bad & (ratio > 1.0),
+    )

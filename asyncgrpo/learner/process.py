@@ -41,7 +41,8 @@ def run_learner(run: RunDir) -> NoReturn:
     if rank == 0:
         sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store)
         recorder = RunRecorder(run, exporter)
-    updater = PolicyUpdater(run.config, save_to=run.model_path if rank == 0 else None)
+    save_to = run.model_path if rank == 0 else None
+    updater = PolicyUpdater(run.config, save_to=save_to, log_to=run.path)
     learner = Learner(
         run.config,
         rank=rank,

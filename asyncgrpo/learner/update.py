@@ -1,27 +1,25 @@
-"""One rank's model and optimizer: a shard in, one optimizer update and its metrics out."""
+"""One rank's model and optimizer: a shard in, optimizer updates and their metrics out."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import RunError
-from asyncgrpo.learner.batch import Batch, PackReport, pack
-from asyncgrpo.learner.losses import (
-    MAX_KEYS,
-    SUM_KEYS,
-    finish_metrics,
-    loss_inputs,
-    policy_loss,
-)
+from asyncgrpo.learner import ranks
+from asyncgrpo.learner.diagnostics import Sums, finish, measure
+from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
     PolicyHead,
     load_policy,
@@ -29,33 +27,62 @@ from asyncgrpo.learner.model import (
     packed_row,
     published_parameters,
 )
+from asyncgrpo.learner.objective import Objective, objective
+from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
+from asyncgrpo.learner.reference import Reference, adapted_coefficient
 from asyncgrpo.learner.schedule import learning_rate
+from asyncgrpo.observe.token_log import write_token_log
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.weights.proof import canary_prompts
 
-METRIC_NAMES = {
-    "kl": "objective/kl",
-    "kl_k1": "objective/kl_k1",
-    "entropy": "objective/entropy",
-    "staleness_mean": "staleness/mean",
-    "staleness_max": "staleness/max",
-}
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What the optimizer updates of one learner step add up to, on this rank."""
+
+    sums: Sums = field(default_factory=dict)
+    maxima: Sums = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
+    rate: float = 0.0
+    tokens: list[dict[str, np.ndarray]] = field(default_factory=list)  # for observe.token_log
+
+    def add(self, sums: Sums, maxima: Sums) -> None:
+        """Adds a micro-batch's or an update's part."""
+        self.sums = {n: self.sums[n] + v if n in self.sums else v for n, v in sums.items()}
+        self.maxima = {
+            n: torch.maximum(self.maxima[n], v) if n in self.maxima else v
+            for n, v in maxima.items()
+        }
 
 
 class PolicyUpdater:
     """The learner loop's updater. With several ranks the default process group must be up."""
 
-    def __init__(self, config: Config, *, save_to: Path | None = None) -> None:
-        """save_to: where `save` writes; None on ranks that do not save."""
-        self._config, self._save_to = config, save_to
-        self._world_size = dist.get_world_size() if dist.is_initialized() else 1
+    def __init__(
+        self, config: Config, *, save_to: Path | None = None, log_to: Path | None = None
+    ) -> None:
+        """save_to: where `save` writes, None on ranks that do not; log_to: for token logs."""
+        self._config, self._save_to, self._log_to = config, save_to, log_to
+        self._world_size = ranks.world_size()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
         self._policy = load_policy(config.model.path, device=self._device)
-        head = PolicyHead(self._policy, temperature=config.sampling.temperature)
+        algo, temperature = config.algo, config.sampling.temperature
+        head = PolicyHead(
+            self._policy, temperature=temperature, entropy_gradient=algo.entropy_coef > 0
+        )
         self._head = DistributedDataParallel(head) if self._world_size > 1 else head
+        self._reference = None
+        if algo.kl_coef > 0:
+            path = algo.reference.path or config.model.path
+            self._reference = Reference(path, temperature=temperature, device=self._device)
+        self._preparer = Preparer(config, head, self._reference, self._device)
+        self._kl_coef = algo.kl_coef
+        self._num_skipped = self._num_syncs = 0
         settings = config.learner
         self._optimizer = torch.optim.AdamW(
             self._policy.parameters(),
@@ -72,33 +99,26 @@ class PolicyUpdater:
         return int(self._policy.get_output_embeddings().weight.shape[0])
 
     def update(self, shard: Shard) -> dict[str, float]:
-        """One optimizer update from this rank's shard; metrics of the whole batch, all ranks."""
-        config = self._config
-        rate = learning_rate(shard.step, config.learner, config.run.max_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        batches, report = pack(
-            shard,
-            advantage=config.algo.advantage,
-            advantage_eps=config.algo.advantage_eps,
-            max_tokens=config.learner.max_tokens_per_microbatch,
-            max_staleness=config.buffer.max_staleness,
-            staleness_action=config.buffer.staleness_action,
-        )
-        self._optimizer.zero_grad(set_to_none=True)
-        sums, maxima = self._accumulate(batches, shard.num_loss_tokens_global)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._policy.parameters(), config.learner.max_grad_norm
-        )
-        if not torch.isfinite(norm):
-            raise RunError(
-                f"gradient norm {float(norm)} at step {shard.step}: the update would destroy the "
-                f"weights; lower learner.lr={config.learner.lr} or look at trajectories/"
-            )
-        self._optimizer.step()
-        metrics = {METRIC_NAMES.get(n, n): v for n, v in self._finish(sums, maxima).items()}
-        metrics.update(self._batch_metrics(shard, report))
-        return {**metrics, "grad_norm": float(norm), "lr": rate}
+        """The optimizer updates of one learner step, algo.minibatches times algo.passes of them.
+
+        Returns the metrics of the whole batch, all ranks. An update whose loss or gradient is not
+        finite is skipped; RunError after more than algo.max_nonfinite of these in the run.
+        """
+        algo = self._config.algo
+        parts = [shard.groups[first :: algo.minibatches] for first in range(algo.minibatches)]
+        ready = self._preparer.prepare(shard.step, parts, self._kl_coef)
+        record = StepRecord()
+        for index in range(algo.passes):
+            for batch in ready:
+                self._step(batch, shard.step, record, is_last=index == algo.passes - 1)
+        metrics = self._finish(record, shard)
+        self._after(shard, metrics)
+        if algo.kl_coef:
+            metrics["objective/kl_coef"] = self._kl_coef
+        if self._config.observe.token_log and self._log_to is not None:
+            leases = [group.lease.lease_id for batch in ready for group in batch.groups]
+            write_token_log(self._log_to, shard.step, ranks.rank(), leases, record.tokens)
+        return metrics | self._batch_metrics(shard, ready)
 
     def weights(self) -> NamedTensors:
         """Present weights by their Hugging Face names."""
@@ -114,55 +134,193 @@ class PolicyUpdater:
             self._policy.save_pretrained(self._save_to)
             AutoTokenizer.from_pretrained(self._config.model.path).save_pretrained(self._save_to)
 
-    def _accumulate(self, batches: Sequence[Batch], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Gradients of all micro-batches; ranks meet in the last one's backward pass only."""
-        sums = torch.zeros(len(SUM_KEYS), dtype=torch.float64, device=self._device)
-        maxima = torch.zeros(len(MAX_KEYS), dtype=torch.float64, device=self._device)
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
+    def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
+        """One optimizer update."""
+        self._optimizer.zero_grad(set_to_none=True)
+        update = StepRecord()
+        for index, last in self._microbatches(batch):
             with contextlib.nullcontext() if last else self._without_sync():
-                logprobs, entropy = self._head(packed_row(batch, self._device))
-                inputs = loss_inputs(batch, logprobs, entropy)
-                out = policy_loss(inputs, self._config.algo, num_tokens)
-                (out.loss * self._world_size).backward()  # DDP divides by the number of ranks
-            sums += out.sums
-            maxima = torch.maximum(maxima, out.maxima)
-        return sums, maxima
+                inputs, found = self._objective(batch, index)
+                (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
+            update.add(*measure(inputs, found, self._config.algo))
+            if is_last and self._config.observe.token_log:
+                record.tokens += self._token_rows(batch, index, inputs, found)
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(
+                self._policy.parameters(), self._config.learner.max_grad_norm
+            )
+        )
+        if not math.isfinite(norm):
+            self._skip(batch, step, norm)
+            return
+        record.rate = self._learning_rate(step, update.sums)
+        for group in self._optimizer.param_groups:
+            group["lr"] = record.rate
+        self._optimizer.step()
+        record.add(update.sums, update.maxima)
+        record.norms.append(norm)
+
+    def _microbatches(self, batch: OptimizerBatch) -> Iterator[tuple[int, bool]]:
+        """(index, is the last one): ranks meet in the last one's backward pass only."""
+        for index in range(len(batch.batches)):
+            yield index, index == len(batch.batches) - 1
+
+    def _objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
+        row = packed_row(batch.batches[index], self._device)
+        inputs = batch.inputs(index, *self._head(row), self._config)
+        kl_coef = self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
+        return inputs, objective(inputs, self._config.algo, kl_coef)
+
+    def _learning_rate(self, step: int, sums: Sums) -> float:
+        """The schedule's, times sqrt(ESS / n) of this update if wanted.
+
+        Importance weights leave only ESS independent samples; noise grows with their square root.
+        """
+        rate = learning_rate(step, self._config.learner, self._config.run.max_steps)
+        if not self._config.learner.ess_scaled_lr:
+            return rate
+        names = ("tokens", "weight", "weight_squared")
+        count, weight, squared = ranks.summed([float(sums[n]) for n in names], self._device)
+        return rate * math.sqrt(weight**2 / (count * squared)) if squared else rate
 
     def _without_sync(self) -> contextlib.AbstractContextManager[None]:
         if isinstance(self._head, DistributedDataParallel):
             return self._head.no_sync()
         return contextlib.nullcontext()
 
-    def _finish(self, sums: Tensor, maxima: Tensor) -> dict[str, float]:
-        if self._world_size > 1:
-            dist.all_reduce(sums, op=dist.ReduceOp.SUM)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        return finish_metrics(sums.tolist(), maxima.tolist())
+    def _skip(self, batch: OptimizerBatch, step: int, norm: float) -> None:
+        """Leaves the weights as they are, names the culprit, and stops after too many."""
+        self._num_skipped += 1  # the same on every rank, as the gradient norm is
+        allowed = self._config.algo.max_nonfinite
+        message = (
+            f"gradient norm {norm} at step {step}: {self._culprit(batch)}; update skipped, weights "
+            f"unchanged ({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
+        )
+        if self._num_skipped > allowed:
+            raise RunError(
+                f"{message}; lower learner.lr={self._config.learner.lr}, or look at trajectories/"
+            )
+        log.warning(message)
 
-    def _batch_metrics(self, shard: Shard, report: PackReport) -> dict[str, float]:
+    @torch.no_grad()
+    def _culprit(self, batch: OptimizerBatch) -> str:
+        """The first token of this rank whose loss is not finite, by its group."""
+        for index, micro in enumerate(batch.batches):
+            _, found = self._plain_objective(batch, index)
+            bad = (~torch.isfinite(found.per_token)).nonzero().flatten().tolist()
+            if bad:
+                sequence = int(micro.sequence_ids[bad[0]])
+                flat = [(g, i) for g in batch.groups for i in range(len(g.completions))]
+                group, sample = flat[int(micro.completion_ids[sequence])]
+                length = len(group.completions[sample].token_ids)
+                place = bad[0] - (int(micro.cu_seqlens[sequence + 1]) - length)
+                return (
+                    f"loss {float(found.per_token[bad[0]])} at group {group.lease.lease_id}, "
+                    f"completion {sample}, token {place} (id {int(micro.target_ids[bad[0]])})"
+                )
+        return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
+
+    def _plain_objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
+        """As `_objective`, without the other ranks."""
+        wrapped, self._head = self._head, getattr(self._head, "module", self._head)
+        try:
+            return self._objective(batch, index)
+        finally:
+            self._head = wrapped
+
+    def _after(self, shard: Shard, metrics: dict[str, float]) -> None:
+        """What the reference and the KL coefficient learn from the step."""
+        if self._reference is None:
+            return
+        algo, count = self._config.algo, shard.num_completions_global
+        if "objective/kl_ref" in metrics:
+            measured = metrics["objective/kl_ref"]
+            self._kl_coef = adapted_coefficient(self._kl_coef, measured, count, algo)
+        every = algo.reference.sync_every
+        if every and (shard.step + 1) % every == 0:
+            self._reference.sync(self._policy, algo.reference.mix_alpha)
+            self._num_syncs += 1
+            log.info("reference synced with alpha %g", algo.reference.mix_alpha)
+        metrics["reference_syncs"] = float(self._num_syncs)
+
+    def _finish(self, record: StepRecord, shard: Shard) -> dict[str, float]:
+        """Metrics over all ranks; without the loss's own when every update was skipped."""
+        metrics = {"updates_skipped": float(self._num_skipped)}
+        if not record.norms:
+            return metrics
+        sums = ranks.reduced(record.sums, dist.ReduceOp.SUM)
+        maxima = ranks.reduced(record.maxima, dist.ReduceOp.MAX)
+        count = len(record.norms)
+        return metrics | {
+            **finish(sums, maxima),
+            "loss": float(sums["loss"]) / count,
+            "grad_norm": sum(record.norms) / count,
+            "optimizer_steps": float(count),
+            "lr": record.rate,
+        }
+
+    def _batch_metrics(self, shard: Shard, ready: list[OptimizerBatch]) -> dict[str, float]:
         """Rewards and lengths of the whole batch, from every rank's shard."""
         rewards = [group.rewards for group in shard.groups]
-        counts = torch.tensor(
-            [
-                sum(float(r.mean()) for r in rewards),
-                sum(float(r.max()) for r in rewards),
-                sum(float(r.min()) for r in rewards),
-                len(rewards),
-                report.num_loss_tokens,
-                report.num_masked_stale + report.num_masked_nonfinite,
-            ],
-            dtype=torch.float64,
-            device=self._device,
-        )
-        if self._world_size > 1:
-            dist.all_reduce(counts)
-        mean, best, worst, groups, tokens, masked = counts.tolist()
+        reports = [batch.report for batch in ready]
+        reasons = [c.finish_reason for group in shard.groups for c in group.completions]
+        counts = [
+            sum(float(r.mean()) for r in rewards),
+            sum(float(r.max()) for r in rewards),
+            sum(float(r.min()) for r in rewards),
+            len(rewards),
+            sum(report.num_loss_tokens for report in reports),
+            sum(report.num_masked_stale + report.num_masked_nonfinite for report in reports),
+            sum(report.num_nonfinite_sequences for report in reports),
+            reasons.count("length"),
+        ]
+        totals = ranks.summed(counts, self._device)
+        mean, best, worst, groups, tokens, masked, nonfinite, truncated = totals
+        completions = shard.num_completions_global
         return {
             "rewards/mean": mean / groups,
             "rewards/best": best / groups,
             "rewards/worst": worst / groups,
             "tokens_trained": tokens,
             "tokens_masked": masked,
-            "completions/mean_length": shard.num_loss_tokens_global / shard.num_completions_global,
+            "nonfinite_completions": nonfinite,
+            "truncated_share": truncated / completions,
+            "completions/mean_length": shard.num_loss_tokens_global / completions,
         }
+
+    def _token_rows(
+        self, batch: OptimizerBatch, index: int, inputs: LossInputs, found: Objective
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The columns of observe/token_log.py for each completion of a micro-batch."""
+        micro = batch.batches[index]
+        flat = [
+            (g, i) for g, group in enumerate(batch.groups) for i in range(len(group.completions))
+        ]
+        tensors = {
+            "proximal_logprob": inputs.proximal_logprobs,
+            "logprob": inputs.logprobs.detach(),
+            "ref_logprob": inputs.ref_logprobs,
+            "advantage": inputs.advantages,
+            "weight": found.corrected.weight,
+            "mask": inputs.mask.bool(),
+        }
+        arrays = {n: None if v is None else v.cpu().numpy() for n, v in tensors.items()}
+        for number, which in enumerate(micro.completion_ids.tolist()):
+            if not len(flat):
+                return
+            lease, sample = flat[which]
+            completion = batch.groups[lease].completions[sample]
+            count = len(completion.token_ids)
+            end = int(micro.cu_seqlens[number + 1])
+            yield {
+                "lease": np.full(count, lease),
+                "sample": np.full(count, sample),
+                "place": np.arange(count),
+                "token_id": completion.token_ids,
+                "version": completion.versions,
+                "behavior_logprob": completion.behavior_logprobs,
+                **{
+                    name: np.full(count, np.nan) if array is None else array[end - count : end]
+                    for name, array in arrays.items()
+                },
+            }

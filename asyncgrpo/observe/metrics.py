@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["gauge", "counter"]
+# Staleness in versions, up to and including the number: what is reported split by lag.
+LAG_BINS = (
+    *((str(lag), float(lag)) for lag in range(5)),
+    ("5_to_8", 8.0),
+    ("9_to_16", 16.0),
+    ("17_up", float("inf")),
+)
+MASK_RULES = ("icepop", "geometric_mask", "opsm", "m2po", "custom")
+SEQUENCE_RULES = ("geometric_mask", "opsm", "tis_sequence")  # also reported by length decile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +36,11 @@ class Metric:
         """The name that the endpoint shows."""
         base = "asyncgrpo_" + self.name.replace("/", "_")
         return base + "_total" if self.kind == "counter" else base
+
+
+def masked_name(rule: str) -> str:
+    """The metric with the share that a correction masks; all users' own rules share one."""
+    return f"masked/{rule if rule in (*MASK_RULES, *SEQUENCE_RULES) else 'custom'}"
 
 
 def _table(kind: Kind, rows: Mapping[str, tuple[str, str]]) -> dict[str, Metric]:
@@ -62,11 +76,43 @@ GAUGES = _table(
         "cap_share": ("share", "more importance weights hit the cap: data is far off-policy"),
         "logprob_diff_mean": ("nats", "behaviour and current log-probs move apart"),
         "logprob_diff_max": ("nats", "a single token moved far"),
+        "objective/kl_ref": ("nats", "the policy moves away from the reference"),
+        "objective/kl_coef": ("1", "the adaptive coefficient pulls back harder"),
+        "chi2": ("1", "mean squared importance weight - 1: data is further off-policy"),
+        "masked_share": ("share", "corrections take more tokens out of the loss"),
+        **{
+            masked_name(rule): ("share", f"{rule} takes more tokens out of the loss")
+            for rule in MASK_RULES
+        },
+        **{
+            f"{masked_name(rule)}/decile_{index}": (
+                "share",
+                f"{rule} hits more sequences of length decile {index} (0 = shortest)",
+            )
+            for rule in SEQUENCE_RULES
+            for index in range(10)
+        },
+        **{
+            f"lag_{label}/{name}": (unit, f"{rises} (tokens {label} versions old)")
+            for label, _ in LAG_BINS
+            for name, unit, rises in (
+                ("tokens", "tokens", "more such tokens are trained"),
+                ("kl", "nats", "behaviour and proximal policy disagree more, by k3"),
+                ("kl_k1", "nats", "the same by k1; may be negative"),
+            )
+        },
+        "optimizer_steps": ("updates", "more optimizer updates were made from one batch"),
+        "nonfinite_completions": ("completions", "the engine returned NaN log-probs: dropped"),
+        "truncated_share": ("share", "more completions hit sampling.max_completion_tokens"),
         "staleness/mean": ("versions", "trained tokens are older"),
         "staleness/max": ("versions", "the oldest trained token is older; bounded by the config"),
         "tokens_trained": ("tokens", "completion tokens in this step's loss"),
         "tokens_masked": ("tokens", "more tokens left the loss (stale or not finite)"),
         "completions/mean_length": ("tokens", "trained completions get longer"),
+        "completions/generated_mean_length": (
+            "tokens",
+            "arrived completions get longer; above the trained ones: dropping favours short",
+        ),
         "wait_seconds": ("seconds", "the learner waits for batches: generation is the bottleneck"),
         "train_seconds": ("seconds", "forward, backward and optimizer take longer"),
         "step_seconds": ("seconds", "one whole step takes longer"),
@@ -97,6 +143,8 @@ COUNTERS = _table(
         "tokens_generated": ("tokens", "actors generate"),
         "groups_generated": ("groups", "actors finish groups"),
         "failed_groups": ("groups", "groups fail at the actor: prompts, rewards, engine"),
+        "updates_skipped": ("updates", "losses or gradients were not finite"),
+        "reference_syncs": ("syncs", "the reference was mixed with the policy"),
         "idle_seconds": ("seconds", "actors waited"),
         "generate_seconds": ("seconds", "actors computed"),
         "swap_seconds": ("seconds", "generation stood still for weight swaps"),

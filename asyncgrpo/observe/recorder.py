@@ -34,7 +34,10 @@ class RunRecorder:
         full = {**summary["metrics"], **self._actor_metrics(summary["actors"]), **row}
         full["seconds"] = time.time() - self._start
         if full.get("groups_arrived"):
-            full["rewards/generated_mean"] = full["reward_arrived_sum"] / full["groups_arrived"]
+            arrived = full["groups_arrived"]
+            full["rewards/generated_mean"] = full["reward_arrived_sum"] / arrived
+            completions = arrived * self._run.config.algo.group_size
+            full["completions/generated_mean_length"] = full["tokens_arrived"] / completions
         for report in summary["evaluations"]:
             if report["version"] not in self._reported:
                 full.update(self._eval_metrics(report))

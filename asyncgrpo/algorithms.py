@@ -1,0 +1,111 @@
+"""The catalogue of algorithms: names, formulas and sources, read from the functions' docstrings.
+
+One function is one algorithm: every public function of `learner/losses.py` is a loss, and so on.
+The catalogue reads the source text, so that names can be checked without importing torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.imports import find_function
+
+MODULES = {
+    "advantage": "advantages",
+    "loss": "losses",
+    "correction": "corrections",
+    "aggregation": "aggregation",
+    "kl": "kl",
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "grpo": {
+        "advantage": "grpo",
+        "aggregation": "sequence_mean",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    },
+    "dapo": {"advantage": "grpo", "aggregation": "token_mean", "clip_low": 0.2, "clip_high": 0.28},
+    "dr_grpo": {
+        "advantage": "dr_grpo",
+        "aggregation": "dr_grpo",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algorithm:
+    """One entry. `settings` are keys below `algo.`; use and staleness may be empty."""
+
+    kind: str
+    name: str
+    summary: str
+    formula: str
+    source: str
+    settings: tuple[str, ...]
+    use: str
+    staleness: str
+
+
+@cache
+def catalogue(kind: str) -> Mapping[str, Algorithm]:
+    """All built-in algorithms of a kind (see MODULES), by name, in the order of the file."""
+    path = Path(__file__).parent / "learner" / f"{MODULES[kind]}.py"
+    functions = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    return {node.name: _entry(kind, node.name, ast.get_docstring(node) or "") for node in functions}
+
+
+def check_name(kind: str, name: str) -> None:
+    """ValueError, with the nearest name, unless it is built in or looks like a user's function."""
+    known = catalogue(kind)
+    if name in known or ":" in name:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"there is no {kind} {name!r}; {hint}built in are: {', '.join(known)}; write your own as "
+        "'package.module:function'"
+    )
+
+
+@cache
+def find(kind: str, name: str) -> Callable[..., Any]:
+    """The function of an algorithm; ConfigError when a user's function cannot be found."""
+    if ":" in name:
+        return find_function(name, f"algo.{kind}", ConfigError)
+    module = importlib.import_module(f"asyncgrpo.learner.{MODULES[kind]}")
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _entry(kind: str, name: str, docstring: str) -> Algorithm:
+    summary, _, rest = docstring.partition("\n\n")
+    parts: dict[str, list[str]] = {"Formula": []}
+    key = "Formula"
+    for line in rest.splitlines():
+        head, colon, tail = line.partition(": ")
+        if colon and head in ("Source", "Settings", "Use", "Staleness"):
+            key, line = head, tail
+        parts.setdefault(key, []).append(line.strip())
+    return Algorithm(
+        kind=kind,
+        name=name,
+        summary=summary,
+        formula="\n".join(parts["Formula"]).strip(),
+        source=" ".join(parts.get("Source", [])),
+        settings=tuple(" ".join(parts.get("Settings", [])).split()),
+        use=" ".join(parts.get("Use", [])),
+        staleness=" ".join(parts.get("Staleness", [])),
+    )

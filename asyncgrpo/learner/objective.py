@@ -1,0 +1,161 @@
+"""The loss of one micro-batch: token loss x correction, KL and entropy terms, aggregation.
+
+    loss = sum_t share_t (weight_t (token_loss_t + kl_coef kl_t) - entropy_coef entropy_t)
+
+Losses of all micro-batches and ranks add up to the loss of the step, and so do their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asyncgrpo.algorithms import find
+from asyncgrpo.config import AlgoSettings
+from asyncgrpo.errors import AlgorithmError
+from asyncgrpo.imports import last_place
+from asyncgrpo.learner.corrections import Correction
+from asyncgrpo.learner.inputs import LossInputs, Totals
+from asyncgrpo.learner.losses import TokenLoss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corrected:
+    """All corrections of `algo.correction` together. No gradient flows through them."""
+
+    weight: Tensor  # float32 [S] multiplies the token losses; 0 where a rule masks
+    is_capped: Tensor  # bool [S] where the importance weight was cut off
+    removed: Mapping[str, Tensor]  # rule -> bool [S] what it alone masks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """Loss of one micro-batch and what its diagnostics are made of."""
+
+    loss: Tensor  # float32 scalar with gradient
+    per_token: Tensor  # float32 [S] what the loss sums, no gradient: to find a non-finite token
+    token: TokenLoss
+    corrected: Corrected
+    kl: Tensor | None  # float32 [S] estimate of KL(pi || ref), when there is a reference
+
+
+def objective(inputs: LossInputs, algo: AlgoSettings, kl_coef: float) -> Objective:
+    """The loss of one micro-batch; kl_coef is the present coefficient of KL in the loss.
+
+    AlgorithmError when a user's function returns something of the wrong shape.
+    """
+    token = _token_loss(inputs, algo)
+    corrected = correct(inputs, algo)
+    share = _checked(find("aggregation", algo.aggregation)(inputs, algo), inputs, algo.aggregation)
+    per_token = share * corrected.weight * token.loss
+    kl = None
+    if inputs.ref_logprobs is not None:
+        kl = _checked(find("kl", algo.kl)(inputs.ref_logprobs - inputs.logprobs), inputs, algo.kl)
+        if kl_coef:
+            per_token = per_token + share * _kl_weight(inputs, corrected, algo) * kl_coef * kl
+    if algo.entropy_coef:
+        per_token = per_token - share * algo.entropy_coef * inputs.entropy
+    return Objective(
+        loss=per_token.sum(),
+        per_token=per_token.detach(),
+        token=token,
+        corrected=corrected,
+        kl=None if kl is None else kl.detach(),
+    )
+
+
+@torch.no_grad()
+def correct(inputs: LossInputs, algo: AlgoSettings) -> Corrected:
+    """Composes the corrections: all masks first, then the one weight.
+
+    icepop's own weight counts only when no capped weight is named.
+    """
+    rules = {name: _correction(name, inputs, algo) for name in algo.correction}
+    ones = torch.ones_like(inputs.mask)
+    weight, own = ones, [rule.weight for n, rule in rules.items() if n == "icepop"]
+    others = [r.weight for n, r in rules.items() if n != "icepop" and r.weight is not None]
+    # bypass corrects in the loss's ratio: then icepop only masks.
+    for factor in others or (own if "bypass" not in algo.correction else []):
+        weight = weight * factor
+    is_capped = torch.zeros_like(ones, dtype=torch.bool)
+    removed = {}
+    for name, rule in rules.items():
+        if rule.is_capped is not None:
+            is_capped = is_capped | rule.is_capped
+        if rule.keep is not None:
+            removed[name] = ~rule.keep
+            # where, not a product: a masked token may have an infinite weight.
+            weight = torch.where(rule.keep, weight, 0.0)
+    return Corrected(weight=weight, is_capped=is_capped, removed=removed)
+
+
+def _kl_weight(inputs: LossInputs, corrected: Corrected, algo: AlgoSettings) -> Tensor:
+    """The KL term needs the policy term's weight; losses that weigh by rho themselves hide it."""
+    if "bypass" not in algo.correction:
+        return corrected.weight
+    return corrected.weight * inputs.behavior_ratio.clamp(max=algo.correction_cap)
+
+
+def _token_loss(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
+    found = find("loss", algo.loss)(inputs, algo)
+    if isinstance(found, TokenLoss):
+        return found
+    loss = _checked(found, inputs, algo.loss)
+    nowhere = torch.zeros_like(loss, dtype=torch.bool)
+    return TokenLoss(loss=loss, is_clipped_low=nowhere, is_clipped_high=nowhere)
+
+
+def _correction(name: str, inputs: LossInputs, algo: AlgoSettings) -> Correction:
+    found = find("correction", name)(inputs, algo)
+    if isinstance(found, Correction):
+        return found
+    return Correction(weight=_checked(found, inputs, name))
+
+
+def _checked(found: object, inputs: LossInputs, name: str) -> Tensor:
+    """A user's function may return anything."""
+    shape = tuple(inputs.mask.shape)
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise AlgorithmError(
+            f"{name!r} returned {what}; return a float tensor of shape {shape}: one number per "
+            "place of the packed row"
+        )
+    return found
+
+
+def probe(algo: AlgoSettings) -> None:
+    """Calls the users' own functions with a small example; AlgorithmError when one breaks."""
+    values = torch.tensor([-0.5, -1.0, -0.25, -2.0])
+    inputs = LossInputs(
+        logprobs=values.clone().requires_grad_(),
+        behavior_logprobs=values * 1.1,
+        proximal_logprobs=values,
+        old_logprobs=values,
+        ref_logprobs=values * 0.9,
+        advantages=torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        mask=torch.ones(4),
+        staleness=torch.tensor([0.0, 1.0, 0.0, 2.0]),
+        entropy=torch.ones(4),
+        sequence_ids=torch.tensor([0, 0, 1, 1]),
+        num_sequences=2,
+        totals=Totals(num_tokens=4, num_sequences=2, max_completion_tokens=2),
+    )
+    try:
+        loss = objective(inputs, algo, kl_coef=1.0).loss
+    except AlgorithmError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise AlgorithmError(
+            f"your own function in algo.* raised {type(error).__name__}: {error} at "
+            f"{last_place(error)} on an example of 4 tokens; see asyncgrpo/learner/inputs.py for "
+            "what it gets"
+        ) from error
+    if not torch.isfinite(loss):
+        raise AlgorithmError(
+            f"your own function in algo.* gave a loss of {float(loss)} on an example of 4 tokens; "
+            "it must be finite"
+        )

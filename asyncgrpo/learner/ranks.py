@@ -1,0 +1,53 @@
+"""Sums and collections over all learner ranks; with one rank they return what they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of learner ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This rank's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def summed(values: Sequence[float], device: str) -> list[float]:
+    """Sums of each value over ranks, in float64."""
+    if world_size() == 1:
+        return list(values)
+    table = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(table)
+    return table.tolist()
+
+
+def reduced(values: dict[str, Tensor], op: dist.ReduceOp.RedOpType) -> dict[str, Tensor]:
+    """Tensors of any shape reduced over ranks in one call; every rank must have the same names."""
+    if world_size() == 1 or not values:
+        return values
+    names = sorted(values)
+    flat = torch.cat([values[name].flatten() for name in names])
+    dist.all_reduce(flat, op=op)
+    pieces = flat.split([values[name].numel() for name in names])
+    return {n: piece.view(values[n].shape) for n, piece in zip(names, pieces, strict=True)}
+
+
+def collected(values: Tensor) -> Tensor:
+    """All ranks' float32 [n] values behind each other; n may differ."""
+    if world_size() == 1:
+        return values
+    counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(values)], device=values.device))
+    longest = max(int(count) for count in counts)
+    padded = torch.zeros(longest, dtype=values.dtype, device=values.device)
+    padded[: len(values)] = values
+    pieces = [torch.zeros_like(padded) for _ in counts]
+    dist.all_gather(pieces, padded)
+    return torch.cat([p[: int(n)] for p, n in zip(pieces, counts, strict=True)])

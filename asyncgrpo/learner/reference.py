@@ -1,0 +1,46 @@
+"""The reference policy of the KL term: a frozen second model, mixed with the policy if wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from asyncgrpo.algo import AlgoSettings
+from asyncgrpo.learner.model import PackedRow, PolicyHead, load_policy
+
+# Ziegler et al., arXiv 1909.08593 section 2.2: one step never changes the coefficient by more.
+MAX_ERROR = 0.2
+
+
+class Reference:
+    """Never trained. Loaded from algo.reference.path, or like the policy at its start."""
+
+    def __init__(self, path: str, *, temperature: float, device: str) -> None:
+        self._model = load_policy(path, device=device).requires_grad_(False)
+        self._head = PolicyHead(self._model, temperature=temperature)
+
+    @torch.no_grad()
+    def logprobs(self, row: PackedRow) -> Tensor:
+        """float32 [S] log-probs of the targets, 0 outside the loss."""
+        logprobs: Tensor = self._head(row)[0]
+        return logprobs
+
+    @torch.no_grad()
+    def sync(self, policy: PreTrainedModel, alpha: float) -> None:
+        """ref := alpha pi + (1 - alpha) ref (TR-DPO, arXiv 2404.09656 eq. 2); alpha 1 resets."""
+        for own, other in zip(self._model.parameters(), policy.parameters(), strict=True):
+            own.lerp_(other.to(own.dtype), alpha)
+
+
+def adapted_coefficient(
+    coefficient: float, kl: float, num_completions: int, algo: AlgoSettings
+) -> float:
+    """The next KL coefficient; unchanged without algo.kl_target.
+
+    beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), Ziegler et al., arXiv 1909.08593.
+    """
+    if algo.kl_target is None:
+        return coefficient
+    error = min(max(kl / algo.kl_target - 1.0, -MAX_ERROR), MAX_ERROR)
+    return coefficient * (1.0 + error * num_completions / algo.kl_horizon)
