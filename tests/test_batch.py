@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from fakes import make_lease
 
 from asyncgrpo.errors import StalenessError
-from asyncgrpo.learner.batch import Batch, PackReport, pack
+from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.types import Completion, Group, Shard
 
 STEP = 9
@@ -51,14 +52,16 @@ def shard(*groups: Group) -> Shard:
 
 
 def packed(batch_of: Shard, **changes: Any) -> tuple[tuple[Batch, ...], PackReport]:
+    """Packed with the advantages of dr_grpo."""
     settings: dict[str, Any] = {
-        "advantage": "dr_grpo",
-        "advantage_eps": 1e-4,
         "max_tokens": 1000,
         "max_staleness": 4,
         "staleness_action": "drop",
     }
-    return pack(batch_of, **{**settings, **changes})
+    batches, report = pack(batch_of.groups, batch_of.step, **{**settings, **changes})
+    rewards = [g.rewards - g.rewards.mean() for g in batch_of.groups]
+    flat = np.concatenate(rewards) if rewards else np.zeros(1, np.float32)
+    return tuple(with_advantages(batch, flat) for batch in batches), report
 
 
 def random_shard(seed: int, longest: int = 12) -> Shard:
@@ -191,8 +194,41 @@ def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> N
     assert batch.target_ids[batch.loss_mask].tolist() == [6, 3, 4]
     assert batch.staleness.tolist() == [0, 0, 0, 4, 0]
     assert report == PackReport(
-        num_loss_tokens=3, num_masked_stale=2, num_masked_nonfinite=0, num_nonfinite_sequences=0
+        num_loss_tokens=3,
+        num_masked_stale=2,
+        num_masked_nonfinite=0,
+        num_nonfinite_sequences=0,
+        num_truncated_sequences=0,
+        num_counted_tokens=5,
+        num_counted_sequences=2,
     )
+
+
+def test_masking_truncated_completions_takes_them_out_of_the_loss_and_of_the_count() -> None:
+    cut = replace(completion([1, 2, 3]), finish_reason="length")
+    one = group(1, [7], [cut, completion([6])], [1.0, 0.0])
+    (batch,), report = packed(shard(one), mask_truncated=True)
+    assert batch.target_ids[batch.loss_mask].tolist() == [6]
+    assert (report.num_truncated_sequences, report.num_counted_tokens) == (1, 1)
+    assert report.num_counted_sequences == 1
+    (batch,), report = packed(shard(one))
+    assert sorted(batch.target_ids[batch.loss_mask].tolist()) == [1, 2, 3, 6]
+    assert (report.num_truncated_sequences, report.num_counted_tokens) == (0, 4)
+
+
+def test_completion_ids_name_the_sequences_by_their_place_in_the_batch() -> None:
+    groups = [
+        group(1, [7], [completion([1, 2, 3]), completion([])], [1.0, 0.0]),
+        group(2, [8], [completion([4]), completion([5, 6])], [1.0, 0.0]),
+    ]
+    (batch,), _ = packed(shard(*groups))
+    assert batch.completion_ids.tolist() == [2, 3, 0]  # by length; the empty one takes no place
+
+
+def test_advantages_per_place_are_added_inside_the_loss_only() -> None:
+    (batch,), _ = packed(shard(group(1, [7, 8], [completion([4, 5]), completion([6])], [1, 0])))
+    moved = with_advantages(batch, np.zeros(2, np.float32), np.arange(5.0))
+    assert moved.advantages.tolist() == [0, 1, 0, 3, 4]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf"), float("inf")])
@@ -202,7 +238,13 @@ def test_a_completion_with_a_nonfinite_logprob_leaves_the_loss_whole(poison: flo
     assert batch.target_ids[batch.loss_mask].tolist() == [6]
     assert np.isfinite(batch.behavior_logprobs).all()
     assert report == PackReport(
-        num_loss_tokens=1, num_masked_stale=0, num_masked_nonfinite=3, num_nonfinite_sequences=1
+        num_loss_tokens=1,
+        num_masked_stale=0,
+        num_masked_nonfinite=3,
+        num_nonfinite_sequences=1,
+        num_truncated_sequences=0,
+        num_counted_tokens=4,
+        num_counted_sequences=2,
     )
 
 

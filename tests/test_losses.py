@@ -1,268 +1,168 @@
-"""The loss, its gradient and its metrics against float64 loops written from the formulas."""
+"""Each token loss against its oracle: value and gradient, in and out of every clip."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from oracles import Rows, random_case
+from packed_case import as_inputs, as_rows, assert_rows_equal
 
-from asyncgrpo.config import AlgoSettings
-from asyncgrpo.learner.batch import Batch
-from asyncgrpo.learner.losses import (
-    MAX_KEYS,
-    SUM_KEYS,
-    LossInputs,
-    LossOutput,
-    finish_metrics,
-    loss_inputs,
-    policy_loss,
-)
+from asyncgrpo.algo import AlgoSettings
+from asyncgrpo.algorithms import catalogue, find
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """Plain numbers of some tokens."""
-
-    present: list[float]
-    behavior: list[float]
-    proximal: list[float]
-    advantages: list[float]
-    mask: list[float]
-    staleness: list[float]
-    entropy: list[float]
-
-
-def random_tokens(seed: int, count: int = 40, spread: float = 0.4) -> Tokens:
-    random = np.random.default_rng(seed)
-    mask = (random.random(count) < 0.7).astype(np.float64)
-    present = -2 * random.random(count)
-
-    def shown(values: np.ndarray) -> list[float]:
-        return [float(np.float32(v)) for v in values * mask]
-
-    return Tokens(
-        present=shown(present),
-        behavior=shown(present + spread * random.normal(size=count)),
-        proximal=shown(present + spread * random.normal(size=count)),
-        advantages=shown(random.normal(size=count)),
-        mask=mask.tolist(),
-        staleness=shown(random.integers(0, 5, count)),
-        entropy=shown(random.random(count)),
-    )
-
-
-def as_inputs(tokens: Tokens) -> LossInputs:
-    def tensor(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32)
-
-    return LossInputs(
-        logprobs=tensor(tokens.present).requires_grad_(),
-        behavior_logprobs=tensor(tokens.behavior),
-        proximal_logprobs=tensor(tokens.proximal),
-        advantages=tensor(tokens.advantages),
-        mask=tensor(tokens.mask),
-        staleness=tensor(tokens.staleness),
-        entropy=tensor(tokens.entropy),
-    )
-
-
-def bounded(x: float) -> float:
-    return min(max(x, -20.0), 20.0)
+Oracle = Callable[..., Rows]
+TWO = {"passes": 2}
+BYPASS = {"correction": "bypass"}
+CASES: dict[str, tuple[dict[str, Any], Oracle, dict[str, Any]]] = {
+    "ppo_clip": ({}, oracles.ppo_clip, {}),
+    "ppo_clip bypass": (BYPASS, oracles.ppo_clip, {"anchor": "behavior"}),
+    "ppo_clip clips": (
+        {"clip_low": 0.05, "clip_high": 0.4},
+        oracles.ppo_clip,
+        {"clip_low": 0.05, "clip_high": 0.4},
+    ),
+    "ppo_clip dual": ({**TWO, "dual_clip": 1.5}, oracles.ppo_clip, {"dual_clip": 1.5}),
+    "cispo": ({"loss": "cispo", **BYPASS}, oracles.cispo, {}),
+    "cispo floor": (
+        {"loss": "cispo", **BYPASS, "cispo": {"cap": 1.2, "floor": 0.7}},
+        oracles.cispo,
+        {"clip_high": 1.2, "clip_low": 0.7},
+    ),
+    "gspo": ({"loss": "gspo", **TWO}, oracles.gspo, {}),
+    "gspo bypass": (
+        {"loss": "gspo", **BYPASS, "gspo": {"clip_low": 0.1, "clip_high": 0.2}},
+        oracles.gspo,
+        {"clip_low": 0.1, "clip_high": 0.2, "anchor": "behavior"},
+    ),
+    "gspo_token": (
+        {"loss": "gspo_token", **TWO, "gspo": {"clip_low": 0.1, "clip_high": 0.2}},
+        oracles.gspo_token,
+        {"clip_low": 0.1, "clip_high": 0.2},
+    ),
+    "sapo": ({"loss": "sapo", **TWO}, oracles.sapo, {}),
+    "sapo taus": (
+        {"loss": "sapo", **BYPASS, "sapo": {"tau_positive": 2.0, "tau_negative": 3.0}},
+        oracles.sapo,
+        {"tau_positive": 2.0, "tau_negative": 3.0, "anchor": "behavior"},
+    ),
+    "dppo_tv": ({"loss": "dppo_tv", **BYPASS}, oracles.dppo_tv, {}),
+    "dppo_tv tight": (
+        {"loss": "dppo_tv", **BYPASS, "dppo_tv": {"delta": 0.02, "cap": 1.5}},
+        oracles.dppo_tv,
+        {"delta": 0.02, "cap": 1.5},
+    ),
+    "vespo": ({"loss": "vespo", **BYPASS}, oracles.vespo, {}),
+    "vespo other": (
+        {"loss": "vespo", **BYPASS, "vespo": {"positive": (1.0, 2.0), "negative": (1.5, 0.5)}},
+        oracles.vespo,
+        {"positive": (1.0, 2.0), "negative": (1.5, 0.5)},
+    ),
+    "topr": ({"loss": "topr", **BYPASS}, oracles.topr, {"level": "sequence"}),
+    "topr token": (
+        {"loss": "topr", **BYPASS, "topr": {"level": "token"}},
+        oracles.topr,
+        {"level": "token"},
+    ),
+}
+LINEAR = ("cispo", "dppo_tv", "vespo", "topr")  # in log pi: the slope is the loss at log pi = 1
 
 
-def slow_token(tokens: Tokens, t: int, algo: AlgoSettings) -> tuple[float, float]:
-    """(loss, d loss / d log pi) of one token; d r / d log pi = r where the clip does not bind."""
-    weight = 1.0
-    if algo.correction == "decoupled":
-        weight = math.exp(bounded(tokens.proximal[t] - tokens.behavior[t]))
-        weight = min(weight, algo.correction_cap)
-    ratio = math.exp(bounded(tokens.present[t] - tokens.proximal[t]))
-    advantage = tokens.advantages[t]
-    if advantage > 0 and ratio > 1 + algo.clip_high:
-        return -weight * (1 + algo.clip_high) * advantage, 0.0
-    if advantage < 0 and ratio < 1 - algo.clip_low:
-        return -weight * (1 - algo.clip_low) * advantage, 0.0
-    slope = 0.0 if abs(tokens.present[t] - tokens.proximal[t]) > 20 else ratio
-    return -weight * ratio * advantage, -weight * slope * advantage
+def computed(
+    batch: oracles.Batch, settings: dict[str, Any], dtype: torch.dtype
+) -> tuple[Any, Rows]:
+    """The token losses and the gradient of their sum over the loss tokens."""
+    algo = AlgoSettings(**settings)
+    inputs = as_inputs(batch, algo, dtype=dtype)
+    token = find("loss", algo.loss)(inputs, algo)
+    (token.loss * inputs.mask).sum().backward()
+    return token, as_rows(batch, inputs.logprobs.grad)
 
 
-def slow_loss(tokens: Tokens, algo: AlgoSettings, count: int) -> tuple[float, list[float]]:
-    loss, gradient = 0.0, []
-    for t, mask in enumerate(tokens.mask):
-        value, slope = slow_token(tokens, t, algo)
-        loss += mask * value / count
-        gradient.append(mask * slope / count)
-    return loss, gradient
+def slopes(batch: oracles.Batch, name: str, oracle: Oracle, settings: dict[str, Any]) -> Rows:
+    """Exact where a formula for the slope was derived, else central differences."""
+    now = [seq["logprobs"] for seq in batch]
+    if name.startswith(LINEAR):
+        return oracle(batch, [np.ones(len(row)) for row in now], now, **settings)
+    exact = {"ppo_clip": oracles.ppo_clip_slope, "sapo": oracles.sapo_slope}
+    if name.split()[0] in exact:
+        return exact[name.split()[0]](batch, **settings)
+    if name.startswith("gspo_token"):
+        return oracles.gradient(lambda rows: total(oracle(batch, rows, now, **settings)), now)
+    ones = [np.ones(len(row)) for row in now]
+    return oracles.gspo_gradient(batch, ones, **settings)
 
 
-def slow_metrics(tokens: Tokens, algo: AlgoSettings) -> dict[str, float]:
-    chosen = [t for t, mask in enumerate(tokens.mask) if mask]
-    n = len(chosen)
-    deltas = [tokens.proximal[t] - tokens.behavior[t] for t in chosen]
-    weights = [math.exp(bounded(delta)) for delta in deltas]
-    ratios = [math.exp(bounded(tokens.present[t] - tokens.proximal[t])) for t in chosen]
-    signs = [tokens.advantages[t] for t in chosen]
-    low = [r < 1 - algo.clip_low and a < 0 for r, a in zip(ratios, signs, strict=True)]
-    high = [r > 1 + algo.clip_high and a > 0 for r, a in zip(ratios, signs, strict=True)]
-    capped = algo.correction == "decoupled"
-    return {
-        "kl": sum(w - bounded(d) - 1 for w, d in zip(weights, deltas, strict=True)) / n,
-        "kl_k1": -sum(deltas) / n,
-        "ess": sum(weights) ** 2 / (n * sum(w * w for w in weights)),
-        "clip_low_share": sum(low) / n,
-        "clip_high_share": sum(high) / n,
-        "cap_share": sum(capped and w > algo.correction_cap for w in weights) / n,
-        "logprob_diff_mean": sum(abs(d) for d in deltas) / n,
-        "logprob_diff_max": max(abs(d) for d in deltas),
-        "staleness_mean": sum(tokens.staleness[t] for t in chosen) / n,
-        "staleness_max": max(tokens.staleness[t] for t in chosen),
-        "entropy": sum(tokens.entropy[t] for t in chosen) / n,
-    }
+def total(rows: Rows) -> float:
+    return float(sum(row.sum() for row in rows))
 
 
-def finished(*outputs: LossOutput) -> dict[str, float]:
-    sums = torch.stack([output.sums for output in outputs]).sum(0)
-    maxima = torch.stack([output.maxima for output in outputs]).amax(0)
-    return finish_metrics(sums.tolist(), maxima.tolist())
+def test_every_loss_of_the_catalogue_is_tested_here() -> None:
+    assert {name.split()[0] for name in CASES} == set(catalogue("loss"))
 
 
-@pytest.mark.parametrize("correction", ["decoupled", "none"])
-@pytest.mark.parametrize("seed", range(10))
-def test_loss_and_gradient_follow_the_equations(seed: int, correction: str) -> None:
-    algo = AlgoSettings(correction=correction)
-    tokens = random_tokens(seed)
-    inputs = as_inputs(tokens)
-    output = policy_loss(inputs, algo, 97)
-    output.loss.backward()
-    loss, gradient = slow_loss(tokens, algo, 97)
-    assert output.loss.dtype == torch.float32
-    assert output.loss.item() == pytest.approx(loss, abs=1e-6)
-    np.testing.assert_allclose(inputs.logprobs.grad, gradient, atol=1e-7, rtol=1e-5)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("seed", range(25))
+def test_value_and_gradient_follow_the_equation(name: str, seed: int) -> None:
+    settings, oracle, options = CASES[name]
+    batch = random_case(np.random.default_rng(seed))
+    token, gradient = computed(batch, settings, torch.float64)
+    assert_rows_equal(as_rows(batch, token.loss), oracle(batch, **options), rtol=1e-6, atol=1e-8)
+    assert_rows_equal(gradient, slopes(batch, name, oracle, options), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_gradient_is_the_slope_of_the_loss(seed: int) -> None:
-    algo, tokens = AlgoSettings(), random_tokens(seed, count=12)
-    inputs = as_inputs(tokens)
-    policy_loss(inputs, algo, 12).loss.backward()
-    for t, present in enumerate(tokens.present):
-        ends = []
-        for shift in (1e-6, -1e-6):
-            moved = [*tokens.present]
-            moved[t] = present + shift
-            ends.append(slow_loss(replace(tokens, present=moved), algo, 12)[0])
-        assert inputs.logprobs.grad[t].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, abs=1e-5)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("gspo_token")])
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_ratios_of_e_to_the_20_stay_finite_and_follow_the_equation(name: str, seed: int) -> None:
+    settings, oracle, options = CASES[name]
+    batch = random_case(np.random.default_rng(seed), extreme=True)
+    token, gradient = computed(batch, settings, torch.float32)
+    assert torch.isfinite(token.loss).all()
+    assert_rows_equal(as_rows(batch, token.loss), oracle(batch, **options), rtol=2e-4, atol=1e-4)
+    assert all(np.isfinite(row).all() for row in gradient)
+    if name.startswith((*LINEAR, "ppo_clip")):
+        expected = slopes(batch, name, oracle, options)
+        assert_rows_equal(gradient, expected, rtol=2e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("correction", ["decoupled", "none"])
-@pytest.mark.parametrize("seed", range(5))
-def test_metrics_follow_their_definitions(seed: int, correction: str) -> None:
-    algo = AlgoSettings(correction=correction)
-    tokens = random_tokens(seed, spread=0.8)
-    metrics = finished(policy_loss(as_inputs(tokens), algo, 50))
-    expected = slow_metrics(tokens, algo)
-    assert metrics.keys() == {"loss", *expected}
-    assert metrics["loss"] == pytest.approx(slow_loss(tokens, algo, 50)[0], abs=1e-6)
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+@pytest.mark.parametrize("name", CASES)
+def test_clip_flags_mark_tokens_without_a_gradient_or_with_a_capped_weight(name: str) -> None:
+    settings, _, _ = CASES[name]
+    for seed in range(10):
+        batch = random_case(np.random.default_rng(seed))
+        token, gradient = computed(batch, settings, torch.float64)
+        flags = as_rows(batch, token.is_clipped_low | token.is_clipped_high)
+        if name.startswith(("ppo_clip", "dppo_tv", "gspo")):
+            for seq, flag, slope in zip(batch, flags, gradient, strict=True):
+                assert not (slope[flag > 0]).any()
+                moved = (seq["mask"] > 0) & (seq["advantage"] != 0) & (flag == 0)
+                assert name.startswith("gspo") or slope[moved].all()
 
 
-def test_parts_of_a_batch_add_up_to_the_whole() -> None:
-    tokens, algo = random_tokens(1), AlgoSettings()
-    whole = policy_loss(as_inputs(tokens), algo, 40)
-    halves = []
-    for part in (slice(0, 13), slice(13, 40)):
-        fields = {name: getattr(tokens, name)[part] for name in Tokens.__slots__}
-        halves.append(policy_loss(as_inputs(Tokens(**fields)), algo, 40))
-    assert sum(half.loss.item() for half in halves) == pytest.approx(whole.loss.item(), abs=1e-6)
-    one, other = finished(whole), finished(*halves)
-    assert one == pytest.approx(other, rel=1e-6, abs=1e-7)
+CLIPPED = [name for name in CASES if "dual" not in name]
 
 
-def test_with_one_update_per_batch_it_is_truncated_importance_sampling() -> None:
-    tokens = random_tokens(2, spread=1.0)
-    tokens = replace(tokens, proximal=tokens.present)
-    inputs, algo = as_inputs(tokens), AlgoSettings(correction_cap=2.0)
-    policy_loss(inputs, algo, 1).loss.backward()
-    for t, mask in enumerate(tokens.mask):
-        weight = min(math.exp(tokens.present[t] - tokens.behavior[t]), 2.0)
-        expected = -mask * weight * tokens.advantages[t]
-        assert inputs.logprobs.grad[t].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+@pytest.mark.parametrize("name", CLIPPED)
+def test_with_equal_policies_every_loss_has_the_plain_policy_gradient(name: str) -> None:
+    settings, _, _ = CASES[name]
+    for seed in range(5):
+        batch = random_case(np.random.default_rng(seed))
+        for seq in batch:
+            seq["logprobs"] = seq["proximal"] = seq["behavior"]
+        _, gradient = computed(batch, settings, torch.float32)
+        plain = [-seq["advantage"] * seq["mask"] for seq in batch]
+        assert_rows_equal(gradient, plain, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-@pytest.mark.parametrize("gap", [20.0, -20.0, 60.0, -60.0, 1e4, -1e4])
-def test_extreme_ratios_stay_finite_and_follow_the_equations(gap: float, advantage: float) -> None:
-    for present, proximal, behavior in ((-1.0, -1.0, -1.0 - gap), (-1.0 + gap, -1.0, -1.0)):
-        tokens = Tokens(
-            present=[present],
-            behavior=[behavior],
-            proximal=[proximal],
-            advantages=[advantage],
-            mask=[1.0],
-            staleness=[4.0],
-            entropy=[0.5],
-        )
-        inputs, algo = as_inputs(tokens), AlgoSettings()
-        output = policy_loss(inputs, algo, 1)
-        output.loss.backward()
-        loss, gradient = slow_loss(tokens, algo, 1)
-        assert output.loss.item() == pytest.approx(loss, rel=1e-5)
-        assert inputs.logprobs.grad.tolist() == pytest.approx(gradient, rel=1e-5)
-        metrics = finished(output)
-        assert all(math.isfinite(value) for value in metrics.values())
-        assert metrics["ess"] == pytest.approx(1.0)
-        assert metrics["logprob_diff_max"] == pytest.approx(abs(proximal - behavior))
-
-
-def test_an_empty_mask_gives_zero_loss_zero_gradient_and_zero_metrics() -> None:
-    tokens = replace(random_tokens(0), mask=[0.0] * 40)
-    inputs = as_inputs(tokens)
-    output = policy_loss(inputs, AlgoSettings(), 0)
-    output.loss.backward()
-    assert output.loss.item() == 0.0
-    assert not inputs.logprobs.grad.any()
-    assert set(finished(output).values()) == {0.0}
-
-
-def test_masked_tokens_change_nothing() -> None:
-    tokens = random_tokens(5)
-    noisy = [p if m else -7.0 for p, m in zip(tokens.present, tokens.mask, strict=True)]
-    one = policy_loss(as_inputs(tokens), AlgoSettings(), 40)
-    other = policy_loss(as_inputs(replace(tokens, present=noisy)), AlgoSettings(), 40)
-    assert one.loss.item() == other.loss.item()
-    assert torch.equal(one.sums, other.sums)
-    assert torch.equal(one.maxima, other.maxima)
-
-
-def test_sums_and_maxima_have_a_fixed_order_and_are_float64() -> None:
-    output = policy_loss(as_inputs(random_tokens(0)), AlgoSettings(), 40)
-    assert output.sums.shape == (len(SUM_KEYS),)
-    assert output.maxima.shape == (len(MAX_KEYS),)
-    assert output.sums.dtype == output.maxima.dtype == torch.float64
-    assert output.sums[SUM_KEYS.index("tokens")] == sum(random_tokens(0).mask)
-
-
-def test_inputs_of_a_batch_take_the_present_policy_as_proximal_without_its_gradient() -> None:
-    batch = Batch(
-        input_ids=np.array([1, 2], np.int64),
-        target_ids=np.array([2, 3], np.int64),
-        position_ids=np.array([0, 1], np.int64),
-        loss_mask=np.array([False, True]),
-        behavior_logprobs=np.array([0, -0.5], np.float32),
-        advantages=np.array([0, 2], np.float32),
-        staleness=np.array([0, 3], np.int32),
-        sequence_ids=np.array([0, 0], np.int32),
-        cu_seqlens=np.array([0, 2], np.int32),
-    )
-    logprobs = torch.tensor([0.0, -0.7], requires_grad=True)
-    inputs = loss_inputs(batch, logprobs, torch.zeros(2))
-    assert not inputs.proximal_logprobs.requires_grad
-    assert torch.equal(inputs.proximal_logprobs, logprobs.detach())
-    assert inputs.mask.tolist() == [0.0, 1.0]
-    assert inputs.staleness.tolist() == [0.0, 3.0]
-    policy_loss(inputs, AlgoSettings(), 1).loss.backward()
-    assert logprobs.grad.tolist() == pytest.approx([0.0, -2 * math.exp(-0.2)])
+@pytest.mark.parametrize("name", CASES)
+def test_swapping_two_sequences_swaps_their_gradients(name: str) -> None:
+    settings, _, _ = CASES[name]
+    batch = random_case(np.random.default_rng(3)) + random_case(np.random.default_rng(4))
+    order = [1, 0, *range(2, len(batch))]
+    _, one = computed(batch, settings, torch.float64)
+    _, other = computed([batch[i] for i in order], settings, torch.float64)
+    assert_rows_equal([one[i] for i in order], other, rtol=1e-12, atol=1e-12)

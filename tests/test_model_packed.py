@@ -13,18 +13,19 @@ from fakes import make_lease
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from asyncgrpo.config import AlgoSettings
+from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ModelError
-from asyncgrpo.learner.batch import Batch, pack
-from asyncgrpo.learner.losses import loss_inputs, policy_loss
+from asyncgrpo.learner.attention import MAX_PADDED_TOKENS, packed_attention
+from asyncgrpo.learner.batch import Batch, pack, with_advantages
+from asyncgrpo.learner.inputs import Totals
 from asyncgrpo.learner.model import (
-    MAX_PADDED_TOKENS,
     PolicyHead,
     load_policy,
-    packed_attention,
     packed_row,
     published_parameters,
 )
+from asyncgrpo.learner.objective import objective
+from asyncgrpo.learner.prepare import OptimizerBatch
 from asyncgrpo.types import Completion, Group, Shard
 
 VOCAB = 97
@@ -102,14 +103,24 @@ def make_shard(lengths: list[int], seed: int = 0, prompt: int = 3) -> Shard:
 
 def packed(shard: Shard, max_tokens: int = 10_000) -> tuple[Batch, ...]:
     batches, _ = pack(
-        shard,
-        advantage="dr_grpo",
-        advantage_eps=1e-4,
-        max_tokens=max_tokens,
-        max_staleness=0,
-        staleness_action="drop",
+        shard.groups, shard.step, max_tokens=max_tokens, max_staleness=0, staleness_action="drop"
     )
-    return batches
+    centred = np.concatenate([group.rewards - group.rewards.mean() for group in shard.groups])
+    return tuple(with_advantages(batch, centred) for batch in batches)
+
+
+def loss_of(batch: Batch, scored: tuple[torch.Tensor, torch.Tensor], count: int) -> torch.Tensor:
+    """The default loss of one micro-batch, divided by count."""
+    ready = OptimizerBatch(
+        groups=(),
+        batches=(batch,),
+        report=pack((), 0, max_tokens=1, max_staleness=0, staleness_action="drop")[1],
+        totals=Totals(num_tokens=count, num_sequences=1),
+        proximal=None,
+        ref=None,
+    )
+    config = from_mapping({})
+    return objective(ready.inputs(0, *scored, config), config.algo, 0.0).loss
 
 
 def slow_scores(folder: Path, batch: Batch, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -132,8 +143,7 @@ def slow_scores(folder: Path, batch: Batch, temperature: float) -> tuple[np.ndar
 def gradients(head: torch.nn.Module, batches: tuple[Batch, ...], count: int) -> torch.Tensor:
     head.zero_grad()
     for batch in batches:
-        output = policy_loss(loss_inputs(batch, *head(packed_row(batch))), AlgoSettings(), count)
-        output.loss.backward()
+        loss_of(batch, head(packed_row(batch)), count).backward()
     return torch.cat([p.grad.flatten() for p in head.parameters()])
 
 
@@ -204,11 +214,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches(
         slopes.append(gradients(head, batches, shard.num_loss_tokens_global))
         losses.append(
             sum(
-                policy_loss(
-                    loss_inputs(batch, *head(packed_row(batch))),
-                    AlgoSettings(),
-                    shard.num_loss_tokens_global,
-                ).loss.item()
+                loss_of(batch, head(packed_row(batch)), shard.num_loss_tokens_global).item()
                 for batch in batches
             )
         )

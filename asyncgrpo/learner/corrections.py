@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asyncgrpo.learner.inputs import safe_exp
+from asyncgrpo.learner.inputs import moves_on, safe_exp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +141,7 @@ def m2po(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     """
     log_weight = inputs.log_weight
     is_small = log_weight.square() <= inputs.totals.second_moment_cut
-    return Correction(keep=is_small | (log_weight * inputs.advantages <= 0))
+    return Correction(keep=is_small | ~moves_on(log_weight, inputs.advantages))
 
 
 def _capped(weight: Tensor, cap: float) -> Correction:

@@ -49,7 +49,7 @@ def measure(inputs: LossInputs, found: Objective, algo: AlgoSettings) -> tuple[S
         per_token["kl_ref"] = found.kl
     # float64: a float32 sum over a large batch would depend on how it was split.
     sums = {n: (inputs.mask * v).sum(dtype=torch.float64) for n, v in per_token.items()}
-    sums["loss"] = found.loss.double()
+    sums["loss"] = found.loss.detach().double()
     table = torch.stack([per_token[n] * inputs.mask for n in ("tokens", "kl_k1", "kl_k3")], dim=1)
     sums["by_lag"] = _by_lag(inputs.staleness, table.double())
     sums |= _by_decile(inputs, found, algo)
@@ -82,7 +82,10 @@ def _by_decile(inputs: LossInputs, found: Objective, algo: AlgoSettings) -> Sums
         counts = torch.zeros(10, dtype=torch.float64, device=lengths.device)
         return counts.index_add(0, place, chosen.double())
 
-    sums = {f"decile/{n}": tally(inputs.sequence_sum(hit.float()) > 0) for n, hit in hits.items()}
+    sums = {
+        f"decile/{n}": tally(inputs.sequence_sum(hit.to(lengths.dtype)) > 0)
+        for n, hit in hits.items()
+    }
     return {**sums, "decile_sequences": tally(lengths > 0)}
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 # exp of a larger difference of log-probs overflows float32 once squared (e^40 = 2e17 is safe,
 # e^89 is infinite), and inf * 0 is NaN in every sum after it.
 MAX_LOG_RATIO = 20.0
+# Rounding alone moves the log-prob of a token by about this much when rows are packed otherwise:
+# the sign of a smaller log-ratio says nothing, and would make results depend on the split.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,3 +90,8 @@ class LossInputs:
 def safe_exp(log_ratio: Tensor) -> Tensor:
     """exp(log_ratio), the exponent held within +-MAX_LOG_RATIO; gradient 0 outside."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def moves_on(log_weight: Tensor, advantages: Tensor) -> Tensor:
+    """bool [S]: p has already moved the way that the advantage pushes (A > 0, w > 1, or both <)."""
+    return log_weight * advantages.sign() > ROUNDING

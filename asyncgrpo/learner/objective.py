@@ -10,16 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asyncgrpo.algorithms import find
 from asyncgrpo.config import AlgoSettings
-from asyncgrpo.errors import AlgorithmError
+from asyncgrpo.errors import AlgorithmError, BadInput
 from asyncgrpo.imports import last_place
+from asyncgrpo.learner.advantages import GroupRewards
 from asyncgrpo.learner.corrections import Correction
 from asyncgrpo.learner.inputs import LossInputs, Totals
 from asyncgrpo.learner.losses import TokenLoss
+from asyncgrpo.learner.shaping import estimate
+
+EXAMPLE_GROUP = GroupRewards(
+    rewards=np.array([1.0, 0.0, 0.5, 0.0]),
+    lengths=np.array([2, 2, 1, 3]),
+    is_correct=np.array([True, False, True, False]),
+    batch_std=0.5,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +138,7 @@ def _checked(found: object, inputs: LossInputs, name: str) -> Tensor:
 
 
 def probe(algo: AlgoSettings) -> None:
-    """Calls the users' own functions with a small example; AlgorithmError when one breaks."""
+    """Calls the functions with small examples; AlgorithmError when a user's own one breaks."""
     values = torch.tensor([-0.5, -1.0, -0.25, -2.0])
     inputs = LossInputs(
         logprobs=values.clone().requires_grad_(),
@@ -145,8 +155,9 @@ def probe(algo: AlgoSettings) -> None:
         totals=Totals(num_tokens=4, num_sequences=2, max_completion_tokens=2),
     )
     try:
-        loss = objective(inputs, algo, kl_coef=1.0).loss
-    except AlgorithmError:
+        loss = objective(inputs, algo, kl_coef=1.0).loss.detach()
+        estimate(EXAMPLE_GROUP, algo)
+    except BadInput:
         raise
     except Exception as error:  # a user's function may raise anything
         raise AlgorithmError(

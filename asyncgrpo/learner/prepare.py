@@ -15,7 +15,7 @@ from asyncgrpo.config import Config
 from asyncgrpo.learner import ranks, shaping
 from asyncgrpo.learner.advantages import Float64
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
-from asyncgrpo.learner.inputs import LossInputs, Totals
+from asyncgrpo.learner.inputs import LossInputs, Totals, moves_on
 from asyncgrpo.learner.model import PolicyHead, packed_row
 from asyncgrpo.learner.reference import Reference
 from asyncgrpo.observe.metrics import SEQUENCE_RULES
@@ -29,6 +29,7 @@ class OptimizerBatch:
     """What one optimizer step is made from on this rank."""
 
     groups: tuple[Group, ...]
+    first_group: int = 0  # how many groups the optimizer batches before this one hold
     batches: tuple[Batch, ...]  # micro-batches
     report: PackReport
     totals: Totals
@@ -87,7 +88,7 @@ class Preparer:
             for groups, (batches, _), values in zip(parts, packed, kl, strict=True)
         ]
         spread = self._batch_std(parts, extras)
-        ready = []
+        ready: list[OptimizerBatch] = []
         for groups, (batches, report), ref, prox, extra, values in zip(
             parts, packed, refs, proximal, extras, kl, strict=True
         ):
@@ -96,6 +97,7 @@ class Preparer:
             ready.append(
                 OptimizerBatch(
                     groups=groups,
+                    first_group=sum(len(before.groups) for before in ready),
                     batches=batches,
                     report=report,
                     totals=totals,
@@ -222,7 +224,7 @@ class Preparer:
             mask = torch.from_numpy(batch.loss_mask).to(logprobs.device)
             advantages = torch.from_numpy(batch.advantages).to(logprobs.device)
             log_weight = logprobs - behavior
-            moments.append(log_weight[mask & (log_weight * advantages > 0)].square())
+            moments.append(log_weight[mask & moves_on(log_weight, advantages)].square())
         everyone = ranks.collected(torch.cat(moments))
         return second_moment_cut(everyone, self._config.algo.m2po.threshold)
 

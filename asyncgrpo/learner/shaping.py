@@ -46,9 +46,9 @@ def advantages(
         batch_std=batch_std,
     )
     if algo.reward_combination == "sum":
-        return _estimate(whole, algo).astype(np.float32)
+        return estimate(whole, algo).astype(np.float32)
     weights = {function.label: function.weight for function in config.reward.functions}
-    total = _estimate(_with(whole, extra), algo)
+    total = estimate(_with(whole, extra), algo)
     for label, part in group.reward_parts.items():
         total = total + weights.get(label, 1.0) * _of_part(whole, part, algo)
     return total.astype(np.float32)
@@ -71,11 +71,12 @@ def _of_part(whole: GroupRewards, part: Float32, algo: AlgoSettings) -> Float64:
             lengths=whole.lengths[applies],
             is_correct=whole.is_correct[applies],
         )
-        result[applies] = _estimate(chosen, algo)
+        result[applies] = estimate(chosen, algo)
     return result
 
 
-def _estimate(group: GroupRewards, algo: AlgoSettings) -> Float64:
+def estimate(group: GroupRewards, algo: AlgoSettings) -> Float64:
+    """float64 [G] by algo.advantage; AlgorithmError when a user's own estimator breaks."""
     # Judged by the spread: a mean of equal rewards that is off by rounding would be blown up by a
     # small std + eps to advantages of size 1, and the std of a single reward is NaN.
     if len(group.rewards) == 0 or np.ptp(group.rewards) == 0.0:

@@ -292,7 +292,7 @@ class PolicyUpdater:
         self, batch: OptimizerBatch, index: int, inputs: LossInputs, found: Objective
     ) -> Iterator[dict[str, np.ndarray]]:
         """The columns of observe/token_log.py for each completion of a micro-batch."""
-        micro = batch.batches[index]
+        micro, first = batch.batches[index], batch.first_group
         flat = [
             (g, i) for g, group in enumerate(batch.groups) for i in range(len(group.completions))
         ]
@@ -313,7 +313,7 @@ class PolicyUpdater:
             count = len(completion.token_ids)
             end = int(micro.cu_seqlens[number + 1])
             yield {
-                "lease": np.full(count, lease),
+                "lease": np.full(count, first + lease),
                 "sample": np.full(count, sample),
                 "place": np.arange(count),
                 "token_id": completion.token_ids,
