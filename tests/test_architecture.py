@@ -20,6 +20,7 @@ FLOORS = {
         "buffer.server",
         "learner.loop",
         "learner.process",
+        "learner.commands",
         "learner.update",
         "learner.prepare",
         "observe.recorder",

@@ -76,6 +76,18 @@ def test_twenty_steps_are_as_they_were(two_runs):
             assert row[name] == pytest.approx(golden[name], rel=1e-4, abs=1e-6), name
 
 
+def test_on_policy_tokens_have_a_ratio_of_exactly_one(two_runs):
+    """The toy engine and the learner compute the same numbers: step 0 is on-policy to the bit."""
+    lines = (two_runs[0].path / "metrics.jsonl").read_text().splitlines()
+    first = next(row for row in map(json.loads, lines) if "loss" in row)
+    assert first["staleness/max"] == 0
+    assert first["logprob_diff_max"] == 0.0
+    assert first["ess"] == 1.0
+    assert first["chi2"] == 0.0
+    assert first["lag_0/kl"] == 0.0
+    assert first["lag_0/tokens"] == first["tokens_trained"]
+
+
 def test_the_serial_run_learns_and_keeps_its_staleness_bound(two_runs):
     found = rows(two_runs[0])
     first = sum(row["rewards/mean"] for row in found[:4])
