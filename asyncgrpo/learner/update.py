@@ -240,7 +240,8 @@ class PolicyUpdater:
         if every and (shard.step + 1) % every == 0:
             self._reference.sync(self._policy, algo.reference.mix_alpha)
             self._num_syncs += 1
-            log.info("reference synced with alpha %g", algo.reference.mix_alpha)
+            if ranks.rank() == 0:
+                log.info("reference synced with alpha %g", algo.reference.mix_alpha)
         metrics["reference_syncs"] = float(self._num_syncs)
 
     def _finish(self, record: StepRecord, shard: Shard) -> dict[str, float]:
