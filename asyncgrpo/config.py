@@ -95,10 +95,19 @@ class SamplingSettings(Room):
     max_completion_tokens: int = Field(16, ge=1, description="limit of one completion")
 
 
+Scope = Literal["sample", "group"]
+
+
 class RewardFunction(Room):
     use: str = Field(..., description="built-in name or 'package.module:function'")
     weight: float = 1.0
     name: str = Field("", description="name in metrics; default: the last part of `use`")
+    scope: Scope | None = Field(
+        None,
+        description="group: called once with lists; sample: once per completion with plain values; "
+        "default: sample when it has a parameter `completion` or `response`",
+    )
+    options: dict[str, Any] = Field({}, description="keyword arguments, such as extract='strict'")
 
     @property
     def label(self) -> str:
