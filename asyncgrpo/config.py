@@ -7,9 +7,16 @@ import logging
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from asyncgrpo.errors import ConfigError
 
@@ -114,15 +121,45 @@ class RewardFunction(Room):
         return self.name or self.use.split(":")[-1].split(".")[-1]
 
 
+def _as_functions(route: Any) -> Any:
+    """A route as a list of functions: it may be a name, {name: weight}, a table, or a list."""
+    if isinstance(route, str):
+        return [{"use": route}]
+    if isinstance(route, Mapping):
+        is_table = not route or "use" in route
+        return [route] if is_table else [{"use": name, "weight": w} for name, w in route.items()]
+    if isinstance(route, list | tuple):
+        return [function for part in route for function in _as_functions(part)]
+    return [route]
+
+
+Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions), Field(min_length=1)]
+
+
 class RewardSettings(Room):
     functions: tuple[RewardFunction, ...] = Field(
-        (RewardFunction(use="task"), RewardFunction(use="length_penalty")), min_length=1
+        (RewardFunction(use="task"), RewardFunction(use="length_penalty")),
+        description="score every record; default: task and length_penalty, or none with routes",
+    )
+    routes: dict[str, Route] = Field(
+        {},
+        description="data_source -> judge: a name, {name: weight}, a table as in functions, or a "
+        "list; 'default' is for all other sources",
     )
     workers: int = Field(1, ge=1, description="scoring processes beside each actor")
     timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
     correct_above: float = Field(
-        0.0, description="a completion is correct when the first function scores above this"
+        0.0,
+        description="a completion is correct when its first judge (of its route, else of "
+        "functions) scores above this",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _routes_replace_the_default_functions(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("routes") and "functions" not in raw:
+            return {**raw, "functions": ()}
+        return raw
 
     @model_validator(mode="after")
     def _distinct_labels(self) -> RewardSettings:
@@ -393,7 +430,8 @@ def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
     model: Any = Config
     for part in location:
         if not isinstance(part, str) or part not in getattr(model, "model_fields", {}):
-            return getattr(RewardFunction, "model_fields", {}) if "functions" in location else {}
+            in_rewards = "functions" in location or "routes" in location
+            return RewardFunction.model_fields if in_rewards else {}
         model = model.model_fields[part].annotation
     return getattr(model, "model_fields", {})
 

@@ -26,6 +26,18 @@ def rewards(*functions: object) -> RewardSet:
     return load_rewards(RewardSettings.model_validate({"functions": functions}))
 
 
+def routed(routes: object, functions: object = (), **settings: object) -> RewardSet:
+    raw = {"functions": functions, "routes": routes, **settings}
+    return load_rewards(RewardSettings.model_validate(raw))
+
+
+def sourced(source: object, **changes: object) -> Prompt:
+    """A prompt as the record reader makes it from a data_source column."""
+    text = source if isinstance(source, str) else "+".join(source)
+    columns = {"kind": "add", "data_source": source}
+    return replace(PROMPT, data_source=text, columns=columns, **changes)
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Writes a module of reward functions into the present folder; returns its name."""
@@ -234,6 +246,82 @@ def test_options_are_passed_and_no_column_takes_their_place():
     reward_set = RewardSet([bind("above", above, options={"bonus": 2})])
     assert reward_set.score(prompt, ["a"]).rewards.tolist() == [5.0]
     assert rewards({"use": "gsm8k"}).score(prompt, ["#### 7"]).rewards.tolist() == [1.0]
+
+
+# -- routes --------------------------------------------------------------------------------
+
+
+ROUTES = {
+    "gsm": "gsm8k",
+    "tagged": {"use": "tag", "options": {"tag": "a"}},
+    "both": {"exact": 0.7, "integer": 0.3},
+    "listed": ["exact", {"use": "length", "weight": 0.5, "options": {"max_length": 1}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "total", "parts"),
+    [
+        ("gsm", "#### 7", 1.0, ["gsm8k"]),
+        ("tagged", "<a>7</a>", 1.0, ["tag"]),
+        ("both", "7", 1.0, ["exact", "integer"]),
+        ("both", "7.", 0.3, ["exact", "integer"]),
+        ("listed", "7", 1.5, ["exact", "length"]),
+        ({"tagged": 0.7, "gsm": 0.3}, "<a>7</a>", 0.7, ["tagged", "gsm"]),
+        ({"tagged": 0.7, "gsm": 0.3}, "<a>8</a> #### 7", 0.3, ["tagged", "gsm"]),
+        ({"exact": 0.7, "integer": 0.3}, "7!", 0.3, ["exact", "integer"]),
+        ({"both": 2.0}, "7.", 0.6, ["both/exact", "both/integer"]),
+    ],
+)
+def test_a_record_is_judged_as_its_data_source_says(source, text, total, parts):
+    scores = routed(ROUTES).score(sourced(source), [text])
+    np.testing.assert_allclose(scores.rewards, [total], rtol=1e-6)
+    assert list(scores.parts) == parts
+
+
+def test_functions_score_every_record_after_its_judge():
+    scores = routed(ROUTES, [{"use": "length_penalty"}]).score(sourced("gsm"), ["#### 7"])
+    assert list(scores.parts) == ["gsm8k", "length_penalty"]
+    np.testing.assert_allclose(scores.rewards, [1 - 0.012], rtol=1e-6)
+
+
+def test_the_default_route_takes_all_other_sources_but_no_judge_that_a_record_names():
+    reward_set = routed({"gsm": "gsm8k", "default": "exact"})
+    assert list(reward_set.score(sourced("other"), ["7"]).parts) == ["exact"]
+    with pytest.raises(RewardError, match=r"names the judge 'gsn', .* did you mean 'gsm'\?"):
+        reward_set.score(sourced({"gsn": 1.0}), ["7"])
+
+
+def test_an_unknown_source_is_found_before_the_run_with_the_nearest_name():
+    with pytest.raises(RewardError, match=r"data_source 'gsn' has no judge; did you mean 'gsm'\?"):
+        routed(ROUTES).check([sourced("gsm"), sourced("gsm"), sourced("gsn")])
+
+
+def test_every_source_is_probed_before_the_run():
+    with pytest.raises(RewardError, match="'blue' holds no number"):
+        routed(ROUTES).check([sourced("tagged"), sourced("gsm", answer="blue")])
+
+
+def test_a_record_cannot_choose_what_code_runs():
+    with pytest.raises(RewardError, match="names the judge 'os:system', which is no route"):
+        routed(ROUTES).score(sourced({"os:system": 1.0}), ["7"])
+
+
+def test_without_routes_the_data_source_does_not_matter_unless_it_names_judges():
+    assert list(rewards({"use": "exact"}).score(sourced("any"), ["7"]).parts) == ["exact"]
+    assert list(routed({}).score(sourced({"gsm8k": 1.0}), ["7"]).parts) == ["gsm8k"]
+    with pytest.raises(RewardError, match=r"'any' has no reward: reward.functions and"):
+        routed({}).score(sourced("any"), ["7"])
+
+
+def test_two_judges_of_one_name_are_refused():
+    with pytest.raises(RewardError, match="'gsm' has two rewards called 'gsm8k'; give one"):
+        routed(ROUTES, [{"use": "gsm8k"}]).check([sourced("gsm")])
+
+
+def test_every_routed_judge_is_loaded_at_once():
+    with pytest.raises(RewardError, match=r"no built-in reward 'gsm9k'; did you mean 'gsm8k'\?"):
+        routed({"a": {"gsm8k": 0.5, "gsm9k": 0.5}})
 
 
 # -- finding functions ---------------------------------------------------------------------

@@ -1,21 +1,23 @@
-"""All reward functions of a run: scores groups."""
+"""All reward functions of a run: scores groups, and checks the data against the routes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncgrpo.config import RewardSettings
+from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.finding import bind, find
 from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score
+from asyncgrpo.rewards.routes import functions_for
 from asyncgrpo.types import Float32, Prompt
 
 __all__ = ["RewardSet", "Scores", "bind", "load_rewards"]
 PROBES = ("", "0")  # harmless completions that show contract errors before anything starts
+Chooser = Callable[[Prompt], Sequence[BoundFunction]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,34 +29,62 @@ class Scores:
 
 
 class RewardSet:
-    """All reward functions of a run."""
+    """The functions that `functions` finds for a prompt, or the same ones for all prompts."""
 
-    def __init__(self, functions: Sequence[BoundFunction]) -> None:
-        self._functions = tuple(functions)
+    def __init__(self, functions: Sequence[BoundFunction] | Chooser) -> None:
+        self._choose: Chooser = functions if callable(functions) else lambda _: functions
 
     def score(self, prompt: Prompt, completions: Sequence[str]) -> Scores:
         """Weighted sums and parts; RewardError when a function breaks its contract.
 
         Also when no function applies to a completion: then there is nothing to learn from.
         """
-        return _combine([f.weight for f in self._functions], self._parts(prompt, completions))
+        functions = self._choose(prompt)
+        parts = _parts(functions, prompt, completions)
+        return _combine([function.weight for function in functions], parts)
+
+    def functions(self, prompt: Prompt) -> Sequence[BoundFunction]:
+        """Those that score this prompt; RewardError when its data_source has none."""
+        return self._choose(prompt)
 
     def probe(self, prompt: Prompt) -> None:
         """Calls each function with two harmless completions; RewardError as in `score`."""
-        self._parts(prompt, PROBES)
+        _parts(self._choose(prompt), prompt, PROBES)
 
-    def _parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[Score]]:
-        # All are started before any is waited for: async ones are under way together.
-        calls = {f.label: f.start(prompt, completions) for f in self._functions}
-        return {
-            label: [score for call in started for score in call.scores()]
-            for label, started in calls.items()
-        }
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """Probes one prompt of each data_source: what cannot be scored is found before the run."""
+        seen: set[str] = set()
+        for prompt in prompts:
+            source = repr(prompt.columns.get("data_source", prompt.data_source))
+            if source not in seen:
+                seen.add(source)
+                self.probe(prompt)
 
 
 def load_rewards(settings: RewardSettings) -> RewardSet:
     """Finds every function of the settings; RewardError says which is missing and what to do."""
-    return RewardSet([find(function) for function in settings.functions])
+    found: dict[str, BoundFunction] = {}
+
+    def get(function: RewardFunction) -> BoundFunction:
+        key = function.model_dump_json()
+        if key not in found:
+            found[key] = find(function)
+        return found[key]
+
+    for function in (*settings.functions, *(f for r in settings.routes.values() for f in r)):
+        get(function)
+    return RewardSet(lambda p: [get(f) for f in functions_for(settings, p)])
+
+
+def _parts(
+    functions: Sequence[BoundFunction], prompt: Prompt, completions: Sequence[str]
+) -> dict[str, list[Score]]:
+    # All are started before any is waited for: async ones are under way together.
+    calls = {f.label: f.start(prompt, completions) for f in functions}
+    return {
+        label: [score for call in started for score in call.scores()]
+        for label, started in calls.items()
+    }
 
 
 def _combine(weights: Sequence[float], parts: Mapping[str, list[Score]]) -> Scores:
