@@ -153,6 +153,23 @@ class RewardSettings(Room):
         description="a completion is correct when its first judge (of its route, else of "
         "functions) scores above this",
     )
+    on_error: Literal["drop_group", "zero", "value"] = Field(
+        "drop_group",
+        description="when a function raises, returns junk, hangs or dies: drop the group, or let "
+        "the call score zero or error_value",
+    )
+    error_value: float | None = Field(
+        None, allow_inf_nan=False, description="with on_error = 'value'"
+    )
+    max_error_rate: float = Field(
+        0.25, ge=0, le=1, description="the run stops above this share of the last error_window"
+    )
+    error_window: int = Field(32, ge=1, description="groups that an actor scored last")
+
+    @property
+    def error_score(self) -> float | None:
+        """What a failed call scores; None: its group is dropped."""
+        return {"drop_group": None, "zero": 0.0, "value": self.error_value}[self.on_error]
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +186,15 @@ class RewardSettings(Room):
                 raise ValueError(
                     f"functions: two are called {label!r}; give one of them another `name`"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _error_value_belongs_to_value(self) -> RewardSettings:
+        if (self.on_error == "value") != (self.error_value is not None):
+            raise ValueError(
+                f"on_error={self.on_error!r} with error_value={self.error_value}: set both "
+                "on_error = 'value' and error_value, or neither"
+            )
         return self
 
 

@@ -33,6 +33,10 @@ WRONG = {
     "reward.routes={a={use='task', wieght=2}}": ["wieght", "did you mean", "weight?"],
     "reward.routes={a={task='much'}}": ["reward.routes.a.0.weight='much'", "valid number"],
     "reward.routes={a=[]}": ["reward.routes.a=[]", "at least 1 item"],
+    "reward.on_error=value": ["on_error='value' with error_value=None", "set both"],
+    "reward.error_value=-1": ["on_error='drop_group' with error_value=-1", "or neither"],
+    "reward.on_error=ignore": ["reward.on_error='ignore'", "'drop_group', 'zero' or 'value'"],
+    "reward.max_error_rate=2": ["reward.max_error_rate=2", "less than or equal to 1"],
     "launch.metrics_port=99999": ["launch.metrics_port=99999", "65535"],
 }
 

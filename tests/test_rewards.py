@@ -10,7 +10,8 @@ import pytest
 
 from asyncgrpo.config import RewardSettings
 from asyncgrpo.errors import RewardError
-from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards
+from asyncgrpo.rewards.health import RewardHealth
+from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards, lost_scores
 from asyncgrpo.types import Prompt
 
 PROMPT = Prompt(
@@ -248,6 +249,46 @@ def test_options_are_passed_and_no_column_takes_their_place():
     assert rewards({"use": "gsm8k"}).score(prompt, ["#### 7"]).rewards.tolist() == [1.0]
 
 
+# -- errors that score something -----------------------------------------------------------
+
+
+def test_only_the_call_that_fails_scores_the_error_value():
+    def picky(completion):
+        if completion == "bad":
+            raise ValueError("no")
+        return 1.0
+
+    reward_set = RewardSet([bind("picky", picky), bind("two", lambda completions: [2, 2])], -0.5)
+    scores = reward_set.score(PROMPT, ["good", "bad"])
+    assert scores.rewards.tolist() == [3.0, 1.5]
+    assert len(scores.errors) == 1
+    assert "'picky' raised ValueError: no" in scores.errors[0]
+
+
+def test_a_failed_group_function_scores_zero_for_the_whole_group():
+    settings = {"functions": [{"use": "reward_functions:raises"}, {"use": "exact"}]}
+    loaded = load_rewards(RewardSettings.model_validate({**settings, "on_error": "zero"}))
+    scores = loaded.score(PROMPT, ["7", "8"])
+    assert scores.parts["raises"].tolist() == [0.0, 0.0]
+    assert scores.rewards.tolist() == [1.0, 0.0]
+
+
+def test_probing_is_strict_whatever_errors_score():
+    with pytest.raises(RewardError, match="raises"):
+        routed({}, [{"use": "reward_functions:raises"}], on_error="zero").probe(PROMPT)
+
+
+def test_a_lost_group_scores_the_error_value_of_every_function_or_nothing():
+    raw = {"functions": [{"use": "exact", "weight": 2}, {"use": "integer"}]}
+    assert lost_scores(RewardSettings.model_validate(raw), PROMPT, 2) is None
+    settings = RewardSettings.model_validate({**raw, "on_error": "value", "error_value": -1})
+    scores = lost_scores(settings, PROMPT, 2)
+    assert scores.rewards.tolist() == [-3.0, -3.0]
+    assert list(scores.parts) == ["exact", "integer"]
+    lost = RewardSettings.model_validate({"routes": {"gsm": "gsm8k"}, "on_error": "zero"})
+    assert lost_scores(lost, PROMPT, 2) is None
+
+
 # -- routes --------------------------------------------------------------------------------
 
 
@@ -353,3 +394,40 @@ def test_a_function_that_cannot_be_used_is_named_with_the_remedy(module, source,
     module(source)
     with pytest.raises(RewardError, match=message):
         rewards({"use": use})
+
+
+# -- the error rate ------------------------------------------------------------------------
+
+
+def health(**changes: object) -> RewardHealth:
+    return RewardHealth(RewardSettings.model_validate(changes))
+
+
+def test_a_run_goes_on_up_to_the_error_rate_and_stops_above_it_with_the_cause():
+    watched = health(max_error_rate=0.25, error_window=8)
+    for error in ("", "late", "", "late", "", ""):
+        watched.note(error, 0.5)
+    with pytest.raises(RewardError, match=r"3 of the last 7 groups .*max_error_rate=0.25 .*: junk"):
+        watched.note("junk", 0.5)
+    assert watched.counters == {"judged_groups": 7, "judge_errors": 3, "judge_seconds": 3.5}
+
+
+def test_errors_that_left_the_window_are_forgotten():
+    watched = health(max_error_rate=0.25, error_window=8)
+    for _ in range(20):
+        for error in ("late", "", "", ""):
+            watched.note(error, 0.0)
+    assert watched.counters["judge_errors"] == 20
+
+
+@pytest.mark.parametrize(("rate", "stops_at"), [(0.0, 1), (0.5, 3), (1.0, None)])
+def test_a_function_that_always_fails_stops_the_run_at_once_or_never(rate, stops_at):
+    watched, count = health(max_error_rate=rate, error_window=4), 0
+    try:
+        for _ in range(20):
+            count += 1
+            watched.note("junk", 0.0)
+    except RewardError:
+        assert count == stops_at
+    else:
+        assert stops_at is None

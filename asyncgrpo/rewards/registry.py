@@ -15,7 +15,7 @@ from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score
 from asyncgrpo.rewards.routes import functions_for
 from asyncgrpo.types import Float32, Prompt
 
-__all__ = ["RewardSet", "Scores", "bind", "load_rewards"]
+__all__ = ["RewardSet", "Scores", "bind", "load_rewards", "lost_scores"]
 PROBES = ("", "0")  # harmless completions that show contract errors before anything starts
 Chooser = Callable[[Prompt], Sequence[BoundFunction]]
 
@@ -26,13 +26,20 @@ class Scores:
 
     rewards: Float32  # [G] weighted sum of the parts that apply
     parts: Mapping[str, Float32] = field(default_factory=dict)  # each [G]; NaN = not applicable
+    errors: tuple[str, ...] = ()  # broken contracts that reward.on_error gave a score
 
 
 class RewardSet:
-    """The functions that `functions` finds for a prompt, or the same ones for all prompts."""
+    """The functions that `choose` finds for a prompt (or the same ones for all prompts).
 
-    def __init__(self, functions: Sequence[BoundFunction] | Chooser) -> None:
+    error_score: what a call that breaks its contract scores; None: the group has no score.
+    """
+
+    def __init__(
+        self, functions: Sequence[BoundFunction] | Chooser, error_score: float | None = None
+    ) -> None:
         self._choose: Chooser = functions if callable(functions) else lambda _: functions
+        self._error_score = error_score
 
     def score(self, prompt: Prompt, completions: Sequence[str]) -> Scores:
         """Weighted sums and parts; RewardError when a function breaks its contract.
@@ -40,8 +47,8 @@ class RewardSet:
         Also when no function applies to a completion: then there is nothing to learn from.
         """
         functions = self._choose(prompt)
-        parts = _parts(functions, prompt, completions)
-        return _combine([function.weight for function in functions], parts)
+        parts, errors = _parts(functions, prompt, completions, self._error_score)
+        return _combine([function.weight for function in functions], parts, errors)
 
     def functions(self, prompt: Prompt) -> Sequence[BoundFunction]:
         """Those that score this prompt; RewardError when its data_source has none."""
@@ -49,7 +56,7 @@ class RewardSet:
 
     def probe(self, prompt: Prompt) -> None:
         """Calls each function with two harmless completions; RewardError as in `score`."""
-        _parts(self._choose(prompt), prompt, PROBES)
+        _parts(self._choose(prompt), prompt, PROBES, None)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         """Probes one prompt of each data_source: what cannot be scored is found before the run."""
@@ -73,21 +80,52 @@ def load_rewards(settings: RewardSettings) -> RewardSet:
 
     for function in (*settings.functions, *(f for r in settings.routes.values() for f in r)):
         get(function)
-    return RewardSet(lambda p: [get(f) for f in functions_for(settings, p)])
+    return RewardSet(lambda p: [get(f) for f in functions_for(settings, p)], settings.error_score)
+
+
+def lost_scores(settings: RewardSettings, prompt: Prompt, count: int) -> Scores | None:
+    """What reward.on_error gives a group whose worker hung or died: None means drop it.
+
+    None as well when its data_source has no judge that could have failed.
+    """
+    score = settings.error_score
+    if score is None:
+        return None
+    try:
+        functions = functions_for(settings, prompt)
+        parts: dict[str, list[Score]] = {f.label: [score] * count for f in functions}
+        return _combine([function.weight for function in functions], parts, ())
+    except RewardError:
+        return None
 
 
 def _parts(
-    functions: Sequence[BoundFunction], prompt: Prompt, completions: Sequence[str]
-) -> dict[str, list[Score]]:
+    functions: Sequence[BoundFunction],
+    prompt: Prompt,
+    completions: Sequence[str],
+    error_score: float | None,
+) -> tuple[dict[str, list[Score]], list[str]]:
+    """Scores by label, and the errors that error_score stands for; without one they are raised."""
+    errors: list[str] = []
+    parts: dict[str, list[Score]] = {}
     # All are started before any is waited for: async ones are under way together.
     calls = {f.label: f.start(prompt, completions) for f in functions}
-    return {
-        label: [score for call in started for score in call.scores()]
-        for label, started in calls.items()
-    }
+    for label, started in calls.items():
+        parts[label] = []
+        for call in started:
+            try:
+                parts[label] += call.scores()
+            except RewardError as error:
+                if error_score is None:
+                    raise
+                errors.append(str(error))
+                parts[label] += [error_score] * call.count
+    return parts, errors
 
 
-def _combine(weights: Sequence[float], parts: Mapping[str, list[Score]]) -> Scores:
+def _combine(
+    weights: Sequence[float], parts: Mapping[str, list[Score]], errors: Sequence[str]
+) -> Scores:
     rewards = [
         _weighted_sum(weights, scores, index)
         for index, scores in enumerate(zip(*parts.values(), strict=True))
@@ -98,6 +136,7 @@ def _combine(weights: Sequence[float], parts: Mapping[str, list[Score]]) -> Scor
             label: np.array([math.nan if s is None else s for s in scores], dtype=np.float32)
             for label, scores in parts.items()
         },
+        errors=tuple(errors),
     )
 
 
