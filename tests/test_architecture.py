@@ -50,7 +50,7 @@ FLOORS = {
         "observe",
     ),
     1: ("config", "protocols", "observe.metrics"),
-    0: ("errors", "types"),
+    0: ("errors", "types", "imports"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

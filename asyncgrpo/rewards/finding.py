@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_type_hints
 
@@ -14,8 +11,9 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from asyncgrpo.config import RewardFunction, Scope
 from asyncgrpo.errors import RewardError
+from asyncgrpo.imports import find_function
 from asyncgrpo.rewards.builtin import BUILTINS
-from asyncgrpo.rewards.function import BoundFunction, Parameters, last_place, shown
+from asyncgrpo.rewards.function import BoundFunction, Parameters
 
 
 def find(function: RewardFunction) -> BoundFunction:
@@ -103,47 +101,11 @@ def _options(
 
 
 def _find(use: str) -> Callable[..., Any]:
-    module_name, colon, name = use.partition(":")
-    if not colon:
-        if use not in BUILTINS:
-            raise RewardError(
-                f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
-                f"{', '.join(BUILTINS)}; write your own as 'package.module:function'"
-            )
-        return BUILTINS[use]
-    if not module_name or not name:
-        raise RewardError(f"reward {use!r} must look like 'package.module:function'")
-    found: Any = _import(module_name, use)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise RewardError(_missing_attribute(use, part, found))
-        found = getattr(found, part)
-    if not callable(found):
+    if ":" in use:
+        return find_function(use, "reward", RewardError)
+    if use not in BUILTINS:
         raise RewardError(
-            f"reward {use!r} is {shown(found)} ({type(found).__name__}), not a function; name a "
-            "function of that module"
+            f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
+            f"{', '.join(BUILTINS)}; write your own as 'package.module:function'"
         )
-    return found  # type: ignore[no-any-return]
-
-
-def _import(module_name: str, use: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: users keep rewards beside the config
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RewardError(
-            f"reward {use!r}: there is no module {error.name!r}; install it, or start from the "
-            f"folder that holds it (now {os.getcwd()})"
-        ) from error
-    except Exception as error:  # a user's module may raise anything
-        raise RewardError(
-            f"reward {use!r}: importing {module_name} raised {type(error).__name__}: {error} at "
-            f"{last_place(error)}; repair the module"
-        ) from error
-
-
-def _missing_attribute(use: str, part: str, home: object) -> str:
-    names = [name for name in dir(home) if not name.startswith("_")]
-    hint = nearest(part, names) or f"it has: {', '.join(names[:10]) or 'nothing'}"
-    return f"reward {use!r}: {part!r} is not defined there; {hint.strip()}"
+    return BUILTINS[use]

@@ -18,7 +18,6 @@ import inspect
 import math
 import numbers
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import numpy as np
 
 from asyncgrpo.config import Scope
 from asyncgrpo.errors import RewardError
+from asyncgrpo.imports import last_place, shown
 from asyncgrpo.types import Prompt
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -179,17 +179,3 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
     return loop
-
-
-def last_place(error: BaseException) -> str:
-    """file:line where an error was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
-
-
-def shown(value: object) -> str:
-    """A value for a message, cut at 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
