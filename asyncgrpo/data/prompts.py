@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import Protocol
 
 from asyncgrpo.config import Config
@@ -16,7 +16,7 @@ from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
 TASKS = "tasks"
-SURVEYED = 1000  # prompts of an endless stream that stand for all of it
+SURVEYED = 10_000  # prompts of an endless stream that stand for all of it
 
 
 class Stream(Protocol):
@@ -62,10 +62,10 @@ class PromptSource:
         return self._held_out[:num]
 
     def survey(self) -> Iterator[Prompt]:
-        """What a run can meet: each training prompt once (of an endless stream the first), then
-        the held-out ones.
+        """What a run can meet: each training prompt once (of a stream without length the first
+        SURVEYED), then the held-out ones.
         """
-        count = len(self._train) if isinstance(self._train, EpochStream) else SURVEYED
+        count = len(self._train) if isinstance(self._train, Sized) else SURVEYED
         for position in range(count):
             prompt = self._train.get(position)
             if prompt is not None:
