@@ -15,6 +15,7 @@ import typer
 
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
+from asyncgrpo.rewards.commands import reward_app
 
 app = typer.Typer(
     name="asyncgrpo",
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(reward_app, name="reward")
 
 
 @app.command()

@@ -56,11 +56,10 @@ class BoundFunction:
 
     @property
     def uses_truth(self) -> bool:
-        """It can look at the answer, so that it may tell right from wrong."""
-        return self.takes_any or any(
-            name not in ("prompt", "prompts", "completion", "completions", "response")
-            for name in self.parameters
-        )
+        """It names the answer or another column, so it should tell right from wrong."""
+        texts = {"prompt", "prompts", "completion", "completions", "response"}
+        named = {n for n, p in self.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        return not named <= texts
 
     def start(self, prompt: Prompt, completions: Sequence[str]) -> list[Call]:
         """Begins to score a group; `Call.scores` has the result. Raises nothing."""

@@ -56,7 +56,11 @@ class RewardSet:
 
     def probe(self, prompt: Prompt) -> None:
         """Calls each function with two harmless completions; RewardError as in `score`."""
-        _parts(self._choose(prompt), prompt, PROBES, None)
+        self.parts(prompt, PROBES)
+
+    def parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[Score]]:
+        """Each function's own scores by label; RewardError whatever errors score in a run."""
+        return _parts(self._choose(prompt), prompt, completions, None)[0]
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         """Probes one prompt of each data_source: what cannot be scored is found before the run."""
