@@ -107,7 +107,7 @@ def test_a_function_that_does_not_apply_to_empty_texts_can_be_tried():
 @pytest.mark.parametrize(
     ("function", "label", "flag"),
     [
-        (wrong_truth, "judge", "5 of 5 gold answers do not count as correct"),
+        (wrong_truth, "judge", "5 of 5 gold answers are not correct"),
         (wrong_truth, "total", "gold answers are not better than empty ones"),
         (any_number, "judge", "5 of 5 shuffled answers count as correct"),
         (any_number, "total", "100% of what gold gains over empty goes to shuffled"),
@@ -161,7 +161,7 @@ def test_each_source_is_tried_with_its_own_judge_up_to_the_count():
 
 
 def test_data_without_answers_cannot_be_tried():
-    with pytest.raises(DataError, match="no answers in the data of chat: there is no gold"):
+    with pytest.raises(DataError, match="data_source 'chat' has no answers: add"):
         rows(built_in({"use": "length_penalty"}), [*PROMPTS, prompt(9, None, "chat")])
 
 

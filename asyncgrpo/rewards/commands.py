@@ -11,11 +11,6 @@ import typer
 reward_app = typer.Typer(help="Try rewards before a run pays for them.", no_args_is_help=True)
 
 
-@reward_app.callback()
-def rewards() -> None:
-    """Try rewards before a run pays for them."""
-
-
 @reward_app.command("test")
 def try_out(
     config: Annotated[Path | None, typer.Option(help="TOML settings; without: defaults")] = None,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from asyncgrpo.errors import DataError
 from asyncgrpo.rewards.answers import same_value
-from asyncgrpo.rewards.function import BoundFunction, Score
+from asyncgrpo.rewards.function import BoundFunction
 from asyncgrpo.rewards.registry import RewardSet
 from asyncgrpo.types import Prompt
 
@@ -32,7 +32,7 @@ TEMPLATES = (
 )
 TOTAL = "total"
 EPSILON = 1e-6
-Parts = Mapping[str, Mapping[str, Sequence[Score]]]  # label -> kind -> one score per prompt
+Scored = dict[str, list[float]]  # kind -> scores of the prompts that the function applies to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,37 +55,37 @@ def try_rewards(
     template: str | None = None,
     allow: float = 0.0,
 ) -> list[Row]:
-    """Scores up to `count` prompts of each data_source. DataError when none has an answer.
+    """Scores up to `count` prompts of each data_source. DataError when one has no answers.
 
     allow: the share of full marks that gold may miss and that wrong answers may get.
     """
-    by_source: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        chosen = by_source.setdefault(prompt.data_source, [])
-        if prompt.answer is not None and len(chosen) < count:
-            chosen.append(prompt)
-    missing = [source for source, chosen in by_source.items() if not chosen]
-    if missing or not by_source:
-        raise DataError(
-            f"no answers in the data of {', '.join(missing) or 'this config'}: there is no gold to "
-            "score; add an answer column"
-        )
     rows: list[Row] = []
-    for source, chosen in sorted(by_source.items()):
+    for source, chosen in sorted(_by_source(prompts, count).items()):
         functions = rewards.functions(chosen[0])
         best = template or _best_template(rewards, functions, chosen[:8])
-        parts = _scores(rewards, functions, chosen, best)
-        for label in parts:
-            if label == TOTAL:
-                flags = _total_flags(_means(parts[label]))
-            else:
-                first = label == functions[0].label
-                judges = first or next(f for f in functions if f.label == label).uses_truth
-                flags = _flags(parts[label], allow) if judges else ()
-                flags += _correctness_flags(parts[label], correct_above) if first else ()
-            means = _means(parts[label])
-            rows.append(Row(source=source, label=label, means=means, flags=flags, template=best))
+        scored = _score(rewards, functions, chosen, best)
+        flags = {TOTAL: _total_flags(_means(scored[TOTAL]))}
+        for place, function in enumerate(functions):
+            limit = correct_above if place == 0 else None
+            judges = place == 0 or function.uses_truth
+            flags[function.label] = _flags(scored[function.label], limit, allow) if judges else ()
+        rows += [
+            Row(source=source, label=n, means=_means(scored[n]), flags=flags[n], template=best)
+            for n in scored
+        ]
     return rows
+
+
+def _by_source(prompts: Iterable[Prompt], count: int) -> dict[str, list[Prompt]]:
+    found: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        chosen = found.setdefault(prompt.data_source, [])
+        if prompt.answer is not None and len(chosen) < count:
+            chosen.append(prompt)
+    for source, chosen in found.items():
+        if not chosen:
+            raise DataError(f"data_source {source!r} has no answers: add a column with the truth")
+    return found
 
 
 def _best_template(
@@ -94,95 +94,70 @@ def _best_template(
     options = [function.options for function in functions]
     tags = [f"<{o['tag']}>{HOLE}</{o['tag']}>" for o in options if "tag" in o]
     keys = [f'{{"{o["key"]}": "{HOLE}"}}' for o in options if o.get("key")]
-    totals = {
-        template: sum(
-            _total(functions, rewards.parts(prompt, [_fill(template, prompt)]), 0) or 0.0
-            for prompt in prompts
-        )
-        for template in (*TEMPLATES, *tags, *keys)
-    }
-    return max(totals, key=lambda template: totals[template])
+
+    def gold(template: str) -> float:
+        return sum(_score(rewards, functions, prompts, template)[TOTAL]["gold"])
+
+    return max((*TEMPLATES, *tags, *keys), key=gold)
 
 
-def _scores(
+def _score(
     rewards: RewardSet, functions: Sequence[BoundFunction], prompts: Sequence[Prompt], template: str
-) -> dict[str, dict[str, list[Score]]]:
+) -> dict[str, Scored]:
+    """Scores by label (the total last) and kind."""
     labels = [*(function.label for function in functions), TOTAL]
-    scores: dict[str, dict[str, list[Score]]] = {n: {k: [] for k in KINDS} for n in labels}
+    scored: dict[str, Scored] = {label: {kind: [] for kind in KINDS} for label in labels}
     chance = random.Random(0)
     for place, prompt in enumerate(prompts):
-        other = _another(place, prompts)
         texts = {"gold": _fill(template, prompt), "empty": "", "random": _words(chance)}
-        if other is not None:
+        turned = (*prompts[place:], *prompts[:place])
+        others = (p for p in turned if not same_value(str(p.answer), str(prompt.answer)))
+        if (other := next(others, None)) is not None:
             texts["shuffled"] = _fill(template, other)
         parts = rewards.parts(prompt, list(texts.values()))
         for index, kind in enumerate(texts):
-            for label, values in parts.items():
-                scores[label][kind].append(values[index])
-            scores[TOTAL][kind].append(_total(functions, parts, index))
-    return scores
-
-
-def _total(
-    functions: Sequence[BoundFunction], parts: Mapping[str, Sequence[Score]], index: int
-) -> Score:
-    scored = [(f.weight, parts[f.label][index]) for f in functions]
-    terms = [weight * score for weight, score in scored if score is not None]
-    return sum(terms) if terms else None
+            known = [(f, s) for f in functions if (s := parts[f.label][index]) is not None]
+            for function, score in known:
+                scored[function.label][kind].append(score)
+            if known:
+                scored[TOTAL][kind].append(sum(f.weight * score for f, score in known))
+    return scored
 
 
 def _fill(template: str, prompt: Prompt) -> str:
     answer = str(prompt.answer)
-    is_json = template.startswith('{"')
-    return template.replace(HOLE, json.dumps(answer)[1:-1] if is_json else answer)
-
-
-def _another(place: int, prompts: Sequence[Prompt]) -> Prompt | None:
-    """The next prompt with another answer; None when all answers are the same."""
-    turned = (*prompts[place:], *prompts[:place])
-    truth = str(prompts[place].answer)
-    return next((other for other in turned if not same_value(str(other.answer), truth)), None)
+    return template.replace(HOLE, json.dumps(answer)[1:-1] if template[:2] == '{"' else answer)
 
 
 def _words(chance: random.Random) -> str:
-    return " ".join(
-        "".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 8))) for _ in range(6)
-    )
+    return " ".join("".join(chance.choices(string.ascii_lowercase, k=5)) for _ in range(6))
 
 
-def _means(scores: Mapping[str, Sequence[Score]]) -> dict[str, float]:
-    known = {kind: [s for s in scores[kind] if s is not None] for kind in KINDS}
-    return {kind: sum(v) / len(v) if v else math.nan for kind, v in known.items()}
+def _means(scored: Scored) -> dict[str, float]:
+    return {kind: sum(s) / len(s) if s else math.nan for kind, s in scored.items()}
 
 
-def _flags(scores: Mapping[str, Sequence[Score]], allow: float) -> tuple[str, ...]:
-    """What is wrong with a function that should tell right from wrong."""
-    means, flags = _means(scores), []
-    everything = [score for kind in KINDS for score in scores[kind] if score is not None]
-    full = max(everything, default=0.0)
+def _flags(scored: Scored, correct_above: float | None, allow: float) -> tuple[str, ...]:
+    """What is wrong with a function that should tell right from wrong.
+
+    correct_above: of the first function, which decides what counts as correct; else None.
+    """
+    means, gold, flags = _means(scored), scored["gold"], []
+    full = max((score for scores in scored.values() for score in scores), default=0.0)
     slack = allow * abs(full) + EPSILON
-    gold = [score for score in scores["gold"] if score is not None]
-    short = sum(score < full - slack for score in gold)
-    if short:
+    if short := sum(score < full - slack for score in gold):
         flags.append(f"{short} of {len(gold)} gold answers get less than full marks ({full:g})")
     for kind in WRONG:
         if means[kind] > max(_empty(means), 0.0) + slack:
             flags.append(f"rewards format without correctness: {kind} gets {means[kind]:.3g}")
-    return tuple(flags)
-
-
-def _correctness_flags(
-    scores: Mapping[str, Sequence[Score]], correct_above: float
-) -> tuple[str, ...]:
-    """What is wrong with the first function, which decides what counts as correct."""
-    flags = []
-    correct = {k: sum(s is not None and s > correct_above for s in scores[k]) for k in KINDS}
-    missed = len(scores["gold"]) - correct["gold"]
-    if missed:
-        flags.append(f"{missed} of {len(scores['gold'])} gold answers do not count as correct")
-    for kind in ("empty", *WRONG):
-        if correct[kind]:
-            flags.append(f"{correct[kind]} of {len(scores[kind])} {kind} answers count as correct")
+    if correct_above is None:
+        return tuple(flags)
+    for kind, scores in scored.items():
+        correct = [score > correct_above for score in scores]
+        if kind == "gold" and not all(correct):
+            flags.append(f"{correct.count(False)} of {len(gold)} gold answers are not correct")
+        if kind != "gold" and any(correct):
+            flags.append(f"{sum(correct)} of {len(scores)} {kind} answers count as correct")
     return tuple(flags)
 
 
