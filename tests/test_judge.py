@@ -55,6 +55,16 @@ def test_groups_are_scored_in_other_processes_like_inline(pool):
     assert {n: v.scores.rewards.tolist() for n, v in collect(workers, 6).items()} == expected
 
 
+def test_the_math_judge_keeps_time_in_a_worker_process(pool):
+    options = {"timeout_seconds": 1}
+    workers = pool("math", functions=[{"use": "math", "options": options}])
+    prompt = make_prompt(1)
+    workers.submit(Job(lease_id="t1", prompt=prompt, texts=("$9^{9^{9^{9}}}$", r"$\frac{4}{2}$")))
+    (verdict,) = collect(workers, 1).values()
+    assert verdict.error == ""
+    assert verdict.scores.rewards.tolist() == [0.0, 1.0]
+
+
 def test_asking_for_verdicts_never_waits_for_a_slow_function(pool):
     workers = pool("reward_functions:sleepy", timeout_seconds=30)
     workers.submit(job(1, "sleep"))

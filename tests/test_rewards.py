@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import sys
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,6 +397,18 @@ def test_a_function_that_cannot_be_used_is_named_with_the_remedy(module, source,
     module(source)
     with pytest.raises(RewardError, match=message):
         rewards({"use": use})
+
+
+def test_the_rewards_of_the_readme_work_as_it_says(module):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    toml, source = re.findall(r"```(?:toml|python)\n# my.*?\n```", readme, re.DOTALL)[:2]
+    module(source.strip("`").removeprefix("python"))
+    settings = tomllib.loads(toml.strip("`").removeprefix("toml"))["reward"]
+    loaded = load_rewards(RewardSettings.model_validate(settings))
+    scores = loaded.score(sourced("mixed"), ["please: <answer>7</answer>", "7"])
+    assert list(scores.parts) == ["tag", "polite", "correct", "length_penalty"]
+    np.testing.assert_allclose(scores.rewards, [1 - 0.026, 1 - 0.001], rtol=1e-6)
+    assert next(iter(loaded.score(sourced("else"), ["7"]).parts)) == "exact"
 
 
 # -- the error rate ------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def http(
 
     A lost connection, a timeout or a status of 429 or 500 and above is tried again `retries` times,
     with twice the wait each time. Then, and for any other wrong answer, each completion scores
-    error_score; without one it is an error, and reward.on_error decides.
+    error_score; without one it is an error, and reward.on_error decides. All tries together should
+    fit into reward.timeout_seconds: then the worker is replaced.
     """
     body = json.dumps({"prompts": prompts, "completions": completions, **columns}, default=str)
     for attempt in range(retries + 1):
