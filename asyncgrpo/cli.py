@@ -16,6 +16,7 @@ import typer
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
+from asyncgrpo.rewards.commands import reward_app
 
 app = typer.Typer(
     name="asyncgrpo",
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(algo_app, name="algo")
+app.add_typer(reward_app, name="reward")
 
 
 @app.command()

@@ -7,9 +7,9 @@ import logging
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.errors import ConfigError
@@ -97,25 +97,81 @@ class SamplingSettings(Room):
     max_completion_tokens: int = Field(16, ge=1, description="limit of one completion")
 
 
+Scope = Literal["sample", "group"]
+
+
 class RewardFunction(Room):
     use: str = Field(..., description="built-in name or 'package.module:function'")
     weight: float = 1.0
     name: str = Field("", description="name in metrics; default: the last part of `use`")
+    scope: Scope | None = Field(
+        None,
+        description="group: called once with lists; sample: once per completion with plain values; "
+        "default: sample when it has a parameter `completion` or `response`",
+    )
+    options: dict[str, Any] = Field({}, description="keyword arguments, such as extract='strict'")
 
     @property
     def label(self) -> str:
         return self.name or self.use.split(":")[-1].split(".")[-1]
 
 
+def _as_functions(route: Any) -> Any:
+    """A route as a list of functions: it may be a name, {name: weight}, a table, or a list."""
+    if isinstance(route, str):
+        return [{"use": route}]
+    if isinstance(route, Mapping):
+        is_table = not route or "use" in route
+        return [route] if is_table else [{"use": name, "weight": w} for name, w in route.items()]
+    if isinstance(route, list | tuple):
+        return [function for part in route for function in _as_functions(part)]
+    return [route]
+
+
+Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions), Field(min_length=1)]
+
+
 class RewardSettings(Room):
     functions: tuple[RewardFunction, ...] = Field(
-        (RewardFunction(use="task"), RewardFunction(use="length_penalty")), min_length=1
+        (RewardFunction(use="task"), RewardFunction(use="length_penalty")),
+        description="score every record; default: task and length_penalty, or none with routes",
+    )
+    routes: dict[str, Route] = Field(
+        {},
+        description="data_source -> judge: a name, {name: weight}, a table as in functions, or a "
+        "list; 'default' is for all other sources",
     )
     workers: int = Field(1, ge=1, description="scoring processes beside each actor")
     timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
     correct_above: float = Field(
-        0.0, description="a completion is correct when the first function scores above this"
+        0.0,
+        description="a completion is correct when its first judge (of its route, else of "
+        "functions) scores above this",
     )
+    on_error: Literal["drop_group", "zero", "value"] = Field(
+        "drop_group",
+        description="when a function raises, returns junk, hangs or dies: drop the group, or let "
+        "the call score zero or error_value",
+    )
+    error_value: float | None = Field(
+        None, allow_inf_nan=False, description="with on_error = 'value'"
+    )
+    max_error_rate: float = Field(
+        0.25, ge=0, le=1, description="the run stops above this share of the last error_window"
+    )
+    error_window: int = Field(32, ge=1, description="groups that an actor scored last")
+
+    @property
+    def error_score(self) -> float | None:
+        """What a failed call scores; None: its group is dropped."""
+        return {"drop_group": None, "zero": 0.0, "value": self.error_value}[self.on_error]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _routes_replace_the_default_functions(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("routes") and "functions" not in raw:
+            return {**raw, "functions": ()}
+        return raw
 
     @model_validator(mode="after")
     def _distinct_labels(self) -> RewardSettings:
@@ -125,6 +181,15 @@ class RewardSettings(Room):
                 raise ValueError(
                     f"functions: two are called {label!r}; give one of them another `name`"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _error_value_belongs_to_value(self) -> RewardSettings:
+        if (self.on_error == "value") != (self.error_value is not None):
+            raise ValueError(
+                f"on_error={self.on_error!r} with error_value={self.error_value}: set both "
+                "on_error = 'value' and error_value, or neither"
+            )
         return self
 
 
@@ -389,7 +454,8 @@ def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
     model: Any = Config
     for part in location:
         if not isinstance(part, str) or part not in getattr(model, "model_fields", {}):
-            return getattr(RewardFunction, "model_fields", {}) if "functions" in location else {}
+            in_rewards = "functions" in location or "routes" in location
+            return RewardFunction.model_fields if in_rewards else {}
         model = model.model_fields[part].annotation
     return getattr(model, "model_fields", {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncgrpo.types import Float32, Sampled, Sampling
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from asyncgrpo.wire.codec import Packet
 
-# f(prompts, completions, **columns) -> one float (or None: not applicable) per completion.
-# prompts: G message lists, completions: G texts, each column: a list of G values.
-Reward = Callable[..., "list[float | None]"]
+# f(prompts, completions, **columns) -> one float (or None: not applicable) per completion; or
+# f(prompt, completion, **columns) -> one float or None. May be async; rewards/function.py has all.
+Reward = Callable[..., Any]
 
 # (name as in Hugging Face's named_parameters, tensor); consumed once, in manifest order
 NamedTensors = Iterable[tuple[str, "torch.Tensor"]]

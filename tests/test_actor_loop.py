@@ -9,7 +9,7 @@ import pytest
 from fakes import make_lease
 
 from asyncgrpo.actor.judge import InlineJudge
-from asyncgrpo.actor.loop import MAX_CONTRACT_FAILURES, ActorLoop
+from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.config import RewardSettings, from_mapping
 from asyncgrpo.errors import RewardError
 from asyncgrpo.types import Completion, Sampled
@@ -120,7 +120,8 @@ class Stage:
         )
         self.engine, self.client, self.receiver = FakeEngine(steps), FakeClient(), FakeReceiver()
         self.time = 0.0
-        judge = InlineJudge(RewardSettings.model_validate({"functions": [{"use": use}]}))
+        rewards = {"functions": [{"use": use}], **rooms.get("reward", {})}
+        judge = InlineJudge(RewardSettings.model_validate(rewards))
         self.loop = ActorLoop(
             "actor-0",
             config,
@@ -250,10 +251,22 @@ def test_an_evaluation_of_a_version_that_has_passed_is_refused():
 
 def test_a_reward_function_that_always_breaks_its_contract_ends_the_actor():
     stage = Stage("reward_functions:raises", actor={"concurrency": 20}).with_version(0)
-    stage.client.grant(*(make_lease(i) for i in range(MAX_CONTRACT_FAILURES)))
-    with pytest.raises(RewardError, match="raises"):
+    stage.client.grant(*(make_lease(i) for i in range(9)))
+    with pytest.raises(RewardError, match=r"9 of the last 9 groups .* 'raises' raised KeyError"):
         stage.tick(5)
-    assert len(stage.client.of("fail")) == MAX_CONTRACT_FAILURES - 1
+    assert len(stage.client.of("fail")) == 8
+    assert stage.loop.counters["failed_groups"] == 8
+
+
+def test_a_failed_reward_that_scores_zero_is_delivered_and_counted_as_an_error():
+    stage = Stage("reward_functions:raises", reward={"on_error": "zero"}).with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick(30)
+    (group,) = groups_from(stage.client.of("put")[0])
+    assert group.rewards.tolist() == [0.0, 0.0]
+    status = stage.client.of("status")[-1].fields
+    assert (status["judged_groups"], status["judge_errors"], status["failed_groups"]) == (1, 1, 0)
+    assert status["judge_seconds"] > 0
 
 
 def test_status_is_sent_once_a_second_with_what_was_generated():

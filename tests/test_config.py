@@ -30,6 +30,13 @@ WRONG = {
     "learner.max_tokens_per_microbatch=20": ["=20", "256 + 16 = 272"],
     "data.tasks.sequence_min=9": ["sequence_min=9", "sequence_max=6"],
     "reward.functions=[{use='task'}, {use='task'}]": ["two are called 'task'", "`name`"],
+    "reward.routes={a={use='task', wieght=2}}": ["wieght", "did you mean", "weight?"],
+    "reward.routes={a={task='much'}}": ["reward.routes.a.0.weight='much'", "valid number"],
+    "reward.routes={a=[]}": ["reward.routes.a=[]", "at least 1 item"],
+    "reward.on_error=value": ["on_error='value' with error_value=None", "set both"],
+    "reward.error_value=-1": ["on_error='drop_group' with error_value=-1", "or neither"],
+    "reward.on_error=ignore": ["reward.on_error='ignore'", "'drop_group', 'zero' or 'value'"],
+    "reward.max_error_rate=2": ["reward.max_error_rate=2", "less than or equal to 1"],
     "launch.metrics_port=99999": ["launch.metrics_port=99999", "65535"],
 }
 
@@ -76,6 +83,16 @@ def test_names_of_other_trainers_are_taken_with_a_notice(alias, caplog):
 def test_an_alias_beside_its_own_name_is_refused():
     with pytest.raises(ConfigError, match=r"means algo.group_size, which is set too"):
         from_mapping({"algo": {"num_generations": 4, "group_size": 8}})
+
+
+def test_routes_take_the_place_of_the_default_functions_but_not_of_given_ones():
+    routes = "reward.routes={gsm={a=0.7, b=0.3}}"
+    alone = load_config(None, [routes]).reward
+    assert alone.functions == ()
+    assert [(f.use, f.weight) for f in alone.routes["gsm"]] == [("a", 0.7), ("b", 0.3)]
+    both = load_config(None, [routes, "reward.functions=[{use='exact'}]"]).reward
+    assert [f.use for f in both.functions] == ["exact"]
+    assert from_mapping({"reward": alone.model_dump(mode="json")}).reward == alone
 
 
 def test_a_missing_config_file_names_its_neighbours(tmp_path):

@@ -55,6 +55,16 @@ def test_groups_are_scored_in_other_processes_like_inline(pool):
     assert {n: v.scores.rewards.tolist() for n, v in collect(workers, 6).items()} == expected
 
 
+def test_the_math_judge_keeps_time_in_a_worker_process(pool):
+    options = {"timeout_seconds": 1}
+    workers = pool("math", functions=[{"use": "math", "options": options}])
+    prompt = make_prompt(1)
+    workers.submit(Job(lease_id="t1", prompt=prompt, texts=("$9^{9^{9^{9}}}$", r"$\frac{4}{2}$")))
+    (verdict,) = collect(workers, 1).values()
+    assert verdict.error == ""
+    assert verdict.scores.rewards.tolist() == [0.0, 1.0]
+
+
 def test_asking_for_verdicts_never_waits_for_a_slow_function(pool):
     workers = pool("reward_functions:sleepy", timeout_seconds=30)
     workers.submit(job(1, "sleep"))
@@ -82,6 +92,32 @@ def test_a_worker_that_dies_is_replaced_and_its_group_fails_after_a_second_try(p
     assert verdicts["t1"].error == "the reward worker died"
     assert not verdicts["t1"].contract
     assert verdicts["t2"].scores.rewards.tolist() == [1.0]
+
+
+def test_a_lost_group_scores_what_on_error_says_and_still_names_the_cause(pool):
+    workers = pool("reward_functions:deadly", on_error="value", error_value=-2)
+    workers.submit(job(1, "die", "live"))
+    (verdict,) = collect(workers, 1).values()
+    assert verdict.error == "the reward worker died"
+    assert verdict.scores.rewards.tolist() == [-2.0, -2.0]
+    assert verdict.seconds > 0
+
+
+def test_a_broken_function_scores_what_on_error_says_and_its_error_is_kept():
+    judge = InlineJudge(settings("reward_functions:raises", on_error="zero"))
+    judge.submit(job(1))
+    (verdict,) = judge.done()
+    assert verdict.scores.rewards.tolist() == [0.0, 0.0]
+    assert "KeyError" in verdict.error
+
+
+def test_a_group_of_an_unknown_source_fails_alone_even_when_errors_score():
+    routes = {"routes": {"gsm": "gsm8k"}, "on_error": "zero"}
+    judge = InlineJudge(RewardSettings.model_validate(routes))
+    judge.submit(job(1))
+    (verdict,) = judge.done()
+    assert verdict.scores is None
+    assert "data_source 'task/add' has no judge" in verdict.error
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,19 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     assert two["grad_norm"] is None
 
 
+def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    for judged, errors, seconds in ((10, 5, 1.0), (30, 6, 3.0), (30, 6, 3.0)):
+        judge = {"judged_groups": judged, "judge_errors": errors, "judge_seconds": seconds}
+        recorder.row(ROW, summary({"actor-0": {**counters(judged, judged, 0.0), **judge}}))
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    one, two, three = map(json.loads, lines)
+    assert (one["judge/error_rate"], one["judge/latency_seconds"]) == (0.5, 0.1)
+    assert (two["judge/error_rate"], two["judge/latency_seconds"]) == (0.05, 0.1)
+    assert "judge/error_rate" not in three
+    assert three["judge_errors"] == 6
+
+
 def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
     recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))

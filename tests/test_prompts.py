@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncgrpo.config import from_mapping
-from asyncgrpo.data.prompts import PromptSource, open_prompts, permutation
+from asyncgrpo.data.prompts import SURVEYED, PromptSource, open_prompts, permutation
 from asyncgrpo.errors import ConfigError, DataError
 
 GSM8K = str(Path(__file__).parent / "data" / "gsm8k_8.jsonl")
@@ -111,3 +111,16 @@ def test_prompts_can_be_written_as_json():
     for prompt in (source.get(0), *source.held_out(8)):
         assert prompt is not None
         assert json.loads(json.dumps(dict(prompt.columns))) == prompt.columns
+
+
+def test_a_survey_shows_each_training_prompt_once_and_then_the_held_out_ones():
+    source = PromptSource.from_prompts(
+        [make_prompt(i) for i in range(5)], [make_prompt(7), make_prompt(8)], seed=3
+    )
+    names = [prompt.prompt_id for prompt in source.survey()]
+    assert (sorted(names[:5]), names[5:]) == (["p0", "p1", "p2", "p3", "p4"], ["p7", "p8"])
+
+
+def test_a_survey_of_an_endless_stream_ends():
+    source = open_prompts(from_mapping({"eval": {"num_prompts": 4}}))
+    assert len(list(source.survey())) == SURVEYED + 4

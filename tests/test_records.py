@@ -66,6 +66,12 @@ def test_a_file_without_any_answer_column_gives_prompts_without_answers(tmp_path
     assert [prompt.answer for prompt in read_jsonl(path)] == [None, None]
 
 
+def test_a_record_may_name_judges_with_weights_as_its_source(tmp_path):
+    weights = {"gsm8k": 0.7, "tag": 0.3}
+    (prompt,) = read_jsonl(write(tmp_path, {**GOOD, "data_source": weights}))
+    assert (prompt.data_source, prompt.columns["data_source"]) == ("gsm8k+tag", weights)
+
+
 def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
     path = write(tmp_path, '\ufeff{"prompt": "Hi"}', "", '{"prompt": "Ho"}', "  ")
     assert [prompt.prompt_id for prompt in read_jsonl(path)] == ["rows:0", "rows:1"]
@@ -99,6 +105,8 @@ GOOD = {"prompt": "Hi", "answer": "7"}
             r"rows.jsonl:2: reward_model.ground_truth=\['7'\] must be a number or text",
         ),
         ({**GOOD, "data_source": ""}, "rows.jsonl:2: data_source='' must be text"),
+        ({**GOOD, "data_source": {}}, r"data_source=\{\} must be text .* or judges with weights"),
+        ({**GOOD, "data_source": {"gsm8k": "much"}}, "rows.jsonl:2: data_source=.* with weights"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line_and_the_remedy(tmp_path, row, message):

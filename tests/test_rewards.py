@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 import math
+import re
 import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from asyncgrpo.config import RewardSettings, TaskSettings
-from asyncgrpo.data.tasks import KINDS, TaskSource
+from asyncgrpo.config import RewardSettings
 from asyncgrpo.errors import RewardError
-from asyncgrpo.rewards.builtin import exact, gsm8k, length_penalty, task_score
-from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards
+from asyncgrpo.rewards.health import RewardHealth
+from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards, lost_scores
 from asyncgrpo.types import Prompt
 
 PROMPT = Prompt(
@@ -22,13 +24,22 @@ PROMPT = Prompt(
     data_source="task/add",
     columns={"kind": "add", "level": 3},
 )
-TASKS = TaskSource(TaskSettings(kinds=dict.fromkeys(KINDS, 1.0)), 0, 318).held_out()
-# Texts near what the judges look for, besides any text at all.
-near_answers = st.text(alphabet="0123456789-−.=,# `'\"yesnoYESNO\n\t٣𝟜é", max_size=60)
 
 
 def rewards(*functions: object) -> RewardSet:
     return load_rewards(RewardSettings.model_validate({"functions": functions}))
+
+
+def routed(routes: object, functions: object = (), **settings: object) -> RewardSet:
+    raw = {"functions": functions, "routes": routes, **settings}
+    return load_rewards(RewardSettings.model_validate(raw))
+
+
+def sourced(source: object, **changes: object) -> Prompt:
+    """A prompt as the record reader makes it from a data_source column."""
+    text = source if isinstance(source, str) else "+".join(source)
+    columns = {"kind": "add", "data_source": source}
+    return replace(PROMPT, data_source=text, columns=columns, **changes)
 
 
 @pytest.fixture
@@ -43,96 +54,6 @@ def module(tmp_path, monkeypatch):
         return "my_rewards"
 
     return write
-
-
-# -- built-in judges -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "answer", "text", "right"),
-    [
-        ("add", "7", "7", True),
-        ("add", "7", " 7\n", True),
-        ("add", "7", "3 + 4 = 7", True),
-        ("add", "7", "The answer is 7.", True),
-        ("add", "7", "7 + 0 = 8", False),
-        ("add", "7", "3 + 4 =", False),
-        ("add", "7", "17", False),
-        ("add", "7", "7.5", False),
-        ("add", "7", "8\n7", False),
-        ("add", "7", "", False),
-        ("add", "7", "```\n7\n```", True),
-        ("add", "7", "```python\n7\n```", True),
-        ("add", "7", "```7```", True),
-        ("add", "7", "```\n```", False),
-        ("sub", "-1", "-1", True),
-        ("sub", "-1", "\N{MINUS SIGN}1", True),
-        ("sub", "-1", "1", False),
-        ("sub", "3", "10-3", True),
-        ("check", "2", "3 0 2", True),
-        ("check", "2", "2 0 3", False),
-        ("sort", "1 2 3", "1 2 3", True),
-        ("sort", "1 2 3", "1, 2, 3", True),
-        ("sort", "1 2 3", "3 1 2", False),
-        ("sort", "1 2 3", "1 2 3 4", False),
-        ("palindrome", "YES", "yes.", True),
-        ("palindrome", "NO", "UNKNOWN", False),
-        ("palindrome", "YES", "YES NO", False),
-        ("palindrome", "NO", "No", True),
-        ("reverse", "cba", "cba", True),
-        ("reverse", "cba", "'cba'", True),
-        ("reverse", "cba", "''cba''", False),
-        ("reverse", "cba", "CBA", False),
-        ("expression", "ABC", '"ABC"', True),
-        ("expression", "ABC", "abc", False),
-        ("expression", "3", "len = 3", True),
-    ],
-)
-def test_the_task_judge_takes_the_last_number_whole_words_and_bare_text(kind, answer, text, right):
-    assert task_score(text, answer, kind) == (1.0 if right else -1.0)
-
-
-@given(st.text(max_size=200) | near_answers, st.sampled_from(TASKS))
-def test_no_built_in_reward_raises_on_any_text(text, prompt):
-    kind, answer = prompt.columns["kind"], prompt.answer
-    assert task_score(text, answer, kind) in (-1.0, 1.0)
-    assert exact([text], [answer])[0] in (0.0, 1.0)
-    assert gsm8k([text], ["#### 7"])[0] in (0.0, 1.0)
-    assert -0.4 <= length_penalty([text])[0] <= 0.0
-
-
-def test_every_truth_scores_right_and_the_truth_of_another_task_mostly_wrong():
-    scores = [task_score(str(p.answer), str(p.answer), p.columns["kind"]) for p in TASKS]
-    assert scores == [1.0] * len(TASKS)
-    swapped = [task_score("zz", str(p.answer), p.columns["kind"]) for p in TASKS]
-    assert swapped == [-1.0] * len(TASKS)
-
-
-def test_very_long_numbers_are_wrong_rather_than_an_error():
-    assert task_score("9" * 10_000, "9", "add") == -1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "score"),
-    [
-        ("so #### 72", "72", 1.0),
-        ("#### 1,234", "1234", 1.0),
-        ("48 + 24 makes 72", "24 + 48 #### 72", 1.0),
-        ("#### 7\nbut maybe 8", "7", 0.0),
-        ("72 #### none", "72", 0.0),
-        ("", "72", 0.0),
-    ],
-)
-def test_gsm8k_compares_the_final_numbers(text, answer, score):
-    assert gsm8k([text], [answer]) == [score]
-
-
-def test_exact_ignores_outer_white_space_only():
-    assert exact([" 7\n", "7.", ""], ["7", "7", "7"]) == [1.0, 0.0, 0.0]
-
-
-def test_the_length_penalty_grows_up_to_two_hundred_characters():
-    assert length_penalty(["", "x" * 100, "x" * 200, "x" * 999]) == [0.0, -0.2, -0.4, -0.4]
 
 
 # -- calling functions ---------------------------------------------------------------------
@@ -246,6 +167,207 @@ def test_a_record_without_an_answer_cannot_be_judged_by_its_answer():
         rewards({"use": "exact"}).probe(prompt)
 
 
+def test_a_sample_function_is_called_once_per_completion_with_plain_values():
+    seen = []
+
+    def compute(response, label, level, **rest):
+        seen.append((response, label, level, rest["prompt"], rest["completion"]))
+        return float(response == label)
+
+    scores = RewardSet([bind("compute", compute)]).score(PROMPT, ["7", "8"])
+    assert scores.rewards.tolist() == [1.0, 0.0]
+    message = [{"role": "user", "content": "Compute: 3 + 4"}]
+    assert seen == [("7", "7", 3, message, "7"), ("8", "7", 3, message, "8")]
+
+
+@pytest.mark.parametrize(
+    ("call", "scope"),
+    [
+        (lambda completions: [1.0], "group"),
+        (lambda **columns: [1.0], "group"),
+        (lambda completion: 1.0, "sample"),
+        (lambda response, label: 1.0, "sample"),
+    ],
+)
+def test_the_scope_is_sample_for_a_function_of_one_completion(call, scope):
+    assert bind("f", call).scope == scope
+
+
+def test_a_scope_that_does_not_fit_the_function_says_so():
+    with pytest.raises(RewardError, match=r"scope 'group'\) needs a column 'completion'"):
+        RewardSet([bind("f", lambda completion: 1.0, scope="group")]).probe(PROMPT)
+    with pytest.raises(RewardError, match='or set scope = "sample"'):
+        RewardSet([bind("f", lambda **columns: 1.0)]).probe(PROMPT)
+    RewardSet([bind("f", lambda **columns: 1.0, scope="sample")]).probe(PROMPT)
+
+
+def test_async_functions_of_both_scopes_are_under_way_together():
+    waiting, everybody = [], asyncio.Event()
+
+    async def meet():
+        waiting.append(1)
+        if len(waiting) == 4:  # three single completions and one group
+            everybody.set()
+        await asyncio.wait_for(everybody.wait(), 20)
+
+    async def single(completion):
+        await meet()
+        return float(len(completion))
+
+    async def together(completions):
+        await meet()
+        return [None, 10.0, None]
+
+    reward_set = RewardSet([bind("single", single), bind("together", together)])
+    assert reward_set.score(PROMPT, ["", "a", "bb"]).rewards.tolist() == [0.0, 11.0, 2.0]
+
+
+def test_async_functions_can_be_scored_inside_a_running_event_loop():
+    async def one(completions):
+        return [1.0 for _ in completions]
+
+    async def notebook():
+        return RewardSet([bind("one", one)]).score(PROMPT, ["a"])
+
+    assert asyncio.run(notebook()).rewards.tolist() == [1.0]
+
+
+def test_an_async_function_that_raises_is_named_with_its_place():
+    async def broken(completion):
+        return 1 / len(completion)
+
+    with pytest.raises(RewardError, match=r"'broken' raised ZeroDivisionError.*test_rewards.py:"):
+        RewardSet([bind("broken", broken)]).probe(PROMPT)
+
+
+def test_options_are_passed_and_no_column_takes_their_place():
+    def above(completions, level, bonus=0.0):
+        return [level[0] + bonus for _ in completions]
+
+    with pytest.raises(RewardError, match="no option 'level'"):
+        bind("above", above, options={"level": [0.5]})
+    prompt = replace(PROMPT, columns={"level": 3, "bonus": 9, "extract": "junk"})
+    reward_set = RewardSet([bind("above", above, options={"bonus": 2})])
+    assert reward_set.score(prompt, ["a"]).rewards.tolist() == [5.0]
+    assert rewards({"use": "gsm8k"}).score(prompt, ["#### 7"]).rewards.tolist() == [1.0]
+
+
+# -- errors that score something -----------------------------------------------------------
+
+
+def test_only_the_call_that_fails_scores_the_error_value():
+    def picky(completion):
+        if completion == "bad":
+            raise ValueError("no")
+        return 1.0
+
+    reward_set = RewardSet([bind("picky", picky), bind("two", lambda completions: [2, 2])], -0.5)
+    scores = reward_set.score(PROMPT, ["good", "bad"])
+    assert scores.rewards.tolist() == [3.0, 1.5]
+    assert len(scores.errors) == 1
+    assert "'picky' raised ValueError: no" in scores.errors[0]
+
+
+def test_a_failed_group_function_scores_zero_for_the_whole_group():
+    settings = {"functions": [{"use": "reward_functions:raises"}, {"use": "exact"}]}
+    loaded = load_rewards(RewardSettings.model_validate({**settings, "on_error": "zero"}))
+    scores = loaded.score(PROMPT, ["7", "8"])
+    assert scores.parts["raises"].tolist() == [0.0, 0.0]
+    assert scores.rewards.tolist() == [1.0, 0.0]
+
+
+def test_probing_is_strict_whatever_errors_score():
+    with pytest.raises(RewardError, match="raises"):
+        routed({}, [{"use": "reward_functions:raises"}], on_error="zero").probe(PROMPT)
+
+
+def test_a_lost_group_scores_the_error_value_of_every_function_or_nothing():
+    raw = {"functions": [{"use": "exact", "weight": 2}, {"use": "integer"}]}
+    assert lost_scores(RewardSettings.model_validate(raw), PROMPT, 2) is None
+    settings = RewardSettings.model_validate({**raw, "on_error": "value", "error_value": -1})
+    scores = lost_scores(settings, PROMPT, 2)
+    assert scores.rewards.tolist() == [-3.0, -3.0]
+    assert list(scores.parts) == ["exact", "integer"]
+    lost = RewardSettings.model_validate({"routes": {"gsm": "gsm8k"}, "on_error": "zero"})
+    assert lost_scores(lost, PROMPT, 2) is None
+
+
+# -- routes --------------------------------------------------------------------------------
+
+
+ROUTES = {
+    "gsm": "gsm8k",
+    "tagged": {"use": "tag", "options": {"tag": "a"}},
+    "both": {"exact": 0.7, "integer": 0.3},
+    "listed": ["exact", {"use": "length", "weight": 0.5, "options": {"max_length": 1}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "total", "parts"),
+    [
+        ("gsm", "#### 7", 1.0, ["gsm8k"]),
+        ("tagged", "<a>7</a>", 1.0, ["tag"]),
+        ("both", "7", 1.0, ["exact", "integer"]),
+        ("both", "7.", 0.3, ["exact", "integer"]),
+        ("listed", "7", 1.5, ["exact", "length"]),
+        ({"tagged": 0.7, "gsm": 0.3}, "<a>7</a>", 0.7, ["tagged", "gsm"]),
+        ({"tagged": 0.7, "gsm": 0.3}, "<a>8</a> #### 7", 0.3, ["tagged", "gsm"]),
+        ({"exact": 0.7, "integer": 0.3}, "7!", 0.3, ["exact", "integer"]),
+        ({"both": 2.0}, "7.", 0.6, ["both/exact", "both/integer"]),
+    ],
+)
+def test_a_record_is_judged_as_its_data_source_says(source, text, total, parts):
+    scores = routed(ROUTES).score(sourced(source), [text])
+    np.testing.assert_allclose(scores.rewards, [total], rtol=1e-6)
+    assert list(scores.parts) == parts
+
+
+def test_functions_score_every_record_after_its_judge():
+    scores = routed(ROUTES, [{"use": "length_penalty"}]).score(sourced("gsm"), ["#### 7"])
+    assert list(scores.parts) == ["gsm8k", "length_penalty"]
+    np.testing.assert_allclose(scores.rewards, [1 - 0.012], rtol=1e-6)
+
+
+def test_the_default_route_takes_all_other_sources_but_no_judge_that_a_record_names():
+    reward_set = routed({"gsm": "gsm8k", "default": "exact"})
+    assert list(reward_set.score(sourced("other"), ["7"]).parts) == ["exact"]
+    with pytest.raises(RewardError, match=r"names the judge 'gsn', .* did you mean 'gsm'\?"):
+        reward_set.score(sourced({"gsn": 1.0}), ["7"])
+
+
+def test_an_unknown_source_is_found_before_the_run_with_the_nearest_name():
+    with pytest.raises(RewardError, match=r"data_source 'gsn' has no judge; did you mean 'gsm'\?"):
+        routed(ROUTES).check([sourced("gsm"), sourced("gsm"), sourced("gsn")])
+
+
+def test_every_source_is_probed_before_the_run():
+    with pytest.raises(RewardError, match="'blue' holds no number"):
+        routed(ROUTES).check([sourced("tagged"), sourced("gsm", answer="blue")])
+
+
+def test_a_record_cannot_choose_what_code_runs():
+    with pytest.raises(RewardError, match="names the judge 'os:system', which is no route"):
+        routed(ROUTES).score(sourced({"os:system": 1.0}), ["7"])
+
+
+def test_without_routes_the_data_source_does_not_matter_unless_it_names_judges():
+    assert list(rewards({"use": "exact"}).score(sourced("any"), ["7"]).parts) == ["exact"]
+    assert list(routed({}).score(sourced({"gsm8k": 1.0}), ["7"]).parts) == ["gsm8k"]
+    with pytest.raises(RewardError, match=r"'any' has no reward: reward.functions and"):
+        routed({}).score(sourced("any"), ["7"])
+
+
+def test_two_judges_of_one_name_are_refused():
+    with pytest.raises(RewardError, match="'gsm' has two rewards called 'gsm8k'; give one"):
+        routed(ROUTES, [{"use": "gsm8k"}]).check([sourced("gsm")])
+
+
+def test_every_routed_judge_is_loaded_at_once():
+    with pytest.raises(RewardError, match=r"no built-in reward 'gsm9k'; did you mean 'gsm8k'\?"):
+        routed({"a": {"gsm8k": 0.5, "gsm9k": 0.5}})
+
+
 # -- finding functions ---------------------------------------------------------------------
 
 
@@ -275,3 +397,52 @@ def test_a_function_that_cannot_be_used_is_named_with_the_remedy(module, source,
     module(source)
     with pytest.raises(RewardError, match=message):
         rewards({"use": use})
+
+
+def test_the_rewards_of_the_readme_work_as_it_says(module):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    toml, source = re.findall(r"```(?:toml|python)\n# my.*?\n```", readme, re.DOTALL)[:2]
+    module(source.strip("`").removeprefix("python"))
+    settings = tomllib.loads(toml.strip("`").removeprefix("toml"))["reward"]
+    loaded = load_rewards(RewardSettings.model_validate(settings))
+    scores = loaded.score(sourced("mixed"), ["please: <answer>7</answer>", "7"])
+    assert list(scores.parts) == ["tag", "polite", "correct", "length_penalty"]
+    np.testing.assert_allclose(scores.rewards, [1 - 0.026, 1 - 0.001], rtol=1e-6)
+    assert next(iter(loaded.score(sourced("else"), ["7"]).parts)) == "exact"
+
+
+# -- the error rate ------------------------------------------------------------------------
+
+
+def health(**changes: object) -> RewardHealth:
+    return RewardHealth(RewardSettings.model_validate(changes))
+
+
+def test_a_run_goes_on_up_to_the_error_rate_and_stops_above_it_with_the_cause():
+    watched = health(max_error_rate=0.25, error_window=8)
+    for error in ("", "late", "", "late", "", ""):
+        watched.note(error, 0.5)
+    with pytest.raises(RewardError, match=r"3 of the last 7 groups .*max_error_rate=0.25 .*: junk"):
+        watched.note("junk", 0.5)
+    assert watched.counters == {"judged_groups": 7, "judge_errors": 3, "judge_seconds": 3.5}
+
+
+def test_errors_that_left_the_window_are_forgotten():
+    watched = health(max_error_rate=0.25, error_window=8)
+    for _ in range(20):
+        for error in ("late", "", "", ""):
+            watched.note(error, 0.0)
+    assert watched.counters["judge_errors"] == 20
+
+
+@pytest.mark.parametrize(("rate", "stops_at"), [(0.0, 1), (0.5, 3), (1.0, None)])
+def test_a_function_that_always_fails_stops_the_run_at_once_or_never(rate, stops_at):
+    watched, count = health(max_error_rate=rate, error_window=4), 0
+    try:
+        for _ in range(20):
+            count += 1
+            watched.note("junk", 0.0)
+    except RewardError:
+        assert count == stops_at
+    else:
+        assert stops_at is None

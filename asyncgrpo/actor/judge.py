@@ -1,7 +1,8 @@
 """Reward workers: processes that score finished groups, so that a slow judge never stalls.
 
 Consumes: submit(job). Produces: done() -> scored or failed jobs. A worker that is too slow or
-dies is replaced; its job is tried once more, then it fails with the reason.
+dies is replaced; its job is tried once more, then it fails with the reason, or scores what
+reward.on_error says.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Protocol
 
 from asyncgrpo.config import RewardSettings
 from asyncgrpo.errors import RewardError
-from asyncgrpo.rewards.registry import Scores, load_rewards
+from asyncgrpo.rewards.registry import RewardSet, Scores, load_rewards, lost_scores
 from asyncgrpo.types import Prompt
 
 MAX_TRIES = 2
@@ -33,7 +34,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Scores, or why there are none. `contract` tells a broken function from a lost worker."""
+    """Scores, or why there are none; both when reward.on_error gives the failed calls a score.
+
+    `contract` tells a broken function from a lost worker.
+    """
 
     lease_id: str
     scores: Scores | None
@@ -59,11 +63,11 @@ class InlineJudge:
     """Scores in the caller's process: for `--serial` and tests."""
 
     def __init__(self, settings: RewardSettings) -> None:
-        self._rewards = load_rewards(settings)
+        self._settings, self._rewards = settings, load_rewards(settings)
         self._verdicts: list[Verdict] = []
 
     def submit(self, job: Job) -> None:
-        self._verdicts.append(_score(self._rewards, job))
+        self._verdicts.append(_score(self._settings, self._rewards, job))
 
     def done(self) -> list[Verdict]:
         verdicts, self._verdicts = self._verdicts, []
@@ -73,14 +77,21 @@ class InlineJudge:
         """Holds nothing."""
 
 
-def _score(rewards: Any, job: Job) -> Verdict:
+def _score(settings: RewardSettings, rewards: RewardSet, job: Job) -> Verdict:
     start = time.perf_counter()
     try:
         scores = rewards.score(job.prompt, job.texts)
-    except RewardError as error:
-        return Verdict(lease_id=job.lease_id, scores=None, error=str(error), contract=True)
+        error = scores.errors[0] if scores.errors else ""
+    except RewardError as failure:
+        scores, error = _lost(settings, job), str(failure)
     seconds = time.perf_counter() - start
-    return Verdict(lease_id=job.lease_id, scores=scores, seconds=seconds)
+    return Verdict(
+        lease_id=job.lease_id, scores=scores, error=error, contract=bool(error), seconds=seconds
+    )
+
+
+def _lost(settings: RewardSettings, job: Job) -> Scores | None:
+    return lost_scores(settings, job.prompt, len(job.texts))
 
 
 def _work(pipe: Connection, settings: RewardSettings) -> None:
@@ -91,7 +102,7 @@ def _work(pipe: Connection, settings: RewardSettings) -> None:
             job = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        pipe.send(_score(rewards, job))
+        pipe.send(_score(settings, rewards, job))
 
 
 class _Worker:
@@ -175,10 +186,12 @@ class JudgePool:
         """Starts a new worker; the job is tried again, or fails when it had its tries."""
         job = worker.job
         assert job is not None, "only working workers are replaced"
+        seconds = self._clock() - worker.since
         worker.end()
         self._workers[index] = _Worker(self._settings)
         self._tries[job.lease_id] = self._tries.get(job.lease_id, 0) + 1
         if self._tries[job.lease_id] < MAX_TRIES:
             self._queue.appendleft(job)
             return None
-        return Verdict(lease_id=job.lease_id, scores=None, error=reason)
+        scores = _lost(self._settings, job)
+        return Verdict(lease_id=job.lease_id, scores=scores, error=reason, seconds=seconds)

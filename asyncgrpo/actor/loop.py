@@ -15,8 +15,9 @@ from typing import Any
 
 from asyncgrpo.actor.judge import Job, Judge, Verdict
 from asyncgrpo.config import Config
-from asyncgrpo.errors import EngineError, RewardError, WireError
+from asyncgrpo.errors import EngineError, WireError
 from asyncgrpo.protocols import Client, Engine, WeightReceiver
+from asyncgrpo.rewards.health import RewardHealth
 from asyncgrpo.types import Group, Lease, Sampled
 from asyncgrpo.weights.proof import CANARY_SAMPLING, NUM_CANARIES, canary_prompts
 from asyncgrpo.wire.codec import Packet, group_packet, lease_from
@@ -24,7 +25,6 @@ from asyncgrpo.wire.codec import Packet, group_packet, lease_from
 log = logging.getLogger(__name__)
 STATUS_SECONDS = 1.0
 IDLE_SECONDS = 0.005
-MAX_CONTRACT_FAILURES = 8  # a reward that fails so often in a row is broken, not unlucky
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class ActorLoop:
         self._next_eval: list[Lease] = []  # for versions that are not live yet
         self._eval_open: set[str] = set()
         self._credit = 1
-        self._contract_failures = 0
+        self._health = RewardHealth(config.reward)
         self._last_status = 0.0
         self.counters = {
             "tokens_generated": 0.0,
@@ -77,6 +77,7 @@ class ActorLoop:
             "swap_seconds": 0.0,
             "swaps": 0.0,
             "failed_groups": 0.0,
+            **self._health.counters,
         }
         client.post(Packet(kind="hello", fields={"actor": name}))
 
@@ -256,14 +257,13 @@ class ActorLoop:
 
     def _judged(self, verdict: Verdict) -> None:
         scoring = self._scoring.pop(verdict.lease_id)
+        if verdict.error:
+            log.warning("scoring group %s failed: %s", verdict.lease_id, verdict.error)
+        self._health.note(verdict.error, verdict.seconds)
+        self.counters.update(self._health.counters)
         if verdict.scores is None:
-            self._contract_failures += verdict.contract
-            log.warning("group %s has no reward: %s", verdict.lease_id, verdict.error)
-            if self._contract_failures >= MAX_CONTRACT_FAILURES:
-                raise RewardError(verdict.error)
             self._fail(verdict.lease_id, "reward_contract" if verdict.contract else "reward_lost")
             return
-        self._contract_failures = 0
         self._outbox.append(
             Group(
                 lease=scoring.lease,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import Protocol
 
 from asyncgrpo.config import Config
@@ -16,6 +16,7 @@ from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
 TASKS = "tasks"
+SURVEYED = 10_000  # prompts of an endless stream that stand for all of it
 
 
 class Stream(Protocol):
@@ -60,6 +61,17 @@ class PromptSource:
         """The first `num` held-out prompts, or all when there are fewer."""
         return self._held_out[:num]
 
+    def survey(self) -> Iterator[Prompt]:
+        """What a run can meet: each training prompt once (of a stream without length the first
+        SURVEYED), then the held-out ones.
+        """
+        count = len(self._train) if isinstance(self._train, Sized) else SURVEYED
+        for position in range(count):
+            prompt = self._train.get(position)
+            if prompt is not None:
+                yield prompt
+        yield from self._held_out
+
 
 class EpochStream:
     """A list of prompts, each exactly once per epoch, in an order made from (seed, epoch)."""
@@ -70,6 +82,10 @@ class EpochStream:
         self._prompts, self._seed = tuple(prompts), seed
         self._shuffle, self._epochs = shuffle, epochs
         self._epoch, self._order = -1, list(range(len(self._prompts)))  # the last one asked for
+
+    def __len__(self) -> int:
+        """Prompts in one epoch."""
+        return len(self._prompts)
 
     def get(self, position: int) -> Prompt | None:
         """The prompt at a position >= 0; None when the epochs are over."""

@@ -5,12 +5,14 @@
 | prompt: text or messages; or messages             | reward_model.ground_truth                  |
 | query, question or problem: text                  | ground_truth, answer, solution or target   |
 
-The first name that a row has counts. Every column of the row stays in `Prompt.columns`.
+The first name that a row has counts. Every column of the row stays in `Prompt.columns`. data_source
+may be text, or judges with weights, which Prompt.data_source joins with "+".
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,9 +143,18 @@ def _answer(row: Row, where: str) -> str:
 
 def _data_source(row: Row, default: str, where: str) -> str:
     value = row.get("data_source", default)
+    if isinstance(value, Mapping) and value and all(map(_is_weight, value.values())):
+        return "+".join(map(str, value))
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: data_source={_shown(value)} must be text that is not empty")
+        raise DataError(
+            f"{where}: data_source={_shown(value)} must be text that is not empty, or judges with "
+            'weights such as {"gsm8k": 0.7, "tag": 0.3}'
+        )
     return value
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _names(row: Row) -> str:

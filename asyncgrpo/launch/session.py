@@ -82,10 +82,10 @@ class Session:
         """Refuses what cannot work. Starts nothing, writes nothing."""
         config = self._config
         check_run_dir(self.run_dir)
-        first = open_prompts(config).get(0)
-        if first is None:
+        prompts = open_prompts(config)
+        if prompts.get(0) is None:
             raise DataError(f"data.train={config.data.train!r} holds no prompt")
-        load_rewards(config.reward).probe(first)
+        load_rewards(config.reward).check(prompts.survey())
         check_model_folder(config.model.path)
         if config.algo.kl_coef and config.algo.reference.path:
             check_model_folder(config.algo.reference.path)

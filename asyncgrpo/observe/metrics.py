@@ -118,6 +118,8 @@ GAUGES = _table(
         "step_seconds": ("seconds", "one whole step takes longer"),
         "actor_idle_share": ("share", "actors wait for the gate: the learner is the bottleneck"),
         "tokens_per_second": ("tokens/s", "all actors together generate faster"),
+        "judge/error_rate": ("share", "rewards fail more often; see reward.max_error_rate"),
+        "judge/latency_seconds": ("seconds", "scoring one group takes longer"),
         "publish/flatten_seconds": ("seconds", "copying weights into the send buffer takes longer"),
         "publish/broadcast_seconds": (
             "seconds",
@@ -142,6 +144,9 @@ COUNTERS = _table(
     {
         "tokens_generated": ("tokens", "actors generate"),
         "groups_generated": ("groups", "actors finish groups"),
+        "judged_groups": ("groups", "actors have groups scored"),
+        "judge_errors": ("groups", "a reward raises, returns junk, hangs or dies"),
+        "judge_seconds": ("seconds", "reward workers computed"),
         "failed_groups": ("groups", "groups fail at the actor: prompts, rewards, engine"),
         "updates_skipped": ("updates", "losses or gradients were not finite"),
         "reference_syncs": ("syncs", "the reference was mixed with the policy"),

@@ -93,6 +93,7 @@ class RunRecorder:
         now = time.time()
         # a restarted actor counts from zero again: never show a negative rate
         grown = {n: max(0.0, v - self._last_actors.get(n, 0.0)) for n, v in sums.items()}
+        judged = grown.get("judged_groups", 0.0)
         busy, idle = grown.get("generate_seconds", 0.0), grown.get("idle_seconds", 0.0)
         rates = {}
         if busy + idle > 0:
@@ -100,6 +101,9 @@ class RunRecorder:
             rates["actor_idle_share"] = idle / (busy + idle)
             rates["tokens_per_second"] = grown.get("tokens_generated", 0.0) / elapsed
             self._last_actors, self._last_time = sums, now
+            if judged:
+                rates["judge/error_rate"] = grown["judge_errors"] / judged
+                rates["judge/latency_seconds"] = grown["judge_seconds"] / judged
         return {**sums, **rates}
 
     def _write(self, row: Mapping[str, float]) -> None:

@@ -1,100 +1,224 @@
-"""The built-in reward functions. None of them raises on any completion text.
+"""The built-in judges. None of them raises on any completion text, and none runs what it reads.
 
-What counts as the answer is the first line that is not empty (code fences removed), and on
-that line what stands after the last "=", so "3 + 4 = 7" answers 7.
+Each scores one completion; parameters after the * are its options:
+`{ use = "gsm8k", options = { extract = "flexible" } }`. A record whose truth the judge cannot use
+(no answer, no number in it) is a ValueError, whatever the text.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Annotated, Any, Literal
 
-PENALTY_PER_CHARACTER = 0.002
-MAX_PENALISED_CHARACTERS = 200
+from pydantic import AfterValidator, Field
 
-# A minus directly after a digit is an operator: "10-3" holds 10 and 3.
-_NUMBER = re.compile(r"(?<![0-9.])-?[0-9]+(?:\.[0-9]+)?")
-_FENCE = re.compile(r"```(?:[\w+-]*[ \t]*\r?\n)?(.*?)(?:```|\Z)", re.DOTALL)
-_YES_OR_NO = re.compile(r"\b(YES|NO)\b", re.IGNORECASE)
-_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+from asyncgrpo.rewards.answers import (
+    after_equals,
+    extract_tag,
+    leading_number,
+    numbers,
+    plain,
+    same_value,
+    unfenced,
+)
+from asyncgrpo.rewards.http import http
+from asyncgrpo.rewards.symbolic import math
+
+Pattern = Annotated[  # "." matches a line break too, so that answers may have several lines
+    re.Pattern[str], AfterValidator(lambda found: re.compile(found.pattern, re.DOTALL))
+]
+TagName = Annotated[str, Field(pattern=r"^[\w-]+$")]
 
 
-def task(completions: Sequence[str], answer: Sequence[str], kind: Sequence[str]) -> list[float]:
+def task(completion: str, answer: str, kind: str) -> float:
     """+1 for a right and -1 for a wrong answer to a generated task (see asyncgrpo.data.tasks).
 
     Numbers: the last number counts, so that a worked answer may lead up to it. sort: exactly
     these numbers. palindrome: YES or NO as a word, not both. Words: the exact text, one pair
-    of quotes allowed. Raises ValueError for a kind that is not a generated task.
+    of quotes allowed. ValueError for a kind that is not a generated task.
     """
-    return [
-        task_score(text, truth, name)
-        for text, truth, name in zip(completions, answer, kind, strict=True)
-    ]
+    return task_score(completion, answer, kind)
 
 
-def length_penalty(completions: Sequence[str]) -> list[float]:
+def length_penalty(
+    completion: str, *, per_character: float = 0.002, max_characters: int = 200
+) -> float:
     """-0.002 per character, -0.4 at most: of two right answers the shorter one is better."""
-    return [-PENALTY_PER_CHARACTER * min(len(c), MAX_PENALISED_CHARACTERS) for c in completions]
+    return -per_character * min(len(completion), max_characters)
 
 
-def exact(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
-    """1 when the text without outer white space equals the answer, else 0.
+def length(
+    completion: str,
+    *,
+    max_length: int,
+    min_length: int = 0,
+    unit: Literal["characters", "words"] = "characters",
+) -> float:
+    """1 when the completion is min_length to max_length long, else 0. Says nothing about truth."""
+    size = len(completion.split()) if unit == "words" else len(completion)
+    return float(min_length <= size <= max_length)
 
-    Raises ValueError for a record without an answer.
+
+def exact(completion: str, answer: str) -> float:
+    """1 when the text, without outer white space or a code fence, equals the answer, else 0."""
+    truth = _known(answer).strip()
+    return float(truth in (completion.strip(), unfenced(completion)))
+
+
+def integer(completion: str, answer: str, *, strict: bool = False) -> float:
+    """1 when the last number of the text equals the answer, else 0; strict: it is the only one.
+
+    "3 + 4 = 7" answers 7, and so does "7.0"; "7.5" does not answer 7.
     """
-    return [
-        float(text.strip() == _known(truth).strip())
-        for text, truth in zip(completions, answer, strict=True)
-    ]
+    truth, found = _true_number(answer), numbers(unfenced(completion))
+    return float(found == [truth] if strict else found[-1:] == [truth])
 
 
-def gsm8k(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
-    """1 when the number after the last "####" (else the last number) equals the answer's, else 0.
+def choice(
+    completion: str, answer: str, *, choices: Annotated[list[str], Field(min_length=2)]
+) -> float:
+    """1 when exactly one of the choices occurs as a whole word and it is the answer, else 0.
 
-    The answer may be the bare number or the data set's whole solution. "1,234" is 1234.
-    Raises ValueError for a record whose answer holds no number.
+    "UNKNOWN" is not "NO". Case is ignored, but not for one letter: "a" is a word, "A" a choice.
     """
-    return [
-        float(_final_number(text) == _true_number(truth))
-        for text, truth in zip(completions, answer, strict=True)
-    ]
+    truth = _known(answer).strip()
+    if truth not in choices:
+        raise ValueError(f"the record's answer {truth!r} is none of the choices {choices}")
+    return float({c for c in choices if _occurs(c, plain(completion))} == {truth})
+
+
+def gsm8k(
+    completion: str,
+    answer: str,
+    *,
+    extract: Literal["strict", "flexible"] = "strict",
+    score: float = 1.0,
+    format_score: float = 0.0,
+) -> float:
+    """`score` for the right final number, `format_score` for another one, 0 without any.
+
+    strict: the number must follow the last "####". flexible: without "####" the last number of
+    the text counts. The truth may be the bare number or the data set's whole solution.
+    """
+    truth, found = _true_number(answer), _final_number(completion, strict=extract == "strict")
+    return 0.0 if found is None else score if found == truth else format_score
+
+
+def tag(
+    completion: str,
+    answer: str,
+    *,
+    tag: TagName = "answer",
+    score: float = 1.0,
+    format_score: float = 0.0,
+) -> float:
+    """`score` when the last <answer>...</answer> holds the answer, `format_score` when another.
+
+    Numbers are compared as numbers, other answers as text; "3 + 4 = 7" holds 7.
+    """
+    truth, content = _known(answer), extract_tag(completion, tag)
+    if content is None:
+        return 0.0
+    bare = unfenced(content)
+    right = same_value(bare, truth) or same_value(after_equals(bare), truth)
+    return score if right else format_score
+
+
+def format(completion: str, *, pattern: Pattern) -> float:
+    """1 when the regular expression is found in the stripped text, else 0; anchor with ^ and $.
+
+    Says nothing about truth: use it with a small weight beside a judge that does.
+    """
+    return float(pattern.search(completion.strip()) is not None)
+
+
+def json_answer(
+    completion: str,
+    answer: str,
+    *,
+    key: str = "",
+    score: float = 1.0,
+    format_score: float = 0.0,
+) -> float:
+    """`score` when the text (a code fence removed) is JSON that says the answer.
+
+    key: the answer is this entry of the object. `format_score` for other JSON (with that key), 0
+    for what is no JSON.
+    """
+    truth = _known(answer)
+    try:
+        found = json.loads(unfenced(completion), parse_constant=_refuse)
+        found = found[key] if key else found
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return 0.0
+    return score if _says_json(found, truth) else format_score
 
 
 def task_score(text: str, answer: str, kind: str) -> float:
-    """+1 or -1 for one completion of a generated task."""
+    """+1 or -1 for one completion of a generated task.
+
+    The first line that is not empty counts, and on it what stands after the last "=".
+    """
     if kind not in _JUDGES:
         raise ValueError(f"kind {kind!r} is not a generated task: {', '.join(_JUDGES)}")
-    return 1.0 if _JUDGES[kind](_answer_part(text), _known(answer)) else -1.0
+    lines = unfenced(plain(text)).splitlines()
+    said = after_equals(lines[0]) if lines else ""
+    return 1.0 if _JUDGES[kind](said, _known(answer)) else -1.0
 
 
-def _known(answer: str | None) -> str:
+def _known(answer: object) -> str:
     if answer is None:
         raise ValueError("the record has no answer; add an answer column to the data")
-    return answer
+    return str(answer)
 
 
-def _answer_part(text: str) -> str:
-    """The part of a completion that counts as its answer; "" when there is none."""
-    bare = text.strip().replace("\N{MINUS SIGN}", "-")
-    fenced = _FENCE.match(bare)
-    lines = (fenced.group(1) if fenced else bare).strip().splitlines()
-    return lines[0].rpartition("=")[2].strip() if lines else ""
+def _true_number(answer: object) -> Decimal:
+    number = _final_number(_known(answer), strict=False)
+    if number is None:
+        raise ValueError(f"the record's answer {answer!r} holds no number; use another reward")
+    return number
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in _NUMBER.findall(text)]
+def _final_number(text: str, *, strict: bool) -> Decimal | None:
+    _, mark, tail = text.rpartition("####")
+    if not mark:
+        return None if strict else next(reversed(numbers(text)), None)
+    said = after_equals((tail.strip().splitlines() or [""])[0])
+    return leading_number(said) if strict else next(iter(numbers(said)), None)
+
+
+def _occurs(word: str, text: str) -> bool:
+    flags = re.IGNORECASE if len(word) > 1 else 0
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, flags) is not None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _says_json(found: object, truth: str) -> bool:
+    if isinstance(found, str):
+        return same_value(found, truth)
+    try:
+        text, wanted = json.dumps(found, sort_keys=True), json.loads(truth)
+    except (ValueError, RecursionError):
+        return same_value(str(found), truth)
+    return text == json.dumps(wanted, sort_keys=True) or same_value(text, truth)
 
 
 def _last_number_is(text: str, answer: str) -> bool:
-    return _numbers(text)[-1:] == [float(answer)]
+    return numbers(text)[-1:] == [Decimal(answer)]
 
 
 def _all_numbers_are(text: str, answer: str) -> bool:
-    return _numbers(text) == _numbers(answer)
+    return numbers(text, thousands=False) == numbers(answer, thousands=False)
 
 
-def _says(text: str, answer: str) -> bool:
-    return {word.upper() for word in _YES_OR_NO.findall(text)} == {answer}
+def _says_yes_or_no(text: str, answer: str) -> bool:
+    return {word for word in ("YES", "NO") if _occurs(word, text)} == {answer}
 
 
 def _is_text(text: str, answer: str) -> bool:
@@ -103,20 +227,8 @@ def _is_text(text: str, answer: str) -> bool:
 
 
 def _is_value(text: str, answer: str) -> bool:
-    is_number = _NUMBER.fullmatch(answer) is not None
+    is_number = numbers(answer) != [] and same_value(answer, str(numbers(answer)[0]))
     return _last_number_is(text, answer) if is_number else _is_text(text, answer)
-
-
-def _final_number(text: str) -> float | None:
-    numbers = _numbers(_THOUSANDS.sub("", text.rpartition("####")[2]))
-    return numbers[-1] if numbers else None
-
-
-def _true_number(answer: str | None) -> float:
-    number = _final_number(_known(answer))
-    if number is None:
-        raise ValueError(f"the record's answer {answer!r} holds no number; use another reward")
-    return number
 
 
 _JUDGES: dict[str, Callable[[str, str], bool]] = {
@@ -126,14 +238,22 @@ _JUDGES: dict[str, Callable[[str, str], bool]] = {
     "gcd": _last_number_is,
     "check": _last_number_is,
     "sort": _all_numbers_are,
-    "palindrome": _says,
+    "palindrome": _says_yes_or_no,
     "reverse": _is_text,
     "expression": _is_value,
 }
 
-BUILTINS: dict[str, Callable[..., list[float]]] = {
+BUILTINS: dict[str, Callable[..., Any]] = {
     "task": task,
     "length_penalty": length_penalty,
     "exact": exact,
     "gsm8k": gsm8k,
+    "math": math,
+    "tag": tag,
+    "integer": integer,
+    "choice": choice,
+    "json": json_answer,
+    "format": format,
+    "length": length,
+    "http": http,
 }

@@ -22,6 +22,7 @@ from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import METRICS
 
+TESTS = Path(__file__).parent.parent
 SECONDS = 240
 SMALL = [
     "run.max_steps=6",
@@ -252,7 +253,7 @@ def refused(*arguments: str, cwd: Path) -> str:
         cwd=cwd,
         timeout=60,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))},
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -273,6 +274,8 @@ BAD_INPUT = {
     ("--set", 'reward.functions=[{use="reward_functions:too_few"}]'): "too_few",
     ("--set", 'reward.functions=[{use="reward_functions:not_finite"}]'): "nan",
     ("--set", 'reward.functions=[{use="reward_functions:nothing"}]'): "nothing",
+    ("--set", 'reward.routes={"task/ad"="task"}'): "has no judge; did you mean 'task/ad'?",
+    ("--set", 'reward.routes={default={use="gsm8k",options={extrakt="x"}}}'): "'extract'?",
     ("--set", "launch.gpus=64"): "launch.gpus=64",
     ("--set", "weights.publish_every=9"): "deadlock",
     ("--set", "algo.group_size=1"): "algo.group_size=1",

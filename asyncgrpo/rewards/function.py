@@ -1,0 +1,180 @@
+"""Calls one reward function and holds it to its contract.
+
+Scope "group": f(prompts, completions, **columns) -> list of G numbers or None. prompts are G
+message lists, completions G texts, and every column of the record is a list of G equal values.
+Scope "sample": f(prompt, completion, **columns) -> a number or None, once for each completion, with
+plain values instead of lists; `response` and `label` are other names of completion and answer.
+
+In both, `answer` (the ground truth as text, or None) and `data_source` are always there, a function
+may name just the arguments it wants, and None means: does not apply to this completion. Either may
+be `async def`: then all calls of a group, over all functions, are under way together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from asyncgrpo.config import Scope
+from asyncgrpo.errors import RewardError
+from asyncgrpo.imports import last_place, shown
+from asyncgrpo.types import Prompt
+
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+Parameters = Mapping[str, inspect.Parameter]
+Score = float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundFunction:
+    """A reward function with its label and weight. `parameters`: those that columns may fill."""
+
+    label: str
+    weight: float
+    call: Callable[..., Any]
+    parameters: Parameters
+    options: Mapping[str, Any]
+    scope: Scope
+
+    def __str__(self) -> str:
+        return f"reward function {self.label!r}"
+
+    @property
+    def takes_any(self) -> bool:
+        """It has **columns."""
+        return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+
+    @property
+    def uses_truth(self) -> bool:
+        """It names the answer or another column, so it should tell right from wrong."""
+        texts = {"prompt", "prompts", "completion", "completions", "response"}
+        named = {n for n, p in self.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        return not named <= texts
+
+    def start(self, prompt: Prompt, completions: Sequence[str]) -> list[Call]:
+        """Begins to score a group; `Call.scores` has the result. Raises nothing."""
+        if self.scope == "group":
+            return [self._start(group_columns(prompt, completions), 0, len(completions))]
+        texts = enumerate(completions)
+        return [self._start(sample_columns(prompt, text), index, 1) for index, text in texts]
+
+    def _start(self, columns: dict[str, Any], first: int, count: int) -> Call:
+        outcome: Future[Any] = Future()
+        try:
+            returned = self.call(**self._arguments(columns), **self.options)
+            if inspect.isawaitable(returned):
+                outcome = asyncio.run_coroutine_threadsafe(_awaited(returned), _loop())
+            else:
+                outcome.set_result(returned)
+        except Exception as error:  # a user's function may raise anything
+            outcome.set_exception(error)
+        return Call(function=self, first=first, count=count, outcome=outcome)
+
+    def _arguments(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """What the function names, or everything when it takes **kwargs."""
+        kinds = inspect.Parameter
+        wanted = columns if self.takes_any else self.parameters
+        for name, parameter in self.parameters.items():
+            optional = parameter.default is not kinds.empty or parameter.kind in (
+                kinds.VAR_KEYWORD,
+                kinds.VAR_POSITIONAL,
+            )
+            if name not in columns and not optional:
+                raise RewardError(
+                    f"{self} (scope {self.scope!r}) needs a column {name!r} that the record does "
+                    f"not have; available: {', '.join(columns)}; rename the parameter, give it a "
+                    "default, add the column to the data, or use another scope or function"
+                )
+        return {n: columns[n] for n in wanted if n in columns and n not in self.options}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call under way, for `count` completions from index `first` on."""
+
+    function: BoundFunction
+    first: int
+    count: int
+    outcome: Future[Any]
+
+    def scores(self) -> list[Score]:
+        """Waits; one finite number or None per completion. RewardError: the contract is broken."""
+        try:
+            returned = self.outcome.result()
+        except RewardError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise RewardError(
+                f"{self.function} raised {type(error).__name__}: {error} at {last_place(error)}; "
+                "it must score any text, also an empty one"
+            ) from error
+        values = [returned] if self.function.scope == "sample" else self._as_list(returned)
+        return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
+
+    def _as_list(self, returned: object) -> list[Any]:
+        is_text = isinstance(returned, str | bytes | Mapping)
+        values = list(returned) if isinstance(returned, Iterable) and not is_text else None
+        if values is None or len(values) != self.count:
+            got = shown(returned) if values is None else f"{len(values)} values"
+            raise RewardError(
+                f"{self.function} returned {got} for {self.count} completions; return a list with "
+                'one number (or None) per completion, or set scope = "sample"'
+            )
+        return values
+
+    def _number(self, value: object, index: int) -> Score:
+        if value is None:
+            return None
+        if not isinstance(value, numbers.Real | np.bool_):
+            raise RewardError(
+                f"{self.function} returned {shown(value)} ({type(value).__name__}) for completion "
+                f"{index}; return a float or None"
+            )
+        score = float(value)
+        if not math.isfinite(score) or abs(score) > MAX_FLOAT32:
+            raise RewardError(
+                f"{self.function} returned {score} for completion {index}; return a finite float32 "
+                "number, or None where the function does not apply"
+            )
+        return score
+
+
+def group_columns(prompt: Prompt, completions: Sequence[str]) -> dict[str, Any]:
+    """Arguments by name; each column becomes a list of G values. Ours win over the record's."""
+    count = len(completions)
+    columns: dict[str, Any] = {name: [value] * count for name, value in _record(prompt).items()}
+    columns["prompts"] = [list(prompt.messages) for _ in range(count)]
+    columns["completions"] = list(completions)
+    return columns
+
+
+def sample_columns(prompt: Prompt, completion: str) -> dict[str, Any]:
+    """Arguments by name, for one completion. Ours win over the record's."""
+    ours = {"prompt": list(prompt.messages), "completion": completion}
+    return {"response": completion, "label": prompt.answer, **_record(prompt), **ours}
+
+
+def _record(prompt: Prompt) -> dict[str, Any]:
+    return {**prompt.columns, "answer": prompt.answer, "data_source": prompt.data_source}
+
+
+async def _awaited(returned: Any) -> Any:
+    return await returned
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One event loop for all async functions, in a thread: sessions kept in it stay usable."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
