@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncgrpo.config import from_mapping
-from asyncgrpo.data.prompts import PromptSource, open_prompts, permutation
+from asyncgrpo.data.prompts import PromptSource, open_prompts
+from asyncgrpo.data.streams import permutation
 from asyncgrpo.errors import ConfigError, DataError
 
 GSM8K = str(Path(__file__).parent / "data" / "gsm8k_8.jsonl")

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 from asyncgrpo.config import Config
 from asyncgrpo.data.records import read_jsonl
+from asyncgrpo.data.streams import EpochStream, Stream
 from asyncgrpo.data.tasks import TaskSource
 from asyncgrpo.errors import ConfigError, DataError
 from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
 TASKS = "tasks"
-
-
-class Stream(Protocol):
-    """Prompts by position; None past the end."""
-
-    def get(self, position: int) -> Prompt | None:
-        """The same prompt every time for one position >= 0."""
 
 
 class PromptSource:
@@ -59,33 +51,6 @@ class PromptSource:
     def held_out(self, num: int) -> tuple[Prompt, ...]:
         """The first `num` held-out prompts, or all when there are fewer."""
         return self._held_out[:num]
-
-
-class EpochStream:
-    """A list of prompts, each exactly once per epoch, in an order made from (seed, epoch)."""
-
-    def __init__(
-        self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, epochs: int | None
-    ) -> None:
-        self._prompts, self._seed = tuple(prompts), seed
-        self._shuffle, self._epochs = shuffle, epochs
-        self._epoch, self._order = -1, list(range(len(self._prompts)))  # the last one asked for
-
-    def get(self, position: int) -> Prompt | None:
-        """The prompt at a position >= 0; None when the epochs are over."""
-        epoch, place = divmod(position, len(self._prompts))
-        if self._epochs is not None and epoch >= self._epochs:
-            return None
-        if self._shuffle and epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(len(self._prompts), self._seed, epoch)
-        return self._prompts[self._order[place]]
-
-
-def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` prompts in one epoch: a pure function of its arguments."""
-    order = list(range(count))
-    random.Random(f"{seed}:epoch {epoch}").shuffle(order)
-    return order
 
 
 def open_prompts(config: Config) -> PromptSource:
