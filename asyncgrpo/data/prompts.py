@@ -1,15 +1,18 @@
-"""Which prompt stands at which position of the training stream, and which are held out."""
+"""Opens what `data` describes: the training stream and the held-out prompts."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from asyncgrpo.config import Config
-from asyncgrpo.data.records import read_jsonl
-from asyncgrpo.data.streams import EpochStream, Stream
+from asyncgrpo.config import Config, DataSettings, SourceSettings, TemplateSettings
+from asyncgrpo.data.files import source_name
+from asyncgrpo.data.records import read_prompts
+from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Stream, resample
 from asyncgrpo.data.tasks import TaskSource
+from asyncgrpo.data.templates import with_template
 from asyncgrpo.errors import ConfigError, DataError
 from asyncgrpo.types import Prompt
 
@@ -54,24 +57,72 @@ class PromptSource:
 
 
 def open_prompts(config: Config) -> PromptSource:
-    """The source that `data` describes: generated tasks or JSONL files, for each of both parts.
+    """The source that `data` describes: generated tasks or records, for each of both parts.
 
-    Raises DataError for a bad file, ConfigError for bad tasks or data.epochs without a file.
+    Raises DataError for bad data, ConfigError for bad tasks, data.epochs without records, or two
+    tables of one name.
     """
     data, seed = config.data, config.run.seed
-    evaluates_tasks = data.eval == TASKS
-    tasks = TaskSource(data.tasks, seed, config.eval.num_prompts if evaluates_tasks else 0)
-    has_file = data.eval not in (None, "", "none", TASKS)
-    held_out = read_jsonl(str(data.eval)) if has_file else tasks.held_out()
+    tasks = TaskSource(data.tasks, seed, config.eval.num_prompts if data.eval == TASKS else 0)
+    held_out = _held_out(data, tasks)
+    if isinstance(data.train, tuple):
+        return PromptSource(_mixed(data.train, data, seed, held_out), held_out)
     if data.train != TASKS:
-        train = read_jsonl(data.train)
+        train = read_prompts(data.train, data.template)
         return PromptSource.from_prompts(train, held_out, seed, data.shuffle, data.epochs)
     if data.epochs is not None:
         raise ConfigError(
             f"data.epochs={data.epochs} needs a file in data.train: generated tasks never end; "
             "leave data.epochs out and set run.max_steps"
         )
-    return PromptSource(tasks, held_out)
+    return PromptSource(TemplatedStream(tasks, data.template), held_out)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplatedStream:
+    """A stream whose prompts are put into a template."""
+
+    stream: Stream
+    template: TemplateSettings
+
+    def get(self, position: int) -> Prompt | None:
+        """The prompt at a position >= 0, in its template; None past the end."""
+        prompt = self.stream.get(position)
+        return prompt and with_template(prompt, self.template)
+
+
+def _held_out(data: DataSettings, tasks: TaskSource) -> tuple[Prompt, ...]:
+    if data.eval in (None, "", "none", TASKS):
+        return tuple(with_template(prompt, data.template) for prompt in tasks.held_out())
+    return read_prompts(str(data.eval), data.template)
+
+
+def _mixed(
+    sources: Sequence[SourceSettings], data: DataSettings, seed: int, held_out: Sequence[Prompt]
+) -> MixedStream:
+    parts: list[Part] = []
+    everything: list[Prompt] = []
+    for name, source in _by_name(sources).items():
+        prompts = read_prompts(source.path, source.template or data.template, name)
+        everything += prompts
+        chosen = [prompts[i] for i in resample(len(prompts), source.sample_ratio, seed, name)]
+        stream = EpochStream(chosen, seed=f"{seed}:{name}", shuffle=data.shuffle, epochs=None)
+        parts.append(Part(stream=stream, size=len(chosen), weight=source.weight))
+    _warn_of_overlap(everything, held_out)
+    return MixedStream(parts, seed=seed, epochs=data.epochs)
+
+
+def _by_name(sources: Sequence[SourceSettings]) -> dict[str, SourceSettings]:
+    named: dict[str, SourceSettings] = {}
+    for source in sources:
+        name = source.name or source_name(source.path)
+        if name in named:
+            raise ConfigError(
+                f"data.train: two tables are called {name!r} ({named[name].path} and "
+                f"{source.path}); give one of them another name"
+            )
+        named[name] = source
+    return named
 
 
 def _check_ids(prompts: Sequence[Prompt], part: str) -> None:
