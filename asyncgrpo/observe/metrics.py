@@ -97,6 +97,7 @@ COUNTERS = _table(
         "tokens_generated": ("tokens", "actors generate"),
         "groups_generated": ("groups", "actors finish groups"),
         "failed_groups": ("groups", "groups fail at the actor: prompts, rewards, engine"),
+        "prompts_truncated": ("prompts", "prompts lost their beginning to data.overlong_prompt"),
         "idle_seconds": ("seconds", "actors waited"),
         "generate_seconds": ("seconds", "actors computed"),
         "swap_seconds": ("seconds", "generation stood still for weight swaps"),
