@@ -145,7 +145,7 @@ GOOD = {"prompt": "Hi", "answer": "7"}
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "7"},
             r"prompt\[0\].content=\[\{'type': 'image'\}\] must be text",
         ),
-        ({"prompt": "Ho"}, "rows.jsonl:2 has no answer although other rows have one"),
+        ({"prompt": "Ho"}, "rows.jsonl:2 has no answer; it has the columns prompt; add one of"),
         ({"prompt": "Ho", "answer": None}, "rows.jsonl:2: answer=None must be a number or text"),
         ({"prompt": "Ho", "answer": ""}, "rows.jsonl:2: answer='' must be a number or text"),
         (

@@ -1,4 +1,4 @@
-"""Turns a path or hub name into rows, each with the place to name when something is wrong with it.
+"""Rows from a path or hub name, each with the place that an error about it names; and to a file.
 
 | path                              | read as                                                     |
 |-----------------------------------|-------------------------------------------------------------|
@@ -16,7 +16,7 @@ import glob
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from asyncgrpo.errors import DataError
 
 Row = dict[str, Any]
 Located = tuple[str, Row | DataError]  # the place of a row; what is wrong with it, if anything
-PARQUET, PATTERNS = ".parquet", ("*.jsonl", "*.parquet")
+PARQUET, FILE_PATTERNS = ".parquet", ("*.jsonl", "*.parquet")
 FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt", ".tsv")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes in a folder
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::(\w+))?")
@@ -63,6 +63,22 @@ def source_name(path: str | Path) -> str:
         text = hub[1]
     plain = list(takewhile(lambda part: not glob.has_magic(part), Path(text).parts))
     return Path(*plain).stem or "data"
+
+
+def as_line(row: Row) -> str:
+    """A row as a line of JSONL, its text as it is read: not escaped."""
+    return json.dumps(row, ensure_ascii=False, default=repr) + "\n"
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes JSONL, with the folders it needs; DataError when that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(map(as_line, rows)), encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); give another place"
+        ) from None
 
 
 def _file(path: Path) -> Iterator[Located]:
@@ -124,10 +140,11 @@ def _folder(path: Path) -> list[Located]:
         raise DataError(
             f"{path} holds the splits {', '.join(splits)}; give one of them: {path / splits[0]}"
         )
-    files = sorted(file for pattern in PATTERNS for file in path.rglob(pattern))
+    files = sorted(file for pattern in FILE_PATTERNS for file in path.rglob(pattern))
     if not files:
         raise DataError(
-            f"folder {path} holds no {' or '.join(PATTERNS)} files and is no folder of save_to_disk"
+            f"folder {path} holds no {' or '.join(FILE_PATTERNS)} files and was not written by "
+            "save_to_disk"
         )
     return [row for file in files for row in _file(file)]
 
@@ -171,5 +188,5 @@ def _need(module: str, wanted: object) -> Any:
 
 
 def _neighbours(path: Path) -> str:
-    near = sorted(str(found) for pattern in PATTERNS for found in path.parent.glob(pattern))
+    near = sorted(str(found) for pattern in FILE_PATTERNS for found in path.parent.glob(pattern))
     return f"there are: {', '.join(near[:5])}" if near else "check the path"

@@ -105,9 +105,8 @@ def answer_of(row: Row, where: str, field: str = "") -> str:
     column = _answer_column(row, field)
     if column is None:
         raise DataError(
-            f"{where} has no {field or 'answer although other rows have one'}; it has "
-            f"{_names(row)}; add one of: reward_model.ground_truth, {', '.join(ANSWER_COLUMNS)}, "
-            "or set template.answer_field"
+            f"{where} has no {field or 'answer'}; it has {_names(row)}; add one of: "
+            f"reward_model.ground_truth, {', '.join(ANSWER_COLUMNS)}, or set template.answer_field"
         )
     nested = column == "reward_model"
     value = row[column]["ground_truth"] if nested else row[column]
