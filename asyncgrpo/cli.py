@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
 
 
 @app.command()
