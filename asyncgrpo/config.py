@@ -131,7 +131,9 @@ class DataSettings(Room):
     train: Train = Field(
         "tasks", description="'tasks' (generated), a file, glob, folder or hub name, or tables"
     )
-    eval: str | None = Field("tasks", description="held-out prompts: like train, or none")
+    eval: str | None = Field(
+        "tasks", description="held-out prompts: 'tasks', a file, glob, folder or hub name, or none"
+    )
     tasks: TaskSettings = TaskSettings()
     template: TemplateSettings = TemplateSettings()
     chat_template: bool = Field(True, description="false: plain text, without the model's template")

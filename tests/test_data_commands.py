@@ -60,13 +60,13 @@ def test_validate_finds_what_is_wrong_and_where(tmp_path, asyncgrpo, row):
     path = write(tmp_path / "rows.jsonl", GOOD, row, {**GOOD, "question": "b"})
     kind, detail = FINDINGS[row]
     checker = Checker(known_sources=["sums"])
-    (problem,) = checker.problems(read_rows(path), "sums")
-    assert (problem.where, problem.kind) == (f"{path}:2", kind)
-    assert detail in problem.detail
+    (finding,) = checker.findings(read_rows(path), "sums")
+    assert finding[:2] == (f"{path}:2", kind)
+    assert detail in finding[2]
     code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "sums,other")
     assert code == 1
     assert kind in out
-    assert f"1 problems in 3 records of {path}" in out
+    assert f"{path}: 1 problems in 3 records" in out
 
 
 def test_validate_reports_everything_at_once(tmp_path, asyncgrpo):
@@ -78,7 +78,7 @@ def test_validate_reports_everything_at_once(tmp_path, asyncgrpo):
 
 def test_validate_ends_with_0_when_nothing_is_found(asyncgrpo):
     code, out, _ = asyncgrpo("data", "validate", SAMPLE, "--known-sources", "openai/gsm8k")
-    assert (code, out) == (0, f"64 records of {SAMPLE}: nothing found\n")
+    assert (code, out) == (0, f"{SAMPLE}: 0 problems in 64 records\n")
 
 
 def test_validate_measures_prompts_with_the_model_and_the_template(tmp_path, asyncgrpo):
@@ -121,7 +121,7 @@ def test_preview_shows_records_raw_rendered_and_tokenised_with_their_lengths(tmp
     assert '{"question": "三加四?", "answer": "七"}' in out
     assert rendered in out
     tokens = json.loads(out.partition("tokens    ")[2].splitlines()[0])
-    assert f"{len(rendered)} characters, {len(tokens)} tokens of at most 256" in out
+    assert f"{len(rendered)} characters, {len(tokens)} tokens\nlimit     256" in out
     assert "1 + 1?" not in out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,18 +9,14 @@ import typer
 
 if TYPE_CHECKING:
     from asyncgrpo.config import Config, TemplateSettings
-    from asyncgrpo.types import Prompt
 
-MAX_SHOWN_PROBLEMS = 30
-MAX_SHOWN_INDICES = 20
+MAX_SHOWN = 30
 
 data_app = typer.Typer(help="Look at data, check it, convert it, make it.", no_args_is_help=True)
 File = Annotated[str, typer.Argument(help="file, glob, folder or hub name")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML with template and limits")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="room.key=value, repeatable")]
-Model = Annotated[
-    str | None, typer.Option(help="whose tokenizer and chat template; default: of --config")
-]
+Model = Annotated[str | None, typer.Option(help="whose tokenizer; default: the one of --config")]
 
 
 @data_app.command()
@@ -37,28 +32,22 @@ def preview(
     from asyncgrpo.data.records import prompts_from_rows
     from asyncgrpo.data.templates import render, tokenise
 
-    settings, tokenizer = _settings(config, set_), _tokenizer(model, config, set_)
+    settings = _settings(config, set_)
+    data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
     rows = read_rows(file)[:num]
     prompts = prompts_from_rows(rows, source_name(file), _template(settings, file))
     for (where, _), prompt in zip(rows, prompts, strict=True):
         typer.echo(f"--- {prompt.prompt_id} ({where}), data_source {prompt.data_source}")
-        typer.echo(f"raw       {as_line(dict(prompt.columns))}", nl=False)
-        typer.echo(f"answer    {prompt.answer}")
+        typer.echo(f"raw       {as_line(dict(prompt.columns))}answer    {prompt.answer}\nrendered")
         if tokenizer is None:
-            shown = "\n".join(f"[{m['role']}] {m['content']}" for m in prompt.messages)
-            typer.echo(
-                f"rendered\n{shown}\nlengths   {len(shown)} characters; tokens: give --model"
-            )
+            typer.echo("\n".join(f"[{m['role']}] {m['content']}" for m in prompt.messages))
+            typer.echo("tokens    give --model to see them")
             continue
-        text = render(tokenizer, prompt.messages, settings.data)
-        ids = tokenise(tokenizer, prompt.messages, settings.data)
-        limit = settings.data.max_prompt_tokens
-        over = f": too long, data.overlong_prompt={settings.data.overlong_prompt}"
-        typer.echo(f"rendered\n{text}\ntokens    {ids}")
-        typer.echo(
-            f"lengths   {len(text)} characters, {len(ids)} tokens of at most {limit}"
-            + (over if len(ids) > limit else "")
-        )
+        text = render(tokenizer, prompt.messages, data)
+        ids = tokenise(tokenizer, prompt.messages, data)
+        too_long = f": too long, {data.overlong_prompt}" * (len(ids) > data.max_prompt_tokens)
+        typer.echo(f"{text}\ntokens    {ids}\nlengths   {len(text)} characters, {len(ids)} tokens")
+        typer.echo(f"limit     {data.max_prompt_tokens} tokens (data.max_prompt_tokens){too_long}")
 
 
 @data_app.command()
@@ -66,7 +55,7 @@ def validate(
     file: File,
     model: Model = None,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="limit; default: of --config")
+        int | None, typer.Option(min=1, help="default: the setting")
     ] = None,
     known_sources: Annotated[
         str | None, typer.Option(help="data_source names that have a reward, by commas")
@@ -80,23 +69,26 @@ def validate(
     """
     from asyncgrpo.data.check import Checker
     from asyncgrpo.data.files import read_rows, source_name
+    from asyncgrpo.data.templates import tokenise
 
-    settings, tokenizer = _settings(config, set_), _tokenizer(model, config, set_)
+    settings = _settings(config, set_)
+    tokenizer = _tokenizer(model, settings if config else None)
     if max_prompt_tokens and tokenizer is None:
         raise typer.BadParameter("--max-prompt-tokens needs --model, whose tokens are counted")
     checker = Checker(
         template=_template(settings, file),
         known_sources=known_sources.split(",") if known_sources else None,
-        count_tokens=_counter(tokenizer, settings) if tokenizer else None,
+        count_tokens=(lambda prompt: len(tokenise(tokenizer, prompt.messages, settings.data)))
+        if tokenizer
+        else None,
         max_prompt_tokens=max_prompt_tokens or settings.data.max_prompt_tokens,
     )
     rows = read_rows(file)
-    problems = list(checker.problems(rows, source_name(file)))
-    if problems:
-        _show_problems(problems)
-        typer.echo(f"{len(problems)} problems in {len(rows)} records of {file}")
-        raise typer.Exit(1)
-    typer.echo(f"{len(rows)} records of {file}: nothing found")
+    findings = list(checker.findings(rows, source_name(file)))
+    if findings:
+        _show_table(("where", "kind", "what"), findings)
+    typer.echo(f"{file}: {len(findings)} problems in {len(rows)} records")
+    raise typer.Exit(1 if findings else 0)
 
 
 @data_app.command("convert-gsm8k")
@@ -114,13 +106,8 @@ def convert_gsm8k(
     for split, (count, left_out) in done.items():
         typer.echo(f"{out_dir / split}.jsonl: {count} records")
         if left_out:
-            shown = ", ".join(map(str, left_out[:MAX_SHOWN_INDICES]))
-            more = " ..." if len(left_out) > MAX_SHOWN_INDICES else ""
-            typer.echo(
-                f"warning: {split}: {len(left_out)} rows have no answer after ####, left out: "
-                f"{shown}{more}",
-                err=True,
-            )
+            rows = f"{len(left_out)} rows have no answer after ####, left out: "
+            typer.echo(f"warning: {split}: {rows}{', '.join(map(str, left_out))}", err=True)
 
 
 @data_app.command("make-tasks")
@@ -137,9 +124,8 @@ def make_tasks(
     from asyncgrpo.data.files import as_line, write_rows
     from asyncgrpo.data.task_records import task_records
 
-    names = [name.strip() for name in kinds.split(",") if name.strip()]
-    tasks = _settings(None, set_).data.tasks
-    records = list(task_records(names, num, seed, tasks))
+    names = [name.strip() for name in kinds.split(",")]
+    records = list(task_records(names, num, seed, _settings(None, set_).data.tasks))
     if out is None:
         typer.echo("".join(map(as_line, records)), nl=False)
     else:
@@ -160,9 +146,9 @@ def _template(settings: Config, file: str) -> TemplateSettings:
     return own[0] if own else settings.data.template
 
 
-def _tokenizer(model: str | None, config: Path | None, overrides: list[str] | None) -> Any:
-    """The tokenizer of --model, else of the config's model; None when neither is given."""
-    path = model or (_settings(config, overrides).model.path if config else None)
+def _tokenizer(model: str | None, settings: Config | None) -> Any:
+    """The tokenizer of a model, else of the settings' model; None when neither is given."""
+    path = model or (settings.model.path if settings else None)
     if path is None:
         return None
     if path == "tiny":
@@ -179,21 +165,15 @@ def _tokenizer(model: str | None, config: Path | None, overrides: list[str] | No
         raise ModelError(f"no tokenizer can be loaded from {path!r}: {reason}") from None
 
 
-def _counter(tokenizer: Any, settings: Config) -> Callable[[Prompt], int]:
-    from asyncgrpo.data.templates import tokenise
-
-    return lambda prompt: len(tokenise(tokenizer, prompt.messages, settings.data))
-
-
-def _show_problems(problems: list[Any]) -> None:
+def _show_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for column in ("where", "kind", "what"):
+    for column in columns:
         table.add_column(column, overflow="fold")  # a place that is cut off is of no use
-    for problem in problems[:MAX_SHOWN_PROBLEMS]:
-        table.add_row(problem.where, problem.kind, problem.detail)
-    if len(problems) > MAX_SHOWN_PROBLEMS:
-        table.add_row("...", "", f"{len(problems) - MAX_SHOWN_PROBLEMS} more")
+    for row in rows[:MAX_SHOWN]:
+        table.add_row(*row)
+    if len(rows) > MAX_SHOWN:
+        table.add_row(f"and {len(rows) - MAX_SHOWN} more")
     Console(highlight=False, markup=False).print(table)

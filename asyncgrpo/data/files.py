@@ -45,7 +45,7 @@ def read_rows(path: str | Path) -> list[Located]:
     elif place.is_file():
         rows = list(_file(place))
     elif glob.has_magic(text):
-        rows = [row for file in _matches(text) for row in _file(file)]
+        rows = [row for file in _matches(str(place)) for row in _file(file)]
     elif (hub := HUB_NAME.fullmatch(text)) and place.suffix not in FILE_ENDINGS:
         rows = _from_hub(text, *hub.groups())
     else:
