@@ -5,17 +5,21 @@ from __future__ import annotations
 import builtins
 import datetime
 import json
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
 import datasets
 import pyarrow
 import pytest
+from fakes import make_lease
 from pyarrow import parquet
 
 from asyncgrpo.data.files import read_rows, source_name
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
+from asyncgrpo.types import Lease, Prompt
+from asyncgrpo.wire.codec import Packet, decode, encode, lease_fields, lease_from
 
 ROWS = [
     {
@@ -53,6 +57,10 @@ def as_folder(path: Path, rows: list[dict]) -> Path:
 def as_arrow(path: Path, rows: list[dict]) -> Path:
     datasets.Dataset.from_list(rows).save_to_disk(path)
     return path
+
+
+def lease_of(prompt: Prompt) -> Lease:
+    return replace(make_lease(1), prompt=prompt)
 
 
 def contents(path: str | Path) -> list[object]:
@@ -94,11 +102,13 @@ def test_a_row_is_found_again_by_its_place(tmp_path):
     assert [where for where, _ in read_rows(path)] == [f"{path} row 0", f"{path} row 1"]
 
 
-def test_dates_and_decimals_of_parquet_become_text(tmp_path):
+def test_dates_and_decimals_of_parquet_become_text_that_can_travel(tmp_path):
     row = {"question": "?", "answer": Decimal("7.50"), "day": datetime.date(2024, 2, 29), "n": 1}
     (prompt,) = read_prompts(as_parquet(tmp_path / "rows.parquet", [row]))
     assert prompt.answer == "7.50"
     assert prompt.columns == {"question": "?", "answer": "7.50", "day": "2024-02-29", "n": 1}
+    packet = decode(encode(Packet(kind="lease", fields=lease_fields(lease_of(prompt)))))
+    assert lease_from(packet.fields).prompt == prompt
 
 
 def test_columns_that_other_rows_lack_do_not_hide_an_answer(tmp_path):

@@ -65,7 +65,7 @@ class Part:
 class MixedStream:
     """Several streams as one. Seekable: the prompt at a position depends on nothing asked before.
 
-    Positions are planned up to the furthest one asked for: about a microsecond per source each.
+    Positions are planned up to the furthest one asked for: less than a microsecond per source each.
     """
 
     def __init__(self, parts: Sequence[Part], *, seed: int, epochs: int | None) -> None:
