@@ -7,9 +7,9 @@ import logging
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.errors import ConfigError
@@ -79,15 +79,76 @@ class TaskSettings(Room):
     )
 
 
+class FewShot(Room):
+    """One worked exchange that stands before the question."""
+
+    user: str = Field(..., min_length=1)
+    assistant: str = Field(..., min_length=1)
+
+
+class TemplateSettings(Room):
+    """What is put around a record's question; the model's own chat template follows."""
+
+    system: str = Field("", description="system prompt; takes the place of the record's own")
+    few_shot: tuple[FewShot, ...] = Field((), description="exchanges before the question")
+    user_field: str = Field("", description="column with the question; default: found by its name")
+    answer_field: str = Field("", description="column with the truth; default: found by its name")
+    suffix: str = Field("", description="instruction after the question; never added twice")
+
+
+class SourceSettings(Room):
+    """One of several training sets."""
+
+    path: str = Field(..., min_length=1, description="file, glob, folder or hub name")
+    name: str = Field("", description="part of the prompt ids; default: the file's name")
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="share in the mix; default: its size"
+    )
+    sample_ratio: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="0.1: a tenth of its prompts; 2: each twice"
+    )
+    template: TemplateSettings | None = Field(None, description="default: data.template")
+
+
+def _kind_of_train(value: object) -> str:
+    return TEXT if isinstance(value, str) else TABLES
+
+
+TEXT, TABLES = "<text>", "<tables>"  # which of the two forms of data.train an error is about
+Train = Annotated[
+    Annotated[str, Tag(TEXT)] | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
+    Discriminator(_kind_of_train),
+]
+
+
 class DataSettings(Room):
-    train: str = Field("tasks", description="'tasks' (generated) or a JSONL file")
+    train: Train = Field(
+        "tasks", description="'tasks' (generated), a file, glob, folder or hub name, or tables"
+    )
     eval: str | None = Field(
-        "tasks", description="held-out prompts: 'tasks', a JSONL file, or none"
+        "tasks", description="held-out prompts: 'tasks', a file, glob, folder or hub name, or none"
     )
     tasks: TaskSettings = TaskSettings()
+    template: TemplateSettings = TemplateSettings()
+    chat_template: bool = Field(True, description="false: plain text, without the model's template")
     shuffle: bool = Field(True, description="shuffle files anew each epoch, by run.seed")
     epochs: int | None = Field(None, ge=1, description="stop after so many epochs; none = endless")
-    max_prompt_tokens: int = Field(256, ge=1, description="longer prompts are filtered, counted")
+    max_prompt_tokens: int = Field(256, ge=1, description="what longer prompts are measured by")
+    overlong_prompt: Literal["drop", "truncate_left", "error"] = Field(
+        "drop", description="drop and count it, keep its last max_prompt_tokens tokens, or stop"
+    )
+
+    @model_validator(mode="after")
+    def _weights_for_all_or_none(self) -> DataSettings:
+        weights = [] if isinstance(self.train, str) else [source.weight for source in self.train]
+        if not isinstance(self.train, str) and not weights:
+            raise ValueError("train=[] holds no table; give at least one with a path")
+        if None in weights and any(weight is not None for weight in weights):
+            raise ValueError(
+                f"train: the weights are {weights}; give a weight to every table, or to none "
+                "(then each counts by its number of prompts)"
+            )
+        return self
 
 
 class SamplingSettings(Room):
@@ -450,19 +511,25 @@ def _room_fields(room: str) -> Mapping[str, Any]:
 
 
 def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
-    """The fields of the section at a location such as ("data", "tasks")."""
-    model: Any = Config
+    """The fields of the section at a location such as ("data", "train", 0, "template")."""
+    models: list[Any] = [Config]
     for part in location:
-        if not isinstance(part, str) or part not in getattr(model, "model_fields", {}):
-            in_rewards = "functions" in location or "routes" in location
-            return RewardFunction.model_fields if in_rewards else {}
-        model = model.model_fields[part].annotation
-    return getattr(model, "model_fields", {})
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields:  # others are places in a list and keys of a mapping
+            models = [model for field in fields for model in _rooms_in(field.annotation)]
+    return models[0].model_fields if models else {}
+
+
+def _rooms_in(annotation: Any) -> list[Any]:
+    """The sections that a field's type mentions, also inside tuples and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, Room):
+        return [annotation]
+    return [room for part in get_args(annotation) for room in _rooms_in(part)]
 
 
 def _explain(item: Any) -> str:
     """One pydantic error as: which setting, its value, what is allowed, what to change."""
-    location = item["loc"]
+    location = tuple(part for part in item["loc"] if part not in (TEXT, TABLES))
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         known = list(_fields_at(location[:-1]))

@@ -11,7 +11,7 @@ from fakes import make_lease
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.config import RewardSettings, from_mapping
-from asyncgrpo.errors import RewardError
+from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.types import Completion, Sampled
 from asyncgrpo.weights.proof import NUM_CANARIES
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields
@@ -216,6 +216,26 @@ def test_an_overlong_prompt_fails_with_its_reason_and_is_not_retried():
     stage.tick()
     (failed,) = stage.client.of("fail")
     assert failed.fields == {"lease_id": "t1", "reason": "prompt_too_long", "retry": False}
+
+
+def test_an_overlong_prompt_may_lose_its_beginning_which_is_counted(caplog):
+    data = {"max_prompt_tokens": 5, "overlong_prompt": "truncate_left"}
+    stage = Stage(data=data).with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick(5)
+    (put,) = stage.client.of("put")
+    (group,) = groups_from(put)
+    assert len(group.prompt_token_ids) == 5
+    assert stage.loop.counters["prompts_truncated"] == 1
+    assert stage.client.of("fail") == []
+    assert "prompt p1 is cut from 14 to its last 5 tokens" in caplog.text
+
+
+def test_an_overlong_prompt_may_end_the_run_as_bad_input():
+    stage = Stage(data={"max_prompt_tokens": 5, "overlong_prompt": "error"}).with_version(0)
+    stage.client.grant(make_lease(1))
+    with pytest.raises(DataError, match="prompt p1 has 14 tokens"):
+        stage.tick()
 
 
 def test_an_evaluation_waits_for_its_version_and_keeps_it_until_done():

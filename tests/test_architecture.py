@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
-    5: ("cli", "serial", "launch"),
+    5: ("cli", "serial", "launch", "data.commands"),
     4: (
         "actor.loop",
         "actor.process",
@@ -136,8 +136,9 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", ["cli", "buffer.server", "launch.session", "wire.sockets"])
-def test_light_processes_never_load_torch(module):
-    assert not {"torch", "transformers", "vllm"} & loaded_by(f"import asyncgrpo.{module}")
+def test_light_processes_never_load_torch_nor_readers_of_data(module):
+    heavy = {"torch", "transformers", "vllm", "datasets", "pyarrow", "pandas"}
+    assert not heavy & loaded_by(f"import asyncgrpo.{module}")
 
 
 def test_help_answers_in_half_a_second():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from asyncgrpo.config import ALIASES, Config, from_mapping, load_config
 from asyncgrpo.errors import ConfigError
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 WRONG = {
@@ -119,3 +122,40 @@ def test_every_shipped_config_loads(path):
 
 def test_there_are_shipped_configs():
     assert "tiny" in [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            {"train": [{"path": "a", "wieght": 1}]},
+            r"data.train.0.wieght; did you mean .*0.weight",
+        ),
+        ({"train": [{"path": "a", "weight": 0}]}, r"data.train.0.weight=0 is not allowed"),
+        ({"train": [{"path": "a", "sample_ratio": -1}]}, r"data.train.0.sample_ratio=-1 is not"),
+        (
+            {"train": [{"path": "a", "weight": 1}, {"path": "b"}]},
+            r"are \[1.0, None\]; give",
+        ),
+        ({"train": []}, r"train=\[\] holds no table"),
+        ({"train": 3}, r"data.train=3 is not allowed"),
+        ({"template": {"sufix": "Go."}}, r"data.template.sufix; did you mean data.template.suffix"),
+        ({"template": {"few_shot": [{"user": "a"}]}}, r"data.template.few_shot.0.assistant"),
+        ({"overlong_prompt": "cut"}, r"overlong_prompt='cut' is not allowed.*'truncate_left'"),
+    ],
+)
+def test_a_wrong_setting_of_a_table_or_template_is_named_with_its_place(data, message):
+    with pytest.raises(ConfigError, match=message):
+        from_mapping({"data": data})
+
+
+def test_tables_survive_the_resolved_dump():
+    table = {"path": "a.jsonl", "weight": 2, "template": {"system": "你", "suffix": "Go."}}
+    config = from_mapping({"data": {"train": [table]}})
+    assert from_mapping(config.model_dump(mode="json")) == config
+    assert config.data.train[0].template.suffix == "Go."
+
+
+@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", README, re.DOTALL))
+def test_the_settings_that_the_readme_shows_load(block):
+    assert isinstance(from_mapping(tomllib.loads(block)), Config)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncgrpo.config import from_mapping
-from asyncgrpo.data.prompts import SURVEYED, PromptSource, open_prompts, permutation
+from asyncgrpo.data.prompts import SURVEYED, PromptSource, open_prompts
+from asyncgrpo.data.streams import permutation
 from asyncgrpo.errors import ConfigError, DataError
 
 GSM8K = str(Path(__file__).parent / "data" / "gsm8k_8.jsonl")
@@ -124,3 +126,100 @@ def test_a_survey_shows_each_training_prompt_once_and_then_the_held_out_ones():
 def test_a_survey_of_an_endless_stream_ends():
     source = open_prompts(from_mapping({"eval": {"num_prompts": 4}}))
     assert len(list(source.survey())) == SURVEYED + 4
+
+
+def table(folder: Path, name: str, count: int) -> str:
+    path = folder / f"{name}.jsonl"
+    rows = [{"question": f"{name} {i}?", "answer": str(i), "row": i} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def mixed(*tables: dict, seed: int = 0, **data: object) -> PromptSource:
+    settings = {"train": list(tables), "eval": "none", **data}
+    return open_prompts(from_mapping({"run": {"seed": seed}, "data": settings}))
+
+
+def sources(source: PromptSource, num: int) -> Counter[str]:
+    return Counter(prompt_id.partition(":")[0] for prompt_id in ids(source, range(num)))
+
+
+def test_two_tables_of_weights_3_and_1_are_mixed_exactly(tmp_path):
+    a, b = table(tmp_path, "a", 5), table(tmp_path, "b", 50)
+    source = mixed({"path": a, "weight": 3}, {"path": b, "weight": 1})
+    for num in (4, 40, 1000):
+        assert sources(source, num) == {"a": num * 3 / 4, "b": num / 4}
+
+
+@pytest.mark.parametrize("weights", [(None, None), (9, 1), (0.2, 0.3)])
+def test_tables_in_a_finite_run_give_every_prompt_exactly_epochs_times(tmp_path, weights):
+    tables = [
+        {"path": table(tmp_path, name, size), "weight": weight}
+        for name, size, weight in zip("ab", (7, 30), weights, strict=True)
+    ]
+    source = mixed(*tables, epochs=3)
+    used = Counter(ids(source, range(3 * 37)))
+    assert used == Counter(
+        {f"{name}:{i}": 3 for name, size in (("a", 7), ("b", 30)) for i in range(size)}
+    )
+    assert source.get(3 * 37) is None
+
+
+def test_columns_stay_with_their_prompt_however_it_is_shuffled(tmp_path):
+    source = mixed({"path": table(tmp_path, "a", 9)}, {"path": table(tmp_path, "b", 4)}, epochs=2)
+    for position in range(26):
+        prompt = source.get(position)
+        name, _, row = prompt.prompt_id.partition(":")
+        assert prompt.messages == ({"role": "user", "content": f"{name} {row}?"},)
+        assert (prompt.answer, prompt.columns["row"]) == (row, int(row))
+
+
+def test_tables_are_the_same_for_one_seed_at_any_position(tmp_path):
+    tables = {"path": table(tmp_path, "a", 9)}, {"path": table(tmp_path, "b", 4), "name": "c"}
+    whole = ids(mixed(*tables), range(100))
+    assert ids(mixed(*tables), range(60, 100)) == whole[60:]
+    assert ids(mixed(*tables, seed=1), range(100)) != whole
+
+
+def test_a_sample_ratio_takes_that_part_of_a_table(tmp_path):
+    a, b = table(tmp_path, "a", 10), table(tmp_path, "b", 10)
+    source = mixed({"path": a, "sample_ratio": 0.3}, {"path": b, "sample_ratio": 2.0}, epochs=2)
+    assert sources(source, 100) == {"a": 6, "b": 40}
+    assert len(set(ids(source, range(46)))) == 13
+
+
+def test_each_table_may_have_a_template_of_its_own(tmp_path):
+    a, b = table(tmp_path, "a", 1), table(tmp_path, "b", 1)
+    source = mixed(
+        {"path": a, "template": {"suffix": "Think."}},
+        {"path": b},
+        template={"suffix": "Go."},
+        eval=a,
+        shuffle=False,
+    )
+    contents = {source.get(i).messages[0]["content"] for i in range(2)}
+    assert contents == {"a 0? Think.", "b 0? Go."}
+    assert source.held_out(1)[0].messages[0]["content"] == "a 0? Go."
+
+
+def test_generated_tasks_take_the_template_too():
+    settings = {"data": {"template": {"system": "Be brief.", "suffix": "="}}}
+    plain, source = open_prompts(from_mapping({})), open_prompts(from_mapping(settings))
+    for prompt, bare in ((source.get(0), plain.get(0)), (*source.held_out(1), *plain.held_out(1))):
+        assert prompt.messages == (
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": bare.messages[0]["content"] + " ="},
+        )
+
+
+def test_two_tables_of_one_name_are_refused(tmp_path):
+    path = table(tmp_path, "a", 1)
+    with pytest.raises(ConfigError, match=r"two tables are called 'a' .*give one of them another"):
+        mixed({"path": path}, {"path": path})
+
+
+def test_a_table_that_is_held_out_as_well_is_warned_about(tmp_path, caplog):
+    path = table(tmp_path, "a", 3)
+    with caplog.at_level(logging.WARNING):
+        mixed({"path": path}, {"path": table(tmp_path, "b", 3)}, eval=path)
+    assert "3 of 3 held-out prompts are training prompts too" in caplog.text

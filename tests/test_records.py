@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from asyncgrpo.data.records import read_jsonl
+from asyncgrpo.config import TemplateSettings
+from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
+from asyncgrpo.types import Prompt
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k_8.jsonl"
 QUESTION = ({"role": "user", "content": "2 + 3?"},)
@@ -31,14 +33,66 @@ def write(folder: Path, *rows: object) -> Path:
     ],
 )
 def test_every_usual_shape_gives_the_same_question_and_answer(tmp_path, row):
-    (prompt,) = read_jsonl(write(tmp_path, row))
+    (prompt,) = read_prompts(write(tmp_path, row))
     assert (prompt.messages, prompt.answer) == (QUESTION, "5")
     assert (prompt.prompt_id, prompt.data_source) == ("rows:0", "rows")
     assert prompt.columns == row
 
 
+# The four documented shapes, each with a column of its own: row -> the prompt it becomes.
+GOLDEN = {
+    "data_source": (
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"content": "2 + 3?", "role": "user"}],
+            "ability": "math",
+            "reward_model": {"ground_truth": "5", "style": "rule"},
+            "extra_info": {"answer": "2+3=<<2+3=5>>5\n#### 5", "index": 0, "split": "train"},
+        },
+        "openai/gsm8k",
+    ),
+    "prompt and columns": (
+        {"prompt": "2 + 3?", "answer": "5", "level": 1, "tags": ["sum", None]},
+        "rows",
+    ),
+    "messages and columns": (
+        {"prompt": [{"role": "user", "content": "2 + 3?"}], "solution": 5, "hint": "数"},
+        "rows",
+    ),
+    "query and ground_truth": ({"query": "2 + 3?", "ground_truth": 5, "id": "q-1"}, "rows"),
+    "question and answer": ({"question": "2 + 3?", "answer": "5", "data_source": "own"}, "own"),
+}
+
+
+@pytest.mark.parametrize("shape", GOLDEN)
+def test_each_documented_shape_becomes_the_same_prompt_with_its_own_columns(tmp_path, shape):
+    row, data_source = GOLDEN[shape]
+    assert read_prompts(write(tmp_path, row)) == (
+        Prompt(
+            prompt_id="rows:0",
+            messages=QUESTION,
+            answer="5",
+            data_source=data_source,
+            columns=row,
+        ),
+    )
+
+
+def test_a_template_may_name_the_columns_of_question_and_answer(tmp_path):
+    row = {"prompt": "no", "answer": "no", "instruction": "2 + 3?", "label": 5}
+    template = TemplateSettings(user_field="instruction", answer_field="label")
+    (prompt,) = read_prompts(write(tmp_path, row), template)
+    assert (prompt.messages, prompt.answer, prompt.columns) == (QUESTION, "5", row)
+
+
+@pytest.mark.parametrize("field", ["user_field", "answer_field"])
+def test_a_column_that_a_template_names_and_a_row_lacks_is_an_error(tmp_path, field):
+    with pytest.raises(DataError, match=r"rows.jsonl:1 has no lable; it has the columns prompt, "):
+        read_prompts(write(tmp_path, GOOD), TemplateSettings(**{field: "lable"}))
+
+
 def test_real_gsm8k_records_keep_every_column():
-    prompts = read_jsonl(GSM8K)
+    prompts = read_prompts(GSM8K)
     assert len(prompts) == 8
     assert prompts[0].answer == "72"
     assert prompts[0].data_source == "openai/gsm8k"
@@ -50,31 +104,31 @@ def test_real_gsm8k_records_keep_every_column():
 
 def test_conversations_with_several_messages_are_kept_whole(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    (prompt,) = read_jsonl(write(tmp_path, {"prompt": chat}))
+    (prompt,) = read_prompts(write(tmp_path, {"prompt": chat}))
     assert list(prompt.messages) == chat
 
 
 def test_any_language_and_line_separators_inside_text_survive(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "三\u2028加四 🦆", "answer": "七"}\n', encoding="utf-8")
-    (prompt,) = read_jsonl(path)
+    (prompt,) = read_prompts(path)
     assert (prompt.messages[0]["content"], prompt.answer) == ("三\u2028加四 🦆", "七")
 
 
 def test_a_file_without_any_answer_column_gives_prompts_without_answers(tmp_path):
     path = write(tmp_path, {"prompt": "Hi"}, {"prompt": "Ho", "reward_model": {"style": "model"}})
-    assert [prompt.answer for prompt in read_jsonl(path)] == [None, None]
+    assert [prompt.answer for prompt in read_prompts(path)] == [None, None]
 
 
 def test_a_record_may_name_judges_with_weights_as_its_source(tmp_path):
     weights = {"gsm8k": 0.7, "tag": 0.3}
-    (prompt,) = read_jsonl(write(tmp_path, {**GOOD, "data_source": weights}))
+    (prompt,) = read_prompts(write(tmp_path, {**GOOD, "data_source": weights}))
     assert (prompt.data_source, prompt.columns["data_source"]) == ("gsm8k+tag", weights)
 
 
 def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
     path = write(tmp_path, '\ufeff{"prompt": "Hi"}', "", '{"prompt": "Ho"}', "  ")
-    assert [prompt.prompt_id for prompt in read_jsonl(path)] == ["rows:0", "rows:1"]
+    assert [prompt.prompt_id for prompt in read_prompts(path)] == ["rows:0", "rows:1"]
 
 
 GOOD = {"prompt": "Hi", "answer": "7"}
@@ -97,7 +151,7 @@ GOOD = {"prompt": "Hi", "answer": "7"}
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "7"},
             r"prompt\[0\].content=\[\{'type': 'image'\}\] must be text",
         ),
-        ({"prompt": "Ho"}, "rows.jsonl:2 has no answer although other rows have one"),
+        ({"prompt": "Ho"}, "rows.jsonl:2 has no answer; it has the columns prompt; add one of"),
         ({"prompt": "Ho", "answer": None}, "rows.jsonl:2: answer=None must be a number or text"),
         ({"prompt": "Ho", "answer": ""}, "rows.jsonl:2: answer='' must be a number or text"),
         (
@@ -111,28 +165,17 @@ GOOD = {"prompt": "Hi", "answer": "7"}
 )
 def test_a_bad_row_is_named_with_its_line_and_the_remedy(tmp_path, row, message):
     with pytest.raises(DataError, match=message):
-        read_jsonl(write(tmp_path, GOOD, row))
-
-
-def test_a_missing_file_is_an_error_that_lists_its_neighbours(tmp_path):
-    write(tmp_path, GOOD)
-    with pytest.raises(DataError, match=r"row\.jsonl does not exist; there are: .*rows\.jsonl"):
-        read_jsonl(tmp_path / "row.jsonl")
-
-
-def test_a_folder_is_not_a_file(tmp_path):
-    with pytest.raises(DataError, match="is a folder; give one JSONL file"):
-        read_jsonl(tmp_path)
+        read_prompts(write(tmp_path, GOOD, row))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_file_is_an_error(tmp_path, content):
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(DataError, match="holds no records"):
-        read_jsonl(tmp_path / "rows.jsonl")
+        read_prompts(tmp_path / "rows.jsonl")
 
 
 def test_a_file_that_is_not_text_is_an_error(tmp_path):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1\xff\xfe\x00")
+    (tmp_path / "rows.jsonl").write_bytes(b"PAR1\xff\xfe\x00")
     with pytest.raises(DataError, match="is not UTF-8 text"):
-        read_jsonl(tmp_path / "rows.parquet")
+        read_prompts(tmp_path / "rows.jsonl")

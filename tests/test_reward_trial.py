@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from asyncgrpo.config import RewardSettings
-from asyncgrpo.data.records import read_jsonl
+from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
 from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards
 from asyncgrpo.rewards.trial import Row, try_rewards
@@ -168,7 +168,7 @@ def test_data_without_answers_cannot_be_tried():
 def test_a_real_sample_of_gsm8k_passes_with_both_extractions():
     for extract in ("strict", "flexible"):
         judge = {"use": "gsm8k", "options": {"extract": extract}}
-        assert rows(built_in(judge), read_jsonl(GSM8K))["gsm8k"].flags == ()
+        assert rows(built_in(judge), read_prompts(GSM8K))["gsm8k"].flags == ()
 
 
 def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

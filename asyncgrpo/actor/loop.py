@@ -15,6 +15,7 @@ from typing import Any
 
 from asyncgrpo.actor.judge import Job, Judge, Verdict
 from asyncgrpo.config import Config
+from asyncgrpo.data.templates import fit, tokenise
 from asyncgrpo.errors import EngineError, WireError
 from asyncgrpo.protocols import Client, Engine, WeightReceiver
 from asyncgrpo.rewards.health import RewardHealth
@@ -78,6 +79,7 @@ class ActorLoop:
             "swaps": 0.0,
             "failed_groups": 0.0,
             **self._health.counters,
+            "prompts_truncated": 0.0,
         }
         client.post(Packet(kind="hello", fields={"actor": name}))
 
@@ -130,11 +132,8 @@ class ActorLoop:
         self._asked = self._client.post(Packet(kind="lease", fields=fields))
 
     def _start(self, lease: Lease) -> None:
-        messages = [dict(message) for message in lease.prompt.messages]
-        token_ids = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        if len(token_ids) > self._config.data.max_prompt_tokens:
+        token_ids = self._prompt_tokens(lease)
+        if token_ids is None:
             self._fail(lease.lease_id, "prompt_too_long")
             return
         try:
@@ -146,6 +145,23 @@ class ActorLoop:
             self._fail(lease.lease_id, "refused_by_engine")
             return
         self._sampling[lease.lease_id] = (lease, self._clock())
+
+    def _prompt_tokens(self, lease: Lease) -> list[int] | None:
+        """The prompt within its limit; None when it is to be dropped."""
+        data, prompt = self._config.data, lease.prompt
+        whole = tokenise(self._tokenizer, prompt.messages, data)
+        token_ids = fit(whole, data, prompt.prompt_id)
+        if token_ids is not None and len(token_ids) < len(whole):
+            if not self.counters["prompts_truncated"]:
+                log.warning(
+                    "prompt %s is cut from %d to its last %d tokens, the head of the chat "
+                    "template is lost; more such prompts are only counted (prompts_truncated)",
+                    prompt.prompt_id,
+                    len(whole),
+                    len(token_ids),
+                )
+            self.counters["prompts_truncated"] += 1
+        return token_ids
 
     def _fail(self, lease_id: str, reason: str, *, retry: bool = False) -> None:
         self.counters["failed_groups"] += 1

@@ -1,29 +1,24 @@
-"""Which prompt stands at which position of the training stream, and which are held out."""
+"""Opens what `data` describes: the training stream and the held-out prompts."""
 
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence, Sized
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from asyncgrpo.config import Config
-from asyncgrpo.data.records import read_jsonl
+from asyncgrpo.config import Config, DataSettings, SourceSettings, TemplateSettings
+from asyncgrpo.data.files import source_name
+from asyncgrpo.data.records import read_prompts
+from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Stream, resample
 from asyncgrpo.data.tasks import TaskSource
+from asyncgrpo.data.templates import with_template
 from asyncgrpo.errors import ConfigError, DataError
 from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
 TASKS = "tasks"
 SURVEYED = 10_000  # prompts of an endless stream that stand for all of it
-
-
-class Stream(Protocol):
-    """Prompts by position; None past the end."""
-
-    def get(self, position: int) -> Prompt | None:
-        """The same prompt every time for one position >= 0."""
 
 
 class PromptSource:
@@ -62,67 +57,84 @@ class PromptSource:
         return self._held_out[:num]
 
     def survey(self) -> Iterator[Prompt]:
-        """What a run can meet: each training prompt once (of a stream without length the first
-        SURVEYED), then the held-out ones.
+        """What a run can meet: the training prompts (of an endless stream the first SURVEYED),
+        then the held-out ones.
         """
-        count = len(self._train) if isinstance(self._train, Sized) else SURVEYED
-        for position in range(count):
-            prompt = self._train.get(position)
-            if prompt is not None:
-                yield prompt
+        yield from self._train.prompts()
         yield from self._held_out
 
 
-class EpochStream:
-    """A list of prompts, each exactly once per epoch, in an order made from (seed, epoch)."""
-
-    def __init__(
-        self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, epochs: int | None
-    ) -> None:
-        self._prompts, self._seed = tuple(prompts), seed
-        self._shuffle, self._epochs = shuffle, epochs
-        self._epoch, self._order = -1, list(range(len(self._prompts)))  # the last one asked for
-
-    def __len__(self) -> int:
-        """Prompts in one epoch."""
-        return len(self._prompts)
-
-    def get(self, position: int) -> Prompt | None:
-        """The prompt at a position >= 0; None when the epochs are over."""
-        epoch, place = divmod(position, len(self._prompts))
-        if self._epochs is not None and epoch >= self._epochs:
-            return None
-        if self._shuffle and epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(len(self._prompts), self._seed, epoch)
-        return self._prompts[self._order[place]]
-
-
-def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of `count` prompts in one epoch: a pure function of its arguments."""
-    order = list(range(count))
-    random.Random(f"{seed}:epoch {epoch}").shuffle(order)
-    return order
-
-
 def open_prompts(config: Config) -> PromptSource:
-    """The source that `data` describes: generated tasks or JSONL files, for each of both parts.
+    """The source that `data` describes: generated tasks or records, for each of both parts.
 
-    Raises DataError for a bad file, ConfigError for bad tasks or data.epochs without a file.
+    Raises DataError for bad data, ConfigError for bad tasks, data.epochs without records, or two
+    tables of one name.
     """
     data, seed = config.data, config.run.seed
-    evaluates_tasks = data.eval == TASKS
-    tasks = TaskSource(data.tasks, seed, config.eval.num_prompts if evaluates_tasks else 0)
-    has_file = data.eval not in (None, "", "none", TASKS)
-    held_out = read_jsonl(str(data.eval)) if has_file else tasks.held_out()
+    tasks = TaskSource(data.tasks, seed, config.eval.num_prompts if data.eval == TASKS else 0)
+    held_out = _held_out(data, tasks)
+    if isinstance(data.train, tuple):
+        return PromptSource(_mixed(data.train, data, seed, held_out), held_out)
     if data.train != TASKS:
-        train = read_jsonl(data.train)
+        train = read_prompts(data.train, data.template)
         return PromptSource.from_prompts(train, held_out, seed, data.shuffle, data.epochs)
     if data.epochs is not None:
         raise ConfigError(
             f"data.epochs={data.epochs} needs a file in data.train: generated tasks never end; "
             "leave data.epochs out and set run.max_steps"
         )
-    return PromptSource(tasks, held_out)
+    return PromptSource(TemplatedStream(tasks, data.template), held_out)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplatedStream:
+    """A stream whose prompts are put into a template."""
+
+    stream: TaskSource
+    template: TemplateSettings
+
+    def get(self, position: int) -> Prompt | None:
+        """The prompt at a position >= 0, in its template; None past the end."""
+        prompt = self.stream.get(position)
+        return prompt and with_template(prompt, self.template)
+
+    def prompts(self) -> Iterator[Prompt]:
+        """The first SURVEYED prompts."""
+        return (prompt for i in range(SURVEYED) if (prompt := self.get(i)) is not None)
+
+
+def _held_out(data: DataSettings, tasks: TaskSource) -> tuple[Prompt, ...]:
+    if data.eval in (None, "", "none", TASKS):
+        return tuple(with_template(prompt, data.template) for prompt in tasks.held_out())
+    return read_prompts(str(data.eval), data.template)
+
+
+def _mixed(
+    sources: Sequence[SourceSettings], data: DataSettings, seed: int, held_out: Sequence[Prompt]
+) -> MixedStream:
+    parts: list[Part] = []
+    everything: list[Prompt] = []
+    for name, source in _by_name(sources).items():
+        prompts = read_prompts(source.path, source.template or data.template, name)
+        everything += prompts
+        chosen = [prompts[i] for i in resample(len(prompts), source.sample_ratio, seed, name)]
+        stream = EpochStream(chosen, seed=f"{seed}:{name}", shuffle=data.shuffle, epochs=None)
+        parts.append(Part(stream=stream, size=len(chosen), weight=source.weight))
+    _warn_of_overlap(everything, held_out)
+    return MixedStream(parts, seed=seed, epochs=data.epochs)
+
+
+def _by_name(sources: Sequence[SourceSettings]) -> dict[str, SourceSettings]:
+    named: dict[str, SourceSettings] = {}
+    for source in sources:
+        name = source.name or source_name(source.path)
+        if name in named:
+            raise ConfigError(
+                f"data.train: two tables are called {name!r} ({named[name].path} and "
+                f"{source.path}); give one of them another name"
+            )
+        named[name] = source
+    return named
 
 
 def _check_ids(prompts: Sequence[Prompt], part: str) -> None:

@@ -1,96 +1,83 @@
-"""Reads JSONL records of the usual shapes into prompts.
+"""Makes one kind of prompt out of records of the usual shapes.
 
 | question                                          | ground truth                               |
 |---------------------------------------------------|--------------------------------------------|
 | prompt: text or messages; or messages             | reward_model.ground_truth                  |
 | query, question or problem: text                  | ground_truth, answer, solution or target   |
 
-The first name that a row has counts. Every column of the row stays in `Prompt.columns`. data_source
-may be text, or judges with weights, which Prompt.data_source joins with "+".
+The first name that a row has counts, unless a template names the columns. Every column of the
+row stays in `Prompt.columns`. data_source may be text, or judges with weights, which
+Prompt.data_source joins with "+".
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from asyncgrpo.config import TemplateSettings
+from asyncgrpo.data.files import Located, Row, read_rows, source_name
+from asyncgrpo.data.templates import with_template
 from asyncgrpo.errors import DataError
 from asyncgrpo.types import Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "query", "question", "problem")
 ANSWER_COLUMNS = ("ground_truth", "answer", "solution", "target")
-Row = dict[str, Any]
+AS_IT_IS = TemplateSettings()
 
 
-def read_jsonl(path: str | Path) -> tuple[Prompt, ...]:
-    """One prompt per row, in file order, with ids "<file stem>:<row index>"; blank lines skipped.
+def read_prompts(
+    path: str | Path, template: TemplateSettings = AS_IT_IS, name: str = ""
+) -> tuple[Prompt, ...]:
+    """One prompt per row of a file, glob, folder or hub data set (see files.py), in their order.
 
-    Prompt.answer is the ground truth as text; None only when no row of the file has an answer
-    column. Raises DataError for a file that is missing, empty or not UTF-8, and, naming the
-    line, for a row that is not a JSON object, or has no usable prompt or answer.
+    Raises DataError for what cannot be read, and, naming the row, as `prompts_from_rows` does.
     """
-    path = Path(path)
-    rows = _read_rows(path)
-    if not rows:
-        raise DataError(f"{path} holds no records; it needs one JSON object per line")
-    answered = any(_answer_column(row) is not None for _, row in rows)
-    prompts = []
-    for index, (line, row) in enumerate(rows):
-        where = f"{path}:{line}"
-        prompts.append(
+    return prompts_from_rows(read_rows(path), name or source_name(path), template)
+
+
+def prompts_from_rows(
+    rows: Iterable[Located], name: str, template: TemplateSettings = AS_IT_IS
+) -> tuple[Prompt, ...]:
+    """One prompt per row, with ids "<name>:<row index>"; `name` is also the default data_source.
+
+    Prompt.answer is the ground truth as text; None only when no row has an answer column.
+    Raises DataError, naming its place, for a row that is an error, or has no usable prompt or
+    answer.
+    """
+    sound = [(where, _sound(row)) for where, row in rows]
+    field = template.answer_field
+    answered = bool(field) or any(_answer_column(row, field) is not None for _, row in sound)
+    return tuple(
+        with_template(
             Prompt(
-                prompt_id=f"{path.stem}:{index}",
-                messages=_messages(row, where),
-                answer=_answer(row, where) if answered else None,
-                data_source=_data_source(row, path.stem, where),
+                prompt_id=f"{name}:{index}",
+                messages=messages_of(row, where, template.user_field),
+                answer=answer_of(row, where, field) if answered else None,
+                data_source=source_of(row, where, name),
                 columns=row,
-            )
+            ),
+            template,
         )
-    return tuple(prompts)
+        for index, (where, row) in enumerate(sound)
+    )
 
 
-def _read_rows(path: Path) -> list[tuple[int, Row]]:
-    """(line number, row) of every line that is not blank."""
-    if not path.is_file():
-        raise DataError(f"data file {path} {_why_not(path)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}; convert it to JSONL") from None
-    # Only "\n" ends a line: JSON text may hold other line separators, e.g. U+2028.
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, _parse(line, f"{path}:{number}")) for number, line in lines if line.strip()]
-
-
-def _why_not(path: Path) -> str:
-    if path.is_dir():
-        return "is a folder; give one JSONL file"
-    near = sorted(str(found) for found in path.parent.glob("*.jsonl"))
-    return "does not exist; " + (f"there are: {', '.join(near[:5])}" if near else "check the path")
-
-
-def _parse(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}; each line must be one object") from None
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where} holds {_shown(row)}, not an object; "
-            'write rows like {"prompt": "...", "answer": "..."}'
-        )
+def _sound(row: Row | DataError) -> Row:
+    if isinstance(row, DataError):
+        raise row
     return row
 
 
-def _messages(row: Row, where: str) -> tuple[Message, ...]:
-    column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+def messages_of(row: Row, where: str, field: str = "") -> tuple[Message, ...]:
+    """The row's question as messages; `field` names its column. DataError if it is unusable."""
+    names = (field,) if field else PROMPT_COLUMNS
+    column = next((name for name in names if row.get(name) is not None), None)
     if column is None:
         raise DataError(
-            f"{where} has no prompt; it has {_names(row)}; "
-            f"name the column one of: {', '.join(PROMPT_COLUMNS)}"
+            f"{where} has no {field or 'prompt'}; it has {_names(row)}; "
+            f"name the column one of: {', '.join(PROMPT_COLUMNS)}, or set template.user_field"
         )
     value = row[column]
     if isinstance(value, str):
@@ -115,19 +102,13 @@ def _message(item: object, where: str) -> Message:
     return {"role": item["role"], "content": item["content"]}
 
 
-def _answer_column(row: Row) -> str | None:
-    """The column that holds the ground truth, wherever it stands; None without one."""
-    if isinstance(row.get("reward_model"), Mapping) and "ground_truth" in row["reward_model"]:
-        return "reward_model"
-    return next((name for name in ANSWER_COLUMNS if name in row), None)
-
-
-def _answer(row: Row, where: str) -> str:
-    column = _answer_column(row)
+def answer_of(row: Row, where: str, field: str = "") -> str:
+    """The row's ground truth as text; `field` names its column. DataError if there is none."""
+    column = _answer_column(row, field)
     if column is None:
         raise DataError(
-            f"{where} has no answer although other rows have one; it has {_names(row)}; add "
-            f"one of: reward_model.ground_truth, {', '.join(ANSWER_COLUMNS)}"
+            f"{where} has no {field or 'answer'}; it has {_names(row)}; add one of: "
+            f"reward_model.ground_truth, {', '.join(ANSWER_COLUMNS)}, or set template.answer_field"
         )
     nested = column == "reward_model"
     value = row[column]["ground_truth"] if nested else row[column]
@@ -141,7 +122,18 @@ def _answer(row: Row, where: str) -> str:
     return str(value)
 
 
-def _data_source(row: Row, default: str, where: str) -> str:
+def _answer_column(row: Row, field: str) -> str | None:
+    """The column that holds the ground truth: the first with a value, else the first of all."""
+    if field:
+        return field if field in row else None
+    if isinstance(row.get("reward_model"), Mapping) and "ground_truth" in row["reward_model"]:
+        return "reward_model"
+    present = [name for name in ANSWER_COLUMNS if name in row]
+    return next((name for name in present if row[name] is not None), next(iter(present), None))
+
+
+def source_of(row: Row, where: str, default: str) -> str:
+    """The row's data_source, or the default; DataError when it is not text."""
     value = row.get("data_source", default)
     if isinstance(value, Mapping) and value and all(map(_is_weight, value.values())):
         return "+".join(map(str, value))

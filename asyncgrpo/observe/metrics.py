@@ -150,6 +150,7 @@ COUNTERS = _table(
         "failed_groups": ("groups", "groups fail at the actor: prompts, rewards, engine"),
         "updates_skipped": ("updates", "losses or gradients were not finite"),
         "reference_syncs": ("syncs", "the reference was mixed with the policy"),
+        "prompts_truncated": ("prompts", "prompts lost their beginning to data.overlong_prompt"),
         "idle_seconds": ("seconds", "actors waited"),
         "generate_seconds": ("seconds", "actors computed"),
         "swap_seconds": ("seconds", "generation stood still for weight swaps"),

@@ -1,0 +1,61 @@
+"""Finds in a data set what would hurt a run: all of it, not only the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from asyncgrpo.config import TemplateSettings
+from asyncgrpo.data.files import Located, Row
+from asyncgrpo.data.records import AS_IT_IS, answer_of, messages_of, prompts_from_rows, source_of
+from asyncgrpo.errors import DataError
+from asyncgrpo.types import Prompt
+
+Finding = tuple[str, str, str]  # where, what kind, details
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checker:
+    """What records are held to. known_sources None: any data_source will do."""
+
+    template: TemplateSettings = AS_IT_IS
+    known_sources: Collection[str] | None = None
+    count_tokens: Callable[[Prompt], int] | None = None
+    max_prompt_tokens: int = 0
+
+    def findings(self, rows: Iterable[Located], name: str) -> Iterator[Finding]:
+        """Everything wrong with the rows, in their order; `name` is the default data_source."""
+        seen: dict[str, str] = {}  # question -> where it stood first
+        for where, row in rows:
+            errors = [("bad JSON", row)] if isinstance(row, DataError) else self._errors(row, where)
+            for kind, error in errors:  # its text begins with the place
+                yield where, kind, str(error).removeprefix(where).lstrip(": ")
+            if not errors:
+                (prompt,) = prompts_from_rows([(where, row)], name, self.template)
+                first = seen.setdefault(repr(prompt.messages), where)
+                if first != where:
+                    yield where, "duplicate", f"the same prompt as {first}"
+                yield from self._unfit(prompt, where)
+
+    def _errors(self, row: Row, where: str) -> list[tuple[str, DataError]]:
+        readers: dict[str, Callable[[], object]] = {
+            "prompt": lambda: messages_of(row, where, self.template.user_field),
+            "answer": lambda: answer_of(row, where, self.template.answer_field),
+            "data_source": lambda: source_of(row, where, "any"),
+        }
+        errors = []
+        for kind, read in readers.items():
+            try:
+                read()
+            except DataError as error:
+                errors.append((kind, error))
+        return errors
+
+    def _unfit(self, prompt: Prompt, where: str) -> Iterator[Finding]:
+        source, known = prompt.data_source, self.known_sources
+        if known is not None and source not in known:
+            yield where, "data_source", f"{source!r} is unknown; known are: {', '.join(known)}"
+        num_tokens = self.count_tokens(prompt) if self.count_tokens else 0
+        if num_tokens > self.max_prompt_tokens:
+            limit = f"data.max_prompt_tokens is {self.max_prompt_tokens}"
+            yield where, "too long", f"{num_tokens} tokens; {limit}"

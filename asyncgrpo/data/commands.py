@@ -1,0 +1,179 @@
+"""`asyncgrpo data ...`: look at data, check it, convert it, make it. Imports late, starts fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from asyncgrpo.config import Config, TemplateSettings
+
+MAX_SHOWN = 30
+
+data_app = typer.Typer(help="Look at data, check it, convert it, make it.", no_args_is_help=True)
+File = Annotated[str, typer.Argument(help="file, glob, folder or hub name")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML with template and limits")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="room.key=value, repeatable")]
+Model = Annotated[str | None, typer.Option(help="whose tokenizer; default: the one of --config")]
+
+
+@data_app.command()
+def preview(
+    file: File,
+    num: Annotated[int, typer.Option("-n", min=1, help="records to show")] = 3,
+    model: Model = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Shows records raw, rendered and, with a model, tokenised, with their lengths."""
+    from asyncgrpo.data.files import as_line, read_rows, source_name
+    from asyncgrpo.data.records import prompts_from_rows
+    from asyncgrpo.data.templates import render, tokenise
+
+    settings = _settings(config, set_)
+    data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
+    rows = read_rows(file)[:num]
+    prompts = prompts_from_rows(rows, source_name(file), _template(settings, file))
+    for (where, _), prompt in zip(rows, prompts, strict=True):
+        typer.echo(f"--- {prompt.prompt_id} ({where}), data_source {prompt.data_source}")
+        typer.echo(f"raw       {as_line(dict(prompt.columns))}answer    {prompt.answer}\nrendered")
+        if tokenizer is None:
+            typer.echo("\n".join(f"[{m['role']}] {m['content']}" for m in prompt.messages))
+            typer.echo("tokens    give --model to see them")
+            continue
+        text = render(tokenizer, prompt.messages, data)
+        ids = tokenise(tokenizer, prompt.messages, data)
+        too_long = f": too long, {data.overlong_prompt}" * (len(ids) > data.max_prompt_tokens)
+        typer.echo(f"{text}\ntokens    {ids}\nlengths   {len(text)} characters, {len(ids)} tokens")
+        typer.echo(f"limit     {data.max_prompt_tokens} tokens (data.max_prompt_tokens){too_long}")
+
+
+@data_app.command()
+def validate(
+    file: File,
+    model: Model = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="default: the setting")
+    ] = None,
+    known_sources: Annotated[
+        str | None, typer.Option(help="data_source names that have a reward, by commas")
+    ] = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
+) -> None:
+    """Finds bad JSON, missing prompts and answers, unknown data_source, duplicates, long prompts.
+
+    Ends with 1 when anything is found. Lengths are checked when there is a --model or --config.
+    """
+    from asyncgrpo.data.check import Checker
+    from asyncgrpo.data.files import read_rows, source_name
+    from asyncgrpo.data.templates import tokenise
+
+    settings = _settings(config, set_)
+    tokenizer = _tokenizer(model, settings if config else None)
+    if max_prompt_tokens and tokenizer is None:
+        raise typer.BadParameter("--max-prompt-tokens needs --model, whose tokens are counted")
+    checker = Checker(
+        template=_template(settings, file),
+        known_sources=known_sources.split(",") if known_sources else None,
+        count_tokens=(lambda prompt: len(tokenise(tokenizer, prompt.messages, settings.data)))
+        if tokenizer
+        else None,
+        max_prompt_tokens=max_prompt_tokens or settings.data.max_prompt_tokens,
+    )
+    rows = read_rows(file)
+    findings = list(checker.findings(rows, source_name(file)))
+    if findings:
+        _show_table(("where", "kind", "what"), findings)
+    typer.echo(f"{file}: {len(findings)} problems in {len(rows)} records")
+    raise typer.Exit(1 if findings else 0)
+
+
+@data_app.command("convert-gsm8k")
+def convert_gsm8k(
+    input_dir: Annotated[Path, typer.Option(help="the data set's Parquet or JSONL files")],
+    out_dir: Annotated[Path, typer.Option(help="for train.jsonl and test.jsonl")],
+    instruction: Annotated[
+        str | None, typer.Option(help="after each question; default: step by step, answer after #")
+    ] = None,
+) -> None:
+    """Converts local files of GSM8K into records with a bare ground truth. Never goes online."""
+    from asyncgrpo.data.gsm8k import INSTRUCTION, convert_folder
+
+    done = convert_folder(input_dir, out_dir, INSTRUCTION if instruction is None else instruction)
+    for split, (count, left_out) in done.items():
+        typer.echo(f"{out_dir / split}.jsonl: {count} records")
+        if left_out:
+            rows = f"{len(left_out)} rows have no answer after ####, left out: "
+            typer.echo(f"warning: {split}: {rows}{', '.join(map(str, left_out))}", err=True)
+
+
+@data_app.command("make-tasks")
+def make_tasks(
+    num: Annotated[int, typer.Option(min=1, help="records")],
+    kinds: Annotated[str, typer.Option(help="by commas; math: add, sub and mul")] = (
+        "math,gcd,sort,palindrome,reverse,expression"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same file")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSONL file; without: standard output")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Makes tasks with exact answers, as many of each kind, each once; see data.tasks settings."""
+    from asyncgrpo.data.files import as_line, write_rows
+    from asyncgrpo.data.task_records import task_records
+
+    names = [name.strip() for name in kinds.split(",")]
+    records = list(task_records(names, num, seed, _settings(None, set_).data.tasks))
+    if out is None:
+        typer.echo("".join(map(as_line, records)), nl=False)
+    else:
+        write_rows(out, records)
+        typer.echo(f"{out}: {num} records")
+
+
+def _settings(config: Path | None, overrides: list[str] | None) -> Config:
+    from asyncgrpo.config import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _template(settings: Config, file: str) -> TemplateSettings:
+    """The template of the table in data.train that has this path, else data.template."""
+    tables = () if isinstance(settings.data.train, str) else settings.data.train
+    own = [table.template for table in tables if table.path == file and table.template]
+    return own[0] if own else settings.data.template
+
+
+def _tokenizer(model: str | None, settings: Config | None) -> Any:
+    """The tokenizer of a model, else of the settings' model; None when neither is given."""
+    path = model or (settings.model.path if settings else None)
+    if path is None:
+        return None
+    if path == "tiny":
+        from asyncgrpo.data.tiny import build_tokenizer
+
+        return build_tokenizer()
+    from asyncgrpo.actor.process import load_tokenizer
+    from asyncgrpo.errors import ModelError
+
+    try:
+        return load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"no tokenizer can be loaded from {path!r}: {reason}") from None
+
+
+def _show_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a place that is cut off is of no use
+    for row in rows[:MAX_SHOWN]:
+        table.add_row(*row)
+    if len(rows) > MAX_SHOWN:
+        table.add_row(f"and {len(rows) - MAX_SHOWN} more")
+    Console(highlight=False, markup=False).print(table)

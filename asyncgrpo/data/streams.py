@@ -1,0 +1,156 @@
+"""Which prompt stands at which position: one list in epochs, or several mixed in exact shares.
+
+In a mix, position k goes to the source that is furthest behind its share of the first k + 1
+positions (the largest remainder). So no source is ever a whole position ahead of its share, and
+after each full round of the weights (3 : 1 has rounds of 4) all shares are exact. A source that
+has given its last prompt leaves, and the others go on among themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+from asyncgrpo.types import Prompt
+
+
+class Stream(Protocol):
+    """Prompts by position; None past the end."""
+
+    def get(self, position: int) -> Prompt | None:
+        """The same prompt every time for one position >= 0."""
+
+    def prompts(self) -> Iterable[Prompt]:
+        """All there are, in no special order; of an endless stream enough to stand for all."""
+
+
+class EpochStream:
+    """A list of prompts, each exactly once per epoch, in an order made from (seed, epoch)."""
+
+    def __init__(
+        self, prompts: Sequence[Prompt], *, seed: int | str, shuffle: bool, epochs: int | None
+    ) -> None:
+        self._prompts, self._seed = tuple(prompts), seed
+        self._shuffle, self._epochs = shuffle, epochs
+        self._epoch, self._order = -1, list(range(len(self._prompts)))  # the last one asked for
+
+    def get(self, position: int) -> Prompt | None:
+        """The prompt at a position >= 0; None when the epochs are over."""
+        epoch, place = divmod(position, len(self._prompts))
+        if self._epochs is not None and epoch >= self._epochs:
+            return None
+        if self._shuffle and epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(len(self._prompts), self._seed, epoch)
+        return self._prompts[self._order[place]]
+
+    def prompts(self) -> Sequence[Prompt]:
+        """All prompts, in the order they were given."""
+        return self._prompts
+
+
+def permutation(count: int, seed: int | str, epoch: int) -> list[int]:
+    """The order of `count` prompts in one epoch: a pure function of its arguments."""
+    order = list(range(count))
+    random.Random(f"{seed}:epoch {epoch}").shuffle(order)
+    return order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One source of a mix: it gives `size` prompts per epoch, at positions 0, 1, 2 ..."""
+
+    stream: Stream
+    size: int
+    weight: float | None = None  # None: its size, so that each epoch holds every prompt once
+
+
+class MixedStream:
+    """Several streams as one. Seekable: the prompt at a position depends on nothing asked before.
+
+    Positions are planned up to the furthest one asked for: less than a microsecond per source each.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, seed: int, epochs: int | None) -> None:
+        self._streams = [part.stream for part in parts]
+        weights = [part.size if part.weight is None else part.weight for part in parts]
+        quotas = [None if epochs is None else part.size * epochs for part in parts]
+        self._turns = Turns(weights, quotas, seed)
+
+    def get(self, position: int) -> Prompt | None:
+        """The prompt at a position >= 0; None when every source has given all it has."""
+        turn = self._turns.get(position)
+        return None if turn is None else self._streams[turn[0]].get(turn[1])
+
+    def prompts(self) -> Iterable[Prompt]:
+        """All prompts of every source."""
+        return itertools.chain.from_iterable(stream.prompts() for stream in self._streams)
+
+
+class Turns:
+    """Whose turn it is at each position, by largest remainder; ties go by a seeded order."""
+
+    def __init__(
+        self, weights: Sequence[float], quotas: Sequence[int | None], seed: int = 0
+    ) -> None:
+        """weights > 0; quotas: how many turns each source has in all, None = endlessly many."""
+        self._weights, self._quotas = _whole(weights), tuple(quotas)
+        self._rank = list(range(len(weights)))
+        random.Random(f"{seed}:mix").shuffle(self._rank)
+        self._sources, self._ordinals = array("L"), array("Q")  # planned so far, by position
+        self._given = [0] * len(weights)
+        self._start_anew()
+
+    def get(self, position: int) -> tuple[int, int] | None:
+        """(source, how many turns it had before) at a position; None past the last turn."""
+        while position >= len(self._sources) and self._live:
+            self._plan_one()
+        if position >= len(self._sources):
+            return None
+        return self._sources[position], self._ordinals[position]
+
+    def _plan_one(self) -> None:
+        self._now += 1
+        source = max(
+            self._live,
+            key=lambda i: (
+                self._weights[i] * self._now - self._since[i] * self._total,
+                -self._rank[i],
+            ),
+        )
+        self._sources.append(source)
+        self._ordinals.append(self._given[source])
+        self._given[source] += 1
+        self._since[source] += 1
+        if self._given[source] == self._quotas[source]:
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Shares are counted from here on, among the sources that have turns left."""
+        pairs = enumerate(zip(self._given, self._quotas, strict=True))
+        self._live = [i for i, (given, quota) in pairs if given != quota]
+        self._total = sum(self._weights[i] for i in self._live)
+        self._now, self._since = 0, [0] * len(self._given)
+
+
+def resample(count: int, ratio: float, seed: int, name: str) -> list[int]:
+    """Which of `count` prompts a sample_ratio keeps, in order: 0.5 half of them, 2 each twice.
+
+    Whole multiples take every prompt so often; the rest is drawn by seed. At least one is kept.
+    """
+    total = max(1, round(count * ratio))
+    copies, rest = divmod(total, count)
+    drawn = random.Random(f"{seed}:sample {name}").sample(range(count), rest)
+    return sorted([*list(range(count)) * copies, *drawn])
+
+
+def _whole(weights: Sequence[float]) -> list[int]:
+    """The weights as whole numbers in the same proportions: exact, nothing drifts."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    return [int(weight * scale) for weight in exact]

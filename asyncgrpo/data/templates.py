@@ -1,0 +1,98 @@
+"""From a record's question to the tokens the model sees: template, chat template, length limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from asyncgrpo.config import DataSettings, TemplateSettings
+from asyncgrpo.errors import DataError
+from asyncgrpo.types import Message, Prompt
+
+
+def with_template(prompt: Prompt, template: TemplateSettings) -> Prompt:
+    """The prompt as: system prompt, few-shot exchanges, the record's messages with the suffix."""
+    has_system = prompt.messages[0]["role"] == "system"
+    system, turns = prompt.messages[:has_system], prompt.messages[has_system:]
+    if template.system:
+        system = ({"role": "system", "content": template.system},)
+    shots = [
+        {"role": role, "content": content}
+        for shot in template.few_shot
+        for role, content in (("user", shot.user), ("assistant", shot.assistant))
+    ]
+    return replace(prompt, messages=(*system, *shots, *_instructed(list(turns), template.suffix)))
+
+
+def with_suffix(text: str, suffix: str) -> str:
+    """The text with an instruction after it, set off by a space; as it is if it ends so already."""
+    if not suffix or text.rstrip().endswith(suffix.strip()):
+        return text
+    return text + suffix if suffix[0].isspace() else f"{text} {suffix}"
+
+
+def render(tokenizer: Any, messages: Sequence[Message], data: DataSettings) -> str:
+    """The prompt as text, the beginning of the model's answer included.
+
+    Without data.chat_template: the contents of the messages, one per paragraph.
+    """
+    if not data.chat_template:
+        return "\n\n".join(message["content"] for message in messages)
+    _check_chat_template(tokenizer)
+    text: str = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+    )
+    return text
+
+
+def tokenise(tokenizer: Any, messages: Sequence[Message], data: DataSettings) -> list[int]:
+    """The token ids of `render`; ids are exactly those that the engine gets."""
+    if not data.chat_template:
+        return list(tokenizer.encode(render(tokenizer, messages, data)))
+    _check_chat_template(tokenizer)
+    return list(
+        tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+    )
+
+
+def fit(token_ids: list[int], data: DataSettings, prompt_id: str) -> list[int] | None:
+    """The ids within data.max_prompt_tokens; None when the prompt is to be dropped.
+
+    truncate_left keeps the last tokens: the head of the chat template is lost with the rest.
+    Raises DataError for an over-long prompt with data.overlong_prompt="error".
+    """
+    limit = data.max_prompt_tokens
+    if len(token_ids) <= limit:
+        return token_ids
+    if data.overlong_prompt == "truncate_left":
+        return token_ids[-limit:]
+    if data.overlong_prompt == "error":
+        raise DataError(
+            f"prompt {prompt_id} has {len(token_ids)} tokens, data.max_prompt_tokens={limit} are "
+            'allowed and data.overlong_prompt="error"; raise the limit, shorten the prompt, or set '
+            'data.overlong_prompt to "drop" or "truncate_left"'
+        )
+    return None
+
+
+def _instructed(turns: list[Message], suffix: str) -> list[Message]:
+    """The turns with the suffix at the end of the last one of the user."""
+    for index in range(len(turns) - 1, -1, -1):
+        if turns[index]["role"] == "user":
+            content = with_suffix(turns[index]["content"], suffix)
+            return [*turns[:index], {**turns[index], "content": content}, *turns[index + 1 :]]
+    return turns
+
+
+def _check_chat_template(tokenizer: Any) -> None:
+    if getattr(tokenizer, "chat_template", "") is None:
+        raise DataError(
+            "the model's tokenizer has no chat template; use an instruction-tuned model, add a "
+            "chat_template to its tokenizer, or set data.chat_template=false for plain text"
+        )

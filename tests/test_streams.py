@@ -1,0 +1,141 @@
+"""Mixing is exact, seeded and seekable; every prompt comes exactly as often as it should."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from fakes import make_prompt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Turns, resample
+
+seeds = st.integers(0, 2**31 - 1)
+weight_lists = st.lists(
+    st.one_of(st.integers(1, 9), st.sampled_from([0.1, 0.25, 0.3, 0.7, 1.5, 12.34])),
+    min_size=1,
+    max_size=6,
+)
+
+
+def counts(turns: Turns, num: int) -> list[int]:
+    drawn = Counter(turn[0] for position in range(num) if (turn := turns.get(position)))
+    return [drawn[source] for source in range(6)]
+
+
+def part(number: int, size: int, seed: int = 0, weight: float | None = None) -> Part:
+    prompts = [make_prompt(100 * number + i) for i in range(size)]
+    stream = EpochStream(prompts, seed=f"{seed}:{number}", shuffle=True, epochs=None)
+    return Part(stream=stream, size=size, weight=weight)
+
+
+def ids(stream: MixedStream, num: int) -> list[str]:
+    return [prompt.prompt_id for i in range(num) if (prompt := stream.get(i)) is not None]
+
+
+@pytest.mark.parametrize(
+    ("weights", "num", "expected"),
+    [
+        ([3, 1], 4, [3, 1]),
+        ([3, 1], 1000, [750, 250]),
+        ([0.75, 0.25], 1000, [750, 250]),
+        ([1, 1, 1], 100, [34, 33, 33]),
+        ([0.7, 0.2, 0.1], 10, [7, 2, 1]),
+        ([0.7, 0.2, 0.1], 995, [696, 199, 100]),
+        ([1, 10**6], 10**4, [0, 10**4]),
+        ([2.5, 1], 7, [5, 2]),
+    ],
+)
+def test_shares_are_those_of_the_largest_remainder(weights, num, expected):
+    found = counts(Turns(weights, [None] * len(weights)), num)[: len(weights)]
+    if weights == [1, 1, 1]:
+        found.sort(reverse=True)  # who of three equals goes first depends on the seed
+    assert found == expected
+
+
+@given(weight_lists, seeds, st.integers(0, 400))
+def test_no_source_is_a_whole_turn_ahead_of_its_share_at_any_position(weights, seed, num):
+    found = counts(Turns(weights, [None] * len(weights), seed), num)
+    exact = [Fraction(str(weight)) for weight in weights]
+    for count, weight in zip(found, exact, strict=False):
+        assert count - num * weight / sum(exact) < 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), seeds, st.integers(1, 5))
+def test_shares_are_exact_after_each_round_of_the_weights(weights, seed, rounds):
+    found = counts(Turns(weights, [None] * len(weights), seed), rounds * sum(weights))
+    assert found[: len(weights)] == [rounds * weight for weight in weights]
+
+
+@given(weight_lists, seeds, st.lists(st.integers(0, 300), max_size=20))
+def test_a_position_is_the_same_turn_in_whatever_order_it_is_asked(weights, seed, positions):
+    turns = Turns(weights, [None] * len(weights), seed)
+    for position in positions:
+        assert turns.get(position) == Turns(weights, [None] * len(weights), seed).get(position)
+
+
+@given(weight_lists, seeds, st.lists(st.integers(0, 30), min_size=6, max_size=6))
+def test_each_source_gives_its_quota_in_order_and_then_nothing(weights, seed, quotas):
+    quotas = quotas[: len(weights)]
+    turns = Turns(weights, quotas, seed)
+    given = [turns.get(position) for position in range(sum(quotas))]
+    for source, quota in enumerate(quotas):
+        assert [ordinal for who, ordinal in given if who == source] == list(range(quota))
+    assert turns.get(sum(quotas)) is None
+    assert turns.get(10**9) is None
+
+
+def test_the_others_keep_their_shares_when_a_source_has_given_all_it_has():
+    turns = Turns([6, 3, 1], [6, None, None])
+    assert counts(turns, 10)[:3] == [6, 3, 1]
+    assert counts(turns, 10 + 400)[:3] == [6, 3 + 300, 1 + 100]
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    st.one_of(st.none(), st.lists(st.sampled_from([0.5, 1, 3]), min_size=4, max_size=4)),
+    st.integers(1, 4),
+    seeds,
+)
+def test_a_finite_run_uses_every_prompt_exactly_epochs_times(sizes, weights, epochs, seed):
+    parts = [part(i, size, seed, weights and weights[i]) for i, size in enumerate(sizes)]
+    stream = MixedStream(parts, seed=seed, epochs=epochs)
+    total = epochs * sum(sizes)
+    used = Counter(ids(stream, total))
+    assert set(used.values()) == {epochs}
+    assert len(used) == sum(sizes)
+    assert stream.get(total) is None
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 5), seeds)
+def test_without_weights_each_epoch_holds_every_prompt_once(sizes, epoch, seed):
+    parts = [part(i, size, seed) for i, size in enumerate(sizes)]
+    stream = MixedStream(parts, seed=seed, epochs=None)
+    everything = ids(stream, (epoch + 1) * sum(sizes))[epoch * sum(sizes) :]
+    assert len(set(everything)) == len(everything) == sum(sizes)
+
+
+def test_another_seed_gives_another_order_and_the_same_seed_the_same():
+    def order(seed: int) -> list[str]:
+        return ids(MixedStream([part(1, 9, seed), part(2, 9, seed)], seed=seed, epochs=1), 18)
+
+    assert order(1) == order(1)
+    assert len({tuple(order(seed)) for seed in range(8)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "kept"),
+    [(10, 1, 10), (10, 0.5, 5), (10, 2, 20), (10, 1.3, 13), (3, 0.01, 1)],
+)
+def test_a_sample_ratio_keeps_so_many_prompts_as_evenly_as_can_be(count, ratio, kept):
+    chosen = resample(count, ratio, 0, "a")
+    assert len(chosen) == kept
+    times = Counter(chosen)
+    assert max(times.values()) - min(times[i] for i in range(count)) <= 1
+    assert chosen == resample(count, ratio, 0, "a") == sorted(chosen)
+
+
+def test_a_sample_depends_on_the_seed():
+    assert len({tuple(resample(20, 0.5, seed, "a")) for seed in range(5)}) == 5
