@@ -87,7 +87,7 @@ def find(kind: str, name: str) -> Callable[..., Any]:
     if ":" in name:
         return find_function(name, f"algo.{kind}", ConfigError)
     module = importlib.import_module(f"asyncgrpo.learner.{MODULES[kind]}")
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)
 
 
 def _entry(kind: str, name: str, docstring: str) -> Algorithm:

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -105,24 +105,30 @@ def main() -> None:
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    from asyncgrpo.rundir import leave
-
-    end = leave if sys.argv[1:2] == ["role"] else sys.exit
     try:
-        end(app(standalone_mode=False) or 0)
+        _end(app(standalone_mode=False) or 0)
     except AsyncGRPOError as error:
         record_error(error)
         print(f"error: {error}", file=sys.stderr)
-        end(error.exit_code)
+        _end(error.exit_code)
     except typer.Abort:
-        end(EXIT_INTERRUPTED)
+        _end(EXIT_INTERRUPTED)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # wrong usage of the command
             error.show()
-            end(error.exit_code)
+            _end(error.exit_code)
         record_error(error)
         traceback.print_exc()
-        end(1)
+        _end(1)
+
+
+def _end(exit_code: int) -> NoReturn:
+    """A role ends at once, whatever still runs in it."""
+    if sys.argv[1:2] == ["role"]:
+        from asyncgrpo.rundir import leave
+
+        leave(exit_code)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def find_function(use: str, what: str, error: type[BadInput]) -> Callable[..., A
             f"{what} {use!r} is {shown(found)} ({type(found).__name__}), not a function; name a "
             "function of that module"
         )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def last_place(error: BaseException) -> str:

@@ -79,6 +79,7 @@ class InlineJudge:
 
 def _score(settings: RewardSettings, rewards: RewardSet, job: Job) -> Verdict:
     start = time.perf_counter()
+    scores: Scores | None
     try:
         scores = rewards.score(job.prompt, job.texts)
         error = scores.errors[0] if scores.errors else ""

@@ -19,7 +19,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from asyncgrpo.config import Config
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.types import Completion, Sampled, Sampling
+from asyncgrpo.types import Completion, FinishReason, Sampled, Sampling
 
 SPARE_SEQUENCES = 64  # beside the training groups: evaluations and canaries
 
@@ -139,7 +139,10 @@ def _completion(output: Any) -> Completion:
             f"vLLM returned {len(token_ids)} tokens with {len(logprobs)} log-probs and version "
             f"spans {output.weight_versions}; asyncgrpo supports vllm 0.32 and 0.33"
         )
-    reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+    reasons: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
     return Completion(
-        token_ids=token_ids, behavior_logprobs=logprobs, versions=versions, finish_reason=reason
+        token_ids=token_ids,
+        behavior_logprobs=logprobs,
+        versions=versions,
+        finish_reason=reasons.get(output.finish_reason, "abort"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,7 +166,7 @@ def _tokenizer(model: str | None, settings: Config | None) -> Any:
         raise ModelError(f"no tokenizer can be loaded from {path!r}: {reason}") from None
 
 
-def _show_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
 

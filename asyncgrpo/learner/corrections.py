@@ -14,7 +14,7 @@ from asyncgrpo.learner.inputs import moves_on, safe_exp
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncgrpo.config import AlgoSettings
+    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.learner.inputs import LossInputs
 
 

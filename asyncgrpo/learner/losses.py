@@ -15,7 +15,7 @@ from torch import Tensor
 from asyncgrpo.learner.inputs import MAX_LOG_RATIO, safe_exp
 
 if TYPE_CHECKING:
-    from asyncgrpo.config import AlgoSettings
+    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.learner.inputs import LossInputs
 
 # A smaller sequence ratio has no weight left, and its square would be 0 in float32.

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import find
-from asyncgrpo.config import AlgoSettings
 from asyncgrpo.errors import AlgorithmError, BadInput
 from asyncgrpo.imports import last_place
 from asyncgrpo.learner.advantages import GroupRewards
@@ -85,10 +85,10 @@ def correct(inputs: LossInputs, algo: AlgoSettings) -> Corrected:
     """
     rules = {name: _correction(name, inputs, algo) for name in algo.correction}
     ones = torch.ones_like(inputs.mask)
-    weight, own = ones, [rule.weight for n, rule in rules.items() if n == "icepop"]
-    others = [r.weight for n, r in rules.items() if n != "icepop" and r.weight is not None]
+    weights = {name: rule.weight for name, rule in rules.items() if rule.weight is not None}
+    weight, own = ones, [weights.pop("icepop")] if "icepop" in weights else []
     # bypass corrects in the loss's ratio: then icepop only masks.
-    for factor in others or (own if "bypass" not in algo.correction else []):
+    for factor in weights.values() or (own if "bypass" not in algo.correction else []):
         weight = weight * factor
     is_capped = torch.zeros_like(ones, dtype=torch.bool)
     removed = {}

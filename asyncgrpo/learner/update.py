@@ -167,7 +167,8 @@ class PolicyUpdater:
 
     def _objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
         row = packed_row(batch.batches[index], self._device)
-        inputs = batch.inputs(index, *self._head(row), self._config)
+        logprobs, entropy = self._head(row)
+        inputs = batch.inputs(index, logprobs, entropy, self._config)
         kl_coef = self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
         return inputs, objective(inputs, self._config.algo, kl_coef)
 
