@@ -457,11 +457,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
             f"config file {path} does not exist"
             + (f"; there are: {', '.join(near)}" if near else "; give --config FILE.toml")
         )
+    kind, loads = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+        return dict(loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config file {path} is not valid {kind}: {error}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

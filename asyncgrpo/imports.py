@@ -12,11 +12,11 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -88,17 +88,13 @@ def _import(place: str, who: str, error: type[BadInput]) -> Any:
 @functools.cache
 def _load(file: Path, changed: int) -> Any:
     """Loaded once, and again when the file has changed: a notebook's process lives long."""
-    return unpack(file) if file.suffix == PACKED else _run_file(file)
-
-
-def _run_file(path: Path) -> ModuleType:
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(str(path), path)
-    assert spec is not None, "a .py file has a loader"
-    assert spec.loader is not None, "a .py file has a loader"
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    if file.suffix == PACKED:
+        return unpack(file)
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    module = sys.modules[str(file)] = ModuleType(str(file))
+    module.__file__ = str(file)
+    SourceFileLoader(str(file), str(file)).exec_module(module)
     return module
 
 

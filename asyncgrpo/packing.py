@@ -30,7 +30,7 @@ def importable_name(function: Function) -> str | None:
 
 
 def own_name(function: Function) -> str:
-    """What a function calls itself; of a partial its function's name, of an object its class's."""
+    """The name of a function, of a partial's function, or of an object's class."""
     named = getattr(function, "func", function)
     return getattr(named, "__name__", type(named).__name__).strip("<>")
 
@@ -42,12 +42,12 @@ def pack(functions: Mapping[str, Function]) -> bytes:
     """
     import cloudpickle
 
-    for function in functions.values():
+    for name, function in functions.items():
         try:
             cloudpickle.dumps(function)
         except Exception as error:  # pickling calls code of the user's objects
             raise RewardError(
-                f"reward function {own_name(function)!r} cannot be copied to the reward workers "
+                f"reward function {name!r} cannot be copied to the reward workers "
                 f"({type(error).__name__}: {error}); let it make files, locks and clients itself "
                 "when it is called, or put it in a module and pass 'my_module:function'"
             ) from error

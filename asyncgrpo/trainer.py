@@ -97,32 +97,30 @@ class Trainer:
         """
         if not serial:
             check_main_thread()
+        check_run_dir(self.run_dir)
         if not _busy.acquire(blocking=False):
             raise ConfigError(
                 "fit() is called while this process trains already; when a module with a reward "
                 "calls it on import, put that call under if __name__ == '__main__'"
             )
-        try:
-            code = self._run(serial)
-        finally:
-            _busy.release()
-        if code == EXIT_INTERRUPTED:
+        if self._run(serial) == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
         summary = json.loads((self.run_dir / "summary.json").read_text(encoding="utf-8"))
         return TrainResult(run_dir=self.run_dir, model_path=self.run_dir / "model", summary=summary)
 
     def _run(self, serial: bool) -> int:
-        check_run_dir(self.run_dir)
+        """The exit code. A run that is refused before it has begun leaves no directory."""
         is_new = not self.run_dir.exists()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             for file, content in self._files.items():
                 file.write_bytes(content)
             session = Session(self.config)
             return session.run_serially() if serial else session.run()
         finally:
-            if is_new and not (self.run_dir / "config.json").exists():  # refused
-                shutil.rmtree(self.run_dir)
+            _busy.release()
+            if is_new and not (self.run_dir / "config.json").exists():
+                shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def _data(self, name: str, dataset: Dataset | None) -> str | None:
         """What data.train or data.eval is set to; rows in memory become a file of the run."""
@@ -143,10 +141,8 @@ class Trainer:
             if callable(function := table.get("use")):
                 table["use"] = importable_name(function)
                 if table["use"] is None:
-                    name = own_name(function)
-                    key = f"{name}_{len(packed)}"
-                    table = {"name": name, **table, "use": f"{file}:{key}"}
-                    packed[key] = function
+                    name = str(table.get("name") or own_name(function)).replace(".", "_")
+                    table["use"], packed[name] = f"{file}:{name}", function
             tables.append(table)
         if packed:
             self._files[file] = pack(packed)

@@ -125,7 +125,7 @@ def test_a_function_that_cannot_be_copied_is_refused_by_name():
             return [0.0 for _ in completions]
 
     with pytest.raises(RewardError, match=r"'guarded' cannot be copied .*lock.*when it is called"):
-        pack({"fine": lambda completions: [], "guarded_1": guarded})
+        pack({"fine": lambda completions: [], "guarded": guarded})
 
 
 def test_names_are_those_that_a_user_knows():
@@ -158,9 +158,13 @@ def test_a_file_is_found_by_its_path_with_what_lies_beside_it(here):
         "from sibling_of_mine import TWO\nSEEN = []\n"
         "class Judge:\n    @staticmethod\n    def double(x):\n        return TWO * x\n"
         "def see(x):\n    SEEN.append(x)\n    return SEEN\n"
+        "def read():\n    from pathlib import Path\n"
+        "    return Path(__file__).with_name('words.txt').read_text()\n"
     )
     (here / "rewards" / "sibling_of_mine.py").write_text("TWO = 2\n")
+    (here / "rewards" / "words.txt").write_text("ja nein")
     assert find("rewards/math.py:Judge.double")(4) == 8
+    assert find("rewards/math.py:read")() == "ja nein"
     find("rewards/math.py:see")(1)
     assert find(f"{here}/rewards/../rewards/math.py:see")(2) == [1, 2]  # loaded once
     import math

@@ -53,6 +53,10 @@ def test_settings_come_as_a_dict_a_config_a_file_or_not_at_all(tmp_path):
         assert (config.run.max_steps, config.algo.group_size) == (7, 4)
         assert (config.launch.actors, config.launch.learners) == (3, 1)
         assert config.run.dir == str(tmp_path / "out")
+    for text in ('{"run": ', '["run"]'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"bad.json is not valid JSON"):
+            Trainer("bad.json")
     defaults = Trainer(run_dir="out").config
     assert (
         defaults.model_dump() == from_mapping({"run": {"dir": str(tmp_path / "out")}}).model_dump()
@@ -78,8 +82,9 @@ def test_two_lambdas_need_names():
     two = [lambda completions: [0.0 for _ in completions] for _ in range(2)]
     with pytest.raises(ConfigError, match="two are called 'lambda'; give one of them another"):
         Trainer(reward_funcs=two)
-    named = Trainer(reward_funcs=[two[0], {"use": two[1], "name": "second"}]).config
-    assert [f.label for f in named.reward.functions] == ["lambda", "second"]
+    named = Trainer(reward_funcs=[two[0], {"use": two[1], "name": "v1.1"}]).config
+    assert [f.label for f in named.reward.functions] == ["lambda", "v1.1"]
+    assert named.reward.functions[1].use.endswith("/reward_funcs.pkl:v1_1")
 
 
 def test_a_training_set_without_an_evaluation_set_means_no_evaluation():
@@ -201,7 +206,7 @@ def test_another_thread_than_the_main_one_is_refused_before_anything_is_written(
     thread = threading.Thread(target=fit)
     thread.start()
     thread.join()
-    assert "from the main thread of its process; start it there, or run it serially" in errors[0]
+    assert errors == ["a run that is not serial must start in the main thread of its process"]
     assert list(tmp_path.iterdir()) == []
 
 

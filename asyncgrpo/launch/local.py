@@ -240,10 +240,7 @@ class Supervisor:
 def check_main_thread() -> None:
     """RunError elsewhere: signals arrive there, and our children end with the thread that forks."""
     if threading.current_thread() is not threading.main_thread():
-        raise RunError(
-            "a run must be started from the main thread of its process; start it there, or run it "
-            "serially, or with `asyncgrpo launch` in a process of its own"
-        )
+        raise RunError("a run that is not serial must start in the main thread of its process")
 
 
 @contextmanager
