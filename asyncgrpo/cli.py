@@ -78,9 +78,11 @@ def evaluate(
         float | None, typer.Option(help="default: 0 (greedy) for one sample, else 1")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of a completion; default: that of [sampling]")
+        int | None, typer.Option(min=1, help="of a completion; default: sampling's")
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=1, help="at most")] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="at most; default: all, or 318 tasks")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with reward, template, limits")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable; eval.key as well")

@@ -87,4 +87,5 @@ def summarise(
 
 
 def _mean(values: Sequence[float]) -> float:
-    return float(sum(values)) / len(values) if values else 0.0
+    """Exactly rounded, so that it does not depend on the order in which answers arrived."""
+    return math.fsum(values) / len(values) if values else 0.0

@@ -69,6 +69,15 @@ def test_a_report_averages_completions_and_estimates_pass_at_k_per_prompt():
     }
 
 
+def test_a_report_does_not_depend_on_the_order_of_the_answers():
+    block, random = EvalSettings(), np.random.default_rng(0)
+    scores = random.normal(size=50) * 10.0 ** random.integers(-15, 15, 50)
+    groups = [group(i, [float(score)], [2]) for i, score in enumerate(scores)]
+    values = {"version": 0, "num_prompts": 50, "correct_above": 0.0, "seconds": 0.0}
+    shuffled = [groups[i] for i in random.permutation(50)]
+    assert summarise(groups, block, **values) == summarise(shuffled, block, **values)
+
+
 def test_a_score_that_does_not_apply_is_not_correct_and_nothing_answered_is_zero():
     block = EvalSettings()
     values = {"version": 0, "num_prompts": 1, "correct_above": -1.0, "seconds": 0.0}

@@ -72,6 +72,15 @@ def test_an_evaluation_is_scored_by_its_own_reward(pool):
         workers.close()
 
 
+def test_an_error_in_an_evaluation_scores_under_the_names_of_its_own_functions():
+    own = {"": settings("reward_functions:vowels"), "b": settings("reward_functions:silent")}
+    changes = {"on_error": "value", "error_value": -2.0}
+    judge = InlineJudge({name: each.model_copy(update=changes) for name, each in own.items()})
+    judge.submit(replace(job(1), block="b"))
+    (verdict,) = judge.done()
+    assert {n: part.tolist() for n, part in verdict.scores.parts.items()} == {"silent": [-2, -2]}
+
+
 def test_the_math_judge_keeps_time_in_a_worker_process(pool):
     options = {"timeout_seconds": 1}
     workers = pool("math", functions=[{"use": "math", "options": options}])

@@ -133,9 +133,8 @@ class Evaluations:
         return job
 
     def _report(self, job: _Job, now: float) -> EvalReport:
-        """Ordered by lease, so that it does not depend on who was faster."""
         return summarise(
-            sorted(job.groups, key=lambda group: int(group.lease.lease_id[1:])),
+            job.groups,
             job.block,
             version=job.version,
             num_prompts=job.num_prompts,

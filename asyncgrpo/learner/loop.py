@@ -133,7 +133,7 @@ class Learner:
 
     def _evaluate(self, version: int, blocks: Sequence[EvalSettings]) -> None:
         """Asks the actors to answer the held-out prompts with this version; does not wait."""
-        names = [block.name for block in blocks if self._evaluated.get(block.name) != version]
+        names = [block.name for block in blocks]
         if self._sender is None or not names:
             return
         self._evaluated.update(dict.fromkeys(names, version))
