@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -65,6 +66,64 @@ def launch(
         raise typer.Exit(session.run_serially() if serial else session.run())
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="model folder, hub name or 'tiny'")],
+    data: Annotated[str, typer.Option(help="file, glob, folder, hub name, or 'tasks'")],
+    k: Annotated[list[int] | None, typer.Option("-k", min=1, help="pass@k, repeatable")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="completions per prompt; default: the largest k, or 1")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="default: 0 (greedy) for one sample, else 1")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a completion; default: sampling's")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="at most; default: all, or 318 tasks")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with reward, template, limits")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="room.key=value, repeatable; eval.key as well")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, or toy: slow, repeatable")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file for every completion")] = None,
+) -> None:
+    """Accuracy, pass@k, reward and length of a model on held-out prompts."""
+    from rich.console import Console
+
+    from asyncgrpo.config import TASKS, load_config
+    from asyncgrpo.data.files import write_rows
+    from asyncgrpo.evaluate_model import Desk, run
+    from asyncgrpo.observe.progress import eval_table
+
+    samples = num_samples or max(k or [1])
+    flags = {
+        "model.path": json.dumps(model, ensure_ascii=False),
+        "actor.engine": engine,
+        "eval.data": json.dumps(data, ensure_ascii=False),
+        "eval.k": k or [],
+        "eval.num_samples": samples,
+        "eval.num_prompts": num_prompts or (None if data == TASKS else 2**31),
+        "eval.sampling.temperature": float(samples > 1) if temperature is None else temperature,
+        "eval.sampling.max_completion_tokens": max_tokens,
+    }
+    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    settings = load_config(config, ["eval={}", *overrides, *(set_ or [])])
+    desk = Desk(settings)
+    if out is not None:
+        write_rows(out, [])  # before the work: can it be written?
+    report = run(settings, desk)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(eval_table(report))
+    for line in desk.unanswered():
+        console.print(line)
+    if out is not None:
+        write_rows(out, desk.rows())
+        console.print(f"every completion  {out}")
+
+
 @app.command(hidden=True)
 def role(
     name: Annotated[str, typer.Argument(help="buffer, actor or learner")],
@@ -123,8 +182,8 @@ def main() -> None:
 
 
 def _end(exit_code: int) -> NoReturn:
-    """A role ends at once, whatever still runs in it."""
-    if sys.argv[1:2] == ["role"]:
+    """What may hold an engine ends at once, whatever still runs in it."""
+    if sys.argv[1:2] in (["role"], ["eval"]):
         from asyncgrpo.rundir import leave
 
         leave(exit_code)

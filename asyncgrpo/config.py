@@ -8,15 +8,26 @@ import logging
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.room import Room
 
 log = logging.getLogger(__name__)
+HELD_OUT = "held-out"  # the evaluation that nobody gave a name
+TASKS = "tasks"
+NOTHING = (None, "", "none")
 
 # Names that users bring from other trainers -> ours. Accepted with a notice, in any room.
 ALIASES = {
@@ -115,7 +126,8 @@ def _kind_of_train(value: object) -> str:
     return TEXT if isinstance(value, str) else TABLES
 
 
-TEXT, TABLES = "<text>", "<tables>"  # which of the two forms of data.train an error is about
+# Which form of data.train or eval an error is about.
+TEXT, TABLE, TABLES = "<text>", "<table>", "<tables>"
 Train = Annotated[
     Annotated[str, Tag(TEXT)] | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
     Discriminator(_kind_of_train),
@@ -195,7 +207,9 @@ def _as_functions(route: Any) -> Any:
 Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions), Field(min_length=1)]
 
 
-class RewardSettings(Room):
+class JudgeSettings(Room):
+    """What completions are scored by, and which of them are correct."""
+
     functions: tuple[RewardFunction, ...] = Field(
         (RewardFunction(use="task"), RewardFunction(use="length_penalty")),
         description="score every record; default: task and length_penalty, or none with routes",
@@ -205,13 +219,33 @@ class RewardSettings(Room):
         description="data_source -> judge: a name, {name: weight}, a table as in functions, or a "
         "list; 'default' is for all other sources",
     )
-    workers: int = Field(1, ge=1, description="scoring processes beside each actor")
-    timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
     correct_above: float = Field(
         0.0,
         description="a completion is correct when its first judge (of its route, else of "
         "functions) scores above this",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _routes_replace_the_default_functions(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("routes") and "functions" not in raw:
+            return {**raw, "functions": ()}
+        return raw
+
+    @model_validator(mode="after")
+    def _distinct_labels(self) -> JudgeSettings:
+        labels = [function.label for function in self.functions]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"functions: two are called {label!r}; give one of them another `name`"
+                )
+        return self
+
+
+class RewardSettings(JudgeSettings):
+    workers: int = Field(1, ge=1, description="scoring processes beside each actor")
+    timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
     on_error: Literal["drop_group", "zero", "value"] = Field(
         "drop_group",
         description="when a function raises, returns junk, hangs or dies: drop the group, or let "
@@ -229,23 +263,6 @@ class RewardSettings(Room):
     def error_score(self) -> float | None:
         """What a failed call scores; None: its group is dropped."""
         return {"drop_group": None, "zero": 0.0, "value": self.error_value}[self.on_error]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _routes_replace_the_default_functions(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("routes") and "functions" not in raw:
-            return {**raw, "functions": ()}
-        return raw
-
-    @model_validator(mode="after")
-    def _distinct_labels(self) -> RewardSettings:
-        labels = [function.label for function in self.functions]
-        for label in labels:
-            if labels.count(label) > 1:
-                raise ValueError(
-                    f"functions: two are called {label!r}; give one of them another `name`"
-                )
-        return self
 
     @model_validator(mode="after")
     def _error_value_belongs_to_value(self) -> RewardSettings:
@@ -314,10 +331,61 @@ class WeightSettings(Room):
     )
 
 
+class EvalSampling(Room):
+    temperature: float = Field(0.0, ge=0, le=10, description="0 = greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
+    top_k: int = Field(0, ge=0, description="0 = off")
+    max_completion_tokens: int | None = Field(None, ge=1, description="default: sampling's")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int) else value
+
+
 class EvalSettings(Room):
+    """One evaluation: which held-out prompts, how often, drawn and scored how."""
+
+    name: str = Field(HELD_OUT, pattern=r"^[\w.-]+$", description="in evals.jsonl and metrics")
+    data: str | None = Field(None, description="held-out prompts; default: data.eval")
     every: int = Field(10, ge=0, description="steps between evaluations; 0 = only before and after")
     num_prompts: int = Field(318, ge=1, description="held-out prompts, at most")
+    num_samples: int = Field(1, ge=1, description="completions per prompt")
+    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
+        (), description="a number or a list: pass@k, the chance that one of k samples is correct"
+    )
+    sampling: EvalSampling = EvalSampling()
+    reward: JudgeSettings | None = Field(
+        None, description="functions, routes and correct_above in place of those of [reward]"
+    )
     timeout_seconds: float = Field(300.0, gt=0)
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> EvalSettings:
+        if self.num_samples > 1 and not self.sampling.temperature:
+            raise ValueError(
+                f"num_samples={self.num_samples} with sampling.temperature=0: greedy completions "
+                "of one prompt are all the same; set sampling.temperature above 0, or num_samples=1"
+            )
+        if max(self.k, default=1) > self.num_samples:
+            raise ValueError(
+                f"k={max(self.k)} must be <= num_samples={self.num_samples}: pass@k is estimated "
+                f"from at least k samples; set num_samples >= {max(self.k)}"
+            )
+        return self
+
+
+def _kind_of_eval(value: object) -> str:
+    return TABLE if isinstance(value, Mapping | EvalSettings) else TABLES
+
+
+if TYPE_CHECKING:
+    EvalBlocks = tuple[EvalSettings, ...]
+else:  # a single [eval] table is one block
+    EvalBlocks = Annotated[
+        Annotated[EvalSettings, Tag(TABLE)] | Annotated[tuple[EvalSettings, ...], Tag(TABLES)],
+        Discriminator(_kind_of_eval),
+        AfterValidator(lambda eval: eval if isinstance(eval, tuple) else (eval,)),
+    ]
 
 
 class LaunchSettings(Room):
@@ -355,7 +423,7 @@ class Config(Room):
     algo: AlgoSettings = AlgoSettings()
     learner: LearnerSettings = LearnerSettings()
     weights: WeightSettings = WeightSettings()
-    eval: EvalSettings = EvalSettings()
+    eval: EvalBlocks = (EvalSettings(),)
     launch: LaunchSettings = LaunchSettings()
     observe: ObserveSettings = ObserveSettings()
 
@@ -422,11 +490,41 @@ class Config(Room):
                 f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
                 f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
             )
+        names = [block.name for block in self.eval]
+        for name in names:
+            if names.count(name) > 1:
+                yield f"eval: two blocks are called {name!r}; give one of them another `name`"
         if self.data.tasks.sequence_min > self.data.tasks.sequence_max:
             yield (
                 f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
                 f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
             )
+
+    @property
+    def evals(self) -> tuple[EvalSettings, ...]:
+        """The evaluations that have data, which is filled in where it is that of data.eval."""
+        return tuple(
+            block.model_copy(update={"data": data})
+            for block in self.eval
+            if (data := block.data or self.data.eval) not in NOTHING
+        )
+
+    @property
+    def rewards(self) -> dict[str, RewardSettings]:
+        """What scores training (the name "") and each evaluation, with its own judges if any."""
+        own = {block.name: dict(block.reward or {}) for block in self.evals}
+        return {name: self.reward.model_copy(update=new) for name, new in {"": {}, **own}.items()}
+
+    @property
+    def num_held_out_tasks(self) -> int:
+        """Generated tasks that are kept for evaluations."""
+        return max((block.num_prompts for block in self.evals if block.data == TASKS), default=0)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt with the longest completion, of training and all evaluations."""
+        own = [block.sampling.max_completion_tokens or 0 for block in self.evals]
+        return self.data.max_prompt_tokens + max(self.sampling.max_completion_tokens, *own, 0)
 
     @property
     def canary_tolerance(self) -> float:
@@ -472,13 +570,21 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # bare words are text: --set actor.engine=toy
-    *parents, last = key.strip().split(".")
-    place = raw
-    for parent in parents:
-        place = place.setdefault(parent, {})
+    keys = key.strip().split(".")
+    place: Any = raw
+    while len(keys) > 1:
+        name = keys.pop(0)
+        place = place.setdefault(name, {})
+        if isinstance(place, list):
+            if len(keys) < 2 or keys[0] not in map(str, range(len(place))):
+                raise ConfigError(
+                    f"--set {override!r}: {name} is a list of {len(place)} tables; write "
+                    f"{name}.0.{keys[-1]} for the first of them"
+                )
+            place = place[int(keys.pop(0))]
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-    place[last] = value
+            raise ConfigError(f"--set {override!r}: {name} is a value, not a section")
+    place[keys[0]] = value
 
 
 def _rename_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -502,6 +608,10 @@ def _rename_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
     for foreign, ours, value in moves:
         room, key = ours.split(".")
         place = renamed.setdefault(room, {})
+        if not isinstance(place, dict):
+            raise ConfigError(
+                f"{foreign} means {ours}, but {room} is a list; set {key} in its tables"
+            )
         if key in place:
             raise ConfigError(f"{foreign} means {ours}, which is set too; keep only {ours}")
         log.warning("setting %s is called %s here; taken as %s=%r", foreign, ours, ours, value)
@@ -511,7 +621,7 @@ def _rename_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _room_fields(room: str) -> Mapping[str, Any]:
     field = Config.model_fields.get(room)
-    return field.annotation.model_fields if field is not None else {}  # type: ignore[union-attr]
+    return _rooms_in(field.annotation)[0].model_fields if field is not None else {}
 
 
 def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
@@ -533,7 +643,7 @@ def _rooms_in(annotation: Any) -> list[Any]:
 
 def _explain(item: Any) -> str:
     """One pydantic error as: which setting, its value, what is allowed, what to change."""
-    location = tuple(part for part in item["loc"] if part not in (TEXT, TABLES))
+    location = tuple(part for part in item["loc"] if part not in (TEXT, TABLE, TABLES))
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         known = list(_fields_at(location[:-1]))

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
-    5: ("cli", "trainer", "serial", "launch", "data.commands"),
+    5: ("cli", "trainer", "serial", "evaluate_model", "launch", "data.commands"),
     4: (
         "actor.loop",
         "actor.process",

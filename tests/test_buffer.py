@@ -34,7 +34,7 @@ def config_of(**rooms):
         "eval": {"num_prompts": 5},
     }
     for room, values in rooms.items():
-        base[room] = {**base.get(room, {}), **values}
+        base[room] = values if isinstance(values, list) else {**base.get(room, {}), **values}
     return from_mapping(base)
 
 
@@ -341,7 +341,7 @@ def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
     for i in (0, 1):
         fields = {"actor": f"actor-{i}"}
         core.handle(f"actor-{i}.1", Packet(kind="hello", request_id=1, fields=fields), 0.0)
-    request = Packet(kind="evaluate", request_id=3, fields={"version": 7})
+    request = Packet(kind="evaluate", request_id=3, fields={"version": 7, "blocks": ["held-out"]})
     pushed = core.handle("learner-0", request, 0.0)
     assert [peer for peer, _ in pushed] == ["actor-0.1", "actor-1.1"]
     replies = []
@@ -355,23 +355,151 @@ def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
             group = make_group(lease, versions=[[7, 7]], scores=[score])
             replies += core.handle(peer, group_packet("put", [group]), 0.0)
     assert [answer.kind for peer, answer in replies if peer == "learner-0"] == ["evaluating"]
-    wanted = Packet(kind="results", request_id=9, fields={"version": 7})
-    (_, report), *_ = core.handle("learner-0", wanted, 0.0)
-    assert report.fields["accuracy"] == pytest.approx(2 / 5)
-    assert report.fields["num_answered"] == 5
+    wanted = Packet(kind="results", request_id=9)
+    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
+    (report,) = answer.fields["reports"]
+    assert report["accuracy"] == pytest.approx(2 / 5)
+    assert report["num_answered"] == 5
     assert core.leases.num_training_leases() == 0
+
+
+BLOCKS = [
+    {"name": "greedy", "num_prompts": 3, "timeout_seconds": 50},
+    {
+        "name": "sampled",
+        "num_prompts": 4,
+        "num_samples": 2,
+        "k": 2,
+        "sampling": {"temperature": 0.6, "max_completion_tokens": 99},
+        "reward": {"functions": [{"use": "exact"}], "correct_above": 0.5},
+        "timeout_seconds": 200,
+    },
+]
+
+
+class Exam:
+    """A core with two evaluation blocks and two actors that know it."""
+
+    def __init__(self):
+        self.core = BufferCore(config_of(eval=BLOCKS), CountingPrompts(), lambda step, groups: None)
+        self.ids = Counter()
+        self.leases = {}
+        for i in (0, 1):
+            self.ask(f"actor-{i}.1", "hello", actor=f"actor-{i}")
+
+    def ask(self, peer, kind, now=0.0, **fields):
+        return self.post(peer, Packet(kind=kind, fields=fields), now)
+
+    def post(self, peer, packet, now=0.0):
+        self.ids[peer] += 1
+        numbered = Packet(
+            kind=packet.kind,
+            request_id=self.ids[peer],
+            fields=packet.fields,
+            arrays=packet.arrays,
+        )
+        answers = []
+        for receiver, answer in self.core.handle(peer, numbered, now):
+            assert answer.kind != "refused", answer.fields
+            if answer.kind == "evaluate":
+                new = [lease_from(fields) for fields in answer.fields["leases"]]
+                self.leases.setdefault(receiver, []).extend(new)
+            elif receiver == "learner-0":
+                answers.append(answer)
+        return answers
+
+    def of(self, block):
+        found = [(peer, x) for peer, leases in self.leases.items() for x in leases]
+        return [(peer, lease) for peer, lease in found if lease.block == block]
+
+    def answer(self, block, scores, now=0.0):
+        """Answers all prompts of a block with these scores."""
+        answers = []
+        for peer, lease in self.of(block):
+            spans = [[lease.version]] * lease.group_size
+            packet = group_packet("put", [make_group(lease, versions=spans, scores=scores)])
+            answers += self.post(peer, packet, now)
+        return answers
+
+
+def test_blocks_of_one_version_are_dealt_together_with_their_own_sampling():
+    exam = Exam()
+    assert exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"]) == []
+    assert {peer: len(leases) for peer, leases in exam.leases.items()} == {
+        "actor-0.1": 4,
+        "actor-1.1": 3,
+    }
+    greedy, sampled = ([x for _, x in exam.of(name)] for name in ("greedy", "sampled"))
+    assert {(x.group_size, x.sampling.temperature, x.version) for x in greedy} == {(1, 0.0, 5)}
+    assert {x.sampling.max_completion_tokens for x in greedy} == {16}
+    assert {(x.group_size, x.sampling.temperature) for x in sampled} == {(2, 0.6)}
+    assert {x.sampling.max_completion_tokens for x in sampled} == {99}
+    assert {x.purpose for x in (*greedy, *sampled)} == {"eval"}
+    # asked for again, nothing is handed out twice
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy"])
+    assert sum(map(len, exam.leases.values())) == 7
+
+
+def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
+    exam = Exam()
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
+    assert exam.ask("learner-0", "results") == []
+    assert exam.answer("greedy", [0.4], now=2.0) == []  # correct above 0, the run's own bound
+    (noted,) = exam.ask("learner-0", "trained", step=0)
+    assert [report["name"] for report in noted.fields["evaluations"]] == ["greedy"]
+    answers = exam.answer("sampled", [0.4, 0.6], now=3.0)  # correct above 0.5
+    assert [answer.kind for answer in answers] == ["evaluating", "reports"]
+    greedy, sampled = answers[-1].fields["reports"]
+    assert (greedy["accuracy"], greedy["pass_at_k"], greedy["seconds"]) == (1.0, {}, 2.0)
+    assert (sampled["accuracy"], sampled["pass_at_k"]) == (0.5, {"2": 1.0})
+    assert (sampled["num_prompts"], sampled["seconds"], sampled["version"]) == (4, 3.0, 5)
+    (noted,) = exam.ask("learner-0", "trained", step=0)
+    assert [report["name"] for report in noted.fields["evaluations"]] == ["sampled"]
+    assert exam.core.leases.num_training_leases() == 0
+
+
+def test_the_learner_goes_on_when_every_actor_has_accepted_or_is_late():
+    exam = Exam()
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
+    (first, one), (second, two) = exam.leases.items()
+    accepted = {"lease_ids": [lease.lease_id for lease in one], "refused": []}
+    assert exam.ask(first, "accept", **accepted) == []
+    refused = [lease.lease_id for lease in two]
+    (answer,) = exam.ask(second, "accept", lease_ids=refused, refused=refused)
+    assert (answer.kind, answer.request_id) == ("evaluating", 1)
+    exam.ask("learner-0", "evaluate", version=6, blocks=["greedy"])
+    assert [answer.kind for _, answer in exam.core.tick(15.0)] == []
+    assert [answer.kind for _, answer in exam.core.tick(15.1)] == ["evaluating"]
+
+
+def test_a_block_that_nobody_answers_ends_at_its_own_timeout():
+    exam = Exam()
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
+    exam.core.tick(51.0)
+    (noted,) = exam.ask("learner-0", "trained", now=52.0, step=0)
+    (report,) = noted.fields["evaluations"]
+    assert (report["name"], report["num_answered"], report["num_prompts"]) == ("greedy", 0, 3)
+    exam.answer("sampled", [1.0, 1.0], now=199.0)
+    (noted,) = exam.ask("learner-0", "trained", now=199.0, step=0)
+    assert [r["num_answered"] for r in noted.fields["evaluations"]] == [4]
+
+
+def test_results_without_any_evaluation_are_empty_at_once():
+    (answer,) = Exam().ask("learner-0", "results")
+    assert answer.fields["reports"] == []
 
 
 def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
     hello = {"actor": "actor-0"}
     core.handle("actor-0.1", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    core.handle("learner-0", Packet(kind="evaluate", request_id=2, fields={"version": 1}), 0.0)
+    asked = {"version": 1, "blocks": ["held-out"]}
+    core.handle("learner-0", Packet(kind="evaluate", request_id=2, fields=asked), 0.0)
     core.handle("actor-0.2", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    wanted = Packet(kind="results", request_id=3, fields={"version": 1})
-    (_, report), *_ = core.handle("learner-0", wanted, 0.0)
-    assert report.fields["num_answered"] == 0
-    assert report.fields["num_prompts"] == 5
+    wanted = Packet(kind="results", request_id=3)
+    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
+    (report,) = answer.fields["reports"]
+    assert (report["num_answered"], report["num_prompts"]) == (0, 5)
 
 
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason():

@@ -107,6 +107,19 @@ def make_plan(
     )
 
 
+def lone_actor(config: Config, host: Host) -> ProcessSpec:
+    """An actor that has the host for itself; its environment must be set before torch is imported.
+
+    ConfigError when launch.gpus asks for a GPU and there is none.
+    """
+    launch = {"actors": 1, "learners": 0, "gpus": min(config.launch.gpus, 1)}
+    config = config.model_copy(update={"launch": config.launch.model_copy(update=launch)})
+    gpus = _assign_gpus(config, host)
+    cores = {} if gpus else {"actor-0": host.cores[: config.actor.threads]}
+    offline = Path(config.model.path).is_dir()
+    return _Draft(config, Path(), "python", cores, gpus, {}).actor(0, offline)
+
+
 def render_plan(plan: Plan) -> str:
     """The plan as text: per process its cores or GPUs, log, environment and command line."""
     blocks = [_render_spec(spec) for spec in plan.specs]

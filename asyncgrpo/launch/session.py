@@ -90,7 +90,8 @@ class Session:
         prompts = open_prompts(config)
         if prompts.get(0) is None:
             raise DataError(f"data.train={config.data.train!r} holds no prompt")
-        load_rewards(config.reward).check(prompts.survey())
+        for block, reward in config.rewards.items():
+            load_rewards(reward).check(prompts.survey(block))
         check_model_folder(config.model.path)
         if config.algo.kl_coef and config.algo.reference.path:
             check_model_folder(config.algo.reference.path)
@@ -134,7 +135,7 @@ class Session:
         settings = self._config.data.tasks.model_dump_json()
         command = [sys.executable, "-m", "asyncgrpo.data.tiny", "--tasks", settings]
         command += ["--seed", str(self._config.model.tiny_seed)]
-        command += ["--num-eval", str(self._config.eval.num_prompts)]
+        command += ["--num-eval", str(self._config.num_held_out_tasks)]
         lines: deque[str] = deque(maxlen=15)
         with subprocess.Popen(
             with_prelude(command),
