@@ -12,34 +12,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from asyncgrpo.algo import AlgoSettings
+from asyncgrpo.aliases import translate
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.room import Room
 
 log = logging.getLogger(__name__)
-
-# Names that users bring from other trainers -> ours. Accepted with a notice, in any room.
-ALIASES = {
-    "num_generations": "algo.group_size",
-    "prompt_repeat_k": "algo.group_size",
-    "clip_range": "algo.clip_low",
-    "beta": "algo.kl_coef",
-    "kl_loss_coef": "algo.kl_coef",
-    "kl_estimator": "algo.kl",
-    "num_iterations": "algo.passes",
-    "optimizer_steps": "algo.minibatches",
-    "mask_truncated_completions": "algo.mask_truncated",
-    "epsilon": "algo.clip_low",
-    "cliprange_low": "algo.clip_low",
-    "epsilon_high": "algo.clip_high",
-    "cliprange_high": "algo.clip_high",
-    "max_new_tokens": "sampling.max_completion_tokens",
-    "max_completion_length": "sampling.max_completion_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "global_batch_size": "buffer.groups_per_step",
-    "pack_max_length": "learner.max_tokens_per_microbatch",
-    "lr_scheduler_type": "learner.schedule",
-    "evaluate_step": "eval.every",
-}
 
 
 class RunSettings(Room):
@@ -441,8 +418,11 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
     """Builds a Config from nested dicts; ConfigError names each wrong key, value and remedy."""
+    settings, notices = translate(raw, {room: _fields_at((room,)) for room in Config.model_fields})
+    for notice in notices:
+        log.warning("%s", notice)
     try:
-        return Config.model_validate(_rename_aliases(raw))
+        return Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
@@ -477,39 +457,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _rename_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves foreign names to ours, wherever they stand; ours wins over nothing else silently."""
-    renamed: dict[str, Any] = {}
-    moves: list[tuple[str, str, Any]] = []
-    for room, content in raw.items():
-        if not isinstance(content, Mapping):
-            if room in ALIASES:
-                moves.append((room, ALIASES[room], content))
-            else:
-                renamed[room] = content
-            continue
-        known = _room_fields(room)
-        renamed[room] = {}
-        for key, value in content.items():
-            if key in ALIASES and key not in known:
-                moves.append((f"{room}.{key}", ALIASES[key], value))
-            else:
-                renamed[room][key] = value
-    for foreign, ours, value in moves:
-        room, key = ours.split(".")
-        place = renamed.setdefault(room, {})
-        if key in place:
-            raise ConfigError(f"{foreign} means {ours}, which is set too; keep only {ours}")
-        log.warning("setting %s is called %s here; taken as %s=%r", foreign, ours, ours, value)
-        place[key] = value
-    return renamed
-
-
-def _room_fields(room: str) -> Mapping[str, Any]:
-    field = Config.model_fields.get(room)
-    return field.annotation.model_fields if field is not None else {}  # type: ignore[union-attr]
-
-
 def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
     """The fields of the section at a location such as ("data", "train", 0, "template")."""
     models: list[Any] = [Config]
@@ -538,9 +485,9 @@ def _explain(item: Any) -> str:
             hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
         else:
             home = [
-                f"{r}.{location[-1]}"
-                for r in Config.model_fields
-                if location[-1] in _room_fields(r)
+                f"{room}.{location[-1]}"
+                for room in Config.model_fields
+                if location[-1] in _fields_at((room,))
             ]
             hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"

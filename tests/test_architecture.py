@@ -53,7 +53,7 @@ FLOORS = {
         "rundir",
         "observe",
     ),
-    1: ("config", "algo", "algorithms", "protocols", "observe.metrics"),
+    1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
     0: ("errors", "types", "imports", "room"),
 }
 STRANGERS = ("actor", "buffer", "learner")

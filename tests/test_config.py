@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import ALIASES, Config, from_mapping, load_config
+from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.errors import ConfigError
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -70,22 +69,6 @@ def test_overrides_are_toml_values_and_bare_words_are_text():
 def test_a_batch_may_be_given_in_completions():
     config = load_config(None, ["buffer.completions_per_step=64", "algo.group_size=4"])
     assert config.buffer.groups_per_step == 16
-
-
-@pytest.mark.parametrize("alias", ALIASES)
-def test_names_of_other_trainers_are_taken_with_a_notice(alias, caplog):
-    room, key = ALIASES[alias].split(".")
-    values = {"clip_low": 0.1, "clip_high": 0.5, "schedule": "linear", "kl": "k2"}
-    value = {**values, "minibatches": 4, "mask_truncated": True}.get(key, 512)
-    with caplog.at_level(logging.WARNING):
-        config = from_mapping({"algo": {alias: value}})
-    assert getattr(getattr(config, room), key) == value
-    assert ALIASES[alias] in caplog.text
-
-
-def test_an_alias_beside_its_own_name_is_refused():
-    with pytest.raises(ConfigError, match=r"means algo.group_size, which is set too"):
-        from_mapping({"algo": {"num_generations": 4, "group_size": 8}})
 
 
 def test_routes_take_the_place_of_the_default_functions_but_not_of_given_ones():
