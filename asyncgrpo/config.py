@@ -59,8 +59,8 @@ class TaskSettings(Room):
 class FewShot(Room):
     """One worked exchange that stands before the question."""
 
-    user: str = Field(..., min_length=1)
-    assistant: str = Field(..., min_length=1)
+    user: str = Field(..., min_length=1, description="its question")
+    assistant: str = Field(..., min_length=1, description="the answer to follow")
 
 
 class TemplateSettings(Room):
@@ -140,7 +140,7 @@ Scope = Literal["sample", "group"]
 
 class RewardFunction(Room):
     use: str = Field(..., description="built-in name or 'package.module:function'")
-    weight: float = 1.0
+    weight: float = Field(1.0, description="its score counts so many times")
     name: str = Field("", description="name in metrics; default: the last part of `use`")
     scope: Scope | None = Field(
         None,
@@ -259,16 +259,18 @@ class BufferSettings(Room):
 
 
 class LearnerSettings(Room):
-    lr: float = Field(5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(5, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
+    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    warmup_steps: int = Field(5, ge=0, description="steps over which lr rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of lr after the warm-up, until run.max_steps"
+    )
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="floor of the schedule, as share of lr"
     )
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down")
     ess_scaled_lr: bool = Field(
         False, description="lr times the square root of the effective share of samples"
     )
@@ -291,12 +293,12 @@ class WeightSettings(Room):
 class EvalSettings(Room):
     every: int = Field(10, ge=0, description="steps between evaluations; 0 = only before and after")
     num_prompts: int = Field(318, ge=1, description="held-out prompts, at most")
-    timeout_seconds: float = Field(300.0, gt=0)
+    timeout_seconds: float = Field(300.0, gt=0, description="of one evaluation")
 
 
 class LaunchSettings(Room):
-    actors: int = Field(2, ge=1)
-    learners: int = Field(2, ge=1)
+    actors: int = Field(2, ge=1, description="processes that generate, one engine each")
+    learners: int = Field(2, ge=1, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
     max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
     grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
@@ -313,7 +315,7 @@ class ObserveSettings(Room):
     token_log: bool = Field(
         False, description="write tokens/step_<k>.rank<r>.npz: every log-prob, version and mask"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING"] = Field("INFO", description="of all roles")
 
 
 class Config(Room):
@@ -408,8 +410,13 @@ class Config(Room):
         return self.weights.canary_tolerance or (1e-3 if self.model.dtype == "float32" else 0.5)
 
 
+def preset_files() -> dict[str, Path]:
+    """The settings files that come with asyncgrpo, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.toml"))}
+
+
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Reads a TOML file, then applies `room.key=value` overrides (values are TOML, or text)."""
+    """Reads a TOML file or preset, then applies `room.key=value` overrides (TOML, or text)."""
     raw = _read_toml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(raw, override)
@@ -429,11 +436,10 @@ def from_mapping(raw: Mapping[str, Any]) -> Config:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent else []
-        raise ConfigError(
-            f"config file {path} does not exist"
-            + (f"; there are: {', '.join(near)}" if near else "; give --config FILE.toml")
-        )
+        path = preset_files().get(str(path), path)
+    if not path.is_file():
+        near = [*sorted(str(found) for found in path.parent.glob("*.toml")), *preset_files()]
+        raise ConfigError(f"config file {path} does not exist; there are: {', '.join(near)}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
-    5: ("cli", "serial", "launch", "data.commands"),
+    5: ("cli", "serial", "launch", "config_commands", "data.commands"),
     4: (
         "actor.loop",
         "actor.process",
@@ -50,6 +50,7 @@ FLOORS = {
         "learner",
         "weights",
         "evaluate",
+        "reference",
         "rundir",
         "observe",
     ),
