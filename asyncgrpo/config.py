@@ -300,6 +300,7 @@ class LaunchSettings(Room):
     actors: int = Field(2, ge=1, description="processes that generate, one engine each")
     learners: int = Field(2, ge=1, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
+    share_gpus: bool = Field(False, description="more processes than GPUs; needs gloo for weights")
     max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
     grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
     start_timeout_seconds: float = Field(180.0, gt=0, description="until the first batch is there")
@@ -372,6 +373,11 @@ class Config(Room):
                 f"buffer.max_staleness + 1 = {staleness + 1}: the gate would wait for weights that "
                 "are published only after a batch that the gate does not let start (deadlock); "
                 f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
+            )
+        if self.launch.share_gpus and self.weights.backend != "gloo":
+            yield (
+                f"launch.share_gpus=true with weights.backend={self.weights.backend!r}: NCCL "
+                "refuses two processes on one GPU; set weights.backend = 'gloo'"
             )
         if self.buffer.groups_per_step < self.launch.learners:
             yield (
