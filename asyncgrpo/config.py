@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 class RunSettings(Room):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of prompts, sampling and toy runs")
-    max_steps: int = Field(60, ge=1, description="optimizer updates until the run is done")
+    max_steps: int = Field(60, ge=1, description="batches (learner steps) until the run is done")
     dir: str | None = Field(None, description="run directory; default runs/<time>-<name>")
     name: str = Field("run", description="short name, part of the default run directory")
 

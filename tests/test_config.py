@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import pytest
 from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.errors import ConfigError
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 WRONG = {
@@ -137,8 +134,3 @@ def test_tables_survive_the_resolved_dump():
     config = from_mapping({"data": {"train": [table]}})
     assert from_mapping(config.model_dump(mode="json")) == config
     assert config.data.train[0].template.suffix == "Go."
-
-
-@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", README, re.DOTALL))
-def test_the_settings_that_the_readme_shows_load(block):
-    assert isinstance(from_mapping(tomllib.loads(block)), Config)
