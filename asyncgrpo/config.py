@@ -242,9 +242,14 @@ class ActorSettings(Room):
 
 
 class BufferSettings(Room):
-    groups_per_step: int = Field(16, ge=1, description="batch size in groups")
+    groups_per_step: int = Field(
+        16, ge=1, description="batch size in groups; with tokens_per_step only a first guess"
+    )
     completions_per_step: int | None = Field(
         None, ge=2, description="batch size in completions instead; group_size must divide it"
+    )
+    tokens_per_step: int | None = Field(
+        None, ge=1, description="batch size in completion tokens instead: the groups that reach it"
     )
     max_staleness: int = Field(4, ge=0, description="bound in policy versions, per token")
     order: Literal["arrival", "ticket"] = Field(
@@ -352,7 +357,14 @@ class Config(Room):
                 f"buffer.completions_per_step={completions} is not a multiple of "
                 f"algo.group_size={group_size}; use {down or group_size} or {down + group_size}"
             )
-        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": completions // group_size}}
+        groups = raw["buffer"].get("groups_per_step", completions // group_size)
+        if groups != completions // group_size or raw["buffer"].get("tokens_per_step"):
+            raise ValueError(
+                f"buffer.completions_per_step={completions} is {completions // group_size} groups "
+                "of algo.group_size, but groups_per_step or tokens_per_step says otherwise; keep "
+                "one of the three"
+            )
+        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": groups}}
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
@@ -385,7 +397,7 @@ class Config(Room):
                 f"launch.learners={self.launch.learners}: each rank needs at least one group; "
                 "use fewer learners or more groups"
             )
-        if self.buffer.groups_per_step // self.launch.learners < self.algo.minibatches:
+        if self.buffer.groups_per_step < self.min_groups:
             yield (
                 f"algo.minibatches={self.algo.minibatches} must be <= buffer.groups_per_step / "
                 f"launch.learners = {self.buffer.groups_per_step} / {self.launch.learners}: each "
@@ -409,6 +421,11 @@ class Config(Room):
                 f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
                 f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
             )
+
+    @property
+    def min_groups(self) -> int:
+        """The fewest groups of a batch: one for each rank and minibatch."""
+        return self.launch.learners * self.algo.minibatches
 
     @property
     def canary_tolerance(self) -> float:

@@ -68,6 +68,14 @@ def test_a_batch_may_be_given_in_completions():
     assert config.buffer.groups_per_step == 16
 
 
+def test_a_batch_has_one_unit():
+    config = load_config(None, ["buffer.tokens_per_step=65536", "algo.minibatches=4"])
+    assert (config.buffer.tokens_per_step, config.min_groups) == (65536, 8)
+    for other in ("buffer.groups_per_step=4", "buffer.tokens_per_step=100"):
+        with pytest.raises(ConfigError, match=r"completions_per_step=64 is 8 groups .* keep one"):
+            load_config(None, ["buffer.completions_per_step=64", other])
+
+
 def test_routes_take_the_place_of_the_default_functions_but_not_of_given_ones():
     routes = "reward.routes={gsm={a=0.7, b=0.3}}"
     alone = load_config(None, [routes]).reward

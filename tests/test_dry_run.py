@@ -100,6 +100,12 @@ def test_the_sizes_are_in_groups_completions_tokens_and_optimizer_steps() -> Non
     ]
 
 
+def test_a_batch_in_tokens_says_what_is_guessed() -> None:
+    settings = ("--set", "buffer.tokens_per_step=4000", "--set", "algo.minibatches=2")
+    line = "batch    the fewest groups, 4 or more, with 4000 completion tokens; where groups are"
+    assert line in dry_run(*settings)
+
+
 def test_what_is_here_and_broken_is_still_refused(elsewhere: Path) -> None:
     (elsewhere / "bad.jsonl").write_text('{"question": \n')
     (elsewhere / "model").mkdir()

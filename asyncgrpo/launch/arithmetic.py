@@ -14,9 +14,13 @@ def render_sizes(config: Config) -> str:
     longest = config.data.max_prompt_tokens + length
     ahead = config.buffer.max_staleness + 1
     row = config.learner.max_tokens_per_microbatch
+    tokens = config.buffer.tokens_per_step
     lines = {
         "batch": f"{groups} groups x {size} completions = {completions} completions, at most "
-        f"x {length} = {completions * length} completion tokens",
+        f"x {length} = {completions * length} completion tokens"
+        if tokens is None
+        else f"the fewest groups, {config.min_groups} or more, with {tokens} completion tokens; "
+        f"where groups are counted here, the guess of {groups}",
         "updates": f"{minibatches} x {passes} optimizer steps per batch (minibatches x passes), of "
         f"{completions / minibatches:g} completions each",
         "ranks": f"{learners}, with {groups / learners:g} groups each; micro-batches of at most "
