@@ -86,17 +86,21 @@ class _Ours:
         self.settings, self._rooms = settings, rooms
         self._origins: dict[str, str] = {}  # key -> the foreign setting it came from
 
-    def has(self, key: str) -> bool:
-        return self._find(key) is not None
+    def given(self, key: str) -> Any:
+        """What was given for a key; None if nothing was."""
+        found: Any = self.settings
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
 
     def get(self, key: str) -> Any:
         """What was given for `room.key`, else the default."""
-        room, name = key.split(".")
-        return self._find(key) if self.has(key) else self._rooms[room][name].default
+        given, (room, name) = self.given(key), key.split(".")
+        return self._rooms[room][name].default if given is None else given
 
     def put(self, key: str, value: Any, origin: str) -> None:
         """Sets it; ConfigError when something else is set already."""
-        there = self._find(key)
+        there = self.given(key)
         if there is not None and there != value:
             other = self._origins.get(key)
             by = f" by {other}" if other != origin else ""
@@ -114,12 +118,6 @@ class _Ours:
             place = place[parent]
         place[last] = value
         self._origins.setdefault(key, origin)
-
-    def _find(self, key: str) -> Any:
-        found: Any = self.settings
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
 
 
 def _sort(raw: Mapping[str, Any], rooms: Rooms) -> tuple[dict[str, Any], _Ours]:
@@ -237,7 +235,7 @@ def _clips(its: Foreign, ours: _Ours) -> Pairs:
         yield from (("algo.cispo.cap", high) for high in highs)
         return
     home = "algo.gspo" if ours.get("algo.loss") == "gspo" else "algo"
-    if not highs and not ours.has(f"{home}.clip_high"):
+    if not highs and ours.given(f"{home}.clip_high") is None:
         highs = [its[name] for name in ("epsilon", "clip_range") if name in its]
     yield from ((f"{home}.clip_low", low) for low in lows)
     yield from ((f"{home}.clip_high", high) for high in highs)
@@ -284,7 +282,7 @@ def _vespo(its: Foreign, ours: _Ours) -> Pairs:
 
 def _warmup(its: Foreign, ours: _Ours) -> Pairs:
     ratio = its["warmup_ratio"]
-    if ratio and not ours.has("run.max_steps"):
+    if ratio and ours.given("run.max_steps") is None:
         raise ConfigError(
             f"warmup_ratio={ratio} is a share of run.max_steps, which is not set; set it, or "
             f"learner.warmup_steps = {ratio} x the steps of your run"

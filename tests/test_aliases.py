@@ -202,6 +202,16 @@ def test_reward_weights_are_those_of_the_functions_in_their_order():
     assert "tag has the weight 2 already" in refusal(**settings)
 
 
+def test_what_is_left_out_of_a_pair_or_band_is_the_default_of_trl():
+    assert from_mapping({"adam_beta1": 0.8}).learner.betas == (0.8, 0.999)
+    vespo = from_mapping({"loss_type": "vespo", "vespo_k_pos": 1.0}).algo.vespo
+    assert (vespo.positive, vespo.negative) == ((1.0, 3.0), (3.0, 2.0))
+    masked = {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_cap": 1.5}
+    icepop = from_mapping(masked).algo
+    assert icepop.correction == ("icepop",)
+    assert (icepop.icepop.low < 1e-6, icepop.icepop.high) == (True, 1.5)
+
+
 def test_no_kl_loss_is_a_coefficient_of_zero_whatever_the_coefficient_says():
     assert from_mapping({"use_kl_loss": False, "kl_loss_coef": 0.1}).algo.kl_coef == 0
     assert from_mapping({"use_kl_loss": True}).algo.kl_coef == 0.001
@@ -215,6 +225,7 @@ def test_no_kl_loss_is_a_coefficient_of_zero_whatever_the_coefficient_says():
         ({"num_generations": 4, "algo": {"num_generations": 5}}, "set twice, to 4 and to 5"),
         ({"optimizer_steps": 4, "per_device_train_batch_size": 8}, "but is 1 by per_device_train"),
         ({"beta": 0.1, "kl_loss_coef": 0.2}, "algo.kl_coef would be 0.2, but is 0.1"),
+        ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "is not offered; use"),
         ({"loss_type": "cispo", "algo": {"correction": "tis"}}, "algo.correction, which is set"),
     ],
 )
@@ -241,6 +252,8 @@ def test_names_that_agree_are_taken():
         ("vllm_importance_sampling_mode", "sequence_mask", "geometric_mask"),
         ("lr_scheduler_type", "polynomial", "'constant', 'linear' or 'cosine'"),
         ("loss_type", "luspo", "there is no loss 'luspo'"),
+        ("loss_type", ["grpo"], "a wrong type of value"),
+        ("vllm_importance_sampling_clip_min", 0.5, "with clip_min for token_mask alone"),
         ("num_train_epochs", 0.5, "run.max_steps = 0.5 x prompts"),
         ("num_train_epochs", "many", "a wrong type of value"),
         ("learning_rate", "fast", "valid number"),
