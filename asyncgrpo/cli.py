@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
@@ -28,13 +29,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(algo_app, name="algo")
+app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 
 
 @app.command()
 def launch(
-    config: Annotated[Path | None, typer.Option(help="TOML settings; without: defaults")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
     actors: Annotated[int | None, typer.Option(help="actor processes, one engine each")] = None,
     learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
     max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,

@@ -17,10 +17,12 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_serializer,
     model_validator,
 )
 
 from asyncgrpo.algo import AlgoSettings
+from asyncgrpo.aliases import translate
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.room import Room
 
@@ -29,34 +31,10 @@ HELD_OUT = "held-out"  # the evaluation that nobody gave a name
 TASKS = "tasks"
 NOTHING = (None, "", "none")
 
-# Names that users bring from other trainers -> ours. Accepted with a notice, in any room.
-ALIASES = {
-    "num_generations": "algo.group_size",
-    "prompt_repeat_k": "algo.group_size",
-    "clip_range": "algo.clip_low",
-    "beta": "algo.kl_coef",
-    "kl_loss_coef": "algo.kl_coef",
-    "kl_estimator": "algo.kl",
-    "num_iterations": "algo.passes",
-    "optimizer_steps": "algo.minibatches",
-    "mask_truncated_completions": "algo.mask_truncated",
-    "epsilon": "algo.clip_low",
-    "cliprange_low": "algo.clip_low",
-    "epsilon_high": "algo.clip_high",
-    "cliprange_high": "algo.clip_high",
-    "max_new_tokens": "sampling.max_completion_tokens",
-    "max_completion_length": "sampling.max_completion_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "global_batch_size": "buffer.groups_per_step",
-    "pack_max_length": "learner.max_tokens_per_microbatch",
-    "lr_scheduler_type": "learner.schedule",
-    "evaluate_step": "eval.every",
-}
-
 
 class RunSettings(Room):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of prompts, sampling and toy runs")
-    max_steps: int = Field(60, ge=1, description="optimizer updates until the run is done")
+    max_steps: int = Field(60, ge=1, description="batches (learner steps) until the run is done")
     dir: str | None = Field(None, description="run directory; default runs/<time>-<name>")
     name: str = Field("run", description="short name, part of the default run directory")
 
@@ -94,8 +72,8 @@ class TaskSettings(Room):
 class FewShot(Room):
     """One worked exchange that stands before the question."""
 
-    user: str = Field(..., min_length=1)
-    assistant: str = Field(..., min_length=1)
+    user: str = Field(..., min_length=1, description="its question")
+    assistant: str = Field(..., min_length=1, description="the answer to follow")
 
 
 class TemplateSettings(Room):
@@ -178,7 +156,7 @@ class RewardFunction(Room):
     use: str = Field(
         ..., description="built-in name, 'package.module:function' or 'file.py:function'"
     )
-    weight: float = 1.0
+    weight: float = Field(1.0, description="its score counts so many times")
     name: str = Field("", description="name in metrics; default: the last part of `use`")
     scope: Scope | None = Field(
         None,
@@ -285,9 +263,14 @@ class ActorSettings(Room):
 
 
 class BufferSettings(Room):
-    groups_per_step: int = Field(16, ge=1, description="batch size in groups")
+    groups_per_step: int = Field(
+        16, ge=1, description="batch size in groups; with tokens_per_step only a first guess"
+    )
     completions_per_step: int | None = Field(
         None, ge=2, description="batch size in completions instead; group_size must divide it"
+    )
+    tokens_per_step: int | None = Field(
+        None, ge=1, description="batch size in completion tokens instead: the groups that reach it"
     )
     max_staleness: int = Field(4, ge=0, description="bound in policy versions, per token")
     order: Literal["arrival", "ticket"] = Field(
@@ -302,16 +285,18 @@ class BufferSettings(Room):
 
 
 class LearnerSettings(Room):
-    lr: float = Field(5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(5, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
+    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    warmup_steps: int = Field(5, ge=0, description="steps over which lr rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of lr after the warm-up, until run.max_steps"
+    )
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="floor of the schedule, as share of lr"
     )
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down")
     ess_scaled_lr: bool = Field(
         False, description="lr times the square root of the effective share of samples"
     )
@@ -357,7 +342,7 @@ class EvalSettings(Room):
     reward: JudgeSettings | None = Field(
         None, description="functions, routes and correct_above in place of those of [reward]"
     )
-    timeout_seconds: float = Field(300.0, gt=0)
+    timeout_seconds: float = Field(300.0, gt=0, description="of one evaluation")
 
     @model_validator(mode="after")
     def _samples_suffice(self) -> EvalSettings:
@@ -389,9 +374,10 @@ else:  # a single [eval] table is one block
 
 
 class LaunchSettings(Room):
-    actors: int = Field(2, ge=1)
-    learners: int = Field(2, ge=1)
+    actors: int = Field(2, ge=1, description="processes that generate, one engine each")
+    learners: int = Field(2, ge=1, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
+    share_gpus: bool = Field(False, description="more processes than GPUs; needs gloo for weights")
     max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
     grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
     start_timeout_seconds: float = Field(180.0, gt=0, description="until the first batch is there")
@@ -407,7 +393,7 @@ class ObserveSettings(Room):
     token_log: bool = Field(
         False, description="write tokens/step_<k>.rank<r>.npz: every log-prob, version and mask"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING"] = Field("INFO", description="of all roles")
 
 
 class Config(Room):
@@ -443,7 +429,14 @@ class Config(Room):
                 f"buffer.completions_per_step={completions} is not a multiple of "
                 f"algo.group_size={group_size}; use {down or group_size} or {down + group_size}"
             )
-        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": completions // group_size}}
+        groups = raw["buffer"].get("groups_per_step", completions // group_size)
+        if groups != completions // group_size or raw["buffer"].get("tokens_per_step"):
+            raise ValueError(
+                f"buffer.completions_per_step={completions} is {completions // group_size} groups "
+                "of algo.group_size, but groups_per_step or tokens_per_step says otherwise; keep "
+                "one of the three"
+            )
+        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": groups}}
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
@@ -465,13 +458,18 @@ class Config(Room):
                 "are published only after a batch that the gate does not let start (deadlock); "
                 f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
             )
+        if self.launch.share_gpus and self.weights.backend != "gloo":
+            yield (
+                f"launch.share_gpus=true with weights.backend={self.weights.backend!r}: NCCL "
+                "refuses two processes on one GPU; set weights.backend = 'gloo'"
+            )
         if self.buffer.groups_per_step < self.launch.learners:
             yield (
                 f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "
                 f"launch.learners={self.launch.learners}: each rank needs at least one group; "
                 "use fewer learners or more groups"
             )
-        if self.buffer.groups_per_step // self.launch.learners < self.algo.minibatches:
+        if self.buffer.groups_per_step < self.min_groups:
             yield (
                 f"algo.minibatches={self.algo.minibatches} must be <= buffer.groups_per_step / "
                 f"launch.learners = {self.buffer.groups_per_step} / {self.launch.learners}: each "
@@ -500,6 +498,10 @@ class Config(Room):
                 f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
             )
 
+    @field_serializer("eval")
+    def _one_block_as_a_table(self, blocks: tuple[EvalSettings, ...]) -> Any:
+        return blocks[0] if len(blocks) == 1 else blocks
+
     @property
     def evals(self) -> tuple[EvalSettings, ...]:
         """The evaluations that have data, which is filled in where it is that of data.eval."""
@@ -527,13 +529,23 @@ class Config(Room):
         return self.data.max_prompt_tokens + max(self.sampling.max_completion_tokens, *own, 0)
 
     @property
+    def min_groups(self) -> int:
+        """The fewest groups of a batch: one for each rank and minibatch."""
+        return self.launch.learners * self.algo.minibatches
+
+    @property
     def canary_tolerance(self) -> float:
         """Allowed difference of one log-prob between engine and learner, in nats."""
         return self.weights.canary_tolerance or (1e-3 if self.model.dtype == "float32" else 0.5)
 
 
+def preset_files() -> dict[str, Path]:
+    """The settings files that come with asyncgrpo, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.toml"))}
+
+
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Reads TOML, or a run's config.json, then applies `room.key=value` (TOML values, or text)."""
+    """Reads TOML, a preset or a config.json, then applies `room.key=value` (TOML, or text)."""
     raw = _read_toml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(raw, override)
@@ -542,19 +554,21 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
     """Builds a Config from nested dicts; ConfigError names each wrong key, value and remedy."""
+    settings, notices = translate(raw, {room: _fields_at((room,)) for room in Config.model_fields})
+    for notice in notices:
+        log.warning("%s", notice)
     try:
-        return Config.model_validate(_rename_aliases(raw))
+        return Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent else []
-        raise ConfigError(
-            f"config file {path} does not exist"
-            + (f"; there are: {', '.join(near)}" if near else "; give --config FILE.toml")
-        )
+        path = preset_files().get(str(path), path)
+    if not path.is_file():
+        near = [*sorted(str(found) for found in path.parent.glob("*.toml")), *preset_files()]
+        raise ConfigError(f"config file {path} does not exist; there are: {', '.join(near)}")
     kind, loads = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
         return dict(loads(path.read_text(encoding="utf-8")))
@@ -587,43 +601,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     place[keys[0]] = value
 
 
-def _rename_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves foreign names to ours, wherever they stand; ours wins over nothing else silently."""
-    renamed: dict[str, Any] = {}
-    moves: list[tuple[str, str, Any]] = []
-    for room, content in raw.items():
-        if not isinstance(content, Mapping):
-            if room in ALIASES:
-                moves.append((room, ALIASES[room], content))
-            else:
-                renamed[room] = content
-            continue
-        known = _room_fields(room)
-        renamed[room] = {}
-        for key, value in content.items():
-            if key in ALIASES and key not in known:
-                moves.append((f"{room}.{key}", ALIASES[key], value))
-            else:
-                renamed[room][key] = value
-    for foreign, ours, value in moves:
-        room, key = ours.split(".")
-        place = renamed.setdefault(room, {})
-        if not isinstance(place, dict):
-            raise ConfigError(
-                f"{foreign} means {ours}, but {room} is a list; set {key} in its tables"
-            )
-        if key in place:
-            raise ConfigError(f"{foreign} means {ours}, which is set too; keep only {ours}")
-        log.warning("setting %s is called %s here; taken as %s=%r", foreign, ours, ours, value)
-        place[key] = value
-    return renamed
-
-
-def _room_fields(room: str) -> Mapping[str, Any]:
-    field = Config.model_fields.get(room)
-    return _rooms_in(field.annotation)[0].model_fields if field is not None else {}
-
-
 def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
     """The fields of the section at a location such as ("data", "train", 0, "template")."""
     models: list[Any] = [Config]
@@ -652,9 +629,9 @@ def _explain(item: Any) -> str:
             hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
         else:
             home = [
-                f"{r}.{location[-1]}"
-                for r in Config.model_fields
-                if location[-1] in _room_fields(r)
+                f"{room}.{location[-1]}"
+                for room in Config.model_fields
+                if location[-1] in _fields_at((room,))
             ]
             hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.gate import Gate, TokenGate
 from asyncgrpo.buffer.leases import STATES, lease_seed
 from asyncgrpo.buffer.replay import Replay, deal
 from asyncgrpo.buffer.staleness import past_bound
@@ -70,6 +70,57 @@ def test_a_publish_interval_that_would_deadlock_is_refused_with_the_numbers():
         gate(publish_every=4)
 
 
+def group_of(ticket, tokens):
+    return make_group(make_lease(ticket), versions=[[0] * (tokens - 1), [0]])
+
+
+@given(st.lists(st.sampled_from(["issue", "arrive", "lose", "form"]), max_size=60))
+def test_a_gate_that_counts_tokens_is_the_gate_of_groups_when_all_are_alike(events):
+    """Six groups of ten tokens are sixty tokens: both gates let the same number start."""
+    replay = Replay("arrival")
+    plain = gate(groups_per_step=6)
+    limits = {"groups_per_step": 6, "max_staleness": 2, "max_steps": 100, "publish_every": 1}
+    in_tokens = TokenGate(replay, tokens_per_step=60, min_groups=2, **limits)
+    being_made = ticket = version = 0
+    for event in events:
+        if event == "issue" and plain.open_for(version):
+            being_made += 1
+            for each in (plain, in_tokens):
+                each.issue(version)
+        elif event == "arrive" and being_made:
+            being_made, ticket = being_made - 1, ticket + 1
+            replay.add(ticket, group_of(ticket, 10))
+        elif event == "lose" and being_made:
+            being_made -= 1
+            for each in (plain, in_tokens):
+                each.give_back()
+        elif event == "form" and len(replay) >= replay.count_for(60, 2):
+            assert len(replay.take(replay.count_for(60, 2))) == 6
+            version += 1
+            for each in (plain, in_tokens):
+                each.formed(6)
+        for asked in range(version + 1):
+            assert in_tokens.open_for(asked) == plain.open_for(asked)
+
+
+def test_a_gate_that_counts_tokens_learns_how_long_groups_are():
+    replay = Replay("arrival")
+    limits = {"groups_per_step": 8, "max_staleness": 0, "max_steps": 100, "publish_every": 1}
+    in_tokens = TokenGate(replay, tokens_per_step=80, min_groups=2, **limits)
+    assert in_tokens.open_for(0) == 8  # the guess
+    for _ in range(4):
+        in_tokens.issue(0)
+    for ticket in range(4):
+        replay.add(ticket, group_of(ticket, 40))
+    assert replay.count_for(80, 2) == 2
+    replay.take(2)
+    in_tokens.formed(2)
+    assert in_tokens.open_for(0) == 0
+    replay.take(2)
+    in_tokens.formed(2)
+    assert in_tokens.open_for(2) == 4  # ceil(80 / mean), mean (80 + 160) / (8 + 4) = 20
+
+
 # -- staleness ----------------------------------------------------------------------------------
 
 
@@ -99,6 +150,15 @@ def test_ticket_order_waits_for_earlier_open_work():
     assert not replay.ready(2, open_tickets=[1, 4])
     assert replay.ready(2, open_tickets=[4])
     assert [stored.ticket for stored in replay.take(2)] == [2, 3]
+
+
+def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_the_store():
+    replay = Replay("ticket")
+    for ticket, tokens in ((3, 50), (1, 4), (2, 7)):
+        replay.add(ticket, group_of(ticket, tokens))
+    counted = {(11, 1): 2, (12, 1): 3, (4, 1): 1, (4, 2): 2, (61, 1): 3, (62, 1): 4, (1, 4): 4}
+    for (tokens, groups), count in counted.items():
+        assert replay.count_for(tokens, groups) == count
 
 
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=24), st.integers(1, 4))
@@ -209,7 +269,10 @@ class Simulation:
             self.send(peer, "fail", lease_id=lease.lease_id, reason="reward_lost", retry=True)
             return
         newest = max(lease.version, self.held[actor])
-        spans = [sorted(self.random.choices([lease.version, newest], k=3)) for _ in range(2)]
+        spans = [
+            sorted(self.random.choices([lease.version, newest], k=self.random.randint(1, 9)))
+            for _ in range(2)
+        ]
         uniform = self.random.random() < self.uniform_share
         scores = [1.0, 1.0] if uniform else [1.0, -1.0]
         group = make_group(lease, versions=spans, scores=scores, actor=actor)
@@ -246,6 +309,26 @@ SCHEDULES = {
     "mask": {"buffer": {"staleness_action": "mask"}},
     "on_policy": {"buffer": {"max_staleness": 0}},
     "rare_publish": {"weights": {"publish_every": 3}},
+    **{
+        f"tokens_{name}": {"run": {"max_steps": 5}, "buffer": {"tokens_per_step": 45, **buffer}}
+        for name, buffer in {
+            "as_guessed": {},
+            "more_than_guessed": {"groups_per_step": 2},
+            "less_than_guessed": {"groups_per_step": 40},
+            "on_policy": {"max_staleness": 0},
+            "in_order": {"order": "ticket"},
+        }.items()
+    },
+    "tokens_rare_publish": {
+        "run": {"max_steps": 6},
+        "buffer": {"tokens_per_step": 45},
+        "weights": {"publish_every": 3},
+    },
+    "tokens_of_the_fewest_groups": {
+        "run": {"max_steps": 5},
+        "buffer": {"tokens_per_step": 1, "groups_per_step": 8, "max_staleness": 0},
+        "algo": {"minibatches": 4},
+    },
 }
 
 
@@ -258,14 +341,28 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     bound, action = run.config.buffer.max_staleness, run.config.buffer.staleness_action
     used = Counter()
     for step, groups in run.trained.items():
-        assert len(groups) == run.config.buffer.groups_per_step
+        assert_batch_size(groups, run.config)
         for group in groups:
             used[group.lease.lease_id] += 1
             oldest = [step - int(c.versions.min()) for c in group.completions]
             newest = [step - int(c.versions.max()) for c in group.completions]
             assert (max(oldest) if action == "drop" else min(newest)) <= bound
+    assert run.core.replay.num_tokens == sum(
+        stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
+    )
     assert set(used.values()) == {1}
     assert sorted(run.trained) == list(range(run.config.run.max_steps))
+
+
+def assert_batch_size(groups, config):
+    """So many groups; or the fewest, one for each rank and minibatch, that hold so many tokens."""
+    tokens, fewest = config.buffer.tokens_per_step, config.min_groups
+    if tokens is None:
+        assert len(groups) == config.buffer.groups_per_step
+        return
+    assert sum(group.num_tokens for group in groups) >= tokens
+    assert len(groups) >= fewest
+    assert len(groups) == fewest or sum(group.num_tokens for group in groups[:-1]) < tokens
 
 
 def test_ticket_order_never_evicts():

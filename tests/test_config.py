@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import ALIASES, Config, from_mapping, load_config
+from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.errors import ConfigError
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 WRONG = {
@@ -83,21 +80,12 @@ def test_a_batch_may_be_given_in_completions():
     assert config.buffer.groups_per_step == 16
 
 
-@pytest.mark.parametrize("alias", ALIASES)
-def test_names_of_other_trainers_are_taken_with_a_notice(alias, caplog):
-    room, key = ALIASES[alias].split(".")
-    values = {"clip_low": 0.1, "clip_high": 0.5, "schedule": "linear", "kl": "k2"}
-    value = {**values, "minibatches": 4, "mask_truncated": True}.get(key, 512)
-    with caplog.at_level(logging.WARNING):
-        config = from_mapping({"algo": {alias: value}})
-    found = config.eval[0] if room == "eval" else getattr(config, room)
-    assert getattr(found, key) == value
-    assert ALIASES[alias] in caplog.text
-
-
-def test_an_alias_beside_its_own_name_is_refused():
-    with pytest.raises(ConfigError, match=r"means algo.group_size, which is set too"):
-        from_mapping({"algo": {"num_generations": 4, "group_size": 8}})
+def test_a_batch_has_one_unit():
+    config = load_config(None, ["buffer.tokens_per_step=65536", "algo.minibatches=4"])
+    assert (config.buffer.tokens_per_step, config.min_groups) == (65536, 8)
+    for other in ("buffer.groups_per_step=4", "buffer.tokens_per_step=100"):
+        with pytest.raises(ConfigError, match=r"completions_per_step=64 is 8 groups .* keep one"):
+            load_config(None, ["buffer.completions_per_step=64", other])
 
 
 def test_routes_take_the_place_of_the_default_functions_but_not_of_given_ones():
@@ -168,11 +156,6 @@ def test_tables_survive_the_resolved_dump():
     assert config.data.train[0].template.suffix == "Go."
 
 
-@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", README, re.DOTALL))
-def test_the_settings_that_the_readme_shows_load(block):
-    assert isinstance(from_mapping(tomllib.loads(block)), Config)
-
-
 BLOCKS = """
 [data]
 eval = "held.jsonl"
@@ -223,7 +206,7 @@ def test_an_override_reaches_a_table_of_a_list_by_its_place(tmp_path):
     for override in ("eval.every=3", "eval.2.every=3", "eval.b.every=3"):
         with pytest.raises(ConfigError, match=r"eval is a list of 2 tables; write eval.0.every"):
             load_config(path, [override])
-    with pytest.raises(ConfigError, match=r"evaluate_step means eval.every, but eval is a list"):
+    with pytest.raises(ConfigError, match=r"evaluate_step=3 means eval.every, but eval is no"):
         load_config(path, ["evaluate_step=3"])
 
 

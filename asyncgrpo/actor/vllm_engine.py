@@ -48,6 +48,8 @@ class VllmEngine:
             use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",  # of the distribution that is really sampled
         )
+        if config.launch.share_gpus:  # beside a given KV cache this is only a check at the start
+            args.gpu_memory_utilization = 0.01
         self._llm = LLMEngine.from_engine_args(args)
         self._worker: Any = self._llm.model_executor.driver_worker.worker
         self._model = self._worker.model_runner.get_model()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from asyncgrpo.buffer.evaluation import Evaluations
-from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.gate import make_gate
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.buffer.replay import Replay, deal
 from asyncgrpo.config import Config
@@ -49,13 +49,8 @@ class BufferCore:
     def __init__(self, config: Config, prompts: PromptSource, record_step: RecordStep) -> None:
         self._config, self._prompts, self._record_step = config, prompts, record_step
         buffer = config.buffer
-        self.gate = Gate(
-            groups_per_step=buffer.groups_per_step,
-            max_staleness=buffer.max_staleness,
-            max_steps=config.run.max_steps,
-            publish_every=config.weights.publish_every,
-        )
         self.replay = Replay(buffer.order)
+        self.gate = make_gate(config, self.replay)
         self.leases = LeaseBook(
             run_seed=config.run.seed, deadline_seconds=buffer.lease_deadline_seconds
         )
@@ -255,12 +250,16 @@ class BufferCore:
 
     def _form_batch(self) -> None:
         self._evict()
-        count = self._config.buffer.groups_per_step
+        buffer = self._config.buffer
+        count = buffer.groups_per_step
+        if buffer.tokens_per_step:
+            count = self.replay.count_for(buffer.tokens_per_step, self._config.min_groups)
         if self._exhausted() and len(self.replay) >= self._config.launch.learners:
             count = min(count, len(self.replay))  # the last, smaller batch
         if not self.replay.ready(count, self.leases.open_tickets()):
             return
         self._batches[self.step] = [stored.group for stored in self.replay.take(count)]
+        self.gate.formed(count)
         self.leases.move("stored", "taken", count=count)
 
     def _evict(self) -> None:
