@@ -152,8 +152,10 @@ class PolicyUpdater:
                 self._policy.parameters(), self._config.learner.max_grad_norm
             )
         )
-        if not math.isfinite(norm):
-            self._skip(batch, step, norm)
+        # over ranks, so that all decide alike
+        (loss,) = ranks.summed([float(update.sums["loss"])], self._device)
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            self._skip(batch, step, loss, norm)
             return
         record.rate = self._learning_rate(step, update.sums)
         for group in self._optimizer.param_groups:
@@ -191,13 +193,14 @@ class PolicyUpdater:
             return self._head.no_sync()
         return contextlib.nullcontext()
 
-    def _skip(self, batch: OptimizerBatch, step: int, norm: float) -> None:
+    def _skip(self, batch: OptimizerBatch, step: int, loss: float, norm: float) -> None:
         """Leaves the weights as they are, names the culprit, and stops after too many."""
-        self._num_skipped += 1  # the same on every rank, as the gradient norm is
+        self._num_skipped += 1  # the same on every rank, as loss and gradient norm are
         allowed = self._config.algo.max_nonfinite
         message = (
-            f"gradient norm {norm} at step {step}: {self._culprit(batch)}; update skipped, weights "
-            f"unchanged ({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
+            f"loss {loss}, gradient norm {norm} at step {step}: {self._culprit(batch)}; update "
+            f"skipped, weights unchanged ({self._num_skipped} skipped, allowed are "
+            f"algo.max_nonfinite={allowed})"
         )
         if self._num_skipped > allowed:
             raise RunError(
