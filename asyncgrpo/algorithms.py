@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from asyncgrpo.errors import ConfigError
-from asyncgrpo.imports import find_function
+from asyncgrpo.errors import AlgorithmError, BadInput, ConfigError
+from asyncgrpo.imports import find_function, last_place
 
 MODULES = {
     "advantage": "advantages",
@@ -88,6 +88,19 @@ def find(kind: str, name: str) -> Callable[..., Any]:
         return find_function(name, f"algo.{kind}", ConfigError)
     module = importlib.import_module(f"asyncgrpo.learner.{MODULES[kind]}")
     return getattr(module, name)
+
+
+def call(kind: str, name: str, *arguments: Any) -> Any:
+    """What the function of an algorithm returns; AlgorithmError when a user's own one raises."""
+    try:
+        return find(kind, name)(*arguments)
+    except Exception as error:  # a user's function may raise anything
+        if ":" not in name or isinstance(error, BadInput):
+            raise
+        raise AlgorithmError(
+            f"algo.{kind} {name!r} raised {type(error).__name__}: {error} at {last_place(error)}; "
+            "repair it; see asyncgrpo/learner/inputs.py and advantages.py for what it gets"
+        ) from error
 
 
 def _entry(kind: str, name: str, docstring: str) -> Algorithm:

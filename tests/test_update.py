@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.tiny import build_untrained
-from asyncgrpo.errors import RunError
+from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import reference
 from asyncgrpo.learner.reference import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
@@ -382,6 +382,17 @@ def test_nan_logprobs_of_the_engine_are_dropped_with_a_counter_and_never_trained
     assert metrics["tokens_trained"] == sum(g.num_tokens for g in groups) - lost
     assert math.isfinite(metrics["grad_norm"])
     assert metrics["updates_skipped"] == 0
+
+
+def raises_on_real_data(inputs: Any, algo: Any) -> torch.Tensor:
+    return -inputs.ratio * inputs.advantages[: 4 if len(inputs.mask) == 4 else 3]
+
+
+def test_a_users_function_that_breaks_on_real_data_is_named_with_the_step(folder: Path) -> None:
+    config = settings(folder, algo={"loss": "test_update:raises_on_real_data"})
+    message = "at step 6: algo.loss 'test_update:raises_on_real_data' raised RuntimeError: The size"
+    with pytest.raises(AlgorithmError, match=message):
+        PolicyUpdater(config).update(shard_of(make_groups(folder)))
 
 
 ALGOS: list[dict[str, Any]] = [

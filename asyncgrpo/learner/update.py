@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import RunError
+from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
@@ -104,7 +104,14 @@ class PolicyUpdater:
 
         Returns the metrics of the whole batch, all ranks. An update whose loss or gradient is not
         finite is skipped; RunError after more than algo.max_nonfinite of these in the run.
+        AlgorithmError, with the step, when a user's own function breaks its contract.
         """
+        try:
+            return self._update(shard)
+        except AlgorithmError as error:
+            raise AlgorithmError(f"at step {shard.step}: {error}") from error
+
+    def _update(self, shard: Shard) -> dict[str, float]:
         algo = self._config.algo
         parts = [shard.groups[first :: algo.minibatches] for first in range(algo.minibatches)]
         ready = self._preparer.prepare(shard.step, parts, self._kl_coef)
