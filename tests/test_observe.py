@@ -252,7 +252,7 @@ def test_progress_without_a_terminal_is_one_line_per_step_and_only_whole_rows(ru
         progress.line("actor-0", "a [bracketed] word")
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("step 1/5  reward +0.200")
+    assert lines[0].startswith("step 0 (1/5)  reward +0.200")
     assert lines[0].endswith("held-out 50.0% at version 0  b 25.0% at version 0")
     assert lines[1] == "[actor-0] a [bracketed] word"
 
@@ -264,7 +264,7 @@ def test_the_live_panel_shows_where_the_run_stands(run):
     console = Console(file=out, width=120, force_terminal=True)
     with Progress(run.path, 4, console) as progress:
         progress.tick()
-    assert "step 1/4" in out.getvalue()
+    assert "1/4 steps" in out.getvalue()
     assert "about 9 s left" in out.getvalue()
     assert "held-out 50.0% ▅   b 100.0% █" in out.getvalue()
 

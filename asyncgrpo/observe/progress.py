@@ -75,7 +75,7 @@ class Progress:
         left = seconds / done * (self._max_steps - done) if done else 0.0
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            f"step {done}/{self._max_steps}",
+            f"{done}/{self._max_steps} steps",
             ProgressBar(total=self._max_steps, completed=done, width=40),
             f"{seconds:.0f} s, about {left:.0f} s left",
         )
@@ -100,9 +100,9 @@ class Progress:
 
 
 def step_line(row: Mapping[str, Any], max_steps: int) -> str:
-    """One bounded line of a step, for logs."""
+    """One bounded line of a step, for logs: its number as in files, and how many are done."""
     parts = [
-        f"step {row['step'] + 1}/{max_steps}",
+        f"step {row['step']} ({row['step'] + 1}/{max_steps})",
         f"reward {row['rewards/mean']:+.3f}",
         f"loss {row['loss']:+.4f}",
         f"kl {row['objective/kl']:.1e}",
