@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,12 +73,20 @@ def check_name(kind: str, name: str) -> None:
     known = catalogue(kind)
     if name in known or ":" in name:
         return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}? " if near else ""
     raise ValueError(
         f"there is no {kind} {name!r}; {hint}built in are: {', '.join(known)}; write your own as "
         "'package.module:function'"
     )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that begins with `name`, or else is spelled most like it."""
+    names = list(known)
+    longer = [candidate for candidate in names if name and candidate.startswith(name)]
+    near = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return near[0] if near else None
 
 
 @cache
