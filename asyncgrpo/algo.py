@@ -306,7 +306,8 @@ def notices(algo: AlgoSettings) -> Iterator[str]:
     if is_one and clips and algo.loss == "ppo_clip" and "bypass" not in algo.correction:
         yield (
             f"{' and '.join(f'algo.{name}' for name in sorted(clips))} cannot act: with one "
-            "optimizer step per batch r = pi / p is 1; algo.correction_cap bounds the weights"
+            "optimizer step per batch r = pi / p is 1; set algo.minibatches = 2, or "
+            "algo.correction = bypass; as it is only algo.correction_cap bounds a token's weight"
         )
     if algo.aggregation == "bnpo":
         yield "algo.aggregation=bnpo depends on learner.max_tokens_per_microbatch"

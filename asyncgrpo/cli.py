@@ -43,7 +43,7 @@ def launch(
     config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
     actors: Annotated[int | None, typer.Option(help="actor processes, one engine each")] = None,
     learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="new folder for everything written")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import RunError
+from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
@@ -104,7 +104,14 @@ class PolicyUpdater:
 
         Returns the metrics of the whole batch, all ranks. An update whose loss or gradient is not
         finite is skipped; RunError after more than algo.max_nonfinite of these in the run.
+        AlgorithmError, with the step, when a user's own function breaks its contract.
         """
+        try:
+            return self._update(shard)
+        except AlgorithmError as error:
+            raise AlgorithmError(f"at step {shard.step}: {error}") from error
+
+    def _update(self, shard: Shard) -> dict[str, float]:
         algo = self._config.algo
         parts = [shard.groups[first :: algo.minibatches] for first in range(algo.minibatches)]
         ready = self._preparer.prepare(shard.step, parts, self._kl_coef)
@@ -152,8 +159,10 @@ class PolicyUpdater:
                 self._policy.parameters(), self._config.learner.max_grad_norm
             )
         )
-        if not math.isfinite(norm):
-            self._skip(batch, step, norm)
+        # over ranks, so that all decide alike
+        (loss,) = ranks.summed([float(update.sums["loss"])], self._device)
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            self._skip(batch, step, loss, norm)
             return
         record.rate = self._learning_rate(step, update.sums)
         for group in self._optimizer.param_groups:
@@ -191,13 +200,14 @@ class PolicyUpdater:
             return self._head.no_sync()
         return contextlib.nullcontext()
 
-    def _skip(self, batch: OptimizerBatch, step: int, norm: float) -> None:
+    def _skip(self, batch: OptimizerBatch, step: int, loss: float, norm: float) -> None:
         """Leaves the weights as they are, names the culprit, and stops after too many."""
-        self._num_skipped += 1  # the same on every rank, as the gradient norm is
+        self._num_skipped += 1  # the same on every rank, as loss and gradient norm are
         allowed = self._config.algo.max_nonfinite
         message = (
-            f"gradient norm {norm} at step {step}: {self._culprit(batch)}; update skipped, weights "
-            f"unchanged ({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
+            f"loss {loss}, gradient norm {norm} at step {step}: {self._culprit(batch)}; update "
+            f"skipped, weights unchanged ({self._num_skipped} skipped, allowed are "
+            f"algo.max_nonfinite={allowed})"
         )
         if self._num_skipped > allowed:
             raise RunError(
