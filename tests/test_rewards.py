@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import re
 import sys
@@ -114,6 +115,49 @@ def test_none_leaves_the_weighted_sum_and_shows_as_nan():
     assert math.isnan(scores.parts["half"][1])
 
 
+class Shy:
+    def __repr__(self) -> str:
+        raise ValueError("no")
+
+
+class ShyError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), ShyError(), asyncio.CancelledError()])
+@pytest.mark.parametrize("kind", ["plain", "async", "lazy"])
+def test_whatever_a_function_raises_is_its_own_error_or_the_error_score(error, kind):
+    def plain(completions):
+        raise error
+
+    async def waiting(completions):
+        raise error
+
+    def lazy(completions):
+        yield from plain(completions)
+
+    function = bind("f", {"plain": plain, "async": waiting, "lazy": lazy}[kind])
+    match = f"reward function 'f' raised {type(error).__name__}.* at .*test_rewards.py"
+    with pytest.raises(RewardError, match=match):
+        RewardSet([function]).probe(PROMPT)
+    assert RewardSet([function], 0.5).score(PROMPT, ["a"]).rewards.tolist() == [0.5]
+
+
+def test_ctrl_c_is_no_error_of_the_function_but_in_the_thread_of_async_ones_it_is():
+    def interrupted(completions):
+        raise KeyboardInterrupt
+
+    async def waiting(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RewardSet([bind("f", interrupted)]).probe(PROMPT)
+    for _ in range(2):  # their loop lives on
+        error = RewardSet([bind("f", waiting)], 0.5).score(PROMPT, ["a"]).errors[0]
+        assert "'f' raised KeyboardInterrupt" in error
+
+
 def test_a_completion_that_no_function_applies_to_is_an_error_but_not_when_probing():
     reward_set = RewardSet([bind("shy", lambda completions: [1.0, None])])
     reward_set.probe(PROMPT)
@@ -131,6 +175,13 @@ def test_a_completion_that_no_function_applies_to_is_an_error_but_not_when_probi
         ([1.0, "7"], r"'f' returned '7' \(str\) for completion 1"),
         ([1.0, float("nan")], "'f' returned nan for completion 1"),
         ([float("-inf"), 1.0], "'f' returned -inf for completion 0"),
+        (range(9), "'f' returned more than 2 values for 2 completions"),
+        (itertools.count(), "'f' returned more than 2 values for 2 completions"),
+        ([1.0, 10**400], "'f' returned inf for completion 1"),
+        (np.array(1.0), "'f' raised TypeError: .*0-d array"),
+        ((1 / n for n in (1, 0)), "'f' raised ZeroDivisionError"),
+        (Shy(), "'f' returned <Shy> for 2 completions"),
+        ([1.0, Shy()], r"'f' returned <Shy> \(Shy\) for completion 1"),
         ([1.0, 1e300], r"'f' returned 1e\+300 for completion 1"),
     ],
 )
@@ -387,6 +438,7 @@ def test_functions_of_the_present_folder_are_found(module):
         ("", "no_such_module:f", "no module 'no_such_module'; install it, or start from"),
         ("import no_such_thing", "my_rewards:f", "no module 'no_such_thing'; install it"),
         ("def f(:", "my_rewards:f", r"raised SyntaxError: .* at .*my_rewards.py:1; repair"),
+        ("raise SystemExit", "my_rewards:f", r"raised SystemExit: .* at .*my_rewards.py:1; repair"),
         ("x = 1 / 0", "my_rewards:f", r"raised ZeroDivisionError: .* at .*my_rewards.py:1"),
         ("def score(): 0", "my_rewards:scores", r"'scores' is not defined .* mean 'score'\?"),
         ("score = 3", "my_rewards:score", r"is 3 \(int\), not a function"),

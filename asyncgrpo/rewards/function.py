@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import threading
@@ -27,7 +28,7 @@ import numpy as np
 
 from asyncgrpo.config import Scope
 from asyncgrpo.errors import RewardError
-from asyncgrpo.imports import last_place, shown
+from asyncgrpo.imports import described, is_interrupt, last_place, shown
 from asyncgrpo.types import Prompt
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -73,10 +74,12 @@ class BoundFunction:
         try:
             returned = self.call(**self._arguments(columns), **self.options)
             if inspect.isawaitable(returned):
-                outcome = asyncio.run_coroutine_threadsafe(_awaited(returned), _loop())
+                asyncio.run_coroutine_threadsafe(_await(returned, outcome), _loop())
             else:
                 outcome.set_result(returned)
-        except Exception as error:  # a user's function may raise anything
+        except BaseException as error:  # a user's function may raise anything, also SystemExit
+            if is_interrupt(error):
+                raise
             outcome.set_exception(error)
         return Call(function=self, first=first, count=count, outcome=outcome)
 
@@ -109,23 +112,31 @@ class Call:
 
     def scores(self) -> list[Score]:
         """Waits; one finite number or None per completion. RewardError: the contract is broken."""
+        fault = self.outcome.exception()
         try:
+            if fault is not None:
+                raise fault
             returned = self.outcome.result()
-        except RewardError:
-            raise
-        except Exception as error:  # a user's function may raise anything
+            values = [returned] if self.function.scope == "sample" else self._as_list(returned)
+            return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
+        except BaseException as error:  # also what it returned may raise anything
+            if isinstance(error, RewardError) or (is_interrupt(error) and error is not fault):
+                raise
             raise RewardError(
-                f"{self.function} raised {type(error).__name__}: {error} at {last_place(error)}; "
-                "it must score any text, also an empty one"
+                f"{self.function} raised {described(error)} at {last_place(error)}; it must score "
+                "any text, also an empty one"
             ) from error
-        values = [returned] if self.function.scope == "sample" else self._as_list(returned)
-        return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
 
     def _as_list(self, returned: object) -> list[Any]:
         is_text = isinstance(returned, str | bytes | Mapping)
-        values = list(returned) if isinstance(returned, Iterable) and not is_text else None
+        values = None
+        if isinstance(returned, Iterable) and not is_text:
+            values = list(itertools.islice(returned, self.count + 1))  # it may have no end
         if values is None or len(values) != self.count:
-            got = shown(returned) if values is None else f"{len(values)} values"
+            got = shown(returned)
+            if values is not None:
+                is_more = len(values) > self.count
+                got = f"more than {self.count} values" if is_more else f"{len(values)} values"
             raise RewardError(
                 f"{self.function} returned {got} for {self.count} completions; return a list with "
                 'one number (or None) per completion, or set scope = "sample"'
@@ -140,7 +151,10 @@ class Call:
                 f"{self.function} returned {shown(value)} ({type(value).__name__}) for completion "
                 f"{index}; return a float or None"
             )
-        score = float(value)
+        try:
+            score = float(value)
+        except OverflowError:
+            score = math.inf
         if not math.isfinite(score) or abs(score) > MAX_FLOAT32:
             raise RewardError(
                 f"{self.function} returned {score} for completion {index}; return a finite float32 "
@@ -168,8 +182,11 @@ def _record(prompt: Prompt) -> dict[str, Any]:
     return {**prompt.columns, "answer": prompt.answer, "data_source": prompt.data_source}
 
 
-async def _awaited(returned: Any) -> Any:
-    return await returned
+async def _await(returned: Any, outcome: Future[Any]) -> None:
+    try:
+        outcome.set_result(await returned)
+    except BaseException as error:  # SystemExit would end the loop of all async functions
+        outcome.set_exception(error)
 
 
 @functools.cache
