@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
 import re
+import signal
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +89,26 @@ def test_columns_arrive_as_lists_of_equal_values():
     }
 
 
+def test_what_a_function_changes_stays_with_it():
+    def spoil(prompts, tests, **columns):
+        for its in prompts:
+            its[0]["content"] += "!"
+        tests[0].append("x")
+        return [float(len(its[0]["content"])) for its in prompts]
+
+    def spoil_one(prompt, completion, tests):
+        prompt[0]["content"] += "!"
+        tests.append("x")
+        return float(len(tests))
+
+    prompt = replace(PROMPT, columns={"tests": ["a"]})
+    scores = RewardSet([bind("g", spoil), bind("s", spoil_one)]).score(prompt, ["a", "b"])
+    assert scores.parts["g"].tolist() == [len("Compute: 3 + 4!")] * 2
+    assert scores.parts["s"].tolist() == [2.0, 2.0]
+    assert prompt.messages[0]["content"] == "Compute: 3 + 4"
+    assert prompt.columns == {"tests": ["a"]}
+
+
 def test_a_function_gets_only_what_it_names_and_may_have_defaults():
     def brief(completions, level, bonus=0.5):
         return [float(number) + bonus for number in level]
@@ -142,6 +165,44 @@ def test_whatever_a_function_raises_is_its_own_error_or_the_error_score(error, k
     with pytest.raises(RewardError, match=match):
         RewardSet([function]).probe(PROMPT)
     assert RewardSet([function], 0.5).score(PROMPT, ["a"]).rewards.tolist() == [0.5]
+
+
+def hang(completions):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(0.01)
+
+
+async def hang_waiting(completions):
+    await asyncio.Event().wait()
+
+
+def hang_lazily(completions):
+    while True:
+        yield from hang(completions)
+
+
+@pytest.mark.parametrize("function", [hang, hang_waiting, hang_lazily])
+def test_a_function_that_hangs_is_found_before_the_run(function):
+    before = signal.getsignal(signal.SIGVTALRM)
+    reward_set = RewardSet([bind("quick", score_all), bind("f", function)], timeout_seconds=0.1)
+    match = r"reward function 'f' gave no score within reward.timeout_seconds=0.1; let it end"
+    with pytest.raises(RewardError, match=match):
+        reward_set.probe(PROMPT)
+    assert signal.getsignal(signal.SIGVTALRM) == before
+
+
+def score_all(completions):
+    """In the main thread, or setting the signal's handler fails."""
+    signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+    return [1.0 for _ in completions]
+
+
+def test_the_limit_of_a_check_is_that_of_the_settings(module):
+    name = module("import time\ndef f(completions):\n    time.sleep(9)\n")
+    settings = {"functions": [{"use": f"{name}:f"}], "timeout_seconds": 0.05}
+    with pytest.raises(RewardError, match=r"'f' gave no score within .*=0.05"):
+        load_rewards(RewardSettings.model_validate(settings)).check([PROMPT])
 
 
 def test_ctrl_c_is_no_error_of_the_function_but_in_the_thread_of_async_ones_it_is():

@@ -13,14 +13,17 @@ be `async def`: then all calls of a group, over all functions, are under way tog
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import itertools
 import math
 import numbers
+import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +81,13 @@ class BoundFunction:
             else:
                 outcome.set_result(returned)
         except BaseException as error:  # a user's function may raise anything, also SystemExit
-            if is_interrupt(error):
+            if is_interrupt(error) or isinstance(error, _TooSlow):
                 raise
             outcome.set_exception(error)
         return Call(function=self, first=first, count=count, outcome=outcome)
 
     def _arguments(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """What the function names, or everything when it takes **kwargs."""
+        """What the function names, or everything when it takes **kwargs; copies, to change."""
         kinds = inspect.Parameter
         wanted = columns if self.takes_any else self.parameters
         for name, parameter in self.parameters.items():
@@ -98,7 +101,8 @@ class BoundFunction:
                     f"not have; available: {', '.join(columns)}; rename the parameter, give it a "
                     "default, add the column to the data, or use another scope or function"
                 )
-        return {n: columns[n] for n in wanted if n in columns and n not in self.options}
+        chosen = {n: columns[n] for n in wanted if n in columns and n not in self.options}
+        return copy.deepcopy(chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +124,9 @@ class Call:
             values = [returned] if self.function.scope == "sample" else self._as_list(returned)
             return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
         except BaseException as error:  # also what it returned may raise anything
-            if isinstance(error, RewardError) or (is_interrupt(error) and error is not fault):
+            if isinstance(error, RewardError | _TooSlow) or (
+                is_interrupt(error) and error is not fault
+            ):
                 raise
             raise RewardError(
                 f"{self.function} raised {described(error)} at {last_place(error)}; it must score "
@@ -163,11 +169,46 @@ class Call:
         return score
 
 
+class _TooSlow(BaseException):
+    """No Exception: a function that tries again and again must not catch it."""
+
+
+@contextmanager
+def time_limit(function: BoundFunction, seconds: float) -> Iterator[None]:
+    """RewardError in the block after that time. In other threads than the main one no limit.
+
+    The function stays in the main thread, as in a worker: some keep their own time by SIGALRM.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    timer = threading.Timer(seconds, signal.pthread_kill, (main.ident, signal.SIGVTALRM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except _TooSlow:
+        raise RewardError(
+            f"{function} gave no score within reward.timeout_seconds={seconds:g}; let it end "
+            "sooner, or raise reward.timeout_seconds"
+        ) from None
+    finally:
+        timer.cancel()
+        timer.join()  # its signal may be on the way
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def group_columns(prompt: Prompt, completions: Sequence[str]) -> dict[str, Any]:
     """Arguments by name; each column becomes a list of G values. Ours win over the record's."""
     count = len(completions)
     columns: dict[str, Any] = {name: [value] * count for name, value in _record(prompt).items()}
-    columns["prompts"] = [list(prompt.messages) for _ in range(count)]
+    columns["prompts"] = [[*map(dict, prompt.messages)] for _ in range(count)]
     columns["completions"] = list(completions)
     return columns
 
