@@ -420,12 +420,15 @@ class Config(Room):
     @classmethod
     def _completions_to_groups(cls, raw: Any) -> Any:
         """Resolves buffer.completions_per_step into buffer.groups_per_step."""
-        if not isinstance(raw, dict):
-            return raw
-        completions = (raw.get("buffer") or {}).get("completions_per_step")
-        group_size = (raw.get("algo") or {}).get("group_size", AlgoSettings().group_size)
-        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
+        rooms = (
+            [raw.get(room) or {} for room in ("buffer", "algo")] if isinstance(raw, dict) else []
+        )
+        if not rooms or not all(isinstance(room, dict) for room in rooms):
             return raw  # wrong types are reported by the field itself
+        completions = rooms[0].get("completions_per_step")
+        group_size = rooms[1].get("group_size", AlgoSettings().group_size)
+        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
+            return raw
         if completions % group_size:
             down = completions // group_size * group_size
             raise ValueError(
@@ -641,6 +644,8 @@ def _explain(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if not location:
         return str(message)
+    if item["type"] == "model_type":
+        message = "it must be a section with settings, such as {name = value}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
     described = getattr(_fields_at(location[:-1]).get(location[-1]), "description", None)

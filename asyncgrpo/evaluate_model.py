@@ -43,7 +43,9 @@ class Desk:
         ((name, prompts),) = held_out_sets(config).items()
         self._reward = config.rewards[name]
         load_rewards(self._reward).check(prompts)
-        self.num_prompts, self._max_prompt_tokens = len(prompts), config.data.max_prompt_tokens
+        self._max_prompt_tokens = config.data.max_prompt_tokens
+        self._timeout_seconds = config.reward.timeout_seconds
+        self.num_prompts = len(prompts)
         leases = LeaseBook(run_seed=config.run.seed, deadline_seconds=math.inf)
         self._evaluations = Evaluations(config, lambda num, block: prompts, leases)
         request = Packet(kind="evaluate", fields={"version": UNPUBLISHED, "blocks": [name]})
@@ -84,9 +86,18 @@ class Desk:
 
     def unanswered(self) -> list[str]:
         """Why prompts were not answered, a line per reason."""
-        causes = {"prompt_too_long": f"data.max_prompt_tokens={self._max_prompt_tokens}"}
+        causes = {
+            "prompt_too_long": f"not answered: data.max_prompt_tokens={self._max_prompt_tokens} is "
+            "too small for them",
+            "refused_by_engine": "not answered: the engine refused them (see the warnings above)",
+            "reward_contract": "answered, but not scored: a reward function failed (see the "
+            "warnings above); repair it, or set reward.on_error",
+            "reward_lost": "answered, but not scored: their reward function took more than "
+            f"reward.timeout_seconds={self._timeout_seconds:g} or ended its process; make it "
+            "quicker, raise the limit, or set reward.on_error",
+        }
         return [
-            f"{count} of {self.num_prompts} prompts were not answered: {causes.get(reason, reason)}"
+            f"{count} of {self.num_prompts} prompts were {causes.get(reason, reason)}"
             for reason, count in self.failed.items()
         ]
 

@@ -228,6 +228,10 @@ def broken_loss(inputs: Any, algo: Any) -> torch.Tensor:
     raise ZeroDivisionError("gone")
 
 
+def leaving_loss(inputs: Any, algo: Any) -> torch.Tensor:
+    raise SystemExit(0)
+
+
 def infinite_loss(inputs: Any, algo: Any) -> torch.Tensor:
     return own_loss(inputs, algo) * float("inf")
 
@@ -279,6 +283,7 @@ def test_a_users_own_loss_and_weight_are_used() -> None:
         ("short_loss", r"'test_objective:short_loss' returned shape \(3,\).*shape \(4,\)"),
         ("no_loss", "returned NoneType"),
         ("broken_loss", "ZeroDivisionError: gone at .*test_objective.py"),
+        ("leaving_loss", "SystemExit: 0 at .*test_objective.py"),
         ("infinite_loss", "gave a loss of (nan|inf|-inf).*must be finite"),
         ("short_parts", r"TokenLoss.is_clipped_low of shape \(1,\).*shape \(4,\)"),
         ("detached_loss", "'test_objective:detached_loss' returned a loss without gradient"),

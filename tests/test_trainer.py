@@ -63,6 +63,21 @@ def test_settings_come_as_a_dict_a_config_a_file_or_not_at_all(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (5, "config=5 must be a Config, a dict of dicts, or the path of a file"),
+        ([1], r"config=\[1\] must be a Config"),
+        ({"buffer": "x"}, "buffer='x' is not allowed: it must be a section"),
+        ({"algo": [1]}, r"algo=\[1\] is not allowed: it must be a section"),
+        ({"algo": [1], "num_generations": 4}, "algo"),
+    ],
+)
+def test_what_is_no_settings_is_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config)
+
+
 def test_reward_functions_take_the_place_of_those_in_the_settings():
     config = {"reward": {"functions": [{"use": "exact"}], "correct_above": 0.5}}
     rewards = [right, {"use": reward_functions.vowels, "weight": 0.5}, "length_penalty"]
@@ -85,6 +100,34 @@ def test_two_lambdas_need_names():
     named = Trainer(reward_funcs=[two[0], {"use": two[1], "name": "v1.1"}]).config
     assert [f.label for f in named.reward.functions] == ["lambda", "v1.1"]
     assert named.reward.functions[1].use.endswith("/reward_funcs.pkl:v1_1")
+
+
+def test_names_that_differ_only_in_signs_stay_two_functions(tmp_path):
+    names = ("a.b", "a:b", "a_b", "a b")
+    rewards = [
+        {"use": lambda completions, n=n: [float(n)] * len(completions), "name": name}
+        for n, name in enumerate(names)
+    ]
+    trainer = Trainer({"run": {"dir": "out"}}, reward_funcs=rewards)
+    trainer._write_files()
+    functions = trainer.config.reward.functions
+    assert [f.label for f in functions] == list(names)
+    found = [find_function(f.use, "reward", RewardError)(["x"]) for f in functions]
+    assert found == [[0.0], [1.0], [2.0], [3.0]]
+
+
+def test_trainers_of_one_second_have_directories_of_their_own(tmp_path):
+    made = [Trainer().run_dir for _ in range(3)]
+    assert len(set(made)) == 3
+    assert {path.parent for path in made} == {tmp_path / "runs"}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_and_another_fit_may_follow(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"cannot be written .*; give another run_dir"):
+            Trainer(run_dir=tmp_path / ("x" * 300)).fit()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_training_set_without_an_evaluation_set_means_no_evaluation():

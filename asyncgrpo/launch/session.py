@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,11 +30,20 @@ from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
 
+_promised: set[Path] = set()  # directories of this process, made or not
+
 
 def new_run_dir(config: Config) -> Path:
-    """Where a run that starts now is written: run.dir, or runs/<time>-<name>."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(config.run.dir or f"runs/{stamp}-{config.run.name}").absolute()
+    """Where a run that starts now is written: run.dir, or a new runs/<time>-<name>."""
+    if config.run.dir:
+        return Path(config.run.dir).absolute()
+    first = path = Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.run.name}").absolute()
+    count = 1
+    while path in _promised or os.path.exists(path):
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    _promised.add(path)
+    return path
 
 
 class Session:

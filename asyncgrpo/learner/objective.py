@@ -17,7 +17,7 @@ from torch import Tensor
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import call
 from asyncgrpo.errors import AlgorithmError, BadInput
-from asyncgrpo.imports import last_place
+from asyncgrpo.imports import described, is_interrupt, last_place
 from asyncgrpo.learner.advantages import GroupRewards
 from asyncgrpo.learner.corrections import Correction
 from asyncgrpo.learner.inputs import LossInputs, Totals
@@ -173,10 +173,12 @@ def probe(algo: AlgoSettings) -> None:
         estimate(EXAMPLE_GROUP, algo)
     except BadInput:
         raise
-    except Exception as error:  # the backward pass of a user's function may raise anything
+    except BaseException as error:  # a user's function may raise anything, also SystemExit
+        if is_interrupt(error):
+            raise
         raise AlgorithmError(
-            f"your own function in algo.* raised {type(error).__name__}: {error} at "
-            f"{last_place(error)} in the backward pass of an example of 4 tokens"
+            f"your own function in algo.* raised {described(error)} at {last_place(error)} on an "
+            "example of 4 tokens; see asyncgrpo/learner/inputs.py for what it gets"
         ) from error
     gradient = inputs.logprobs.grad
     for what, value in (("loss", found.loss.detach()), ("gradient", gradient)):
