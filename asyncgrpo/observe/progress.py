@@ -152,10 +152,11 @@ def show_summary(run_dir: Path, console: Console) -> None:
     console.print(f"every step    {run_dir / 'metrics.jsonl'}")
     every = "" if summary["steps"] else " --status all"
     console.print(f"what it said  asyncgrpo traj show {run_dir}{every}")
-    console.print("next          look at what it said; then change one thing, for example")
-    console.print(
-        "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
-    )
+    if summary["steps"]:
+        console.print("next          look at what it said; then change one thing, for example")
+        console.print(
+            "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
+        )
 
 
 def eval_table(*reports: Mapping[str, Any]) -> Table:
