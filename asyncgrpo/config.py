@@ -65,7 +65,7 @@ class TaskSettings(Room):
     letters: int = Field(12, ge=2, le=26, description="alphabet size of palindrome and reverse")
     modulus: int = Field(4, ge=2, le=10, description="check: sum modulo this")
     long_tail: float = Field(
-        0.0, ge=0, description="0 = uniform sizes; else sigma of lognormal item counts (median 6)"
+        0.0, ge=0, le=5, description="0 = uniform sizes; else sigma of lognormal item counts (median 6)"
     )
 
 
@@ -92,10 +92,10 @@ class SourceSettings(Room):
     path: str = Field(..., min_length=1, description="file, glob, folder or hub name")
     name: str = Field("", description="part of the prompt ids; default: the file's name")
     weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="share in the mix; default: its size"
+        None, gt=0, description="share in the mix; default: its size"
     )
     sample_ratio: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="0.1: a tenth of its prompts; 2: each twice"
+        1.0, gt=0, le=1000, description="0.1: a tenth of its prompts; 2: each twice"
     )
     template: TemplateSettings | None = Field(None, description="default: data.template")
 
@@ -229,9 +229,7 @@ class RewardSettings(JudgeSettings):
         description="when a function raises, returns junk, hangs or dies: drop the group, or let "
         "the call score zero or error_value",
     )
-    error_value: float | None = Field(
-        None, allow_inf_nan=False, description="with on_error = 'value'"
-    )
+    error_value: float | None = Field(None, description="with on_error = 'value'")
     max_error_rate: float = Field(
         0.25, ge=0, le=1, description="the run stops above this share of the last error_window"
     )
@@ -284,9 +282,12 @@ class BufferSettings(Room):
     take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class LearnerSettings(Room):
     lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="of AdamW")
     adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     warmup_steps: int = Field(5, ge=0, description="steps over which lr rises from 0")

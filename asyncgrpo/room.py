@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Room(BaseModel):
-    """Base of every section: unknown keys are errors, values are frozen once read."""
+    """Base of every section: unknown keys are errors, values are frozen once read, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )

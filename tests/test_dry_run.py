@@ -161,3 +161,21 @@ def test_processes_may_share_gpus_but_learner_ranks_never_one() -> None:
 def test_shared_gpus_need_a_backend_that_can_serve_them() -> None:
     with pytest.raises(ConfigError, match=r"weights.backend='auto': NCCL refuses two processes"):
         from_mapping({"launch": {"share_gpus": True}})
+
+
+def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(elsewhere: Path) -> None:
+    file = elsewhere / "train.jsonl"
+    file.write_text("".join(f'{{"prompt": "{"x" * n}", "answer": "1", "kind": "add"}}\n' for n in (40, 50, 90)))
+    settings = ("--set", f"data.train={file}", "--set", "learner.max_tokens_per_microbatch=4096")
+    with pytest.raises(DataError, match=r"=30: all 3 .* shortest has 42 tokens.* 52; set .* to 92"):
+        dry_run(*settings, "--set", "data.max_prompt_tokens=30", "--set", "data.eval=none")
+    output = dry_run(*settings, "--set", "data.max_prompt_tokens=60")
+    assert "warning: data.train: 33% of the prompts are longer" in output
+    assert "are longer" not in dry_run(*settings)
+
+
+def test_evaluations_whose_prompts_are_all_too_long_are_refused(elsewhere: Path) -> None:
+    file = elsewhere / "eval.jsonl"
+    file.write_text(f'{{"prompt": "{"x" * 300}", "answer": "1", "kind": "add"}}\n')
+    with pytest.raises(DataError, match="all 1 prompts of evaluation held-out are longer"):
+        dry_run("--set", f"data.eval={file}")

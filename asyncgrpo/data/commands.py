@@ -156,7 +156,7 @@ def _tokenizer(model: str | None, settings: Config | None) -> Any:
     if path is None:
         return None
     if path == "tiny":
-        from asyncgrpo.data.tiny import build_tokenizer
+        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
 
         return build_tokenizer()
     from asyncgrpo.actor.process import load_tokenizer

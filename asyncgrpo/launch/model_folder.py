@@ -50,6 +50,32 @@ def check_model_folder(path: str, *, download: bool = True) -> Path | None:
     return None
 
 
+def quick_tokenizer(path: str) -> Any:
+    """The model's tokenizer, without torch; None when it is not on this machine in one file.
+
+    ModelError when it cannot be read.
+    """
+    if path == EMBEDDED:
+        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
+
+        return build_tokenizer()
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _cached_snapshot(path) or folder
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{folder}/tokenizer.json cannot be read: {reason}; copy the tokenizer files of its "
+            "base model there: tokenizer.save_pretrained(folder)"
+        ) from None
+
+
 def _check_files(folder: Path) -> None:
     config = _read_config(folder)
     _check_architecture(folder, config)
