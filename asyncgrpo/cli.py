@@ -17,7 +17,7 @@ import typer
 from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
-from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
+from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
@@ -60,7 +60,7 @@ def launch(
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,
-        "run.dir": f'"{run_dir}"' if run_dir else None,
+        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
     }
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
@@ -104,6 +104,8 @@ def evaluate(
     from asyncgrpo.evaluate_model import Desk, run
     from asyncgrpo.observe.progress import eval_table
 
+    if not data:
+        raise ConfigError("--data '' names nothing; give a file, folder, hub name, or 'tasks'")
     samples = num_samples or max(k or [1])
     flags = {
         "model.path": json.dumps(model, ensure_ascii=False),

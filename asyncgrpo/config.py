@@ -24,7 +24,7 @@ from pydantic import (
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.aliases import translate
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.room import Room
+from asyncgrpo.room import Room, Unbounded
 
 log = logging.getLogger(__name__)
 HELD_OUT = "held-out"  # the evaluation that nobody gave a name
@@ -65,7 +65,10 @@ class TaskSettings(Room):
     letters: int = Field(12, ge=2, le=26, description="alphabet size of palindrome and reverse")
     modulus: int = Field(4, ge=2, le=10, description="check: sum modulo this")
     long_tail: float = Field(
-        0.0, ge=0, le=5, description="0 = uniform sizes; else sigma of lognormal item counts (median 6)"
+        0.0,
+        ge=0,
+        le=5,
+        description="0 = uniform sizes; else sigma of lognormal item counts (median 6)",
     )
 
 
@@ -91,9 +94,7 @@ class SourceSettings(Room):
 
     path: str = Field(..., min_length=1, description="file, glob, folder or hub name")
     name: str = Field("", description="part of the prompt ids; default: the file's name")
-    weight: float | None = Field(
-        None, gt=0, description="share in the mix; default: its size"
-    )
+    weight: float | None = Field(None, gt=0, description="share in the mix; default: its size")
     sample_ratio: float = Field(
         1.0, gt=0, le=1000, description="0.1: a tenth of its prompts; 2: each twice"
     )
@@ -107,7 +108,8 @@ def _kind_of_train(value: object) -> str:
 # Which form of data.train or eval an error is about.
 TEXT, TABLE, TABLES = "<text>", "<table>", "<tables>"
 Train = Annotated[
-    Annotated[str, Tag(TEXT)] | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
+    Annotated[str, Field(min_length=1), Tag(TEXT)]
+    | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
     Discriminator(_kind_of_train),
 ]
 
@@ -128,6 +130,12 @@ class DataSettings(Room):
     overlong_prompt: Literal["drop", "truncate_left", "error"] = Field(
         "drop", description="drop and count it, keep its last max_prompt_tokens tokens, or stop"
     )
+
+    def template_of(self, path: str) -> TemplateSettings:
+        """The template of the table in train that has this path, else the one for all."""
+        tables = () if isinstance(self.train, str) else self.train
+        own = [table.template for table in tables if table.path == path and table.template]
+        return own[0] if own else self.template
 
     @model_validator(mode="after")
     def _weights_for_all_or_none(self) -> DataSettings:
@@ -278,7 +286,7 @@ class BufferSettings(Room):
         "drop", description="a group with tokens past the bound: drop it, or mask those tokens"
     )
     credit: int = Field(8, ge=1, description="unacknowledged groups an actor may have on the wire")
-    lease_deadline_seconds: float = Field(600.0, gt=0, description="then a lease is taken back")
+    lease_deadline_seconds: Unbounded = Field(600.0, gt=0, description="then a lease is taken back")
     take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
 
 
@@ -297,7 +305,7 @@ class LearnerSettings(Room):
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="floor of the schedule, as share of lr"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down")
+    max_grad_norm: Unbounded = Field(1.0, gt=0, description="longer gradients are scaled down")
     ess_scaled_lr: bool = Field(
         False, description="lr times the square root of the effective share of samples"
     )
@@ -334,7 +342,9 @@ class EvalSettings(Room):
     name: str = Field(HELD_OUT, pattern=r"^[\w.-]+$", description="in evals.jsonl and metrics")
     data: str | None = Field(None, description="held-out prompts; default: data.eval")
     every: int = Field(10, ge=0, description="steps between evaluations; 0 = only before and after")
-    num_prompts: int = Field(318, ge=1, description="held-out prompts, at most")
+    num_prompts: int = Field(
+        318, ge=1, description="held-out prompts, at most; of more records a sample by run.seed"
+    )
     num_samples: int = Field(1, ge=1, description="completions per prompt")
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
         (), description="a number or a list: pass@k, the chance that one of k samples is correct"

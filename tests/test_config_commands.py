@@ -102,7 +102,7 @@ def test_limits_and_choices_are_shown_as_they_are_checked() -> None:
     assert all_settings()["data.epochs"].kind == "integer >= 1 or none"
     assert all_settings()["actor.engine"].kind == "vllm, toy"
     assert all_settings()["algo.kl"].kind.startswith("k1, k2, k3, ")
-    assert all_settings()["learner.betas"].kind == "[number, number]"
+    assert all_settings()["learner.betas"].kind == f"[{', '.join(['number >= 0 and < 1'] * 2)}]"
 
 
 def test_a_room_shows_its_settings_and_a_last_part_all_that_end_so() -> None:

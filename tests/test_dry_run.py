@@ -165,7 +165,9 @@ def test_shared_gpus_need_a_backend_that_can_serve_them() -> None:
 
 def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(elsewhere: Path) -> None:
     file = elsewhere / "train.jsonl"
-    file.write_text("".join(f'{{"prompt": "{"x" * n}", "answer": "1", "kind": "add"}}\n' for n in (40, 50, 90)))
+    file.write_text(
+        "".join(f'{{"prompt": "{"x" * n}", "answer": "1", "kind": "add"}}\n' for n in (40, 50, 90))
+    )
     settings = ("--set", f"data.train={file}", "--set", "learner.max_tokens_per_microbatch=4096")
     with pytest.raises(DataError, match=r"=30: all 3 .* shortest has 42 tokens.* 52; set .* to 92"):
         dry_run(*settings, "--set", "data.max_prompt_tokens=30", "--set", "data.eval=none")
