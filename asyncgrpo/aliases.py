@@ -311,7 +311,14 @@ def _epochs(its: Foreign, ours: _Ours) -> Pairs:
 def _reward_weights(its: Foreign, ours: _Ours) -> Pairs:
     """The functions anew, each with its weight: those that were given are taken out first."""
     weights, given = its["reward_weights"], ours.get("reward.functions")
-    functions = [f.model_dump(exclude_unset=True) if isinstance(f, Room) else f for f in given]
+    functions = [
+        f.model_dump(exclude_unset=True)
+        if isinstance(f, Room)
+        else {"use": f}
+        if isinstance(f, str)
+        else f
+        for f in given
+    ]
     if len(weights) != len(functions):
         raise ConfigError(
             f"reward_weights={weights} are {len(weights)} numbers for {len(functions)} functions "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import typer
 from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
-from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
+from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
@@ -178,6 +179,15 @@ def main() -> None:
         record_error(error)
         print(f"error: {error}", file=sys.stderr)
         _end(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(
+            f"error: {str(error.filename)[:60]}... is longer than a path may be here; give a "
+            "shorter one",
+            file=sys.stderr,
+        )
+        _end(EXIT_BAD_INPUT)
     except typer.Abort:
         _end(EXIT_INTERRUPTED)
     except Exception as error:

@@ -196,7 +196,7 @@ Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions), Fi
 class JudgeSettings(Room):
     """What completions are scored by, and which of them are correct."""
 
-    functions: tuple[RewardFunction, ...] = Field(
+    functions: Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions)] = Field(
         (RewardFunction(use="task"), RewardFunction(use="length_penalty")),
         description="score every record; default: task and length_penalty, or none with routes",
     )
@@ -385,8 +385,8 @@ else:  # a single [eval] table is one block
 
 
 class LaunchSettings(Room):
-    actors: int = Field(2, ge=1, description="processes that generate, one engine each")
-    learners: int = Field(2, ge=1, description="ranks that train")
+    actors: int = Field(2, ge=1, le=1024, description="processes that generate, one engine each")
+    learners: int = Field(2, ge=1, le=1024, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
     share_gpus: bool = Field(False, description="more processes than GPUs; needs gloo for weights")
     max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
@@ -650,10 +650,14 @@ def _explain(item: Any) -> str:
             hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
+    field = _fields_at(location[:-1]).get(location[-1]) if location else None
+    if item["type"] == "tuple_type":
+        tables = field is not None and _rooms_in(field.annotation)
+        message = "Input should be a list" + " of tables" * bool(tables)
     if not location:
         return str(message)
     if item["type"] == "value_error":
         return f"{key}: {message}"
-    described = getattr(_fields_at(location[:-1]).get(location[-1]), "description", None)
+    described = getattr(field, "description", None)
     about = f" ({key} is: {described})" if described else ""
     return f"{key}={item['input']!r} is not allowed: {message}{about}"
