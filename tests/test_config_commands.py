@@ -153,3 +153,15 @@ def run(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["config", *arguments])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_lists_of_tables_are_blocks_that_load_as_the_same_settings(tmp_path):
+    tables = ["data.train=[{path='a', template={suffix='x'}}, {path='b'}]"]
+    config = load_config(
+        None, [*tables, "eval=[{name='p'}, {name='q', reward={functions=['math']}}]"]
+    )
+    text = as_toml(config.model_dump(mode="json"))
+    assert text.count("[[data.train]]") == text.count("[[eval]]") == 2
+    assert max(map(len, text.splitlines())) < 200
+    (tmp_path / "all.toml").write_text(text)
+    assert load_config(tmp_path / "all.toml") == config
