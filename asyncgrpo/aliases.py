@@ -33,6 +33,10 @@ class Entry(NamedTuple):
         """All foreign names, each once."""
         return list(dict.fromkeys(self.trl + self.xtuner))
 
+    def keys_of(self, name: str) -> list[str]:
+        """Our keys that one of the names sets."""
+        return [_table()["sets"][name]] if name in _table()["sets"] else self.ours
+
 
 @cache
 def entries() -> tuple[Entry, ...]:

@@ -109,7 +109,7 @@ def _walk(node: Any, models: Any, prefix: str, seen: set[str]) -> Iterator[Setti
             kind = f"{', '.join(catalogue(name))}, or 'package.module:function'"
         default = field.get("default", ...)
         shown = "" if default is ... else "none" if default is None else _toml(default)
-        aliases = tuple(n for entry in entries() if key in entry.ours for n in entry.names)
+        aliases = tuple(n for entry in entries() for n in entry.names if key in entry.keys_of(n))
         yield Setting(key, kind, shown, field.get("description", ""), aliases)
         for part in (field, *field.get("oneOf", ()), *field.get("anyOf", ())):
             inner = part.get("items", part.get("additionalProperties", {}))
@@ -154,7 +154,7 @@ def _foreign(name: str) -> str:
     entry = by_name()[name]
     trainers = [t for t, names in (("TRL", entry.trl), ("XTuner", entry.xtuner)) if name in names]
     said = {"not_needed": "not needed", "not_yet": "not offered yet", "refused": "refused if on"}
-    meaning = said.get(entry.kind) or f"is {', '.join(entry.ours)} here"
+    meaning = said.get(entry.kind) or f"is {', '.join(entry.keys_of(name))} here"
     return f"{name} ({', '.join(trainers)}): {meaning}" + (f"; {entry.note}" if entry.note else "")
 
 

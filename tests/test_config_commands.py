@@ -165,3 +165,12 @@ def test_lists_of_tables_are_blocks_that_load_as_the_same_settings(tmp_path):
     assert max(map(len, text.splitlines())) < 200
     (tmp_path / "all.toml").write_text(text)
     assert load_config(tmp_path / "all.toml") == config
+
+
+def test_a_foreign_name_stands_only_at_the_settings_it_sets():
+    low, high = (all_settings()[f"algo.clip_{end}"].aliases for end in ("low", "high"))
+    assert "epsilon" in low
+    assert "epsilon" in high
+    assert "epsilon_high" in high
+    assert "epsilon_high" not in low
+    assert "algo.clip_low" not in explain("epsilon_high").partition(";")[0]
