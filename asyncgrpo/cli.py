@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import typer
 from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
-from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
+from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
@@ -60,7 +61,7 @@ def launch(
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,
-        "run.dir": f'"{run_dir}"' if run_dir else None,
+        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
     }
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
@@ -104,6 +105,8 @@ def evaluate(
     from asyncgrpo.evaluate_model import Desk, run
     from asyncgrpo.observe.progress import eval_table
 
+    if not data:
+        raise ConfigError("--data '' names nothing; give a file, folder, hub name, or 'tasks'")
     samples = num_samples or max(k or [1])
     flags = {
         "model.path": json.dumps(model, ensure_ascii=False),
@@ -176,6 +179,15 @@ def main() -> None:
         record_error(error)
         print(f"error: {error}", file=sys.stderr)
         _end(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(
+            f"error: {str(error.filename)[:60]}... is longer than a path may be here; give a "
+            "shorter one",
+            file=sys.stderr,
+        )
+        _end(EXIT_BAD_INPUT)
     except typer.Abort:
         _end(EXIT_INTERRUPTED)
     except Exception as error:

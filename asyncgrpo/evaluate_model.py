@@ -20,10 +20,10 @@ from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import held_out_sets
-from asyncgrpo.errors import ConfigError, RunError
+from asyncgrpo.errors import ConfigError, RewardError, RunError
 from asyncgrpo.evaluate import is_correct
 from asyncgrpo.launch.environment import detect_host
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import lone_actor
 from asyncgrpo.rewards.registry import load_rewards
 from asyncgrpo.types import Group
@@ -42,10 +42,19 @@ class Desk:
             raise ConfigError("--data names nothing; give a file, folder, hub name, or 'tasks'")
         ((name, prompts),) = held_out_sets(config).items()
         self._reward = config.rewards[name]
-        load_rewards(self._reward).check(prompts)
-        self._max_prompt_tokens = config.data.max_prompt_tokens
+        try:
+            load_rewards(self._reward).check(prompts)
+        except RewardError as error:
+            if config.evals[0].reward or {"functions", "routes"} & config.reward.model_fields_set:
+                raise
+            raise RewardError(
+                "these records need a reward: give --config with reward.functions or "
+                "reward.routes, or --set reward.functions='[\"math\"]' (the default is for "
+                f"generated tasks: {error})"
+            ) from None
+        quick_tokenizer(config.model.path)  # can it be read?
+        self.num_prompts, self._max_prompt_tokens = len(prompts), config.data.max_prompt_tokens
         self._timeout_seconds = config.reward.timeout_seconds
-        self.num_prompts = len(prompts)
         leases = LeaseBook(run_seed=config.run.seed, deadline_seconds=math.inf)
         self._evaluations = Evaluations(config, lambda num, block: prompts, leases)
         request = Packet(kind="evaluate", fields={"version": UNPUBLISHED, "blocks": [name]})

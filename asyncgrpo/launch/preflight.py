@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from contextlib import ExitStack
@@ -58,6 +59,14 @@ def choose_ports(config: Config) -> Ports:
 
 def check_run_dir(path: Path) -> None:
     """ConfigError when a run cannot be written there, or one is there already. Changes nothing."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"run directory {str(path)[:60]}... is longer than a path may be here; "
+                "give a shorter --run-dir"
+            ) from None
     # os.path.exists, unlike Path.exists, takes "may not look" for "no".
     if os.path.exists(path / "config.json"):
         raise ConfigError(
@@ -106,7 +115,7 @@ def _bind(host: str, port: int) -> socket.socket:
 def _metrics_ports(config: Config) -> list[int]:
     first = config.launch.metrics_port
     count = len(role_names(config.launch.actors, config.launch.learners))
-    if first + count - 1 > LAST_PORT:
+    if first and first + count - 1 > LAST_PORT:
         raise ConfigError(
             f"launch.metrics_port={first} leaves no room for {count} endpoints; "
             f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"

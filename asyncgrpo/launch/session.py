@@ -17,13 +17,15 @@ from rich.console import Console
 
 from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
-from asyncgrpo.data.prompts import open_prompts
+from asyncgrpo.data.check import length_warning
+from asyncgrpo.data.prompts import PromptSource, open_prompts
+from asyncgrpo.data.templates import tokenise
 from asyncgrpo.errors import AbsentData, AbsentModel, DataError, ModelError
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
 from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
 from asyncgrpo.observe.progress import Progress, show_summary
@@ -53,6 +55,7 @@ class Session:
         self._config = config
         self._console = console or Console(highlight=False, soft_wrap=True)
         self.run_dir = new_run_dir(config)
+        self._warnings = list(notices(config.algo))
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
@@ -63,7 +66,7 @@ class Session:
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
             host = replace(host, gpu_ids=tuple(map(str, range(gpus))))
         plan = render_plan(self._plan(self._config, host))
-        notes = [f"warning: {notice}" for notice in notices(self._config.algo)]
+        notes = [f"warning: {warning}" for warning in self._warnings]
         notes += [f"not checked: {line}" for line in absent]
         blocks = [plan, render_sizes(self._config), "\n".join(notes)]
         self._console.print("\n\n".join(filter(None, blocks)), markup=False)
@@ -74,8 +77,7 @@ class Session:
         config = self._with_model()
         plan = self._plan(config, detect_host())
         run = self._prepare(config, plan)
-        for warning in (*plan.warnings, *notices(config.algo)):
-            self._console.print(f"warning: {warning}", style="yellow", markup=False)
+        self._warn(plan)
         with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
             supervisor = Supervisor(
                 plan,
@@ -98,7 +100,9 @@ class Session:
         self._config = self._config.model_copy(update={"launch": launch})
         self._check()
         config = self._with_model()
-        run = self._prepare(config, self._plan(config, detect_host()))
+        plan = self._plan(config, detect_host())
+        run = self._prepare(config, plan)
+        self._warn(plan)
         self._console.print("serial: one actor with the toy engine, one learner, no sockets")
         from asyncgrpo.serial import run_serial  # torch
 
@@ -117,8 +121,10 @@ class Session:
         models = [config.model.path]
         if config.algo.kl_coef and config.algo.reference.path:
             models.append(config.algo.reference.path)
-        checks: list[Callable[[], object]] = [partial(self._check_prompts, rewards)]
-        checks += [partial(check_model_folder, m, download=absent is None) for m in models]
+        checks: list[Callable[[], object]] = [
+            partial(check_model_folder, model, download=absent is None) for model in models
+        ]
+        checks.append(partial(self._check_prompts, rewards))
         for check in checks:
             try:
                 check()
@@ -139,6 +145,24 @@ class Session:
             raise DataError(f"data.train={self._config.data.train!r} holds no prompt")
         for block, its in rewards.items():
             its.check(prompts.survey(block))
+        self._check_lengths(prompts)
+
+    def _check_lengths(self, prompts: PromptSource) -> None:
+        model, data = self._config.model.path, self._config.data
+        if (tokenizer := quick_tokenizer(model)) is None:
+            return
+        for block in ("", *(block.name for block in self._config.evals)):
+            warning = length_warning(
+                list(prompts.survey(block)),
+                lambda prompt: len(tokenise(tokenizer, prompt.messages, data)),
+                data,
+                f"evaluation {block}" if block else "data.train",
+            )
+            self._warnings += [warning] if warning else []
+
+    def _warn(self, plan: Plan) -> None:
+        for warning in (*plan.warnings, *self._warnings):
+            self._console.print(f"warning: {warning}", style="yellow", markup=False)
 
     def _plan(self, config: Config, host: Host) -> Plan:
         """Chosen late, so that nobody takes a free port meanwhile."""
