@@ -125,7 +125,7 @@ def test_trainers_of_one_second_have_directories_of_their_own(tmp_path):
 
 def test_a_run_directory_that_cannot_be_made_is_refused_and_another_fit_may_follow(tmp_path):
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"cannot be written .*; give another run_dir"):
+        with pytest.raises(ConfigError, match=r"longer than a path may be here; give a shorter"):
             Trainer(run_dir=tmp_path / ("x" * 300)).fit()
     assert list(tmp_path.iterdir()) == []
 
@@ -143,7 +143,11 @@ def test_a_training_set_without_an_evaluation_set_means_no_evaluation():
 # -- rows ----------------------------------------------------------------------------------
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
