@@ -88,7 +88,7 @@ def role(
     elif name == "learner":
         from asyncgrpo.learner.process import run_learner
 
-        run_learner(run)
+        run_learner(run, stopping)
     else:
         raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
 
@@ -96,7 +96,8 @@ def role(
 def _stop_flag() -> Callable[[], bool]:
     """A flag that SIGTERM sets; loops look at it between two turns."""
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(number))
     return lambda: bool(asked)
 
 

@@ -311,6 +311,12 @@ class WeightSettings(Room):
     )
 
 
+class CheckpointSettings(Room):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only when stopped")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every: int = Field(0, ge=0, description="those of every so many steps stay too; 0 = none")
+
+
 class EvalSettings(Room):
     every: int = Field(10, ge=0, description="steps between evaluations; 0 = only before and after")
     num_prompts: int = Field(318, ge=1, description="held-out prompts, at most")
@@ -352,6 +358,7 @@ class Config(Room):
     algo: AlgoSettings = AlgoSettings()
     learner: LearnerSettings = LearnerSettings()
     weights: WeightSettings = WeightSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     launch: LaunchSettings = LaunchSettings()
     observe: ObserveSettings = ObserveSettings()

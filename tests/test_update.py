@@ -115,7 +115,7 @@ def test_several_updates_keep_the_proximal_policy_of_the_start(
 ) -> None:
     config = settings(folder, algo={"passes": 2, "minibatches": 2}, observe={"token_log": True})
     groups = make_groups(folder)
-    metrics = PolicyUpdater(config, log_to=tmp_path).update(shard_of(groups))
+    metrics = PolicyUpdater(config, run_dir=tmp_path).update(shard_of(groups))
     assert metrics["optimizer_steps"] == 4
     found = token_log(tmp_path)
     start = AutoModelForCausalLM.from_pretrained(folder)
@@ -254,7 +254,7 @@ def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_comp
     algo = {"kl_coef": 0.7, "kl_in": "reward"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    PolicyUpdater(config, log_to=tmp_path).update(shard_of(groups))
+    PolicyUpdater(config, run_dir=tmp_path).update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):
         rewards = [float(r) - kl[g, i].sum() for i, r in enumerate(group.rewards)]
@@ -269,7 +269,7 @@ def test_kl_in_the_reward_per_token_counts_from_each_token_to_the_end(
     algo = {"kl_coef": 0.7, "kl_in": "reward_token"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    PolicyUpdater(config, log_to=tmp_path).update(shard_of(groups))
+    PolicyUpdater(config, run_dir=tmp_path).update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):
         for i, value in enumerate(oracle_advantages.grpo(group.rewards.tolist())):

@@ -10,7 +10,9 @@
     status   {counters}                 noted
 
     from learner ranks
-    take     {step, rank, world_size}   shard, or exhausted: at once, or when the batch is full
+    begin    {step}                     noted: the first step of a learner's life
+    take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
+    stop     {}                         noted: no batch is formed from now on
     trained  {step}                     noted {counters, actors, evaluations}
     evaluate {version}                  evaluating, once the actors hold back their weights
     results  {version}                  report, once all held-out prompts are answered
@@ -73,6 +75,7 @@ class BufferCore:
         self._reports: dict[int, EvalReport] = {}
         self._untold: list[dict[str, Any]] = []  # reports that rank 0 has not got with a step
         self._waiting_evals: list[tuple[str, Packet]] = []
+        self._is_stopped = False
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -209,7 +212,7 @@ class BufferCore:
         replies: Replies = []
         for peer, request in list(self._waiting_actors.items()):
             version = self._held[peer]
-            count = min(request.fields["max"], self.gate.open_for(version))
+            count = min(request.fields["max"], self.gate.open_for(version)) * (not self._is_stopped)
             leases: list[dict[str, Any]] = []
             while len(leases) < count and (prompt := self._next_prompt()) is not None:
                 self.gate.issue(version)
@@ -236,6 +239,15 @@ class BufferCore:
 
     # -- learner --------------------------------------------------------------------------
 
+    def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
+        if packet.fields["step"] != self.step:
+            raise ValueError(f"the learner begins at step {packet.fields['step']}, not {self.step}")
+        return [(peer, _answer(packet, "noted"))]
+
+    def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
+        self._is_stopped = True
+        return [(peer, _answer(packet, "noted"))]
+
     def _on_take(self, peer: str, packet: Packet, now: float) -> Replies:
         if packet.fields["step"] < self.step:
             raise ValueError(f"step {packet.fields['step']} is trained; the next is {self.step}")
@@ -246,11 +258,13 @@ class BufferCore:
         replies: Replies = []
         for (peer, rank), request in list(self._waiting_takes.items()):
             step, world_size = request.fields["step"], request.fields["world_size"]
-            if step == self.step and step not in self._batches:
+            if step == self.step and step not in self._batches and not self._is_stopped:
                 self._form_batch()
             if step in self._batches:
                 shard = self._shard(step, rank, world_size)
                 answer = shard_packet(shard)
+            elif self._is_stopped:
+                answer = Packet(kind="stopped")
             elif self._exhausted():
                 answer = Packet(kind="exhausted")
             else:
