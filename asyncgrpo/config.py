@@ -312,7 +312,7 @@ class WeightSettings(Room):
 
 
 class CheckpointSettings(Room):
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only when stopped")
+    every: int = Field(20, ge=0, description="steps between checkpoints; 0 = only when stopped")
     keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every: int = Field(0, ge=0, description="those of every so many steps stay too; 0 = none")
 
@@ -327,7 +327,10 @@ class LaunchSettings(Room):
     actors: int = Field(2, ge=1)
     learners: int = Field(2, ge=1)
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
-    max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
+    max_restarts: int = Field(
+        3, ge=0, description="of one process within restart_window_seconds; then the run stops"
+    )
+    restart_window_seconds: float = Field(3600.0, gt=0)
     grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
     start_timeout_seconds: float = Field(180.0, gt=0, description="until the first batch is there")
     buffer_port: int = Field(0, ge=0, le=65535, description="0 = any free port")

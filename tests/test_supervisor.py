@@ -50,7 +50,7 @@ class Run:
             Plan(specs=specs, warnings=(), endpoints=endpoints),
             folder,
             grace_seconds=grace,
-            max_actor_restarts=restarts,
+            max_restarts=restarts,
             on_line=self._note,
         )
 
@@ -219,7 +219,7 @@ def test_a_child_without_our_environment_is_ended_with_its_group(tmp_path: Path)
 def test_a_killed_buffer_or_learner_fails_the_run_with_its_last_lines(
     tmp_path: Path, victim: str
 ) -> None:
-    run = Run(tmp_path, buffer=WORK, learner=WITH_RUNAWAY, actor_0=WORK, restarts=3)
+    run = Run(tmp_path, buffer=WORK, learner=WITH_RUNAWAY, actor_0=WORK)
     run.on_ready = lambda: os.kill(run.pid(victim), signal.SIGKILL)
     with pytest.raises(RoleFailed, match=rf"(?s){victim} was ended by SIGKILL.*ready") as caught:
         run.supervisor.run()
@@ -236,7 +236,7 @@ def test_an_actor_is_restarted_with_a_count_and_then_the_run_fails(tmp_path: Pat
     message = str(caught.value)
     assert "actor-0 ended with exit code 7 after 1 restarts" in message
     assert message.endswith("\n  life 0\n  life 1")
-    assert run.said("restart 1 of 1 follows")
+    assert run.said("restart 1 of 1 follows in 1 s")
 
 
 def test_what_a_crashed_actor_left_behind_is_gone_before_its_next_life(tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ class Session:
                 plan,
                 self.run_dir,
                 grace_seconds=run.config.launch.grace_seconds,
-                max_actor_restarts=run.config.launch.max_actor_restarts,
+                max_restarts=run.config.launch.max_restarts,
+                restart_window_seconds=run.config.launch.restart_window_seconds,
                 on_line=progress.line,
                 on_tick=progress.tick,
             )

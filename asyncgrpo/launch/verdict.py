@@ -17,11 +17,12 @@ Verdict = Literal["done", "early", "restart", "fail"]
 def judge_exit(role: RoleName, exit_code: int, restarts: int, max_restarts: int) -> Verdict:
     """done: the run is complete. early: fine if the learner ends now, too. restart, fail: as said.
 
-    Exit code 2 is bad input, which a second life would meet again.
+    restarts: those within launch.restart_window_seconds. Exit code 2 is bad input, which a second
+    life would meet again.
     """
     if exit_code == 0:
         return "done" if role == "learner" else "early"
-    if role == "actor" and exit_code != EXIT_BAD_INPUT and restarts < max_restarts:
+    if exit_code != EXIT_BAD_INPUT and restarts < max_restarts:
         return "restart"
     return "fail"
 
@@ -53,7 +54,7 @@ def failure(
     log = f"last lines of {log_file}:{shown}"
     if exit_code == EXIT_BAD_INPUT:
         return BadInput(f"{name} refused its input; {log}")
-    again = f" after {restarts} restarts (launch.max_actor_restarts)" if restarts else ""
+    again = f" after {restarts} restarts (launch.max_restarts)" if restarts else ""
     early = " before the learner was done" if exit_code == 0 else ""
     reason = f": {recorded.message}" if recorded is not None else ""
     return RoleFailed(f"{name} {describe_exit(exit_code)}{early}{again}{reason}; {log}")
