@@ -42,11 +42,15 @@ def launch(
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
+    ] = None,
     serial: Annotated[bool, typer.Option(help="all roles in one process, repeatable")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan, start nothing")] = False,
 ) -> None:
     """Starts a whole run on this machine and shows its progress."""
     from asyncgrpo.config import load_config
+    from asyncgrpo.launch.resume import find_run
     from asyncgrpo.launch.session import Session
 
     flags = {
@@ -56,9 +60,13 @@ def launch(
         "run.dir": f'"{run_dir}"' if run_dir else None,
         "run.seed": seed,
     }
+    found = find_run(resume, run_dir) if resume else None
+    if found is not None:  # its settings, unless others are given
+        flags["run.dir"] = f'"{found}"'
+        config = config or found / "config.json"
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(set_ or []), *overrides])
-    session = Session(settings)
+    session = Session(settings, resume=found is not None)
     if dry_run:
         session.show_plan()
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -443,7 +444,7 @@ class Config(Room):
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Reads a TOML file, then applies `room.key=value` overrides (values are TOML, or text)."""
-    raw = _read_toml(Path(path)) if path is not None else {}
+    raw = _read_file(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(raw, override)
     return from_mapping(raw)
@@ -457,7 +458,7 @@ def from_mapping(raw: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent else []
         raise ConfigError(
@@ -465,9 +466,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
             + (f"; there are: {', '.join(near)}" if near else "; give --config FILE.toml")
         )
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        # config.json of a run directory is such a file as well
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # both decoders' errors, and UnicodeDecodeError
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

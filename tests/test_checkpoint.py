@@ -20,7 +20,7 @@ from asyncgrpo.buffer.replay import deal
 from asyncgrpo.config import Config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import CheckpointError
-from asyncgrpo.learner.checkpoint import find_damage, newest, saved, step_of
+from asyncgrpo.learner.saved import find_damage, newest, saved, step_of
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.types import Shard
 

@@ -101,6 +101,7 @@ def test_a_name_outside_the_table_is_refused(run):
     with pytest.raises(KeyError, match="rewards/median"):
         Exporter("x", 0, run.path).show({"rewards/median": 1.0})
     recorder = RunRecorder(run, Exporter("y", 0, run.path))
+    recorder.begin(0)
     with pytest.raises(KeyError, match="rewards/median"):
         recorder.row({**ROW, "rewards/median": 1.0}, summary())
 
@@ -113,6 +114,7 @@ def test_a_metrics_port_in_use_is_refused_with_the_setting(run):
 
 def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     first = {"actor-0": counters(100, 1.0, 1.0), "actor-1": counters(50, 1.0, 1.0)}
     second = {"actor-0": counters(300, 4.0, 1.0), "actor-1": counters(10, 1.0, 0.0)}  # restarted
     recorder.row(ROW, summary(first, [REPORT]))
@@ -131,6 +133,7 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
 
 def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     for judged, errors, seconds in ((10, 5, 1.0), (30, 6, 3.0), (30, 6, 3.0)):
         judge = {"judged_groups": judged, "judge_errors": errors, "judge_seconds": seconds}
         recorder.row(ROW, summary({"actor-0": {**counters(judged, judged, 0.0), **judge}}))
@@ -144,6 +147,7 @@ def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run)
 
 def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
     after = {
         **REPORT,
@@ -200,3 +204,24 @@ def test_trajectories_hold_one_line_per_completion_with_runs_of_versions(tmp_pat
     assert (two["versions"], two["staleness"], two["reward"]) == ([[5, 1]], 1, -1.0)
     assert one["lease_id"] == two["lease_id"] == "t3"
     assert one["answer"] == "4"
+
+
+def test_a_resumed_run_takes_back_rows_that_are_made_again(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    nothing = {"metrics": {}, "actors": {}, "evaluations": []}
+    for step in range(5):
+        recorder.row({"step": step, "version": step + 1, "tokens_trained": 10.0}, nothing)
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "ver', encoding="utf-8")
+    again = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    again.begin(3)
+    again.row({"step": 3, "version": 4, "tokens_trained": 1.0}, nothing)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["tokens_trained"]) for row in rows] == [
+        *((step, 10.0) for step in range(3)),
+        (3, 1.0),
+    ]
+    assert rows[3]["seconds"] >= rows[2]["seconds"]
+    again.finish([], nothing)
+    assert json.loads((run.path / "summary.json").read_text())["tokens_trained"] == 31.0

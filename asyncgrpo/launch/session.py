@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
 from asyncgrpo.launch.plan import Plan, make_plan, render_plan
 from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
+from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import load_rewards
 from asyncgrpo.rundir import RunDir
@@ -29,8 +32,11 @@ from asyncgrpo.rundir import RunDir
 class Session:
     """One call of the launcher."""
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, console: Console | None = None, *, resume: bool = False
+    ) -> None:
+        """resume: run.dir holds a run, go on with it."""
+        self._config, self._resume = config, resume
         self._console = console or Console(highlight=False, soft_wrap=True)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.run_dir = Path(config.run.dir or f"runs/{stamp}-{config.run.name}").absolute()
@@ -42,26 +48,27 @@ class Session:
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        self._check()
-        config = self._with_model()
-        plan = self._plan(config)
-        run = self._prepare(config, plan)
-        for warning in (*plan.warnings, *notices(config.algo)):
-            self._console.print(f"warning: {warning}", style="yellow", markup=False)
-        with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
+        with self._prepared() as (run, plan):
+            for warning in (*plan.warnings, *notices(run.config.algo)):
+                self._console.print(f"warning: {warning}", style="yellow", markup=False)
+            code = self._supervise(run.config, plan)
+        if code == 0:
+            show_summary(self.run_dir, self._console)
+        return code
+
+    def _supervise(self, config: Config, plan: Plan) -> int:
+        with Progress(self.run_dir, config.run.max_steps, self._console) as progress:
             supervisor = Supervisor(
                 plan,
                 self.run_dir,
-                grace_seconds=run.config.launch.grace_seconds,
-                max_restarts=run.config.launch.max_restarts,
-                restart_window_seconds=run.config.launch.restart_window_seconds,
+                grace_seconds=config.launch.grace_seconds,
+                max_restarts=config.launch.max_restarts,
+                restart_window_seconds=config.launch.restart_window_seconds,
                 on_line=progress.line,
                 on_tick=progress.tick,
             )
             code = supervisor.run()
             progress.tick()
-        if code == 0:
-            show_summary(self.run_dir, self._console)
         return code
 
     def run_serially(self) -> int:
@@ -69,20 +76,22 @@ class Session:
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        self._check()
-        config = self._with_model()
-        run = self._prepare(config, self._plan(config))
-        self._console.print("serial: one actor with the toy engine, one learner, no sockets")
-        from asyncgrpo.serial import run_serial  # torch
+        with self._prepared() as (run, _):
+            self._console.print("serial: one actor with the toy engine, one learner, no sockets")
+            from asyncgrpo.serial import run_serial  # torch
 
-        run_serial(run)
+            run_serial(run)
         show_summary(self.run_dir, self._console)
         return 0
 
     def _check(self) -> None:
         """Refuses what cannot work. Starts nothing, writes nothing."""
         config = self._config
-        check_run_dir(self.run_dir)
+        if self._resume:
+            step = check_resumable(self.run_dir, config)
+            self._console.print(f"going on with {self.run_dir} at step {step}", markup=False)
+        else:
+            check_run_dir(self.run_dir)
         prompts = open_prompts(config)
         if prompts.get(0) is None:
             raise DataError(f"data.train={config.data.train!r} holds no prompt")
@@ -115,15 +124,23 @@ class Session:
         model = model.model_copy(update={"path": self._make_tiny()})
         return self._config.model_copy(update={"model": model})
 
-    def _prepare(self, config: Config, plan: Plan) -> RunDir:
-        """Writes the run directory."""
-        prepare_run_dir(self.run_dir)
-        run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
-        run.write()
-        report = json.dumps(environment_report(config), indent=2)
-        (self.run_dir / "env.json").write_text(report, encoding="utf-8")
-        self._console.print(f"run directory {self.run_dir}", markup=False)
-        return run
+    @contextmanager
+    def _prepared(self) -> Iterator[tuple[RunDir, Plan]]:
+        """Checks everything, then writes the run directory and holds it."""
+        self._check()
+        config = self._with_model()
+        if not self._resume:
+            prepare_run_dir(self.run_dir)
+        with only_launcher(self.run_dir):
+            if self._resume:
+                keep_settings(self.run_dir)
+            plan = self._plan(config)
+            run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
+            run.write()
+            report = json.dumps(environment_report(config), indent=2)
+            (self.run_dir / "env.json").write_text(report, encoding="utf-8")
+            self._console.print(f"run directory {self.run_dir}", markup=False)
+            yield run, plan
 
     def _make_tiny(self) -> str:
         """The embedded model's folder; made in a process of its own, for it needs torch."""

@@ -11,7 +11,6 @@ Saving goes on in a thread while the next step runs; what is written is the stat
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -30,11 +29,11 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from asyncgrpo.config import CheckpointSettings
 from asyncgrpo.errors import CheckpointError
 from asyncgrpo.learner import ranks
+from asyncgrpo.learner.saved import MANIFEST, checksum, newest, read_manifest, saved, step_of
 
 log = logging.getLogger(__name__)
 # One rank needs no process group; torch warns about that at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-MANIFEST = "manifest.json"
 State = dict[str, Any]  # tensors by name, nested
 
 
@@ -136,52 +135,6 @@ class Checkpoints:
     def _meet(self) -> None:
         if self._group is not None:
             dist.barrier(group=self._group)
-
-
-def saved(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step_*"), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The number of updates in a checkpoint."""
-    return int(path.name.removeprefix("step_"))
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint without damage."""
-    for path in reversed(saved(folder)):
-        damage = find_damage(path)
-        if not damage:
-            return path
-        log.error("checkpoint %s is damaged and left out: %s", path, damage)
-    return None
-
-
-def find_damage(path: Path) -> str:
-    """What differs from the manifest; "" when nothing does."""
-    try:
-        files = read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if checksum(path / name) != expected:
-            return f"{name} has other contents than were written"
-    return ""
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint."""
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
-
-
-def checksum(path: Path) -> str:
-    """BLAKE2b of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _to_disk(path: Path) -> None:

@@ -49,6 +49,9 @@ class Updater(Protocol):
 class Recorder(Protocol):
     """Where rank 0 writes what happened (observe/recorder.py)."""
 
+    def begin(self, step: int) -> None:
+        """The first step of this life; what is written of it and later ones is taken back."""
+
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """One step's numbers, with the buffer's summary of everyone else's."""
 
@@ -92,6 +95,8 @@ class Learner:
         """
         version = self._updater.restore()
         self._client.call(Packet(kind="begin", fields={"step": version}), CALL_SECONDS)
+        if self._recorder is not None:
+            self._recorder.begin(version)
         self._publish(version, is_first=True)
         if version == 0:
             self._evaluate(0)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from asyncgrpo.config import Config
 from asyncgrpo.errors import RunError
 from asyncgrpo.learner import ranks
-from asyncgrpo.learner.checkpoint import Checkpoints, step_of
+from asyncgrpo.learner.checkpoint import Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
@@ -33,6 +33,7 @@ from asyncgrpo.learner.model import (
 from asyncgrpo.learner.objective import Objective, objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
 from asyncgrpo.learner.reference import Reference, adapted_coefficient
+from asyncgrpo.learner.saved import FOLDER, step_of
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.token_log import write_token_log
 from asyncgrpo.protocols import NamedTensors
@@ -99,7 +100,7 @@ class PolicyUpdater:
             fused=True,
         )
         self._checkpoints = (
-            None if run_dir is None else Checkpoints(run_dir / "checkpoints", config.checkpoint)
+            None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
 
     @property

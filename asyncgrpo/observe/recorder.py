@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from asyncgrpo.observe.exporter import Exporter
@@ -22,12 +23,23 @@ class RunRecorder:
     def __init__(self, run: RunDir, exporter: Exporter) -> None:
         self._run, self._exporter = run, exporter
         self._start = time.time()
-        self._file = (run.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._reported: set[int] = set()  # versions whose evaluation has been written
         self._last_time = self._start
         self._last_actors: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._totals = {"tokens_trained": 0.0, "staleness_max": 0.0, "steps": 0.0}
+
+    def begin(self, step: int) -> None:
+        """Opens metrics.jsonl; rows of steps that will be made again are taken out."""
+        path = self._run.path / "metrics.jsonl"
+        kept = _rows_before(path, step) if path.exists() else []
+        draft = path.with_suffix(".part")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        draft.rename(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        for row in kept:
+            self._count(row)
+        self._start -= kept[-1]["seconds"] if kept else 0.0
 
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """Joins a step's numbers with the actors' and the buffer's, and writes the line."""
@@ -41,12 +53,14 @@ class RunRecorder:
         for report in summary["evaluations"]:
             if report["version"] not in self._reported:
                 full.update(self._eval_metrics(report))
-        self._totals["tokens_trained"] += full.get("tokens_trained", 0.0)
-        self._totals["staleness_max"] = max(
-            self._totals["staleness_max"], full.get("staleness/max", 0.0)
-        )
-        self._totals["steps"] += 1
+        self._count(full)
         self._write(full)
+
+    def _count(self, row: Mapping[str, float]) -> None:
+        totals = self._totals
+        totals["tokens_trained"] += row.get("tokens_trained", 0.0)
+        totals["staleness_max"] = max(totals["staleness_max"], row.get("staleness/max", 0.0))
+        totals["steps"] += 1
 
     def finish(self, reports: list[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         """Writes the last evaluation as a row of its own, and the summary."""
@@ -114,3 +128,16 @@ class RunRecorder:
         self._file.write(json.dumps(finite) + "\n")
         self._exporter.show(row)
         self._last.update(row)
+
+
+def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
+    """Rows of earlier steps; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("step", step) < step:
+            rows.append(row)
+    return rows
