@@ -163,7 +163,9 @@ Scope = Literal["sample", "group"]
 
 
 class RewardFunction(Room):
-    use: str = Field(..., description="built-in name or 'package.module:function'")
+    use: str = Field(
+        ..., description="built-in name, 'package.module:function' or 'file.py:function'"
+    )
     weight: float = 1.0
     name: str = Field("", description="name in metrics; default: the last part of `use`")
     scope: Scope | None = Field(
@@ -443,7 +445,7 @@ class Config(Room):
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Reads a TOML file, then applies `room.key=value` overrides (values are TOML, or text)."""
+    """Reads TOML, or a run's config.json, then applies `room.key=value` (TOML values, or text)."""
     raw = _read_file(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(raw, override)
@@ -465,12 +467,11 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"config file {path} does not exist"
             + (f"; there are: {', '.join(near)}" if near else "; give --config FILE.toml")
         )
+    kind, loads = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        text = path.read_text(encoding="utf-8")
-        # config.json of a run directory is such a file as well
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # both decoders' errors, and UnicodeDecodeError
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+        return dict(loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config file {path} is not valid {kind}: {error}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
-    5: ("cli", "serial", "launch", "data.commands"),
+    5: ("cli", "trainer", "serial", "launch", "data.commands"),
     4: (
         "actor.loop",
         "actor.process",
@@ -54,7 +54,7 @@ FLOORS = {
         "observe",
     ),
     1: ("config", "algo", "algorithms", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "room"),
+    0: ("errors", "types", "imports", "packing", "room"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.files import Located, Row
 from asyncgrpo.data.records import AS_IT_IS, answer_of, messages_of, prompts_from_rows, source_of
-from asyncgrpo.errors import DataError
+from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.types import Prompt
 
 Finding = tuple[str, str, str]  # where, what kind, details
@@ -16,10 +16,15 @@ Finding = tuple[str, str, str]  # where, what kind, details
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checker:
-    """What records are held to. known_sources None: any data_source will do."""
+    """What records are held to.
+
+    known_sources None: any data_source will do. judges: raises RewardError for a prompt that no
+    reward of the settings can score.
+    """
 
     template: TemplateSettings = AS_IT_IS
     known_sources: Collection[str] | None = None
+    judges: Callable[[Prompt], object] = lambda prompt: None
     count_tokens: Callable[[Prompt], int] | None = None
     max_prompt_tokens: int = 0
 
@@ -55,6 +60,10 @@ class Checker:
         source, known = prompt.data_source, self.known_sources
         if known is not None and source not in known:
             yield where, "data_source", f"{source!r} is unknown; known are: {', '.join(known)}"
+        try:
+            self.judges(prompt)
+        except RewardError as error:
+            yield where, "data_source", str(error)
         num_tokens = self.count_tokens(prompt) if self.count_tokens else 0
         if num_tokens > self.max_prompt_tokens:
             limit = f"data.max_prompt_tokens is {self.max_prompt_tokens}"

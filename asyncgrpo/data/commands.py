@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,6 +72,7 @@ def validate(
     from asyncgrpo.data.check import Checker
     from asyncgrpo.data.files import read_rows, source_name
     from asyncgrpo.data.templates import tokenise
+    from asyncgrpo.rewards.routes import functions_for
 
     settings = _settings(config, set_)
     tokenizer = _tokenizer(model, settings if config else None)
@@ -79,6 +81,7 @@ def validate(
     checker = Checker(
         template=_template(settings, file),
         known_sources=known_sources.split(",") if known_sources else None,
+        judges=functools.partial(functions_for, settings.reward),
         count_tokens=(lambda prompt: len(tokenise(tokenizer, prompt.messages, settings.data)))
         if tokenizer
         else None,

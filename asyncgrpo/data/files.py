@@ -16,7 +16,8 @@ import glob
 import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,40 @@ def read_rows(path: str | Path) -> list[Located]:
     if not rows:
         raise DataError(f"{text} holds no records; it needs one JSON object per line")
     return rows
+
+
+def dataset_rows(dataset: Any, name: str) -> list[Located]:
+    """Rows of a datasets.Dataset as they are stored: nothing is decoded into images or tensors."""
+    return list(_table(dataset.with_format("arrow")[:], name))
+
+
+def as_jsonl(dataset: Any, name: str) -> str:
+    """The rows of a datasets.Dataset, or of any iterable of dicts, as lines of JSONL.
+
+    Raises DataError, naming the row, for what is no dict and for values that JSON does not have.
+    """
+    library = sys.modules.get("datasets")  # whoever has a Dataset has imported it
+    rows: Iterable[Any] = dataset if isinstance(dataset, Iterable) else [dataset]
+    if isinstance(dataset, getattr(library, "Dataset", ())):
+        rows = [row for _, row in dataset_rows(dataset, name)]
+    return "".join(_checked_line(row, f"{name} row {index}") for index, row in enumerate(rows))
+
+
+def _checked_line(row: Any, where: str) -> str:
+    if not isinstance(row, Mapping) or not all(isinstance(column, str) for column in row):
+        raise DataError(
+            f"{where} is {repr(row)[:60]} ({type(row).__name__}), not a dict with text as keys; "
+            "give rows, such as one split of a DatasetDict, or df.to_dict('records') of a DataFrame"
+        )
+    for column, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: column {column!r} holds {repr(value)[:60]} ({type(value).__name__}), "
+                f"which JSON cannot hold: {error}; make it text, a number, a list or a dict"
+            ) from None
+    return as_line(dict(row))
 
 
 def source_name(path: str | Path) -> str:
@@ -134,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 def _folder(path: Path) -> list[Located]:
     if (path / SAVED).is_file():
-        return list(_table(_as_table(_need("datasets", path).load_from_disk(str(path))), str(path)))
+        return dataset_rows(_need("datasets", path).load_from_disk(str(path)), str(path))
     if (path / SAVED_SPLITS).is_file():
         splits = json.loads((path / SAVED_SPLITS).read_text(encoding="utf-8")).get("splits", [])
         raise DataError(
@@ -169,12 +204,7 @@ def _from_hub(text: str, name: str, config: str | None, split: str | None) -> li
             "give a local file or a folder written by save_to_disk; online, check the name and "
             "that HF_HUB_OFFLINE is not set"
         ) from None
-    return list(_table(_as_table(dataset), text))
-
-
-def _as_table(dataset: Any) -> Any:
-    """The stored values as they are: nothing is decoded into images or tensors."""
-    return dataset.with_format("arrow")[:]
+    return dataset_rows(dataset, text)
 
 
 def _need(module: str, wanted: object) -> Any:

@@ -70,9 +70,7 @@ class Supervisor:
         Raises, after everything was stopped: RoleFailed (exit code 3), BadInput (2) when a role
         found some, and whatever a callback raised.
         """
-        if threading.current_thread() is not threading.main_thread():
-            # Signals arrive there, and the kernel ends our children with the thread that forked.
-            raise RunError("a run must be started from the main thread of its process")
+        check_main_thread()
         with self._signals_noted(), _adopting_orphans(), self._lifeline() as say_goodbye:
             try:
                 self._start()
@@ -246,6 +244,12 @@ class Supervisor:
         finally:
             os.close(writing)
             process.wait()
+
+
+def check_main_thread() -> None:
+    """RunError elsewhere: signals arrive there, and our children end with the thread that forks."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RunError("a run that is not serial must start in the main thread of its process")
 
 
 @contextmanager

@@ -60,7 +60,10 @@ def check_run_dir(path: Path) -> None:
     """ConfigError when a run cannot be written there, or one is there already. Changes nothing."""
     # os.path.exists, unlike Path.exists, takes "may not look" for "no".
     if os.path.exists(path / "config.json"):
-        raise ConfigError(f"run directory {path} already holds a run; give another --run-dir")
+        raise ConfigError(
+            f"run directory {path} already holds a run; give another --run-dir (each Trainer makes "
+            "one run)"
+        )
     ancestor = path.absolute()
     while not os.path.exists(ancestor):
         ancestor = ancestor.parent

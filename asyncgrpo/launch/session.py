@@ -29,6 +29,12 @@ from asyncgrpo.rewards.registry import load_rewards
 from asyncgrpo.rundir import RunDir
 
 
+def new_run_dir(config: Config) -> Path:
+    """Where a run that starts now is written: run.dir, or runs/<time>-<name>."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(config.run.dir or f"runs/{stamp}-{config.run.name}").absolute()
+
+
 class Session:
     """One call of the launcher."""
 
@@ -38,8 +44,7 @@ class Session:
         """resume: run.dir holds a run, go on with it."""
         self._config, self._resume = config, resume
         self._console = console or Console(highlight=False, soft_wrap=True)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.run_dir = Path(config.run.dir or f"runs/{stamp}-{config.run.name}").absolute()
+        self.run_dir = new_run_dir(config)
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`)."""
