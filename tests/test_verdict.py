@@ -22,7 +22,7 @@ def test_the_end_of_each_role_means_what_the_table_says() -> None:
         ("buffer", 0, 0): "early",
         ("buffer", -9, 0): "restart",
         ("buffer", 1, 2): "fail",
-        ("actor", 0, 0): "early",
+        ("actor", 0, 0): "left",
         ("actor", 1, 0): "restart",
         ("actor", -9, 1): "restart",
         ("actor", -9, 2): "fail",

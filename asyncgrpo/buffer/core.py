@@ -2,6 +2,7 @@
 
     from actors                         answer
     hello    {actor}                    welcome {credit}; leases of its former life expire
+    bye      {actor}                    noted; what it still holds expires
     lease    {version, max}             leases [...]: at once, or when the gate opens
     accept   {lease_ids, refused}       noted: evaluation leases it will (not) answer
     put      one group                  stored {state}: the buffer is responsible from here on
@@ -122,6 +123,12 @@ class BufferCore:
             self._forget_peer(former, "actor_restarted")
         self._actors[actor] = peer
         return [(peer, _answer(packet, "welcome", credit=self._config.buffer.credit))]
+
+    def _on_bye(self, peer: str, packet: Packet, now: float) -> Replies:
+        if self._actors.get(packet.fields["actor"]) == peer:
+            del self._actors[packet.fields["actor"]]
+        self._forget_peer(peer, "actor_left")
+        return [(peer, _answer(packet, "noted"))]
 
     def _forget_peer(self, peer: str, reason: str) -> None:
         self._waiting_actors.pop(peer, None)

@@ -113,7 +113,9 @@ class Supervisor:
         for child, verdict in verdicts:
             if verdict == "fail":
                 raise self._failure(child)
-            if verdict == "early":
+            if verdict == "left":
+                self._say(f"{child.spec.name} has left the run")
+            if verdict == "early" or (verdict == "left" and not self._has_actor()):
                 self._early_deadline[child.spec.name] = now + self._grace_seconds
             elif verdict == "restart":
                 self._plan_restart(child, now)
@@ -124,6 +126,11 @@ class Supervisor:
         recent = [at for at in self._restarts[child.spec.name] if now - at < self._window]
         self._restarts[child.spec.name] = recent
         return judge_exit(child.spec.role, code, len(recent), self._max_restarts)
+
+    def _has_actor(self) -> bool:
+        """Whether any actor runs or will run again."""
+        actors = [child for child in self._children if child.spec.role == "actor"]
+        return any(child.running or child.spec.name in self._restart_at for child in actors)
 
     def _plan_restart(self, child: Child, now: float) -> None:
         recent = self._restarts[child.spec.name]

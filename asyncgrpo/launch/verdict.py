@@ -11,17 +11,21 @@ from asyncgrpo.errors import EXIT_BAD_INPUT, AsyncGRPOError, BadInput, RoleFaile
 from asyncgrpo.launch.error_file import RecordedError
 from asyncgrpo.launch.plan import RoleName
 
-Verdict = Literal["done", "early", "restart", "fail"]
+Verdict = Literal["done", "early", "left", "restart", "fail"]
+
+GOOD_ENDS: dict[RoleName, Verdict] = {"learner": "done", "actor": "left", "buffer": "early"}
 
 
 def judge_exit(role: RoleName, exit_code: int, restarts: int, max_restarts: int) -> Verdict:
     """done: the run is complete. early: fine if the learner ends now, too. restart, fail: as said.
 
+    left: an actor was asked to go (SIGTERM) and has handed back its work.
+
     restarts: those within launch.restart_window_seconds. Exit code 2 is bad input, which a second
     life would meet again.
     """
     if exit_code == 0:
-        return "done" if role == "learner" else "early"
+        return GOOD_ENDS[role]
     if exit_code != EXIT_BAD_INPUT and restarts < max_restarts:
         return "restart"
     return "fail"
