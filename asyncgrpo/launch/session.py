@@ -62,7 +62,8 @@ class Session:
         return code
 
     def _supervise(self, config: Config, plan: Plan) -> int:
-        with Progress(self.run_dir, config.run.max_steps, self._console) as progress:
+        shown = Progress(self.run_dir, config.run.max_steps, self._console)
+        with shown.skip() if self._resume else shown as progress:
             supervisor = Supervisor(
                 plan,
                 self.run_dir,

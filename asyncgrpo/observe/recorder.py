@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,10 +33,9 @@ class RunRecorder:
     def begin(self, step: int) -> None:
         """Opens metrics.jsonl; rows of steps that will be made again are taken out."""
         path = self._run.path / "metrics.jsonl"
-        kept = _rows_before(path, step) if path.exists() else []
-        draft = path.with_suffix(".part")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        draft.rename(path)
+        path.touch()
+        kept, size = _rows_before(path, step)
+        os.truncate(path, size)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         for row in kept:
             self._count(row)
@@ -130,14 +130,17 @@ class RunRecorder:
         self._last.update(row)
 
 
-def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
-    """Rows of earlier steps; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _rows_before(path: Path, step: int) -> tuple[list[dict[str, float]], int]:
+    """Rows of earlier steps, and their bytes; a line that a kill cut short ends them."""
+    rows: list[dict[str, float]] = []
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             row = json.loads(line)
         except ValueError:
-            continue
-        if row.get("step", step) < step:
-            rows.append(row)
-    return rows
+            break
+        if not line.endswith(b"\n") or row["step"] >= step:
+            break
+        rows.append(row)
+        size += len(line)
+    return rows, size
