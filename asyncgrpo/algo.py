@@ -23,8 +23,8 @@ class CispoSettings(Room):
 
 
 class GspoSettings(Room):
-    clip_low: float = Field(3e-4, gt=0, lt=1)
-    clip_high: float = Field(4e-4, gt=0)
+    clip_low: float = Field(3e-4, gt=0, lt=1, description="sequence ratios are cut at 1 - this")
+    clip_high: float = Field(4e-4, gt=0, description="and at 1 + this")
 
 
 class SapoSettings(Room):
@@ -57,13 +57,13 @@ class TisSequenceSettings(Room):
 
 
 class IcepopSettings(Room):
-    low: float = Field(0.5, gt=0)
-    high: float = Field(5.0, gt=0)
+    low: float = Field(0.5, gt=0, description="tokens with a smaller weight are masked")
+    high: float = Field(5.0, gt=0, description="tokens with a larger weight are masked")
 
 
 class GeometricMaskSettings(Room):
-    low: float = Field(0.99, gt=0)
-    high: float = Field(1.01, gt=0)
+    low: float = Field(0.99, gt=0, description="sequences with a smaller mean are masked")
+    high: float = Field(1.01, gt=0, description="sequences with a larger mean are masked")
 
 
 class OpsmSettings(Room):
@@ -89,16 +89,16 @@ class AlgoSettings(Room):
         None, description="advantage, aggregation and clips of a paper; other keys win over it"
     )
     group_size: int = Field(8, ge=1, description="completions per prompt (G)")
-    advantage: str = "grpo"
+    advantage: str = Field("grpo", description="what a reward says against the others of its group")
     advantage_eps: float = Field(1e-4, gt=0, description="added to the standard deviation")
     advantage_ddof: Literal[0, 1] = Field(1, description="1: sample, 0: population deviation")
     pass_k: int = Field(4, ge=2, description="k of advantage pass_at_k")
     reward_combination: Literal["sum", "normalise_each"] = Field(
         "sum", description="advantage of the weighted sum, or weighted sum of each one's advantage"
     )
-    loss: str = "ppo_clip"
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.28, gt=0)
+    loss: str = Field("ppo_clip", description="of one token")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratios are clipped at 1 - this")
+    clip_high: float = Field(0.28, gt=0, description="and at 1 + this")
     dual_clip: float | None = Field(None, gt=1, description="lower bound of r A for A < 0; e.g. 3")
     cispo: CispoSettings = CispoSettings()
     gspo: GspoSettings = GspoSettings()
@@ -121,7 +121,7 @@ class AlgoSettings(Room):
     )
     minibatches: int = Field(1, ge=1, description="parts of a batch, an optimizer step each")
     passes: int = Field(1, ge=1, description="times a batch is gone through")
-    aggregation: str = "token_mean"
+    aggregation: str = Field("token_mean", description="how token losses become one number")
     kl: str = Field("k3", description="estimator of the KL to the reference")
     kl_coef: float = Field(0.0, ge=0, description="0 loads no reference model")
     kl_in: Literal["loss", "reward", "reward_token"] = Field(

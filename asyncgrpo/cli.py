@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
@@ -27,13 +29,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(algo_app, name="algo")
+app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 
 
 @app.command()
 def launch(
-    config: Annotated[Path | None, typer.Option(help="TOML settings; without: defaults")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
     actors: Annotated[int | None, typer.Option(help="actor processes, one engine each")] = None,
     learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
     max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
@@ -71,6 +74,64 @@ def launch(
         session.show_plan()
     else:
         raise typer.Exit(session.run_serially() if serial else session.run())
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="model folder, hub name or 'tiny'")],
+    data: Annotated[str, typer.Option(help="file, glob, folder, hub name, or 'tasks'")],
+    k: Annotated[list[int] | None, typer.Option("-k", min=1, help="pass@k, repeatable")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="completions per prompt; default: the largest k, or 1")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="default: 0 (greedy) for one sample, else 1")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a completion; default: sampling's")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="at most; default: all, or 318 tasks")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with reward, template, limits")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="room.key=value, repeatable; eval.key as well")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, or toy: slow, repeatable")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file for every completion")] = None,
+) -> None:
+    """Accuracy, pass@k, reward and length of a model on held-out prompts."""
+    from rich.console import Console
+
+    from asyncgrpo.config import TASKS, load_config
+    from asyncgrpo.data.files import write_rows
+    from asyncgrpo.evaluate_model import Desk, run
+    from asyncgrpo.observe.progress import eval_table
+
+    samples = num_samples or max(k or [1])
+    flags = {
+        "model.path": json.dumps(model, ensure_ascii=False),
+        "actor.engine": engine,
+        "eval.data": json.dumps(data, ensure_ascii=False),
+        "eval.k": k or [],
+        "eval.num_samples": samples,
+        "eval.num_prompts": num_prompts or (None if data == TASKS else 2**31),
+        "eval.sampling.temperature": float(samples > 1) if temperature is None else temperature,
+        "eval.sampling.max_completion_tokens": max_tokens,
+    }
+    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    settings = load_config(config, ["eval={}", *overrides, *(set_ or [])])
+    desk = Desk(settings)
+    if out is not None:
+        write_rows(out, [])  # before the work: can it be written?
+    report = run(settings, desk)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(eval_table(report))
+    for line in desk.unanswered():
+        console.print(line)
+    if out is not None:
+        write_rows(out, desk.rows())
+        console.print(f"every completion  {out}")
 
 
 @app.command(hidden=True)
@@ -132,8 +193,8 @@ def main() -> None:
 
 
 def _end(exit_code: int) -> NoReturn:
-    """A role ends at once, whatever still runs in it."""
-    if sys.argv[1:2] == ["role"]:
+    """What may hold an engine ends at once, whatever still runs in it."""
+    if sys.argv[1:2] in (["role"], ["eval"]):
         from asyncgrpo.rundir import leave
 
         leave(exit_code)

@@ -3,8 +3,10 @@
     AsyncGRPOError
     ├── BadInput                what the user gave cannot work; exit code 2
     │   ├── ConfigError         a setting: unknown, wrong type, out of range, contradictory
-    │   ├── DataError           a data file: missing, malformed (with its line number)
+    │   ├── DataError           a data file: malformed (with its line number)
+    │   │   └── AbsentData      .. or not on this machine; a dry run goes on without it
     │   ├── ModelError          a model folder: no config, no tokenizer, no weights, unsupported
+    │   │   └── AbsentModel     .. or a hub name that is not on this machine
     │   ├── RewardError         a reward function: not found, raises, wrong count, not finite
     │   └── AlgorithmError      a user's loss, correction .. returns something of the wrong shape
     └── RunError                something broke while running; exit code 3
@@ -44,8 +46,16 @@ class DataError(BadInput):
     """A data file is missing or malformed."""
 
 
+class AbsentData(DataError):
+    """A data file or data set is not on this machine."""
+
+
 class ModelError(BadInput):
     """A model folder is missing or incomplete, or its architecture is not supported."""
+
+
+class AbsentModel(ModelError):
+    """A model of the hub is not on this machine."""
 
 
 class RewardError(BadInput):

@@ -3,8 +3,8 @@
 config.json     resolved settings          endpoints.json  addresses, cores, metric ports
 env.json        versions, hardware, seeds  logs/           one file per role
 metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what was trained on
-model/          final weights, tokenizer   summary.json    the run in numbers
-targets/        Prometheus file_sd targets
+evals.jsonl     one row per evaluation     summary.json    the run in numbers
+model/          final weights, tokenizer   targets/        Prometheus file_sd targets
 and, of a Trainer: train_dataset.jsonl, eval_dataset.jsonl, reward_funcs.pkl
 """
 

@@ -113,7 +113,7 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
         vocab_size=len(tokenizer),
         client=LocalClient(hub, "actor-0", lambda: None),
         receiver=link,
-        judge=InlineJudge(config.reward),
+        judge=InlineJudge(config.rewards),
     )
     learner = Learner(
         config,

@@ -60,6 +60,7 @@ class Lease:
     purpose: Purpose
     version: int  # train: the version the actor held when it asked; eval: the one to evaluate
     deadline_seconds: float  # after this long without the group the lease expires
+    block: str = ""  # eval: name of the evaluation, whose reward scores it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,5 +78,5 @@ class CountingPrompts:
             return None
         return make_prompt(position)
 
-    def held_out(self, num: int) -> tuple[Prompt, ...]:
+    def held_out(self, num: int, block: str = "held-out") -> tuple[Prompt, ...]:
         return tuple(make_prompt(1_000_000 + i) for i in range(num))

@@ -125,7 +125,7 @@ class Stage:
         self.engine, self.client, self.receiver = FakeEngine(steps), FakeClient(), FakeReceiver()
         self.time = 0.0
         rewards = {"functions": [{"use": use}], **rooms.get("reward", {})}
-        judge = InlineJudge(RewardSettings.model_validate(rewards))
+        judge = InlineJudge({"": RewardSettings.model_validate(rewards)})
         self.loop = ActorLoop(
             "actor-0",
             config,

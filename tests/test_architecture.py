@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
-    5: ("cli", "trainer", "serial", "launch", "data.commands"),
+    5: (
+        *("cli", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
+        "data.commands",
+    ),
     4: (
         "actor.loop",
         "actor.process",
@@ -50,10 +53,11 @@ FLOORS = {
         "learner",
         "weights",
         "evaluate",
+        "reference",
         "rundir",
         "observe",
     ),
-    1: ("config", "algo", "algorithms", "protocols", "observe.metrics"),
+    1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
     0: ("errors", "types", "imports", "packing", "room"),
 }
 STRANGERS = ("actor", "buffer", "learner")

@@ -14,18 +14,24 @@ from rich.console import Console
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.exporter import Exporter
-from asyncgrpo.observe.metrics import METRICS
-from asyncgrpo.observe.progress import Progress, show_summary, sparkline
+from asyncgrpo.observe.metrics import METRICS, eval_metrics, metric_of
+from asyncgrpo.observe.progress import Progress, eval_table, show_summary, sparkline
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import Endpoints, RunDir
 
 ENDPOINTS = Endpoints(buffer="tcp://127.0.0.1:1", weights="tcp://127.0.0.1:2", store=("h", 3))
 REPORT = {
+    "name": "held-out",
     "version": 0,
     "num_prompts": 4,
     "num_answered": 4,
+    "num_samples": 1,
+    "temperature": 0.0,
     "accuracy": 0.5,
+    "pass_at_k": {},
+    "truncated_share": 0.25,
+    "seconds": 1.5,
     "reward_mean": 0.1,
     "mean_tokens": 3.0,
     "accuracy_by_source": {"task/add": 0.25, "task/sort": 0.75},
@@ -97,6 +103,40 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
     )
 
 
+def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(run):
+    sampled = {**REPORT, "name": "sampled", "accuracy": 0.25, "pass_at_k": {"1": 0.25, "4": 0.75}}
+    values = eval_metrics(REPORT) | eval_metrics(sampled)
+    assert values["eval/accuracy"] == 0.5
+    assert values["eval/truncated_share"] == 0.25
+    assert values["eval/sampled/accuracy"] == 0.25
+    assert values["eval/sampled/pass@4"] == 0.75
+    Exporter("learner-0", 0, run.path).show({**values, "loss": 1.0})
+    text = scrape(port_of(run, "learner-0"))
+    assert 'asyncgrpo_eval_accuracy{eval="held-out",role="learner-0"} 0.5' in text
+    assert 'asyncgrpo_eval_accuracy{eval="sampled",role="learner-0"} 0.25' in text
+    assert 'asyncgrpo_eval_pass{eval="sampled",k="4",role="learner-0"} 0.75' in text
+    assert 'asyncgrpo_loss{role="learner-0"} 1.0' in text
+    assert text.count("# TYPE asyncgrpo_eval_accuracy gauge") == 1
+    with pytest.raises(KeyError, match="eval/median"):
+        metric_of("eval/sampled/median")
+
+
+def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    sampled = {**REPORT, "name": "sampled", "pass_at_k": {"4": 0.75}}
+    recorder.row(ROW, summary(evaluations=[REPORT]))
+    recorder.row(ROW, summary(evaluations=[REPORT]))
+    last = [{**report, "version": 1} for report in (REPORT, sampled)]
+    recorder.finish([REPORT, sampled, *last], summary())
+    rows = [json.loads(line) for line in (run.path / "evals.jsonl").read_text().splitlines()]
+    assert rows == [REPORT, sampled, *last]
+    metrics = list(map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines()))
+    assert [row["version"] for row in metrics] == [1, 1, 0, 1]
+    assert metrics[2]["eval/sampled/pass@4"] == 0.75
+    assert "eval/accuracy" not in metrics[2]
+    assert (metrics[3]["eval/version"], metrics[3]["eval/sampled/version"]) == (1, 1)
+
+
 def test_a_name_outside_the_table_is_refused(run):
     with pytest.raises(KeyError, match="rewards/median"):
         Exporter("x", 0, run.path).show({"rewards/median": 1.0})
@@ -157,12 +197,24 @@ def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     }
     recorder.finish([REPORT, after], summary())
     written = json.loads((run.path / "summary.json").read_text())
+    assert written["evals"] == {"held-out": {"before": REPORT, "after": after}}
     assert (written["before"]["accuracy"], written["after"]["accuracy"]) == (0.5, 0.9)
     assert (written["steps"], written["tokens_trained"], written["staleness_max"]) == (1, 100, 1)
     out = io.StringIO()
     show_summary(run.path, Console(file=out, width=100))
     for part in ("task/add", "25.0%", "80.0%", "+55.0", "+40.0", "100 tokens generated", "model"):
         assert part in out.getvalue()
+    assert "held-out accuracy, 4 prompts, greedy" in out.getvalue()
+
+
+def test_the_table_of_one_evaluation_says_how_it_was_sampled_and_shows_pass_at_k():
+    out = io.StringIO()
+    sampled = {"name": "sampled", "num_samples": 8, "temperature": 0.6, "pass_at_k": {"8": 0.875}}
+    Console(file=out, width=100).print(eval_table({**REPORT, **sampled}))
+    assert "sampled accuracy, 4 prompts, 8 samples at temperature 0.6" in out.getvalue()
+    cells = [re.findall(r"[^│|┃\s]+", line) for line in out.getvalue().splitlines()]
+    for row in (["pass@8", "87.5%"], ["all", "50.0%"], ["truncated", "25.0%"], ["tokens", "3.00"]):
+        assert row in cells
 
 
 def test_progress_without_a_terminal_is_one_line_per_step_and_only_whole_rows(run):
@@ -170,25 +222,29 @@ def test_progress_without_a_terminal_is_one_line_per_step_and_only_whole_rows(ru
     rows = run.path / "metrics.jsonl"
     with Progress(run.path, 5, Console(file=out, width=200)) as progress:
         progress.tick()
-        rows.write_text(json.dumps({**ROW, "eval/accuracy": 0.5, "eval/version": 0}) + '\n{"st')
+        blocks = {"eval/b/accuracy": 0.25, "eval/b/version": 0, "eval/b/pass@2": 0.5}
+        evals = {"eval/accuracy": 0.5, "eval/version": 0, **blocks}
+        rows.write_text(json.dumps({**ROW, **evals}) + '\n{"st')
         progress.tick()
         progress.tick()
         progress.line("actor-0", "a [bracketed] word")
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("step 1/5  reward +0.200")
-    assert "held-out 50.0% at version 0" in lines[0]
+    assert lines[0].endswith("held-out 50.0% at version 0  b 25.0% at version 0")
     assert lines[1] == "[actor-0] a [bracketed] word"
 
 
 def test_the_live_panel_shows_where_the_run_stands(run):
     out = io.StringIO()
-    (run.path / "metrics.jsonl").write_text(json.dumps({**ROW, "seconds": 3.0}) + "\n")
+    evals = {"eval/accuracy": 0.5, "eval/version": 0, "eval/b/accuracy": 1, "eval/b/version": 0}
+    (run.path / "metrics.jsonl").write_text(json.dumps({**ROW, "seconds": 3.0, **evals}) + "\n")
     console = Console(file=out, width=120, force_terminal=True)
     with Progress(run.path, 4, console) as progress:
         progress.tick()
     assert "step 1/4" in out.getvalue()
     assert "about 9 s left" in out.getvalue()
+    assert "held-out 50.0% ▅   b 100.0% █" in out.getvalue()
 
 
 def test_sparklines_rise_with_the_share():

@@ -291,7 +291,10 @@ class ActorLoop:
             sampled=replace(sampled, completions=completions),
             generate_seconds=self._clock() - since,
         )
-        self._judge.submit(Job(lease_id=lease.lease_id, prompt=lease.prompt, texts=tuple(texts)))
+        job = Job(
+            lease_id=lease.lease_id, prompt=lease.prompt, texts=tuple(texts), block=lease.block
+        )
+        self._judge.submit(job)
 
     def _texts(self, sampled: Sampled) -> Sequence[str]:
         ids = [completion.token_ids.tolist() for completion in sampled.completions]

@@ -15,8 +15,8 @@
     take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
     stop     {}                         noted: no batch is formed from now on
     trained  {step}                     noted {counters, actors, evaluations}
-    evaluate {version}                  evaluating, once the actors hold back their weights
-    results  {version}                  report, once all held-out prompts are answered
+    evaluate {version, blocks}          evaluating, once the actors hold back their weights
+    results  {}                         all reports, once no evaluation is on its way
 
 No sockets, no clock, no files: `handle` and `tick` get the time and return what to send.
 """
@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncgrpo.buffer.evaluation import EvalJob
-from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.evaluation import Evaluations
+from asyncgrpo.buffer.gate import make_gate
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.buffer.replay import Replay, deal
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
-from asyncgrpo.evaluate import EvalReport, is_correct
+from asyncgrpo.evaluate import is_correct
 from asyncgrpo.types import Group, Prompt, Sampling, Shard
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields, shard_packet
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
 RecordStep = Callable[[int, Sequence[Group]], None]
-ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evaluation
 
 
 class BufferCore:
@@ -53,13 +52,8 @@ class BufferCore:
     def __init__(self, config: Config, prompts: PromptSource, record_step: RecordStep) -> None:
         self._config, self._prompts, self._record_step = config, prompts, record_step
         buffer = config.buffer
-        self.gate = Gate(
-            groups_per_step=buffer.groups_per_step,
-            max_staleness=buffer.max_staleness,
-            max_steps=config.run.max_steps,
-            publish_every=config.weights.publish_every,
-        )
         self.replay = Replay(buffer.order)
+        self.gate = make_gate(config, self.replay)
         self.leases = LeaseBook(
             run_seed=config.run.seed, deadline_seconds=buffer.lease_deadline_seconds
         )
@@ -72,10 +66,7 @@ class BufferCore:
         self._held: dict[str, int] = {}  # peer -> policy version it holds
         self._waiting_actors: dict[str, Packet] = {}  # peer -> lease request that waits
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
-        self._jobs: dict[int, EvalJob] = {}
-        self._reports: dict[int, EvalReport] = {}
-        self._untold: list[dict[str, Any]] = []  # reports that rank 0 has not got with a step
-        self._waiting_evals: list[tuple[str, Packet]] = []
+        self._evaluations = Evaluations(config, prompts.held_out, self.leases)
         self._is_stopped = False
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
 
@@ -93,7 +84,7 @@ class BufferCore:
         """Ends what is overdue and answers requests that waited for something."""
         for lease in self.leases.overdue(now):
             self._end_unfinished(lease.lease.lease_id, "expired", "deadline")
-        return self._serve_actors(now) + self._serve_takes() + self._serve_evals(now)
+        return self._serve_actors(now) + self._serve_takes() + self._evaluations.replies(now)
 
     def lost(self, peer: str, now: float) -> Replies:
         """A peer's connection is gone: its leases end now instead of at their deadlines."""
@@ -146,8 +137,7 @@ class BufferCore:
         return []
 
     def _on_accept(self, peer: str, packet: Packet, now: float) -> Replies:
-        for job in self._jobs.values():
-            job.unaccepted -= set(packet.fields["lease_ids"])
+        self._evaluations.accept(packet.fields["lease_ids"])
         for lease_id in packet.fields["refused"]:
             if self.leases.get(lease_id) is not None:
                 self._end_unfinished(lease_id, "failed", "version_passed")
@@ -160,7 +150,7 @@ class BufferCore:
             state = "unknown"  # a repeat, or it expired meanwhile: its prompt is out again
         elif group.lease.purpose == "eval":
             self.leases.close(lease_id, "stored")
-            self._jobs[group.lease.version].answer(group)
+            self._evaluations.answer(group)
             state = "stored"
         else:
             state = self._store(group)
@@ -208,8 +198,7 @@ class BufferCore:
         """Ends a lease that brought no group; its prompt is handed out again."""
         ended = self.leases.close(lease_id, state, reason)
         if ended.lease.purpose == "eval":
-            for job in self._jobs.values():
-                job.drop(lease_id)
+            self._evaluations.drop(lease_id)
             return
         self.gate.give_back()
         if again:
@@ -282,12 +271,16 @@ class BufferCore:
 
     def _form_batch(self) -> None:
         self._evict()
-        count = self._config.buffer.groups_per_step
+        buffer = self._config.buffer
+        count = buffer.groups_per_step
+        if buffer.tokens_per_step:
+            count = self.replay.count_for(buffer.tokens_per_step, self._config.min_groups)
         if self._exhausted() and len(self.replay) >= self._config.launch.learners:
             count = min(count, len(self.replay))  # the last, smaller batch
         if not self.replay.ready(count, self.leases.open_tickets()):
             return
         self._batches[self.step] = [stored.group for stored in self.replay.take(count)]
+        self.gate.formed(count)
         self.leases.move("stored", "taken", count=count)
 
     def _evict(self) -> None:
@@ -324,87 +317,17 @@ class BufferCore:
         return [(peer, _answer(packet, "noted", **self._summary()))]
 
     def _summary(self) -> dict[str, Any]:
-        reports, self._untold = self._untold, []
+        reports = self._evaluations.news()
         return {"metrics": self.metrics(), "actors": self._status, "evaluations": reports}
 
     # -- evaluation -----------------------------------------------------------------------
 
     def _on_evaluate(self, peer: str, packet: Packet, now: float) -> Replies:
-        version = packet.fields["version"]
-        pushes = (
-            []
-            if version in self._jobs or version in self._reports
-            else self._open_job(version, now)
-        )
-        self._waiting_evals.append((peer, packet))
-        return pushes
-
-    def _open_job(self, version: int, now: float) -> Replies:
-        """Splits the held-out prompts over the actors that are known."""
-        held_out = self._prompts.held_out(self._config.eval.num_prompts)
-        peers = sorted(self._actors.values())
-        job = EvalJob(version=version, deadline=now + self._config.eval.timeout_seconds)
-        self._jobs[version] = job
-        greedy = {
-            **self._config.sampling.model_dump(),
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "top_k": 0,
-        }
-        hands: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
-        for i, prompt in enumerate(held_out if peers else ()):
-            lease = self.leases.issue(
-                prompt,
-                peer=peers[i % len(peers)],
-                version=version,
-                group_size=1,
-                sampling=Sampling(**greedy),
-                now=now,
-                purpose="eval",
-            )
-            hands[peers[i % len(peers)]].append(lease_fields(lease))
-            job.unaccepted.add(lease.lease_id)
-        job.num_prompts = len(held_out)
-        job.unanswered = set(job.unaccepted)
-        return [
-            (peer, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
-            for peer, leases in hands.items()
-            if leases
-        ]
+        return self._evaluations.open(peer, packet, sorted(self._actors.values()), now)
 
     def _on_results(self, peer: str, packet: Packet, now: float) -> Replies:
-        self._waiting_evals.append((peer, packet))
+        self._evaluations.wait(peer, packet)
         return []
-
-    def _serve_evals(self, now: float) -> Replies:
-        for version, job in list(self._jobs.items()):
-            if now > job.deadline:
-                for lease_id in list(job.unanswered):
-                    self._end_unfinished(lease_id, "expired", "eval_deadline")
-            if not job.unanswered:
-                self._reports[version] = job.report(self._config.reward.correct_above)
-                self._untold.append(self._reports[version].as_fields())
-                del self._jobs[version]
-        answered = [
-            (peer, reply) for peer, p in self._waiting_evals if (reply := self._eval_reply(p, now))
-        ]
-        done = {(peer, reply.request_id) for peer, reply in answered}
-        self._waiting_evals = [
-            w for w in self._waiting_evals if (w[0], w[1].request_id) not in done
-        ]
-        return answered
-
-    def _eval_reply(self, request: Packet, now: float) -> Packet | None:
-        version = request.fields["version"]
-        report, job = self._reports.get(version), self._jobs.get(version)
-        if request.kind == "results":
-            return _answer(request, "report", **report.as_fields()) if report else None
-        waited_long = job is not None and (
-            now > job.deadline - self._config.eval.timeout_seconds + ACCEPT_SECONDS
-        )
-        if report or waited_long or (job is not None and not job.unaccepted):
-            return _answer(request, "evaluating", version=version)
-        return None
 
 
 def _answer(request: Packet, kind: str, **fields: Any) -> Packet:

@@ -48,11 +48,14 @@ class LeaseBook:
         group_size: int,
         sampling: Sampling,
         now: float,
-        purpose: Purpose = "train",
+        block: str = "",
+        deadline_seconds: float | None = None,
     ) -> Lease:
-        """A new lease for a prompt; evaluation leases are followed but not counted."""
+        """A new lease for a prompt; those of an evaluation block are followed but not counted."""
         self.num_leased += 1
         ticket = self.num_leased
+        purpose: Purpose = "eval" if block else "train"
+        seconds = deadline_seconds or self._deadline_seconds
         lease_id = f"{purpose[0]}{ticket}"
         lease = Lease(
             lease_id=lease_id,
@@ -62,10 +65,11 @@ class LeaseBook:
             seed=lease_seed(self._run_seed, lease_id),
             purpose=purpose,
             version=version,
-            deadline_seconds=self._deadline_seconds,
+            deadline_seconds=seconds,
+            block=block,
         )
         self._open[lease_id] = OpenLease(
-            ticket=ticket, lease=lease, peer=peer, expires_at=now + self._deadline_seconds
+            ticket=ticket, lease=lease, peer=peer, expires_at=now + seconds
         )
         if purpose == "train":
             self.counts["open"] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from asyncgrpo.buffer.staleness import StalenessAction, past_bound
@@ -27,20 +28,18 @@ class Replay:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._stored: dict[int, Stored] = {}  # by ticket
-        self._arrivals = 0
+        self.groups_arrived = self.tokens_arrived = 0  # in all
+        self.num_tokens = 0  # completion tokens waiting
 
     def __len__(self) -> int:
         return len(self._stored)
 
-    @property
-    def num_tokens(self) -> int:
-        """Completion tokens waiting."""
-        return sum(stored.group.num_tokens for stored in self._stored.values())
-
     def add(self, ticket: int, group: Group) -> None:
         """Stores a group under its ticket."""
-        self._arrivals += 1
-        self._stored[ticket] = Stored(ticket=ticket, arrival=self._arrivals, group=group)
+        self.groups_arrived += 1
+        self.tokens_arrived += group.num_tokens
+        self.num_tokens += group.num_tokens
+        self._stored[ticket] = Stored(ticket=ticket, arrival=self.groups_arrived, group=group)
 
     def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
         """Removes and returns what can no longer be trained at `step`."""
@@ -49,9 +48,7 @@ class Replay:
             for stored in self._stored.values()
             if past_bound(stored.group, step, max_staleness, action)
         ]
-        for stored in old:
-            del self._stored[stored.ticket]
-        return old
+        return self._remove(old)
 
     def ready(self, count: int, open_tickets: Iterable[int]) -> bool:
         """Whether `take(count)` may be called; in ticket order earlier open work is waited for."""
@@ -62,18 +59,31 @@ class Replay:
         last = sorted(self._stored)[count - 1]
         return all(ticket > last for ticket in open_tickets)
 
+    def count_for(self, num_tokens: int, min_groups: int) -> int:
+        """The fewest next groups, min_groups or more, that hold so many tokens.
+
+        One more than there are, when all together do not.
+        """
+        sums = accumulate(stored.group.num_tokens for stored in self._in_order())
+        enough = (n for n, total in enumerate(sums, 1) if total >= num_tokens and n >= min_groups)
+        return next(enough, len(self) + 1)
+
     def take(self, count: int) -> list[Stored]:
         """Removes and returns the next `count` groups in the store's order."""
-        if self._order == "ticket":
-            chosen = sorted(self._stored.values(), key=lambda stored: stored.ticket)
-        else:
-            chosen = sorted(
-                self._stored.values(),
-                key=lambda stored: (stored.group.oldest_version, stored.arrival),
-            )
-        for stored in chosen[:count]:
+        return self._remove(self._in_order()[:count])
+
+    def _remove(self, chosen: list[Stored]) -> list[Stored]:
+        for stored in chosen:
             del self._stored[stored.ticket]
-        return chosen[:count]
+            self.num_tokens -= stored.group.num_tokens
+        return chosen
+
+    def _in_order(self) -> list[Stored]:
+        if self._order == "ticket":
+            return sorted(self._stored.values(), key=lambda stored: stored.ticket)
+        return sorted(
+            self._stored.values(), key=lambda stored: (stored.group.oldest_version, stored.arrival)
+        )
 
 
 def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:

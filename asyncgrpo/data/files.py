@@ -22,7 +22,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from asyncgrpo.errors import DataError
+from asyncgrpo.errors import AbsentData, DataError
 
 Row = dict[str, Any]
 Located = tuple[str, Row | DataError]  # the place of a row; what is wrong with it, if anything
@@ -50,7 +50,7 @@ def read_rows(path: str | Path) -> list[Located]:
     elif (hub := HUB_NAME.fullmatch(text)) and place.suffix not in FILE_ENDINGS:
         rows = _from_hub(text, *hub.groups())
     else:
-        raise DataError(f"data file {text} does not exist; {_neighbours(place)}")
+        raise AbsentData(f"data file {text} does not exist; {_neighbours(place)}")
     if not rows:
         raise DataError(f"{text} holds no records; it needs one JSON object per line")
     return rows
@@ -188,7 +188,7 @@ def _matches(pattern: str) -> list[Path]:
     files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise DataError(f"no file matches {pattern!r}; {_neighbours(Path(pattern))}")
+        raise AbsentData(f"no file matches {pattern!r}; {_neighbours(Path(pattern))}")
     return files
 
 
@@ -199,7 +199,7 @@ def _from_hub(text: str, name: str, config: str | None, split: str | None) -> li
         dataset = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # the hub's client raises many kinds; all of them mean this
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(
+        raise AbsentData(
             f"{missing}, and as a data set of the hub it cannot be loaded ({reason}); offline, "
             "give a local file or a folder written by save_to_disk; online, check the name and "
             "that HF_HUB_OFFLINE is not set"

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from asyncgrpo.errors import ModelError
+from asyncgrpo.errors import AbsentModel, ModelError
 
 EMBEDDED = "tiny"
 SUPPORTED_ARCHITECTURES = (
@@ -28,11 +28,12 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LFS_POINTER = b"version https://git-lfs"
 
 
-def check_model_folder(path: str) -> Path | None:
+def check_model_folder(path: str, *, download: bool = True) -> Path | None:
     """The local folder of a model that can be loaded; None for the embedded one and downloads.
 
     ModelError, each with its own message: no such folder, no config.json, no tokenizer, no
-    weights, unsupported architecture, a hub name that can be found neither here nor online.
+    weights, unsupported architecture; AbsentModel: a hub name that is not here, while the hub
+    cannot be asked or may not be, without `download`.
     """
     if path == EMBEDDED:
         return None
@@ -45,7 +46,7 @@ def check_model_folder(path: str) -> Path | None:
             f"model.path={path!r} does not exist{_near_folder(folder)}; give a folder with "
             f"config.json, tokenizer and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
         )
-    _check_hub_name(path)
+    _check_hub_name(path, download)
     return None
 
 
@@ -159,15 +160,16 @@ def _tensor_bytes(file: Path, header: bytes) -> int:
         raise ModelError(f"{file} is no safetensors file; download it again") from None
 
 
-def _check_hub_name(name: str) -> None:
+def _check_hub_name(name: str, download: bool) -> None:
     """A hub name needs a complete cached copy, or permission to go online."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     snapshot = _cached_snapshot(name)
     if snapshot is None:
-        if offline:
-            raise ModelError(
-                f"model.path={name!r} is no folder, is not in the hub cache {_hub_cache()}, "
-                "and HF_HUB_OFFLINE is set; unset it, or give a local folder"
+        if offline or not download:
+            remedy = "HF_HUB_OFFLINE is set; unset it, or give a local folder"
+            raise AbsentModel(
+                f"model.path={name!r} is no folder, is not in the hub cache {_hub_cache()}, and "
+                + (remedy if offline else "would be downloaded")
             )
         return
     if offline:

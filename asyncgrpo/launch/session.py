@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,16 +18,17 @@ from rich.console import Console
 from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.errors import DataError, ModelError
+from asyncgrpo.errors import AbsentData, AbsentModel, DataError, ModelError
+from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
-from asyncgrpo.launch.plan import Plan, make_plan, render_plan
+from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
 from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
-from asyncgrpo.rewards.registry import load_rewards
+from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
 
 
@@ -47,9 +50,18 @@ class Session:
         self.run_dir = new_run_dir(config)
 
     def show_plan(self) -> None:
-        """Prints what would be started (`--dry-run`)."""
-        self._check()
-        self._console.print(render_plan(self._plan(self._config)), markup=False)
+        """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
+        absent: list[str] = []
+        self._check(absent)
+        host, gpus = detect_host(), self._config.launch.gpus
+        if gpus > len(host.gpu_ids):
+            absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
+            host = replace(host, gpu_ids=tuple(map(str, range(gpus))))
+        plan = render_plan(self._plan(self._config, host))
+        notes = [f"warning: {notice}" for notice in notices(self._config.algo)]
+        notes += [f"not checked: {line}" for line in absent]
+        blocks = [plan, render_sizes(self._config), "\n".join(notes)]
+        self._console.print("\n\n".join(filter(None, blocks)), markup=False)
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
@@ -90,32 +102,49 @@ class Session:
         show_summary(self.run_dir, self._console)
         return 0
 
-    def _check(self) -> None:
-        """Refuses what cannot work. Starts nothing, writes nothing."""
+    def _check(self, absent: list[str] | None = None) -> None:
+        """Refuses what cannot work. Starts nothing, writes nothing.
+
+        With a list `absent`, models and data that are not on this machine are noted there instead.
+        """
         config = self._config
         if self._resume:
             step = check_resumable(self.run_dir, config)
             self._console.print(f"going on with {self.run_dir} at step {step}", markup=False)
         else:
             check_run_dir(self.run_dir)
-        prompts = open_prompts(config)
-        if prompts.get(0) is None:
-            raise DataError(f"data.train={config.data.train!r} holds no prompt")
-        load_rewards(config.reward).check(prompts.survey())
-        check_model_folder(config.model.path)
+        rewards = {block: load_rewards(reward) for block, reward in config.rewards.items()}
+        models = [config.model.path]
         if config.algo.kl_coef and config.algo.reference.path:
-            check_model_folder(config.algo.reference.path)
+            models.append(config.algo.reference.path)
+        checks: list[Callable[[], object]] = [partial(self._check_prompts, rewards)]
+        checks += [partial(check_model_folder, m, download=absent is None) for m in models]
+        for check in checks:
+            try:
+                check()
+            except (AbsentData, AbsentModel) as error:
+                if absent is None:
+                    raise
+                absent.append(str(error))
         if config.algo.custom:
             from asyncgrpo.learner.objective import probe  # torch
 
             probe(config.algo)
-        self._plan(config)
+        if absent is None:
+            self._plan(config, detect_host())
 
-    def _plan(self, config: Config) -> Plan:
+    def _check_prompts(self, rewards: Mapping[str, RewardSet]) -> None:
+        prompts = open_prompts(self._config)
+        if prompts.get(0) is None:
+            raise DataError(f"data.train={self._config.data.train!r} holds no prompt")
+        for block, its in rewards.items():
+            its.check(prompts.survey(block))
+
+    def _plan(self, config: Config, host: Host) -> Plan:
         """Chosen late, so that nobody takes a free port meanwhile."""
         return make_plan(
             config,
-            detect_host(),
+            host,
             choose_ports(config),
             self.run_dir,
             sys.executable,
@@ -140,7 +169,7 @@ class Session:
         with only_launcher(self.run_dir):
             if self._resume:
                 keep_settings(self.run_dir)
-            plan = self._plan(config)
+            plan = self._plan(config, detect_host())
             run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
             run.write()
             report = json.dumps(environment_report(config), indent=2)
@@ -153,7 +182,7 @@ class Session:
         settings = self._config.data.tasks.model_dump_json()
         command = [sys.executable, "-m", "asyncgrpo.data.tiny", "--tasks", settings]
         command += ["--seed", str(self._config.model.tiny_seed)]
-        command += ["--num-eval", str(self._config.eval.num_prompts)]
+        command += ["--num-eval", str(self._config.num_held_out_tasks)]
         lines: deque[str] = deque(maxlen=15)
         with subprocess.Popen(
             with_prelude(command),

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from asyncgrpo.config import Config
+from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.protocols import Client, NamedTensors, WeightSender
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.wire.codec import Packet, shard_from
@@ -55,8 +55,8 @@ class Recorder(Protocol):
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """One step's numbers, with the buffer's summary of everyone else's."""
 
-    def finish(self, reports: list[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-        """The end of the run."""
+    def finish(self, reports: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+        """The end of the run; reports: of all evaluations, by version."""
 
 
 class Learner:
@@ -85,7 +85,10 @@ class Learner:
         self._show, self._stopping = show, stopping
         self._has_asked_to_stop = False
         self._published = -1
-        self._evaluated = -1  # version of the last evaluation asked for
+        self._evals = config.evals
+        self._evaluated: dict[str, int] = {}  # block -> version of its last evaluation
+        longest = max((block.timeout_seconds for block in self._evals), default=0.0)
+        self._eval_seconds = longest + CALL_SECONDS
         self._summary: Mapping[str, Any] = {}
 
     def run(self) -> bool:
@@ -99,7 +102,9 @@ class Learner:
             self._recorder.begin(version)
         self._publish(version, is_first=True)
         if version == 0:
-            self._evaluate(0)
+            self._evaluate(0, self._evals)
+        else:
+            self._evaluate_now_and_then(version)  # what was under way when it was stopped
         for step in range(version, self._config.run.max_steps):
             start = time.perf_counter()
             answer = self._take(step)
@@ -163,17 +168,22 @@ class Learner:
         self._recorder.row({**row, **self._sender.metrics()}, self._summary)
 
     def _evaluate_now_and_then(self, version: int) -> None:
-        every = self._config.eval.every
-        if every and version // every > max(self._evaluated, 0) // every:
-            self._evaluate(version)
+        due = [
+            block
+            for block in self._evals
+            if block.every
+            and version // block.every > self._evaluated.get(block.name, 0) // block.every
+        ]
+        self._evaluate(version, due)
 
-    def _evaluate(self, version: int) -> None:
+    def _evaluate(self, version: int, blocks: Sequence[EvalSettings]) -> None:
         """Asks the actors to answer the held-out prompts with this version; does not wait."""
-        if self._sender is None or self._config.data.eval is None or self._evaluated == version:
+        names = [block.name for block in blocks]
+        if self._sender is None or not names:
             return
-        self._evaluated = version
-        seconds = self._config.eval.timeout_seconds + CALL_SECONDS
-        self._client.call(Packet(kind="evaluate", fields={"version": version}), seconds)
+        self._evaluated.update(dict.fromkeys(names, version))
+        fields = {"version": version, "blocks": names}
+        self._client.call(Packet(kind="evaluate", fields=fields), self._eval_seconds)
 
     def _finish(self, version: int) -> None:
         self._updater.save()
@@ -181,12 +191,7 @@ class Learner:
             return
         if self._published != version:
             self._publish(version)
-        self._sender.settle(self._config.eval.timeout_seconds)
-        self._evaluate(version)
-        reports = []
-        if self._config.data.eval is not None:
-            seconds = self._config.eval.timeout_seconds + CALL_SECONDS
-            for wanted in (0, version):
-                packet = Packet(kind="results", fields={"version": wanted})
-                reports.append(self._client.call(packet, seconds).fields)
-        self._recorder.finish(reports, self._summary)
+        self._sender.settle(self._eval_seconds)
+        self._evaluate(version, self._evals)
+        answer = self._client.call(Packet(kind="results"), self._eval_seconds)
+        self._recorder.finish(answer.fields["reports"], self._summary)

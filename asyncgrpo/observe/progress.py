@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from asyncgrpo.config import HELD_OUT
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -25,7 +28,7 @@ class Progress:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._read_to = 0
         self._last: dict[str, Any] = {}
-        self._accuracies: list[float] = []
+        self._accuracies: dict[str, list[float]] = {}  # by evaluation
         self._live = (
             Live(console=self.console, refresh_per_second=4, transient=True)
             if self.console.is_terminal
@@ -53,8 +56,8 @@ class Progress:
     def tick(self) -> None:
         """Shows rows that were written since the last call."""
         for row in self._new_rows():
-            if row.get("eval/accuracy") is not None:
-                self._accuracies.append(row["eval/accuracy"])
+            for block, accuracy, _ in evaluations(row):
+                self._accuracies.setdefault(block, []).append(accuracy)
             self._last.update({name: value for name, value in row.items() if value is not None})
             if self._live is None and "loss" in row:
                 self.console.print(step_line(row, self._max_steps))
@@ -84,9 +87,13 @@ class Progress:
             ProgressBar(total=self._max_steps, completed=done, width=40),
             f"{seconds:.0f} s, about {left:.0f} s left",
         )
+        held_out = "   ".join(
+            f"{block} {shares[-1]:.1%} {sparkline(shares)}"
+            for block, shares in self._accuracies.items()
+        )
         facts = Text(
             f"reward {self._value('rewards/generated_mean', '+.2f')}   "
-            f"held-out {self._value('eval/accuracy', '.1%')} {sparkline(self._accuracies)}   "
+            f"{held_out or f'{HELD_OUT} -'}   "
             f"staleness {self._value('staleness/mean', '.1f')}"
             f" (max {self._value('staleness/max', '.0f')})\n"
             f"{self._value('tokens_per_second', '.0f')} tokens/s   "
@@ -113,9 +120,16 @@ def step_line(row: Mapping[str, Any], max_steps: int) -> str:
     ]
     if row.get("tokens_per_second") is not None:
         parts.append(f"{row['tokens_per_second']:.0f} tok/s")
-    if row.get("eval/accuracy") is not None:
-        parts.append(f"held-out {row['eval/accuracy']:.1%} at version {row['eval/version']:.0f}")
+    parts += [f"{name} {share:.1%} at version {of:.0f}" for name, share, of in evaluations(row)]
     return "  ".join(parts)
+
+
+def evaluations(row: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(name, accuracy, version) of the evaluations in a row of metrics.jsonl."""
+    names = [name.removesuffix("accuracy") for name in row if re.match(r"eval/.*accuracy$", name)]
+    return [
+        (name[5:-1] or HELD_OUT, row[f"{name}accuracy"], row[f"{name}version"]) for name in names
+    ]
 
 
 def sparkline(shares: list[float]) -> str:
@@ -126,8 +140,8 @@ def sparkline(shares: list[float]) -> str:
 def show_summary(run_dir: Path, console: Console) -> None:
     """The last screen: accuracy before and after, where everything is, what to look at next."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    if summary["before"] and summary["after"]:
-        console.print(accuracy_table(summary["before"], summary["after"]))
+    for reports in summary["evals"].values():
+        console.print(eval_table(reports["before"], reports["after"]))
     console.print(
         f"{summary['steps']:.0f} steps in {summary['seconds']:.0f} s; "
         f"{summary['tokens_generated']:.0f} tokens generated, "
@@ -143,21 +157,30 @@ def show_summary(run_dir: Path, console: Console) -> None:
     )
 
 
-def accuracy_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    """Held-out accuracy per data source."""
-    table = Table(title=f"held-out accuracy, {after['num_answered']} prompts, greedy")
-    for name in ("data source", "before", "after", "change"):
-        table.add_column(name, justify="left" if name == "data source" else "right")
-    pairs = [
-        (source, before["accuracy_by_source"].get(source, 0.0), share)
-        for source, share in after["accuracy_by_source"].items()
+def eval_table(*reports: Mapping[str, Any]) -> Table:
+    """An evaluation, or the same one before and after; reports as in evals.jsonl."""
+    last = reports[-1]
+    sampled = f"{last['num_samples']} samples at temperature {last['temperature']:g}"
+    title = f"{last['name']} accuracy, {last['num_answered']} prompts, "
+    title += sampled if last["temperature"] else "greedy"
+    table = Table("data source", title=title, min_width=len(title))
+    for heading in ("before", "after", "change") if len(reports) > 1 else ("value",):
+        table.add_column(heading, justify="right")
+    shares = [
+        (name, [report["accuracy_by_source"].get(name, 0.0) for report in reports])
+        for name in last["accuracy_by_source"]
     ]
-    for source, first, last in [*pairs, ("all", before["accuracy"], after["accuracy"])]:
-        table.add_row(
-            source,
-            f"{first:.1%}",
-            f"{last:.1%}",
-            f"{100 * (last - first):+.1f}",
-            style="bold" if source == "all" else "",
-        )
+    shares += [("all", [report["accuracy"] for report in reports])]
+    shares += [(f"pass@{k}", [r["pass_at_k"][k] for r in reports]) for k in last["pass_at_k"]]
+    shares += [("truncated", [report["truncated_share"] for report in reports])]
+    means = [
+        ("reward", [report["reward_mean"] for report in reports]),
+        ("tokens", [report["mean_tokens"] for report in reports]),
+    ]
+    for rows, form, scale, change in ((shares, ".1%", 100, "+.1f"), (means, ".2f", 1, "+.2f")):
+        for label, values in rows:
+            cells = [format(value, form) for value in values]
+            if len(values) > 1:
+                cells.append(format(scale * (values[-1] - values[0]), change))
+            table.add_row(label, *cells, style="bold" if label == "all" else "")
     return table

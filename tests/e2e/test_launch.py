@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.schedule import learning_rate
-from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.observe.metrics import metric_of
 
 TESTS = Path(__file__).parent.parent
 SECONDS = 240
@@ -38,6 +38,12 @@ SMALL = [
     "eval.every=3",
     "launch.grace_seconds=3",
 ]
+
+
+TWO_BLOCKS = (
+    "[{num_prompts=12, every=3}, {name='sampled', num_prompts=6, every=2, num_samples=4, k=4, "
+    "sampling={temperature=1.0, max_completion_tokens=12}}]"
+)
 
 
 class Launch:
@@ -131,7 +137,7 @@ def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
     for role in ("buffer", "learner", "actor-0", "actor-1"):
         assert (run_dir / "logs" / f"{role}.log").is_file()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert all(name in METRICS for row in rows for name in row)
+    assert all(metric_of(name) for row in rows for name in row)
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(steps))
     settings = from_mapping(config)
@@ -167,13 +173,20 @@ def check_model(folder: Path, start: Path) -> None:
 
 @pytest.mark.engine
 def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch, model):
-    run = launch("launch.max_restarts=1", engine="vllm")
+    run = launch("launch.max_restarts=1", f"eval={TWO_BLOCKS}", engine="vllm")
     started = run.until_training()
     assert run.wait() == 0, run.text()[-4000:]
     run.assert_nothing_left(started)
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
     check_model(run.run_dir / "model", model)
     assert "held-out accuracy, 12 prompts" in run.text()
+    assert "sampled accuracy, 6 prompts, 4 samples at temperature 1" in run.text()
+    evals = [json.loads(line) for line in (run.run_dir / "evals.jsonl").read_text().splitlines()]
+    assert sorted((row["name"], row["version"]) for row in evals) == [
+        *(("held-out", version) for version in (0, 3, 6)),
+        *(("sampled", version) for version in (0, 2, 4, 6)),
+    ]
+    assert all(row["num_answered"] == row["num_prompts"] for row in evals)
     rows = [row for row in run.rows() if "publish/canary_difference" in row]
     assert rows
     assert all(row["publish/canary_difference"] < 1e-3 for row in rows)
