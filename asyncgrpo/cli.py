@@ -14,11 +14,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
+from asyncgrpo.observe.commands import traj_app
 from asyncgrpo.rewards.commands import reward_app
 
 app = typer.Typer(
@@ -32,6 +34,8 @@ app.add_typer(algo_app, name="algo")
 app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
+app.add_typer(traj_app, name="traj")
+app.command()(chat)
 
 
 @app.command()
@@ -130,7 +134,7 @@ def evaluate(
     for line in desk.unanswered():
         console.print(line)
     if out is not None:
-        write_rows(out, desk.rows())
+        write_rows(out, list(desk.rows()))
         console.print(f"every completion  {out}")
 
 

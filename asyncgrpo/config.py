@@ -398,7 +398,10 @@ class LaunchSettings(Room):
 
 
 class ObserveSettings(Room):
-    trajectories: bool = Field(True, description="write trajectories/step_<k>.jsonl")
+    trajectories: bool = Field(
+        True,
+        description="write trajectories/step_<k>.jsonl: what was trained, and what was dropped",
+    )
     token_log: bool = Field(
         False, description="write tokens/step_<k>.rank<r>.npz: every log-prob, version and mask"
     )

@@ -2,7 +2,7 @@
 
 config.json     resolved settings          endpoints.json  addresses, cores, metric ports
 env.json        versions, hardware, seeds  logs/           one file per role
-metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what was trained on
+metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what it said
 evals.jsonl     one row per evaluation     summary.json    the run in numbers
 model/          final weights, tokenizer   targets/        Prometheus file_sd targets
 and, of a Trainer: train_dataset.jsonl, eval_dataset.jsonl, reward_funcs.pkl
@@ -46,7 +46,7 @@ class RunDir:
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             endpoints = json.loads((path / "endpoints.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 f"{path} is not a run directory: {error.filename} is missing"
             ) from None

@@ -100,8 +100,8 @@ class LocalClient:
 def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
     """Trains to the end in this process, with the toy engine."""
     config = run.config
-    trajectories = TrajectoryWriter(run.path)
-    core = BufferCore(config, prompts or open_prompts(config), trajectories)
+    samples = TrajectoryWriter(run.path, config)
+    core = BufferCore(config, prompts or open_prompts(config), samples)
     hub, link = Hub(core, time.monotonic), LocalLink(config)
     tokenizer = load_tokenizer(config.model.path)
     updater = PolicyUpdater(config, save_to=run.model_path, run_dir=run.path)

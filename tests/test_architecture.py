@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
     5: (
-        *("cli", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
-        "data.commands",
+        *("cli", "chat", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
+        *("data.commands", "observe.commands"),
     ),
     4: (
         "actor.loop",

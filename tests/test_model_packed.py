@@ -114,6 +114,7 @@ def loss_of(batch: Batch, scored: tuple[torch.Tensor, torch.Tensor], count: int)
     ready = OptimizerBatch(
         groups=(),
         batches=(batch,),
+        advantages=(),
         report=pack((), 0, max_tokens=1, max_staleness=0, staleness_action="drop")[1],
         totals=Totals(num_tokens=count, num_sequences=1),
         proximal=None,

@@ -8,7 +8,6 @@ import re
 import urllib.request
 
 import pytest
-from fakes import make_group, make_lease
 from rich.console import Console
 
 from asyncgrpo.config import Config
@@ -17,7 +16,6 @@ from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.metrics import METRICS, eval_metrics, metric_of
 from asyncgrpo.observe.progress import Progress, eval_table, show_summary, sparkline
 from asyncgrpo.observe.recorder import RunRecorder
-from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import Endpoints, RunDir
 
 ENDPOINTS = Endpoints(buffer="tcp://127.0.0.1:1", weights="tcp://127.0.0.1:2", store=("h", 3))
@@ -249,17 +247,6 @@ def test_the_live_panel_shows_where_the_run_stands(run):
 
 def test_sparklines_rise_with_the_share():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
-
-
-def test_trajectories_hold_one_line_per_completion_with_runs_of_versions(tmp_path):
-    group = make_group(make_lease(3), versions=[[4, 4, 5], [5]], scores=[1.0, -1.0])
-    TrajectoryWriter(tmp_path)(6, [group])
-    text = (tmp_path / "trajectories" / "step_6.jsonl").read_text()
-    one, two = (json.loads(line) for line in text.splitlines())
-    assert (one["versions"], one["staleness"], one["num_tokens"]) == ([[4, 2], [5, 1]], 2, 3)
-    assert (two["versions"], two["staleness"], two["reward"]) == ([[5, 1]], 1, -1.0)
-    assert one["lease_id"] == two["lease_id"] == "t3"
-    assert one["answer"] == "4"
 
 
 def test_a_resumed_run_takes_back_rows_that_are_made_again(run):

@@ -115,8 +115,11 @@ def test_several_updates_keep_the_proximal_policy_of_the_start(
 ) -> None:
     config = settings(folder, algo={"passes": 2, "minibatches": 2}, observe={"token_log": True})
     groups = make_groups(folder)
-    metrics = PolicyUpdater(config, run_dir=tmp_path).update(shard_of(groups))
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    metrics = updater.update(shard_of(groups))
     assert metrics["optimizer_steps"] == 4
+    told = [value for group in groups for value in oracle_advantages.grpo(group.rewards.tolist())]
+    np.testing.assert_allclose(updater.advantages, told, rtol=1e-4)  # in the order of the shard
     found = token_log(tmp_path)
     start = AutoModelForCausalLM.from_pretrained(folder)
     order = [group for part in (groups[0::2], groups[1::2]) for group in part]
@@ -254,11 +257,13 @@ def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_comp
     algo = {"kl_coef": 0.7, "kl_in": "reward"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    PolicyUpdater(config, run_dir=tmp_path).update(shard_of(groups))
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    updater.update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):
         rewards = [float(r) - kl[g, i].sum() for i, r in enumerate(group.rewards)]
         for i, value in enumerate(oracle_advantages.grpo(rewards)):
+            assert updater.advantages[4 * g + i] == pytest.approx(value, rel=1e-3, abs=1e-4)
             rows = (found["lease"] == g) & (found["sample"] == i)
             np.testing.assert_allclose(found["advantage"][rows], value, rtol=1e-3, atol=1e-4)
 
@@ -269,10 +274,12 @@ def test_kl_in_the_reward_per_token_counts_from_each_token_to_the_end(
     algo = {"kl_coef": 0.7, "kl_in": "reward_token"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    PolicyUpdater(config, run_dir=tmp_path).update(shard_of(groups))
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    updater.update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):
         for i, value in enumerate(oracle_advantages.grpo(group.rewards.tolist())):
+            assert updater.advantages[4 * g + i] == pytest.approx(value, rel=1e-4)
             rows = (found["lease"] == g) & (found["sample"] == i)
             to_go = [kl[g, i][t:].sum() for t in range(len(kl[g, i]))]
             np.testing.assert_allclose(
@@ -395,12 +402,13 @@ def train_rank(rank: int, world: int, port: int, folder: Path, out: Path) -> Non
             data={"max_prompt_tokens": 16},
         )
         updater = PolicyUpdater(config)
-        mine = shares[rank]
+        mine, order = shares[rank], [0, 1, 2, 3, 4, 5, 6]
         if "minibatches" in algo and world == 1:
             # as the minibatches of two ranks together: [0, 2, 4] + [5] and [1, 3] + [6]
-            mine = [groups[i] for i in (0, 1, 2, 3, 4, 6, 5)]
+            order = [0, 1, 2, 3, 4, 6, 5]
+            mine = [groups[i] for i in order]
         rows = [updater.update(shard_of(mine, groups)) for _ in range(2)]
-        found.append((rows, weights_of(updater)))
+        found.append((rows, weights_of(updater), updater.advantages.reshape(7, 4)[order].tolist()))
     if rank == 0:
         torch.save(found, out)
     if world > 1:
@@ -416,7 +424,10 @@ def test_two_ranks_with_uneven_shards_train_like_one(folder: Path, tmp_path: Pat
     train_rank(0, 1, port, folder, tmp_path / "one")
     mp.spawn(train_rank, args=(2, port, folder, tmp_path / "two"), nprocs=2)
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
-    for algo, (rows, weights), (other_rows, other_weights) in zip(ALGOS, one, two, strict=True):
+    for algo, (rows, weights, told), (other_rows, other_weights, other_told) in zip(
+        ALGOS, one, two, strict=True
+    ):
+        np.testing.assert_allclose(other_told, told, rtol=1e-4, atol=1e-5)
         for row, other in zip(rows, other_rows, strict=True):
             assert row.keys() == other.keys(), algo
             for name, value in row.items():

@@ -14,7 +14,7 @@
     begin    {step}                     noted: the first step of a learner's life
     take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
     stop     {}                         noted: no batch is formed from now on
-    trained  {step}                     noted {counters, actors, evaluations}
+    trained  {step, world_size}         noted {counters, actors, evaluations}
     evaluate {version, blocks}          evaluating, once the actors hold back their weights
     results  {}                         all reports, once no evaluation is on its way
 
@@ -30,12 +30,12 @@ import numpy as np
 
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.gate import make_gate
-from asyncgrpo.buffer.leases import LeaseBook
-from asyncgrpo.buffer.replay import Replay, deal
+from asyncgrpo.buffer.leases import STATES, LeaseBook
+from asyncgrpo.buffer.replay import Replay, deal, trained
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
 from asyncgrpo.evaluate import is_correct
-from asyncgrpo.types import Group, Prompt, Sampling, Shard
+from asyncgrpo.types import EndedGroup, Group, Prompt, Sampling, Shard
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields, shard_packet
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
-RecordStep = Callable[[int, Sequence[Group]], None]
+Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
 
 
 class BufferCore:
     """All state of the buffer process."""
 
-    def __init__(self, config: Config, prompts: PromptSource, record_step: RecordStep) -> None:
-        self._config, self._prompts, self._record_step = config, prompts, record_step
+    def __init__(self, config: Config, prompts: PromptSource, record: Record) -> None:
+        self._config, self._prompts, self._record = config, prompts, record
         buffer = config.buffer
         self.replay = Replay(buffer.order)
         self.gate = make_gate(config, self.replay)
@@ -96,7 +96,7 @@ class BufferCore:
         counts, reasons = self.leases.counts, self.leases.reasons
         return {
             "leases": self.leases.num_training_leases(),
-            **{f"leases_{state}": counts[state] for state in counts},
+            **{f"leases_{state}": counts[state] for state in STATES},
             **{f"groups_{name.replace('/', '_')}": count for name, count in reasons.items()},
             "buffer_groups": len(self.replay),
             "buffer_tokens": self.replay.num_tokens,
@@ -164,6 +164,7 @@ class BufferCore:
         if reason:
             self.leases.close(group.lease.lease_id, "filtered", reason)
             self.gate.give_back()
+            self._record(self.step, [EndedGroup(group=group, status="filtered", reason=reason)])
             return "filtered"
         ended = self.leases.close(group.lease.lease_id, "stored")
         self.replay.add(ended.ticket, group)
@@ -285,9 +286,10 @@ class BufferCore:
 
     def _evict(self) -> None:
         buffer = self._config.buffer
-        for _ in self.replay.evict(self.step, buffer.max_staleness, buffer.staleness_action):
+        for old in self.replay.evict(self.step, buffer.max_staleness, buffer.staleness_action):
             self.leases.move("stored", "evicted", "stale")
             self.gate.give_back()
+            self._record(self.step, [EndedGroup(group=old.group, status="evicted", reason="stale")])
 
     def _shard(self, step: int, rank: int, world_size: int) -> Shard:
         groups = self._batches[step]
@@ -307,13 +309,13 @@ class BufferCore:
         )
 
     def _on_trained(self, peer: str, packet: Packet, now: float) -> Replies:
-        step = packet.fields["step"]
+        step, world_size = packet.fields["step"], packet.fields["world_size"]
         groups = self._batches.pop(step, None)
         if groups is not None:
             self.leases.move("taken", "trained", count=len(groups))
+            self._record(step, trained(groups, world_size, packet.arrays[0]))
             self.step = step + 1
             self._evict()
-            self._record_step(step, groups)
         return [(peer, _answer(packet, "noted", **self._summary()))]
 
     def _summary(self) -> dict[str, Any]:

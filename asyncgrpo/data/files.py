@@ -12,12 +12,13 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import importlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,32 @@ def as_line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, default=repr) + "\n"
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes JSONL, with the folders it needs; DataError when that is not possible."""
+def write_rows(path: Path, rows: Sequence[Row], form: str = "jsonl") -> None:
+    """Writes jsonl, parquet, or csv (with lists and objects as JSON), and makes the folder.
+
+    csv and parquet need rows with the same columns. DataError when it is not possible.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(map(as_line, rows)), encoding="utf-8")
+        if form == "parquet":
+            table = _need("pyarrow", path).Table.from_pylist(rows)
+            _need("pyarrow.parquet", path).write_table(table, path)
+        elif form == "csv":
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(rows[0])
+                writer.writerows([_cell(value) for value in row.values()] for row in rows)
+        else:
+            path.write_text("".join(map(as_line, rows)), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror}); give another place"
         ) from None
+
+
+def _cell(value: Any) -> Any:
+    nested = isinstance(value, list | dict)
+    return json.dumps(value, ensure_ascii=False) if nested else value
 
 
 def _file(path: Path) -> Iterator[Located]:
@@ -212,8 +230,8 @@ def _need(module: str, wanted: object) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise DataError(
-            f"{wanted}: reading it needs the package {module.partition('.')[0]}, which is not "
-            "installed; pip install 'asyncgrpo[data]', or give JSONL"
+            f"{wanted}: this needs the package {module.partition('.')[0]}, which is not "
+            "installed; pip install 'asyncgrpo[data]', or use JSONL"
         ) from None
 
 

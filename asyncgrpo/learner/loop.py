@@ -24,6 +24,8 @@ CALL_SECONDS = 60.0  # for answers that the buffer gives at once
 class Updater(Protocol):
     """One rank's model and optimizer (learner/update.py)."""
 
+    advantages: Float32  # [C] of the last update's completions, rank by rank as they were dealt
+
     def update(self, shard: Shard) -> dict[str, float]:
         """One optimizer update from this rank's shard; metrics of the whole batch."""
 
@@ -163,8 +165,9 @@ class Learner:
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:
             return
-        answer = self._client.call(Packet(kind="trained", fields={"step": step}), CALL_SECONDS)
-        self._summary = answer.fields
+        fields = {"step": step, "world_size": self._world_size}
+        packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
+        self._summary = self._client.call(packet, CALL_SECONDS).fields
         self._recorder.row({**row, **self._sender.metrics()}, self._summary)
 
     def _evaluate_now_and_then(self, version: int) -> None:

@@ -90,6 +90,7 @@ class PolicyUpdater:
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._kl_coef = algo.kl_coef
         self._num_skipped = self._num_syncs = 0
+        self.advantages = np.zeros(0, np.float32)  # [C] of the last update, see Updater
         settings = config.learner
         self._optimizer = torch.optim.AdamW(
             self._policy.parameters(),
@@ -117,6 +118,7 @@ class PolicyUpdater:
         algo = self._config.algo
         parts = [shard.groups[first :: algo.minibatches] for first in range(algo.minibatches)]
         ready = self._preparer.prepare(shard.step, parts, self._kl_coef)
+        self.advantages = self._all_advantages(shard, ready)
         record = StepRecord()
         for index in range(algo.passes):
             for batch in ready:
@@ -343,6 +345,14 @@ class PolicyUpdater:
             "truncated_share": truncated / completions,
             "completions/mean_length": shard.num_loss_tokens_global / completions,
         }
+
+    def _all_advantages(self, shard: Shard, ready: list[OptimizerBatch]) -> Float32:
+        """float32 [C] of all ranks' completions, rank by rank, in the order of each shard."""
+        ordered: list[Float32] = [np.zeros(0, np.float32)] * len(shard.groups)
+        for first, batch in enumerate(ready):
+            ordered[first :: len(ready)] = batch.advantages
+        own = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *ordered]))
+        return ranks.collected(own.to(self._device)).cpu().numpy()
 
     def _token_rows(
         self, batch: OptimizerBatch, index: int, inputs: LossInputs, found: Objective

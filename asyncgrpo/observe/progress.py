@@ -150,8 +150,8 @@ def show_summary(run_dir: Path, console: Console) -> None:
     )
     console.print(f"model         {summary['model']}")
     console.print(f"every step    {run_dir / 'metrics.jsonl'}")
-    console.print(f"what it said  {run_dir / 'trajectories'}")
-    console.print("next          read the last trajectories; then change one thing, for example")
+    console.print(f"what it said  asyncgrpo traj show {run_dir}")
+    console.print("next          look at what it said; then change one thing, for example")
     console.print(
         "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
     )
