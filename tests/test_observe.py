@@ -121,6 +121,7 @@ def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(ru
 
 def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     sampled = {**REPORT, "name": "sampled", "pass_at_k": {"4": 0.75}}
     recorder.row(ROW, summary(evaluations=[REPORT]))
     recorder.row(ROW, summary(evaluations=[REPORT]))
