@@ -50,11 +50,15 @@ def launch(
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
+    ] = None,
     serial: Annotated[bool, typer.Option(help="all roles in one process, repeatable")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan, start nothing")] = False,
 ) -> None:
     """Starts a whole run on this machine and shows its progress."""
     from asyncgrpo.config import load_config
+    from asyncgrpo.launch.resume import find_run
     from asyncgrpo.launch.session import Session
 
     flags = {
@@ -64,9 +68,13 @@ def launch(
         "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
     }
+    found = find_run(resume, run_dir) if resume else None
+    if found is not None:  # its settings, unless others are given
+        flags["run.dir"] = f'"{found}"'
+        config = config or found / "config.json"
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(set_ or []), *overrides])
-    session = Session(settings)
+    session = Session(settings, resume=found is not None)
     if dry_run:
         session.show_plan()
     else:
@@ -156,7 +164,7 @@ def role(
     elif name == "learner":
         from asyncgrpo.learner.process import run_learner
 
-        run_learner(run)
+        run_learner(run, stopping)
     else:
         raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
 
@@ -164,7 +172,8 @@ def role(
 def _stop_flag() -> Callable[[], bool]:
     """A flag that SIGTERM sets; loops look at it between two turns."""
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(number))
     return lambda: bool(asked)
 
 

@@ -325,6 +325,12 @@ class WeightSettings(Room):
     )
 
 
+class CheckpointSettings(Room):
+    every: int = Field(20, ge=0, description="steps between checkpoints; 0 = only when stopped")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every: int = Field(0, ge=0, description="those of every so many steps stay too; 0 = none")
+
+
 class EvalSampling(Room):
     temperature: float = Field(0.0, ge=0, le=10, description="0 = greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
@@ -388,8 +394,11 @@ class LaunchSettings(Room):
     actors: int = Field(2, ge=1, le=1024, description="processes that generate, one engine each")
     learners: int = Field(2, ge=1, le=1024, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
+    max_restarts: int = Field(
+        3, ge=0, description="of one process within restart_window_seconds; then the run stops"
+    )
+    restart_window_seconds: float = Field(3600.0, gt=0, description="older restarts do not count")
     share_gpus: bool = Field(False, description="more processes than GPUs; needs gloo for weights")
-    max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
     grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
     start_timeout_seconds: float = Field(180.0, gt=0, description="until the first batch is there")
     buffer_port: int = Field(0, ge=0, le=65535, description="0 = any free port")
@@ -423,6 +432,7 @@ class Config(Room):
     algo: AlgoSettings = AlgoSettings()
     learner: LearnerSettings = LearnerSettings()
     weights: WeightSettings = WeightSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalBlocks = (EvalSettings(),)
     launch: LaunchSettings = LaunchSettings()
     observe: ObserveSettings = ObserveSettings()
@@ -563,7 +573,7 @@ def preset_files() -> dict[str, Path]:
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Reads TOML, a preset or a config.json, then applies `room.key=value` (TOML, or text)."""
-    raw = _read_toml(Path(path)) if path is not None else {}
+    raw = _read_file(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(raw, override)
     return from_mapping(raw)
@@ -580,7 +590,7 @@ def from_mapping(raw: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         path = preset_files().get(str(path), path)
     if not path.is_file():

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -84,7 +84,12 @@ class Desk:
         time.sleep(0.0 if arrived else timeout_seconds)
         return arrived
 
-    def call(self, packet: Packet, timeout_seconds: float) -> Packet:
+    def call(
+        self,
+        packet: Packet,
+        timeout_seconds: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Packet:
         """Takes it, and has nothing to say."""
         return Packet(kind="noted", request_id=self.post(packet))
 

@@ -65,8 +65,16 @@ class Client(Protocol):
     def poll(self, timeout_seconds: float) -> list[Packet]:
         """Answers and pushed packets that have arrived; waits up to the timeout for the first."""
 
-    def call(self, packet: Packet, timeout_seconds: float) -> Packet:
-        """Sends a request and waits for its answer; PeerTimeout names the buffer."""
+    def call(
+        self,
+        packet: Packet,
+        timeout_seconds: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Packet:
+        """Sends a request and waits for its answer; PeerTimeout names the buffer.
+
+        meanwhile: called now and then while it waits.
+        """
 
 
 class WeightSender(Protocol):

@@ -123,6 +123,7 @@ def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(ru
 
 def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     sampled = {**REPORT, "name": "sampled", "pass_at_k": {"4": 0.75}}
     recorder.row(ROW, summary(evaluations=[REPORT]))
     recorder.row(ROW, summary(evaluations=[REPORT]))
@@ -141,6 +142,7 @@ def test_a_name_outside_the_table_is_refused(run):
     with pytest.raises(KeyError, match="rewards/median"):
         Exporter("x", 0, run.path).show({"rewards/median": 1.0})
     recorder = RunRecorder(run, Exporter("y", 0, run.path))
+    recorder.begin(0)
     with pytest.raises(KeyError, match="rewards/median"):
         recorder.row({**ROW, "rewards/median": 1.0}, summary())
 
@@ -153,6 +155,7 @@ def test_a_metrics_port_in_use_is_refused_with_the_setting(run):
 
 def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     first = {"actor-0": counters(100, 1.0, 1.0), "actor-1": counters(50, 1.0, 1.0)}
     second = {"actor-0": counters(300, 4.0, 1.0), "actor-1": counters(10, 1.0, 0.0)}  # restarted
     recorder.row(ROW, summary(first, [REPORT]))
@@ -172,6 +175,7 @@ def test_tokens_per_second_and_the_total_are_of_what_arrived(run, monkeypatch):
     clock = iter([100.0, 104.0, 106.0, 107.0])
     monkeypatch.setattr("asyncgrpo.observe.recorder.time.time", lambda: next(clock))
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     row = {name: value for name, value in ROW.items() if name != "tokens_per_second"}
     recorder.row(row, summary({}))  # no actor has told its counters yet
     recorder.row(row, summary({}, tokens_arrived=480))
@@ -183,7 +187,9 @@ def test_tokens_per_second_and_the_total_are_of_what_arrived(run, monkeypatch):
 
 def test_a_run_without_a_step_says_why_nothing_was_trained(run):
     counts = {"groups_filtered_all_wrong": 3, "groups_filtered_empty_completion": 1}
-    RunRecorder(run, Exporter("learner-0", 0, run.path)).finish([], summary(**counts))
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    recorder.finish([], summary(**counts))
     out = io.StringIO()
     show_summary(run.path, Console(file=out, width=200))
     for part in (
@@ -197,6 +203,7 @@ def test_a_run_without_a_step_says_why_nothing_was_trained(run):
 
 def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     for judged, errors, seconds in ((10, 5, 1.0), (30, 6, 3.0), (30, 6, 3.0)):
         judge = {"judged_groups": judged, "judge_errors": errors, "judge_seconds": seconds}
         recorder.row(ROW, summary({"actor-0": {**counters(judged, judged, 0.0), **judge}}))
@@ -210,6 +217,7 @@ def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run)
 
 def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
     after = {
         **REPORT,
@@ -271,3 +279,24 @@ def test_the_live_panel_shows_where_the_run_stands(run):
 
 def test_sparklines_rise_with_the_share():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+
+
+def test_a_resumed_run_takes_back_rows_that_are_made_again(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    nothing = {"metrics": {}, "actors": {}, "evaluations": []}
+    for step in range(5):
+        recorder.row({"step": step, "version": step + 1, "tokens_trained": 10.0}, nothing)
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "ver', encoding="utf-8")
+    again = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    again.begin(3)
+    again.row({"step": 3, "version": 4, "tokens_trained": 1.0}, nothing)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["tokens_trained"]) for row in rows] == [
+        *((step, 10.0) for step in range(3)),
+        (3, 1.0),
+    ]
+    assert rows[3]["seconds"] >= rows[2]["seconds"]
+    again.finish([], nothing)
+    assert json.loads((run.path / "summary.json").read_text())["tokens_trained"] == 31.0

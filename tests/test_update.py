@@ -115,7 +115,7 @@ def test_several_updates_keep_the_proximal_policy_of_the_start(
 ) -> None:
     config = settings(folder, algo={"passes": 2, "minibatches": 2}, observe={"token_log": True})
     groups = make_groups(folder)
-    updater = PolicyUpdater(config, log_to=tmp_path)
+    updater = PolicyUpdater(config, run_dir=tmp_path)
     metrics = updater.update(shard_of(groups))
     assert metrics["optimizer_steps"] == 4
     told = [value for group in groups for value in oracle_advantages.grpo(group.rewards.tolist())]
@@ -257,7 +257,7 @@ def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_comp
     algo = {"kl_coef": 0.7, "kl_in": "reward"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    updater = PolicyUpdater(config, log_to=tmp_path)
+    updater = PolicyUpdater(config, run_dir=tmp_path)
     updater.update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):
@@ -274,7 +274,7 @@ def test_kl_in_the_reward_per_token_counts_from_each_token_to_the_end(
     algo = {"kl_coef": 0.7, "kl_in": "reward_token"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    updater = PolicyUpdater(config, log_to=tmp_path)
+    updater = PolicyUpdater(config, run_dir=tmp_path)
     updater.update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):

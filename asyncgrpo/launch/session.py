@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
 from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
+from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
@@ -51,8 +53,11 @@ def new_run_dir(config: Config) -> Path:
 class Session:
     """One call of the launcher."""
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, console: Console | None = None, *, resume: bool = False
+    ) -> None:
+        """resume: run.dir holds a run, go on with it."""
+        self._config, self._resume = config, resume
         self._console = console or Console(highlight=False, soft_wrap=True)
         self.run_dir = new_run_dir(config)
         self._warnings = list(notices(config.algo))
@@ -73,24 +78,27 @@ class Session:
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        self._check()
-        config = self._with_model()
-        plan = self._plan(config, detect_host())
-        run = self._prepare(config, plan)
-        self._warn(plan)
-        with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
+        with self._prepared() as (run, plan):
+            self._warn(plan)
+            code = self._supervise(run.config, plan)
+        if code == 0:
+            show_summary(self.run_dir, self._console)
+        return code
+
+    def _supervise(self, config: Config, plan: Plan) -> int:
+        shown = Progress(self.run_dir, config.run.max_steps, self._console)
+        with shown.skip() if self._resume else shown as progress:
             supervisor = Supervisor(
                 plan,
                 self.run_dir,
-                grace_seconds=run.config.launch.grace_seconds,
-                max_actor_restarts=run.config.launch.max_actor_restarts,
+                grace_seconds=config.launch.grace_seconds,
+                max_restarts=config.launch.max_restarts,
+                restart_window_seconds=config.launch.restart_window_seconds,
                 on_line=progress.line,
                 on_tick=progress.tick,
             )
             code = supervisor.run()
             progress.tick()
-        if code == 0:
-            show_summary(self.run_dir, self._console)
         return code
 
     def run_serially(self) -> int:
@@ -98,15 +106,12 @@ class Session:
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        self._check()
-        config = self._with_model()
-        plan = self._plan(config, detect_host())
-        run = self._prepare(config, plan)
-        self._warn(plan)
-        self._console.print("serial: one actor with the toy engine, one learner, no sockets")
-        from asyncgrpo.serial import run_serial  # torch
+        with self._prepared() as (run, plan):
+            self._warn(plan)
+            self._console.print("serial: one actor with the toy engine, one learner, no sockets")
+            from asyncgrpo.serial import run_serial  # torch
 
-        run_serial(run)
+            run_serial(run)
         show_summary(self.run_dir, self._console)
         return 0
 
@@ -116,7 +121,11 @@ class Session:
         With a list `absent`, models and data that are not on this machine are noted there instead.
         """
         config = self._config
-        check_run_dir(self.run_dir)
+        if self._resume:
+            step = check_resumable(self.run_dir, config)
+            self._console.print(f"going on with {self.run_dir} at step {step}", markup=False)
+        else:
+            check_run_dir(self.run_dir)
         rewards = {block: load_rewards(reward) for block, reward in config.rewards.items()}
         models = [config.model.path]
         if config.algo.kl_coef and config.algo.reference.path:
@@ -183,15 +192,23 @@ class Session:
         model = model.model_copy(update={"path": self._make_tiny()})
         return self._config.model_copy(update={"model": model})
 
-    def _prepare(self, config: Config, plan: Plan) -> RunDir:
-        """Writes the run directory."""
-        prepare_run_dir(self.run_dir)
-        run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
-        run.write()
-        report = json.dumps(environment_report(config), indent=2)
-        (self.run_dir / "env.json").write_text(report, encoding="utf-8")
-        self._console.print(f"run directory {self.run_dir}", markup=False)
-        return run
+    @contextmanager
+    def _prepared(self) -> Iterator[tuple[RunDir, Plan]]:
+        """Checks everything, then writes the run directory and holds it."""
+        self._check()
+        config = self._with_model()
+        if not self._resume:
+            prepare_run_dir(self.run_dir)
+        with only_launcher(self.run_dir):
+            if self._resume:
+                keep_settings(self.run_dir)
+            plan = self._plan(config, detect_host())
+            run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
+            run.write()
+            report = json.dumps(environment_report(config), indent=2)
+            (self.run_dir / "env.json").write_text(report, encoding="utf-8")
+            self._console.print(f"run directory {self.run_dir}", markup=False)
+            yield run, plan
 
     def _make_tiny(self) -> str:
         """The embedded model's folder; made in a process of its own, for it needs torch."""

@@ -26,6 +26,10 @@ class Reference:
         logprobs: Tensor = self._head(row)[0]
         return logprobs
 
+    def state(self) -> dict[str, Tensor]:
+        """Its weights, to be saved and filled."""
+        return self._model.state_dict()
+
     @torch.no_grad()
     def sync(self, policy: PreTrainedModel, alpha: float) -> None:
         """ref := alpha pi + (1 - alpha) ref (TR-DPO, arXiv 2404.09656 eq. 2); alpha 1 resets."""

@@ -8,16 +8,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import ranks
+from asyncgrpo.learner.checkpoint import Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
@@ -30,6 +33,7 @@ from asyncgrpo.learner.model import (
 from asyncgrpo.learner.objective import Objective, objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
 from asyncgrpo.learner.reference import Reference, adapted_coefficient
+from asyncgrpo.learner.saved import FOLDER, step_of
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.token_log import write_token_log
 from asyncgrpo.protocols import NamedTensors
@@ -62,10 +66,13 @@ class PolicyUpdater:
     """The learner loop's updater. With several ranks the default process group must be up."""
 
     def __init__(
-        self, config: Config, *, save_to: Path | None = None, log_to: Path | None = None
+        self, config: Config, *, save_to: Path | None = None, run_dir: Path | None = None
     ) -> None:
-        """save_to: where `save` writes, None on ranks that do not; log_to: for token logs."""
-        self._config, self._save_to, self._log_to = config, save_to, log_to
+        """save_to: where `save` writes, None on ranks that do not.
+
+        run_dir: for checkpoints and token logs; None: neither.
+        """
+        self._config, self._save_to, self._run_dir = config, save_to, run_dir
         self._world_size = ranks.world_size()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(config.learner.threads)
@@ -92,6 +99,9 @@ class PolicyUpdater:
             eps=settings.adam_eps,
             weight_decay=settings.weight_decay,
             fused=True,
+        )
+        self._checkpoints = (
+            None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
 
     @property
@@ -124,9 +134,9 @@ class PolicyUpdater:
         self._after(shard, metrics)
         if algo.kl_coef:
             metrics["objective/kl_coef"] = self._kl_coef
-        if self._config.observe.token_log and self._log_to is not None:
+        if self._config.observe.token_log and self._run_dir is not None:
             leases = [group.lease.lease_id for batch in ready for group in batch.groups]
-            write_token_log(self._log_to, shard.step, ranks.rank(), leases, record.tokens)
+            write_token_log(self._run_dir, shard.step, ranks.rank(), leases, record.tokens)
         return metrics | self._batch_metrics(shard, ready)
 
     def weights(self) -> NamedTensors:
@@ -137,8 +147,52 @@ class PolicyUpdater:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
         return next_logprobs(self._policy, canary_prompts(self.vocab_size)).numpy()
 
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Whether the state after `step` updates is to be saved."""
+        return self._checkpoints is not None and self._checkpoints.is_due(step)
+
+    def checkpoint(self, step: int) -> None:
+        """Begins to save the state after `step` updates."""
+        if self._checkpoints is not None:
+            counters = {
+                "kl_coef": self._kl_coef,
+                "skipped": self._num_skipped,
+                "syncs": self._num_syncs,
+            }
+            self._checkpoints.save(step, self._state(), counters)
+
+    def restore(self) -> int:
+        """Goes back to the newest checkpoint of the run; returns its step, 0 without any."""
+        path = self._checkpoints.newest() if self._checkpoints is not None else None
+        if self._checkpoints is None or path is None:
+            return 0
+        state = self._state()
+        counters = self._checkpoints.load(path, state)
+        set_state_dict(
+            self._policy,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        self._kl_coef = counters["kl_coef"]
+        self._num_skipped, self._num_syncs = int(counters["skipped"]), int(counters["syncs"])
+        log.info("restored %s", path)
+        return step_of(path)
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self._policy, self._optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        if self._reference is not None:
+            state["reference"] = self._reference.state()
+        return state
+
     def save(self) -> None:
-        """Writes the model and its tokenizer, loadable with from_pretrained."""
+        """Writes the model and its tokenizer, loadable with from_pretrained.
+
+        Waits for a checkpoint under way; CheckpointError when it failed.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
         if self._save_to is not None:
             self._policy.save_pretrained(self._save_to)
             AutoTokenizer.from_pretrained(self._config.model.path).save_pretrained(self._save_to)

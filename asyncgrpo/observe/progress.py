@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,11 @@ class Progress:
             else None
         )
 
+    def skip(self) -> Progress:
+        """Leaves out what is there already: rows of the lives before a --resume."""
+        self._read_to = self._rows_file.stat().st_size if self._rows_file.exists() else 0
+        return self
+
     def __enter__(self) -> Progress:
         if self._live is not None:
             self._live.start()
@@ -60,13 +66,15 @@ class Progress:
 
     def _new_rows(self) -> list[dict[str, Any]]:
         try:
-            with self._rows_file.open(encoding="utf-8") as file:
+            with self._rows_file.open("rb") as file:
+                # A learner that goes on from a checkpoint takes rows back.
+                self._read_to = min(self._read_to, os.fstat(file.fileno()).st_size)
                 file.seek(self._read_to)
                 text = file.read()
         except FileNotFoundError:
             return []
-        whole = text[: text.rfind("\n") + 1]
-        self._read_to += len(whole.encode())
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read_to += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
 
     def _panel(self) -> Group:
