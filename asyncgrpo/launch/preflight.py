@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 from asyncgrpo.config import Config
@@ -76,6 +77,16 @@ def check_run_dir(path: Path) -> None:
             f"run directory {path} cannot be written: no permission in {ancestor}; "
             "give another --run-dir"
         )
+
+
+def missing_packages(config: Config) -> str:
+    """What learner.lora needs and is not installed, with the remedy; "" when nothing is."""
+    lora = config.learner.lora
+    needed = {"peft": lora, "bitsandbytes": lora and lora.quantize}
+    missing = [name for name, use in needed.items() if use and find_spec(name) is None]
+    extra = "qlora" if "bitsandbytes" in missing else "lora"
+    what = f"learner.lora needs {' and '.join(missing)}: pip install 'asyncgrpo[{extra}]'"
+    return what if missing else ""
 
 
 def prepare_run_dir(path: Path) -> None:

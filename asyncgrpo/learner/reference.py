@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -9,8 +11,25 @@ from transformers import PreTrainedModel
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.model import PackedRow, PolicyHead, load_policy
 
+if TYPE_CHECKING:
+    from asyncgrpo.learner.lora import Adapter
+
 # Ziegler et al., arXiv 1909.08593 section 2.2: one step never changes the coefficient by more.
 MAX_ERROR = 0.2
+
+
+class BaseReference:
+    """The policy itself without its adapter: no second model."""
+
+    def __init__(self, head: PolicyHead, adapter: Adapter) -> None:
+        self._head, self._adapter = head, adapter
+
+    @torch.no_grad()
+    def logprobs(self, row: PackedRow) -> Tensor:
+        """float32 [S] log-probs of the targets, 0 outside the loss."""
+        with self._adapter.off():
+            logprobs: Tensor = self._head(row)[0]
+        return logprobs
 
 
 class Reference:

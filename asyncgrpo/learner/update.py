@@ -8,12 +8,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
@@ -32,13 +35,16 @@ from asyncgrpo.learner.model import (
 )
 from asyncgrpo.learner.objective import Objective, objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
-from asyncgrpo.learner.reference import Reference, adapted_coefficient
+from asyncgrpo.learner.reference import BaseReference, Reference, adapted_coefficient
 from asyncgrpo.learner.saved import FOLDER, step_of
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.token_log import write_token_log
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.weights.proof import canary_prompts
+
+if TYPE_CHECKING:
+    from asyncgrpo.learner.lora import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +83,26 @@ class PolicyUpdater:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
-        self._policy = load_policy(config.model.path, device=self._device)
+        lora = config.learner.lora
+        self._policy = load_policy(
+            config.model.path,
+            device=self._device,
+            quantized=lora is not None and lora.quantize is not None,
+        )
+        self._adapter: Adapter | None = None
+        if lora is not None:
+            from asyncgrpo.learner.lora import Adapter  # peft: slow, and an extra
+
+            self._adapter = Adapter(self._policy, lora)
         algo, temperature = config.algo, config.sampling.temperature
         head = PolicyHead(
             self._policy, temperature=temperature, entropy_gradient=algo.entropy_coef > 0
         )
         self._head = DistributedDataParallel(head) if self._world_size > 1 else head
-        self._reference = None
-        if algo.kl_coef > 0:
+        self._reference: Reference | BaseReference | None = None
+        if algo.kl_coef > 0 and self._adapter is not None and not algo.reference.path:
+            self._reference = BaseReference(head, self._adapter)
+        elif algo.kl_coef > 0:
             path = algo.reference.path or config.model.path
             self._reference = Reference(path, temperature=temperature, device=self._device)
         self._preparer = Preparer(config, head, self._reference, self._device)
@@ -93,7 +111,7 @@ class PolicyUpdater:
         self.advantages = np.zeros(0, np.float32)  # [C] of the last update, see Updater
         settings = config.learner
         self._optimizer = torch.optim.AdamW(
-            self._policy.parameters(),
+            [weight for weight in self._policy.parameters() if weight.requires_grad],
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.adam_eps,
@@ -134,11 +152,12 @@ class PolicyUpdater:
 
     def weights(self) -> NamedTensors:
         """Present weights by their Hugging Face names."""
-        return ((name, tensor.detach()) for name, tensor in published_parameters(self._policy))
+        return published_parameters(self._policy)
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
-        return next_logprobs(self._policy, canary_prompts(self.vocab_size)).numpy()
+        with self._adapter.merged() if self._adapter else contextlib.nullcontext():
+            return next_logprobs(self._policy, canary_prompts(self.vocab_size)).numpy()
 
     def is_checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` updates is to be saved."""
@@ -161,21 +180,19 @@ class PolicyUpdater:
             return 0
         state = self._state()
         counters = self._checkpoints.load(path, state)
-        set_state_dict(
-            self._policy,
-            self._optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        set_optimizer_state_dict(self._policy, self._optimizer, state["optimizer"])
         self._kl_coef = counters["kl_coef"]
         self._num_skipped, self._num_syncs = int(counters["skipped"]), int(counters["syncs"])
         log.info("restored %s", path)
         return step_of(path)
 
     def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
-        state = {"model": model, "optimizer": optimizer}
-        if self._reference is not None:
+        """What is trained and its optimizer; the weights are the policy's own, filled in place."""
+        named = self._policy.named_parameters()
+        trained = {name: weight.detach() for name, weight in named if weight.requires_grad}
+        optimizer = get_optimizer_state_dict(self._policy, self._optimizer)
+        state: dict[str, Any] = {"model": trained, "optimizer": optimizer}
+        if isinstance(self._reference, Reference):
             state["reference"] = self._reference.state()
         return state
 
@@ -187,7 +204,10 @@ class PolicyUpdater:
         if self._checkpoints is not None:
             self._checkpoints.wait()
         if self._save_to is not None:
-            self._policy.save_pretrained(self._save_to)
+            if self._adapter is not None:
+                self._adapter.save(self._save_to)
+            else:
+                self._policy.save_pretrained(self._save_to)
             AutoTokenizer.from_pretrained(self._config.model.path).save_pretrained(self._save_to)
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
@@ -195,7 +215,8 @@ class PolicyUpdater:
         self._optimizer.zero_grad(set_to_none=True)
         update = StepRecord()
         for index, last in self._microbatches(batch):
-            with contextlib.nullcontext() if last else self._without_sync():
+            dropping = self._adapter.dropping() if self._adapter else contextlib.nullcontext()
+            with contextlib.nullcontext() if last else self._without_sync(), dropping:
                 inputs, found = self._objective(batch, index)
                 (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
             update.add(*measure(inputs, found, self._config.algo))
@@ -294,7 +315,7 @@ class PolicyUpdater:
             measured = metrics["objective/kl_ref"]
             self._kl_coef = adapted_coefficient(self._kl_coef, measured, count, algo)
         every = algo.reference.sync_every
-        if every and (shard.step + 1) % every == 0:
+        if every and (shard.step + 1) % every == 0 and isinstance(self._reference, Reference):
             self._reference.sync(self._policy, algo.reference.mix_alpha)
             self._num_syncs += 1
             if ranks.rank() == 0:
