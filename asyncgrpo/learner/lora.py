@@ -100,9 +100,9 @@ class Adapter:
 @torch.no_grad()
 def merged_weight(layer: LoraLayer) -> Tensor:
     """W + alpha / r B A [out, in] in a tensor of its own; the layer stays as it is."""
-    delta = layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight * layer.scaling[ADAPTER]
-    merged: Tensor = dequantize_module_weight(layer.get_base_layer()) + delta
-    return merged
+    a, b = (cast(Tensor, each[ADAPTER].weight) for each in (layer.lora_A, layer.lora_B))
+    base: Tensor = dequantize_module_weight(layer.get_base_layer())
+    return base + layer.scaling[ADAPTER] * (b @ a)
 
 
 def merged_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
