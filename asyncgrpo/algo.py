@@ -123,7 +123,7 @@ class AlgoSettings(Room):
     passes: int = Field(1, ge=1, description="times a batch is gone through")
     aggregation: str = Field("token_mean", description="how token losses become one number")
     kl: str = Field("k3", description="estimator of the KL to the reference")
-    kl_coef: float = Field(0.0, ge=0, description="0 needs no reference policy")
+    kl_coef: float = Field(0.0, ge=0, description="0 loads no reference model")
     kl_in: Literal["loss", "reward", "reward_token"] = Field(
         "loss", description="reward: summed per completion; reward_token: per token, to go"
     )

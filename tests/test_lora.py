@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.serial import run_serial
 from asyncgrpo.types import Shard
+from asyncgrpo.weights.local import LocalLink
 from asyncgrpo.weights.proof import canary_prompts
 
 Weights = dict[str, torch.Tensor]
@@ -104,9 +106,31 @@ def test_publishing_changes_no_weight_and_makes_one_at_a_time(folder, shard):
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name, tensor in updater._policy.named_parameters():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_publishing_holds_one_merged_weight_at_a_time(folder, shard, is_first):
+    updater = trained(settings(folder), shard)
     own = {tensor.data_ptr() for tensor in updater._policy.parameters()}
-    made = [tensor.data_ptr() for _, tensor in weights if tensor.data_ptr() not in own]
-    assert len(set(made)) < len(made) / 2  # the memory of one serves the next
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    counts = []
+
+    class Watched:
+        def __iter__(self):
+            for name, tensor in updater.weights():
+                if tensor.data_ptr() not in own:
+                    alive.add(tensor)
+                counts.append(len(alive))
+                yield name, tensor
+
+    link = LocalLink(updater._config)
+    if not is_first:
+        link.publish(1, updater.weights(), updater.canary_logprobs())
+    link.publish(2, Watched(), updater.canary_logprobs())
+    assert 0 < max(counts) <= 2  # the last one lives until the next is there
+    version, views = link.staged()
+    assert version == 2
+    assert all(torch.equal(view, copied(updater)[name]) for name, view in views)
 
 
 def test_canaries_are_computed_with_the_published_weights(folder, shard, tmp_path):
