@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from golden.test_serial import rows
 from peft import PeftModel
+from rich.console import Console
+from test_checkpoint import free_port
 from test_update import STEP, logprobs, make_groups, shard_of, token_log
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from asyncgrpo.buffer.replay import deal
-from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.config import Config, LoraSettings, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
 from asyncgrpo.launch.preflight import missing_packages
+from asyncgrpo.launch.resume import check_resumable
+from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.lora import check_targets_of
 from asyncgrpo.learner.model import next_logprobs
 from asyncgrpo.learner.update import PolicyUpdater
@@ -33,6 +36,7 @@ from asyncgrpo.serial import run_serial
 from asyncgrpo.types import Shard
 from asyncgrpo.weights.local import LocalLink
 from asyncgrpo.weights.proof import canary_prompts
+from asyncgrpo.weights.sender import CollectiveSender
 
 Weights = dict[str, torch.Tensor]
 R, ALPHA = 4, 10
@@ -75,7 +79,9 @@ def adapter_of(updater: PolicyUpdater) -> Weights:
 
 
 def test_before_the_first_update_the_base_is_published_bit_for_bit(folder):
-    published, base = copied(PolicyUpdater(settings(folder))), base_of(folder)
+    updater, base = PolicyUpdater(settings(folder, {"dropout": 0.5})), base_of(folder)
+    published = copied(updater)
+    assert not any(module.training for module in updater._policy.modules())
     assert list(published) == list(base)
     assert all(torch.equal(published[name], base[name]) for name in base)
 
@@ -108,8 +114,25 @@ def test_publishing_changes_no_weight_and_makes_one_at_a_time(folder, shard):
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.parametrize("is_first", [True, False])
-def test_publishing_holds_one_merged_weight_at_a_time(folder, shard, is_first):
+class Here:
+    """The sender of other processes, with nobody there."""
+
+    def __init__(self, config: Config) -> None:
+        ports = [free_port() for _ in range(2)]
+        self._sender = CollectiveSender(
+            config, f"tcp://127.0.0.1:{ports[0]}", ("127.0.0.1", ports[1])
+        )
+
+    def publish(self, *what: Any) -> None:
+        self._sender.publish(*what)
+        self._sender.close()
+
+    def staged(self) -> Any:
+        return self._sender._handshake.newest, self._sender._flat.views()
+
+
+@pytest.mark.parametrize("kind", [LocalLink, Here])
+def test_publishing_holds_one_merged_weight_at_a_time(folder, shard, kind):
     updater = trained(settings(folder), shard)
     own = {tensor.data_ptr() for tensor in updater._policy.parameters()}
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
@@ -123,9 +146,7 @@ def test_publishing_holds_one_merged_weight_at_a_time(folder, shard, is_first):
                 counts.append(len(alive))
                 yield name, tensor
 
-    link = LocalLink(updater._config)
-    if not is_first:
-        link.publish(1, updater.weights(), updater.canary_logprobs())
+    link = kind(updater._config)
     link.publish(2, Watched(), updater.canary_logprobs())
     assert 0 < max(counts) <= 2  # the last one lives until the next is there
     version, views = link.staged()
@@ -172,10 +193,14 @@ def test_without_a_path_the_base_is_the_reference(folder, shard, tmp_path):
             chosen = (found["lease"] == lease) & (found["sample"] == sample)
             expected = logprobs(base, group.prompt_token_ids, completion.token_ids)
             np.testing.assert_allclose(found["ref_logprob"][chosen], expected, atol=1e-5)
-    other = PolicyUpdater(settings(folder, algo=algo | {"reference": {"path": str(folder)}}))
-    for _ in range(3):
-        metrics = other.update(shard)
-    assert metrics["objective/kl_ref"] == pytest.approx(kl, rel=1e-4)
+
+
+@pytest.mark.parametrize(("seed", "first"), [(5, 0.0), (6, 1.0)])
+def test_a_reference_with_a_path_is_that_model(folder, shard, tmp_path, seed, first):
+    path = str(build_untrained(tmp_path / "other", True, seed))
+    algo = {"kl_coef": 0.1, "reference": {"path": path}}
+    kl = PolicyUpdater(settings(folder, algo=algo)).update(shard)["objective/kl_ref"]
+    assert (kl > first) if first else (kl == 0.0)
 
 
 def test_dropout_acts_in_updates_alone(folder, shard):
@@ -255,10 +280,7 @@ def test_two_ranks_train_the_same_adapter_as_one(folder, shard, tmp_path):
     # adam_eps: a step must not depend on the sign of a gradient that is zero but for rounding
     learner = {"lr": 1e-3, "adam_eps": 1e-3}
     config = settings(folder, learner=learner, algo={"kl_coef": 0.1})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(learn, args=(2, port, config, shard, tmp_path), nprocs=2)
+    mp.spawn(learn, args=(2, free_port(), config, shard, tmp_path), nprocs=2)
     one, two = (torch.load(tmp_path / f"rank_{rank}") for rank in range(2))
     alone = copied(trained(config, shard))
     assert not torch.equal(
@@ -330,6 +352,28 @@ def test_unknown_targets_are_refused_with_the_names_that_exist(folder, wrong):
         PolicyUpdater(config)
     with pytest.raises(ConfigError, match=told):
         check_targets_of(str(folder), config.learner.lora)
+
+
+def test_nothing_is_started_for_unknown_targets(folder, tmp_path):
+    config = settings(folder, {"targets": ["qkv"]}, run={"dir": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match="targets: qkv cannot be adapted"):
+        Session(config, Console(quiet=True)).run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 8}])
+def test_a_run_goes_on_with_the_same_adapter_only(tmp_path, lora):
+    before = from_mapping({"learner": {"lora": {"r": 4}}})
+    (tmp_path / "config.json").write_text(before.model_dump_json())
+    assert check_resumable(tmp_path, before) == 0
+    with pytest.raises(ConfigError, match=r"learner.lora=.* cannot change within a run"):
+        check_resumable(tmp_path, from_mapping({"learner": {"lora": lora}}))
+
+
+def test_a_setting_of_an_adapter_can_be_added_to_settings_without_one(tmp_path):
+    (tmp_path / "config.json").write_text(Config().model_dump_json())
+    config = load_config(tmp_path / "config.json", ["learner.lora.r=8"])
+    assert config.learner.lora == LoraSettings(r=8)
 
 
 def test_missing_packages_are_named_with_the_extra_that_brings_them(monkeypatch):
