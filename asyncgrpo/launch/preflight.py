@@ -79,14 +79,13 @@ def check_run_dir(path: Path) -> None:
         )
 
 
-def missing_packages(config: Config) -> str:
+def missing_extra(config: Config) -> str:
     """What learner.lora needs and is not installed, with the remedy; "" when nothing is."""
     lora = config.learner.lora
     needed = {"peft": lora, "bitsandbytes": lora and lora.quantize}
     missing = [name for name, use in needed.items() if use and find_spec(name) is None]
-    extra = "qlora" if "bitsandbytes" in missing else "lora"
-    what = f"learner.lora needs {' and '.join(missing)}: pip install 'asyncgrpo[{extra}]'"
-    return what if missing else ""
+    install = f"pip install 'asyncgrpo[{'qlora' if lora and lora.quantize else 'lora'}]'"
+    return f"learner.lora needs {' and '.join(missing)}: {install}" if missing else ""
 
 
 def prepare_run_dir(path: Path) -> None:

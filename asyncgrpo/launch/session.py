@@ -25,12 +25,7 @@ from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
-from asyncgrpo.launch.preflight import (
-    check_run_dir,
-    choose_ports,
-    missing_packages,
-    prepare_run_dir,
-)
+from asyncgrpo.launch.preflight import check_run_dir, choose_ports, missing_extra, prepare_run_dir
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
@@ -131,7 +126,7 @@ class Session:
                 if absent is None:
                     raise
                 absent.append(str(error))
-        if missing := missing_packages(config):
+        if missing := missing_extra(config):
             if absent is None:
                 raise ConfigError(missing)
             absent.append(missing)
@@ -175,9 +170,9 @@ class Session:
         config = self._with_model()
         lora = config.learner.lora
         if lora is not None and lora.targets != "all-linear":
-            from asyncgrpo.learner.lora import check_targets_of  # torch
+            from asyncgrpo.learner.lora import check_targets  # torch
 
-            check_targets_of(config.model.path, lora)
+            check_targets(config.model.path, lora.targets)
         if not self._resume:
             prepare_run_dir(self.run_dir)
         with only_launcher(self.run_dir):

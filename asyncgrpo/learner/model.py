@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,10 +18,7 @@ from asyncgrpo.learner.attention import Packing, packing_of
 from asyncgrpo.learner.batch import Batch
 
 NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
 )
 LOGITS_PER_CHUNK = 1 << 26  # elements of one float32 chunk of tokens x vocabulary: 256 MiB
 
@@ -62,9 +59,7 @@ def load_policy(
     CUDA only. Raises ModelError when it cannot be loaded, scales its logits in a way that
     `PolicyHead` does not know, or lets sequences of a row see each other.
     """
-    options: dict[str, Any] = {}
-    if quantized:
-        options = {"quantization_config": NF4, "device_map": {"": device}}
+    options = {"quantization_config": NF4, "device_map": {"": device}} if quantized else {}
     try:
         policy = AutoModelForCausalLM.from_pretrained(
             path,
@@ -169,30 +164,26 @@ class PolicyHead(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PublishedParameters:
-    """(name as in Hugging Face's named_parameters, tensor) of a policy, anew for each iteration.
+    """(name as in Hugging Face's named_parameters, tensor) of a policy, however it is wrapped.
 
-    A tied output layer does not appear. An adapter is merged into the tensor that is at hand.
+    Looks through DistributedDataParallel and PolicyHead; a tied output layer does not appear.
+    Anew for each iteration, with an adapter merged into the one tensor that is at hand.
     """
 
-    policy: nn.Module
+    module: nn.Module
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        if hasattr(self.policy, "peft_config"):
+        module = self.module
+        for wrapper in ("module", "policy"):
+            inner = getattr(module, wrapper, None)
+            if isinstance(inner, nn.Module):
+                module = inner
+        if hasattr(module, "peft_config"):
             from asyncgrpo.learner.lora import merged_parameters  # peft: slow, and an extra
 
-            yield from merged_parameters(cast(PreTrainedModel, self.policy))
-            return
-        for name, parameter in self.policy.named_parameters():
-            yield name, parameter.detach()
-
-
-def published_parameters(module: nn.Module) -> PublishedParameters:
-    """What is published of a policy; looks through DistributedDataParallel and PolicyHead."""
-    for wrapper in ("module", "policy"):
-        inner = getattr(module, wrapper, None)
-        if isinstance(inner, nn.Module):
-            module = inner
-    return PublishedParameters(module)
+            yield from merged_parameters(module)
+        else:
+            yield from ((name, tensor.detach()) for name, tensor in module.named_parameters())
 
 
 @torch.no_grad()

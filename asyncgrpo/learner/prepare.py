@@ -17,7 +17,7 @@ from asyncgrpo.learner.advantages import Float64
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.learner.inputs import LossInputs, Totals, moves_on
 from asyncgrpo.learner.model import PolicyHead, packed_row
-from asyncgrpo.learner.reference import BaseReference, Reference
+from asyncgrpo.learner.reference import Reference
 from asyncgrpo.observe.metrics import SEQUENCE_RULES
 from asyncgrpo.types import Float32, Group
 
@@ -71,11 +71,7 @@ class Preparer:
     """Turns the groups of one learner step into optimizer batches. Ranks must call it together."""
 
     def __init__(
-        self,
-        config: Config,
-        head: PolicyHead,
-        reference: Reference | BaseReference | None,
-        device: str,
+        self, config: Config, head: PolicyHead, reference: Reference | None, device: str
     ) -> None:
         self._config, self._head, self._device = config, head, device
         self._reference = reference
@@ -132,14 +128,14 @@ class Preparer:
 
     @torch.no_grad()
     def _logprobs(
-        self, model: PolicyHead | Reference | BaseReference | None, batches: Sequence[Batch]
+        self, model: PolicyHead | Reference | None, batches: Sequence[Batch]
     ) -> Logprobs | None:
         if model is None:
             return None
         rows = (packed_row(batch, self._device) for batch in batches)
-        if isinstance(model, PolicyHead):
-            return tuple(model(row)[0] for row in rows)
-        return tuple(model.logprobs(row) for row in rows)
+        if isinstance(model, Reference):
+            return tuple(model.logprobs(row) for row in rows)
+        return tuple(model(row)[0] for row in rows)
 
     def _kl(
         self, batches: Sequence[Batch], ref: Logprobs | None, kl_coef: float

@@ -8,15 +8,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
@@ -28,23 +25,20 @@ from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
     PolicyHead,
+    PublishedParameters,
     load_policy,
     next_logprobs,
     packed_row,
-    published_parameters,
 )
 from asyncgrpo.learner.objective import Objective, objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
-from asyncgrpo.learner.reference import BaseReference, Reference, adapted_coefficient
+from asyncgrpo.learner.reference import Reference, adapted_coefficient
 from asyncgrpo.learner.saved import FOLDER, step_of
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.token_log import write_token_log
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.weights.proof import canary_prompts
-
-if TYPE_CHECKING:
-    from asyncgrpo.learner.lora import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +78,9 @@ class PolicyUpdater:
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
         lora = config.learner.lora
-        self._policy = load_policy(
-            config.model.path,
-            device=self._device,
-            quantized=lora is not None and lora.quantize is not None,
-        )
-        self._adapter: Adapter | None = None
+        quantized = lora is not None and lora.quantize is not None
+        self._policy = load_policy(config.model.path, device=self._device, quantized=quantized)
+        self._adapter = None
         if lora is not None:
             from asyncgrpo.learner.lora import Adapter  # peft: slow, and an extra
 
@@ -99,12 +90,13 @@ class PolicyUpdater:
             self._policy, temperature=temperature, entropy_gradient=algo.entropy_coef > 0
         )
         self._head = DistributedDataParallel(head) if self._world_size > 1 else head
-        self._reference: Reference | BaseReference | None = None
+        self._reference = None
         if algo.kl_coef > 0 and self._adapter is not None and not algo.reference.path:
-            self._reference = BaseReference(head, self._adapter)
+            self._reference = Reference(head, self._adapter.off)
         elif algo.kl_coef > 0:
-            path = algo.reference.path or config.model.path
-            self._reference = Reference(path, temperature=temperature, device=self._device)
+            model = load_policy(algo.reference.path or config.model.path, device=self._device)
+            frozen = PolicyHead(model.requires_grad_(False), temperature=temperature)
+            self._reference = Reference(frozen)
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._kl_coef = algo.kl_coef
         self._num_skipped = self._num_syncs = 0
@@ -152,7 +144,7 @@ class PolicyUpdater:
 
     def weights(self) -> NamedTensors:
         """Present weights by their Hugging Face names."""
-        return published_parameters(self._policy)
+        return PublishedParameters(self._policy)
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
@@ -180,7 +172,7 @@ class PolicyUpdater:
             return 0
         state = self._state()
         counters = self._checkpoints.load(path, state)
-        set_optimizer_state_dict(self._policy, self._optimizer, state["optimizer"])
+        states.set_optimizer_state_dict(self._policy, self._optimizer, state["optimizer"])
         self._kl_coef = counters["kl_coef"]
         self._num_skipped, self._num_syncs = int(counters["skipped"]), int(counters["syncs"])
         log.info("restored %s", path)
@@ -190,9 +182,9 @@ class PolicyUpdater:
         """What is trained and its optimizer; the weights are the policy's own, filled in place."""
         named = self._policy.named_parameters()
         trained = {name: weight.detach() for name, weight in named if weight.requires_grad}
-        optimizer = get_optimizer_state_dict(self._policy, self._optimizer)
+        optimizer = states.get_optimizer_state_dict(self._policy, self._optimizer)
         state: dict[str, Any] = {"model": trained, "optimizer": optimizer}
-        if isinstance(self._reference, Reference):
+        if self._reference is not None:
             state["reference"] = self._reference.state()
         return state
 
@@ -315,7 +307,7 @@ class PolicyUpdater:
             measured = metrics["objective/kl_ref"]
             self._kl_coef = adapted_coefficient(self._kl_coef, measured, count, algo)
         every = algo.reference.sync_every
-        if every and (shard.step + 1) % every == 0 and isinstance(self._reference, Reference):
+        if every and (shard.step + 1) % every == 0:
             self._reference.sync(self._policy, algo.reference.mix_alpha)
             self._num_syncs += 1
             if ranks.rank() == 0:
