@@ -293,6 +293,21 @@ class BufferSettings(Room):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class LoraSettings(Room):
+    r: int = Field(16, ge=1, description="rank of the trained matrices A and B")
+    alpha: int = Field(32, ge=1, description="W + alpha / r B A takes the place of W")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of A's inputs, in training only")
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear", description="names of layers; all-linear: all of attention and MLP"
+    )
+    quantize: Literal["4bit"] | None = Field(
+        None, description="4bit: the frozen weights as NF4 (QLoRA); CUDA only"
+    )
+    save_merged: bool = Field(
+        True, description="false: RUN/model/adapter alone, without the merged RUN/model"
+    )
+
+
 class LearnerSettings(Room):
     lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="of AdamW")
@@ -311,6 +326,9 @@ class LearnerSettings(Room):
     )
     max_tokens_per_microbatch: int = Field(8192, ge=16, description="prompt and completion tokens")
     threads: int = Field(1, ge=1, description="torch threads of one rank")
+    lora: LoraSettings | None = Field(
+        None, description="train an adapter only (LoRA); none = all weights"
+    )
 
 
 class WeightSettings(Room):
@@ -515,6 +533,17 @@ class Config(Room):
                 f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
                 f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
             )
+        lora, every = self.learner.lora, self.algo.reference.sync_every
+        if lora and lora.quantize and not self.launch.gpus:
+            yield (
+                f"learner.lora.quantize={lora.quantize!r} needs CUDA, but launch.gpus=0 is a CPU "
+                "run; set launch.gpus, or leave it out (LoRA on the weights as they are)"
+            )
+        if lora and every:
+            yield (
+                f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
+                "of its own that a reference could take over; set algo.reference.sync_every = 0"
+            )
         names = [block.name for block in self.eval]
         for name in names:
             if names.count(name) > 1:
@@ -615,7 +644,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     place: Any = raw
     while len(keys) > 1:
         name = keys.pop(0)
-        place = place.setdefault(name, {})
+        if place.get(name) is None:  # none in a config.json: a section that is not set
+            place[name] = {}
+        place = place[name]
         if isinstance(place, list):
             if len(keys) < 2 or keys[0] not in map(str, range(len(place))):
                 raise ConfigError(

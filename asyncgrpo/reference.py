@@ -113,9 +113,12 @@ def _walk(node: Any, models: Any, prefix: str, seen: set[str]) -> Iterator[Setti
         yield Setting(key, kind, shown, field.get("description", ""), aliases)
         for part in (field, *field.get("oneOf", ()), *field.get("anyOf", ())):
             inner = part.get("items", part.get("additionalProperties", {}))
+            below = f"{key}[]."
+            if "$ref" in part and "[]" not in prefix:  # a table that may be left out
+                inner, below = part, f"{key}."
             if isinstance(inner, dict) and "$ref" in inner and inner["$ref"] not in seen:
                 seen.add(inner["$ref"])
-                yield from _walk(_model(inner, models), models, f"{key}[].", seen)
+                yield from _walk(_model(inner, models), models, below, seen)
 
 
 def _model(field: Any, models: Any) -> Any:
@@ -123,8 +126,8 @@ def _model(field: Any, models: Any) -> Any:
 
 
 def _kind(field: Any) -> str:
-    if "enum" in field:
-        return ", ".join(map(str, field["enum"]))
+    if "enum" in field or "const" in field:
+        return ", ".join(map(str, field.get("enum", [field.get("const")])))
     if options := field.get("anyOf", field.get("oneOf")):
         return " or ".join(map(_kind, options))
     if "prefixItems" in field:

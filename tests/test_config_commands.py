@@ -88,9 +88,10 @@ def test_every_setting_is_explained_with_its_meaning_limits_and_default() -> Non
 
 
 def test_the_explained_default_is_the_default() -> None:
+    tables = from_mapping({"learner": {"lora": {}}, "eval": {"reward": {}}})  # that may be left out
     for key, setting in all_settings().items():
         if "[]" not in key and setting.default != "none":
-            found: Any = Config().model_dump(mode="json")
+            found: Any = tables.model_dump(mode="json")
             for part in key.split("."):
                 found = found[part]
             shown = tomllib.loads(f"value = {setting.default}")["value"]

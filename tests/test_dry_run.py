@@ -17,7 +17,12 @@ from asyncgrpo.launch.plan import Host, Ports, make_plan
 
 ROOT = Path(__file__).parent.parent
 HUGE = {"gsm8k-qwen3-8b-8gpu": (4, 4, 8), "math-long": (6, 2, 8)}  # actors, learners, GPUs
-SMALL = {"gsm8k-qwen2.5-0.5b-1gpu": (1, 1, 1), "tags-zh": (1, 1, 1), "tiny": (2, 2, 0)}
+SMALL = {
+    "gsm8k-qwen2.5-0.5b-1gpu": (1, 1, 1),
+    "lora-8gb": (1, 1, 1),
+    "tags-zh": (1, 1, 1),
+    "tiny": (2, 2, 0),
+}
 
 
 def dry_run(*arguments: str) -> str:

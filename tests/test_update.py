@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import AlgorithmError, RunError
-from asyncgrpo.learner import reference
+from asyncgrpo.learner import update
 from asyncgrpo.learner.reference import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.types import Completion, Group, Shard
@@ -195,7 +195,7 @@ def test_one_update_equals_adamw_on_the_gradient_of_the_formula(folder: Path) ->
 
 
 def test_without_a_kl_coefficient_no_second_model_is_loaded(folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(reference, "load_policy", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(update, "Reference", lambda *args: pytest.fail("loaded"))
     metrics = PolicyUpdater(settings(folder)).update(shard_of(make_groups(folder)))
     assert "objective/kl_ref" not in metrics
 
@@ -210,7 +210,7 @@ def test_the_reference_stays_as_it_was_and_pulls_the_policy_back(folder: Path) -
         assert rows[-1]["objective/kl_coef"] == coefficient
         found[coefficient] = rows[-1]["objective/kl_ref"]
         start = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for name, tensor in updater._reference._model.named_parameters():
+        for name, tensor in updater._reference._head.policy.named_parameters():
             assert torch.equal(tensor, start[name])
             assert not tensor.requires_grad
     assert found[3.0] < 0.5 * found[1e-6]
@@ -227,7 +227,7 @@ def test_the_reference_is_mixed_or_reset_every_n_steps(
     for step in range(every):
         metrics = updater.update(shard_of(groups, step=STEP + step + STEP % every))
     now = weights_of(updater)
-    for name, tensor in updater._reference._model.named_parameters():
+    for name, tensor in updater._reference._head.policy.named_parameters():
         expected = alpha * now[name] + (1 - alpha) * before[name]
         torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
     assert metrics["reference_syncs"] == 1

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 from asyncgrpo.config import Config
@@ -85,6 +86,15 @@ def check_run_dir(path: Path) -> None:
             f"run directory {path} cannot be written: no permission in {ancestor}; "
             "give another --run-dir"
         )
+
+
+def missing_extra(config: Config) -> str:
+    """What learner.lora needs and is not installed, with the remedy; "" when nothing is."""
+    lora = config.learner.lora
+    needed = {"peft": lora, "bitsandbytes": lora and lora.quantize}
+    missing = [name for name, use in needed.items() if use and find_spec(name) is None]
+    install = f"pip install 'asyncgrpo[{'qlora' if lora and lora.quantize else 'lora'}]'"
+    return f"learner.lora needs {' and '.join(missing)}: {install}" if missing else ""
 
 
 def prepare_run_dir(path: Path) -> None:

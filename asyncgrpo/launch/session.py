@@ -21,14 +21,14 @@ from asyncgrpo.config import Config
 from asyncgrpo.data.check import length_warning
 from asyncgrpo.data.prompts import PromptSource, open_prompts
 from asyncgrpo.data.templates import tokenise
-from asyncgrpo.errors import AbsentData, AbsentModel, DataError, ModelError
+from asyncgrpo.errors import AbsentData, AbsentModel, ConfigError, DataError, ModelError
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
-from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
+from asyncgrpo.launch.preflight import check_run_dir, choose_ports, missing_extra, prepare_run_dir
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
@@ -141,6 +141,10 @@ class Session:
                 if absent is None:
                     raise
                 absent.append(str(error))
+        if missing := missing_extra(config):
+            if absent is None:
+                raise ConfigError(missing)
+            absent.append(missing)
         if config.algo.custom:
             from asyncgrpo.learner.objective import probe  # torch
 
@@ -197,6 +201,11 @@ class Session:
         """Checks everything, then writes the run directory and holds it."""
         self._check()
         config = self._with_model()
+        lora = config.learner.lora
+        if lora is not None and lora.targets != "all-linear":
+            from asyncgrpo.learner.lora import check_targets  # torch
+
+            check_targets(config.model.path, lora.targets)
         if not self._resume:
             prepare_run_dir(self.run_dir)
         with only_launcher(self.run_dir):
