@@ -151,7 +151,7 @@ def role(
     from asyncgrpo.rundir import RunDir
 
     run = RunDir.read(run_dir)
-    logging.getLogger().setLevel(run.config.observe.log_level)
+    logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
     stopping = _stop_flag()
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer

@@ -180,6 +180,7 @@ def eval_table(*reports: Mapping[str, Any]) -> Table:
         (name, [report["accuracy_by_source"].get(name, 0.0) for report in reports])
         for name in last["accuracy_by_source"]
     ]
+    sources = len(shares)
     shares += [("all", [report["accuracy"] for report in reports])]
     shares += [(f"pass@{k}", [r["pass_at_k"][k] for r in reports]) for k in last["pass_at_k"]]
     shares += [("truncated", [report["truncated_share"] for report in reports])]
@@ -187,10 +188,13 @@ def eval_table(*reports: Mapping[str, Any]) -> Table:
         ("reward", [report["reward_mean"] for report in reports]),
         ("tokens", [report["mean_tokens"] for report in reports]),
     ]
-    for rows, form, scale, change in ((shares, ".1%", 100, "+.1f"), (means, ".2f", 1, "+.2f")):
+    parts = (shares[:sources], shares[sources:])  # by source; over all
+    kinds = [(part, ".1%", 100, "+.1f") for part in parts] + [(means, ".2f", 1, "+.2f")]
+    for rows, form, scale, change in kinds:
         for label, values in rows:
             cells = [format(value, form) for value in values]
             if len(values) > 1:
                 cells.append(format(scale * (values[-1] - values[0]), change))
             table.add_row(label, *cells, style="bold" if label == "all" else "")
+        table.add_section()
     return table
