@@ -148,11 +148,13 @@ def role(
     index: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """One process of a run; the launcher starts it."""
+    from asyncgrpo.launch.stall import answer_with_stacks
     from asyncgrpo.rundir import RunDir
 
     run = RunDir.read(run_dir)
     logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
     stopping = _stop_flag()
+    answer_with_stacks(run_dir, f"{name}-{os.environ.get('RANK', index)}")
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer
 

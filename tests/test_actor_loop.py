@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fakes import make_lease
 
+from asyncgrpo.actor.concurrency import EngineLoad
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.config import RewardSettings, from_mapping
@@ -27,6 +28,10 @@ class FakeEngine:
     @property
     def num_requests(self) -> int:
         return len(self.requests)
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(kv_share=0.5, preempted=0)
 
     def add(self, request_id, prompt_token_ids, sampling, num_completions, seed):
         self.requests[request_id] = (list(prompt_token_ids), num_completions, [])

@@ -49,6 +49,7 @@ FLOORS = {
     2: (
         "data",
         "rewards",
+        "actor.concurrency",
         "wire.codec",
         "buffer",
         "learner",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asyncgrpo.actor.concurrency import Concurrency
 from asyncgrpo.actor.judge import Job, Judge, Verdict
 from asyncgrpo.config import Config
 from asyncgrpo.data.templates import fit, tokenise
@@ -69,6 +70,8 @@ class ActorLoop:
         self._next_eval: list[Lease] = []  # for versions that are not live yet
         self._eval_open: set[str] = set()
         self._credit = 1
+        actor = config.actor
+        self._concurrency = Concurrency(actor.concurrency, adaptive=actor.adaptive_concurrency)
         self._health = RewardHealth(config.reward)
         self._last_status = 0.0
         self.counters = {
@@ -151,7 +154,7 @@ class ActorLoop:
 
     def _ask(self) -> None:
         """Asks for leases when there is room, unless too much scored work waits for credit."""
-        room = self._config.actor.concurrency - len(self._sampling) + len(self._eval_open)
+        room = self._concurrency.limit - len(self._sampling) + len(self._eval_open)
         backlog = len(self._outbox) + len(self._scoring)
         if self._engine.version < 0 or room <= 0 or self._asked or backlog > 4 * self._credit:
             return
@@ -267,12 +270,15 @@ class ActorLoop:
     def _generate(self) -> None:
         if self._engine.num_requests == 0:
             return
-        start = self._clock()
-        for sampled in self._engine.step():
+        start, in_flight = self._clock(), len(self._sampling)
+        finished = self._engine.step()
+        for sampled in finished:
             if sampled.lease_id.startswith("canary-"):
                 self._canary(sampled)
             else:
                 self._sampled(sampled)
+        if finished:
+            self._concurrency.observe(self._engine.load, in_flight)
         self.counters["generate_seconds"] += self._clock() - start
 
     def _sampled(self, sampled: Sampled) -> None:

@@ -24,7 +24,7 @@ No sockets, no clock, no files: `handle` and `tick` get the time and return what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
+EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
 
 
@@ -58,6 +59,7 @@ class BufferCore:
         self.leases = LeaseBook(
             run_seed=config.run.seed, deadline_seconds=buffer.lease_deadline_seconds
         )
+        self.events = 0  # packets that brought the run on; see EVENTS
         self.step = 0  # the next step whose batch will be formed
         self._position = 0  # in the prompt source
         self._again: list[Prompt] = []  # prompts whose lease ended without a group
@@ -76,6 +78,7 @@ class BufferCore:
         action: Action | None = getattr(self, f"_on_{packet.kind}", None)
         if action is None:
             return [(peer, _answer(packet, "refused", reason=f"unknown kind {packet.kind!r}"))]
+        self.events += packet.kind in EVENTS
         try:
             return action(peer, packet, now) + self.tick(now)
         except (KeyError, TypeError, ValueError, WireError) as error:
@@ -91,6 +94,21 @@ class BufferCore:
         """A peer's connection is gone: its leases end now instead of at their deadlines."""
         self._forget_peer(peer, "unreachable")
         return self.tick(now)
+
+    def waits(self) -> Iterator[tuple[str, str]]:
+        """(who, for what) of everyone who waits for somebody else now."""
+        for (_, rank), request in self._waiting_takes.items():
+            yield f"learner-{rank}", f"the batch of step {request.fields['step']}"
+        for step in self._batches:
+            yield "the buffer", f"the learner to train step {step}"
+        names = {peer: name for name, peer in self._actors.items()}
+        for peer in self._waiting_actors:
+            yield names.get(peer, peer), f"work, holding version {self._held[peer]}"
+        for name, peer in self._actors.items():
+            if self.leases.held_by(peer):
+                yield "the buffer", f"{name} to answer its leases"
+        if not self._actors:
+            yield "the buffer", "an actor"
 
     def metrics(self) -> dict[str, float]:
         """Counters and sizes by metric name."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from asyncgrpo.buffer.core import BufferCore, Replies
+from asyncgrpo.buffer.flow import FlowFile
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.trajectories import TrajectoryWriter
@@ -23,6 +24,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     server = Server(run.endpoints.buffer)
     core = BufferCore(config, open_prompts(config), TrajectoryWriter(run.path, config))
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
+    flow = FlowFile(run.path)
     log.info("listening on %s", run.endpoints.buffer)
     shown_at = 0.0
     while not stopping():
@@ -32,6 +34,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
         _send(server, core, core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show(core.metrics())
+            flow.write(core, now)
             shown_at = now
     server.close()
 

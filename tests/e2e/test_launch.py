@@ -245,6 +245,29 @@ def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
 
 
 @pytest.mark.slow
+def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(launch):
+    run = launch("run.max_steps=30", "launch.stall_seconds=3")
+    run.until_training()
+    ranks = [p for p in run.processes() if "learner" in p.cmdline() and not p.children()]
+    doomed = ranks[0]
+
+    def reports() -> list[str]:  # the start may have been slow enough for one, too
+        texts = [path.read_text() for path in run.run_dir.glob("stalls/*.txt")]
+        return [text for text in texts if "for the learner to train step" in text]
+
+    doomed.suspend()
+    try:
+        run.until(reports, "reported")
+    finally:
+        doomed.resume()
+    (text,) = reports()
+    assert f"(pid {doomed.pid}, stopped by a signal)\nno answer" in text
+    assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
+    assert run.wait() == 0, run.text()[-4000:]
+    assert "the run goes on after" in run.text()
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_everything_in_order(launch):
     run = launch("run.max_steps=5000")
     started = run.until_training()
