@@ -78,5 +78,8 @@ class CountingPrompts:
             return None
         return make_prompt(position)
 
+    def epoch(self, position: int) -> None:
+        """Numbered prompts never repeat."""
+
     def held_out(self, num: int) -> tuple[Prompt, ...]:
         return tuple(make_prompt(1_000_000 + i) for i in range(num))

@@ -133,7 +133,7 @@ class Stage:
             judge=judge,
             clock=lambda: self.time,
         )
-        self.client.inbox.append(Packet(kind="welcome", fields={"credit": 2}))
+        self.client.inbox.append(Packet(kind="welcome", fields={"credit": 2, "life": 1}))
 
     def tick(self, count=1):
         for _ in range(count):

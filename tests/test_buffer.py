@@ -293,6 +293,7 @@ def test_a_prompt_whose_actor_died_is_handed_out_again():
 def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
     for peer in ("a.1", "b.1"):
+        core.handle(peer, Packet(kind="hello", fields={"actor": peer[0]}), 0.0)
         fields = {"version": 0, "max": 12}
         replies = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
     assert replies == []  # the first took all that the gate lets start

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncgrpo.buffer.journal import Remembered
 from asyncgrpo.buffer.staleness import StalenessAction, past_bound
-from asyncgrpo.types import Group
+from asyncgrpo.types import Group, Shard
 
 Order = Literal["arrival", "ticket"]
 
@@ -28,6 +29,7 @@ class Replay:
         self._order = order
         self._stored: dict[int, Stored] = {}  # by ticket
         self._arrivals = 0
+        self.batches: dict[int, list[Stored]] = {}  # step -> what was taken, kept until trained
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -36,6 +38,28 @@ class Replay:
     def num_tokens(self) -> int:
         """Completion tokens waiting."""
         return sum(stored.group.num_tokens for stored in self._stored.values())
+
+    @property
+    def num_taken(self) -> int:
+        """Groups in batches that are not trained yet."""
+        return sum(len(batch) for batch in self.batches.values())
+
+    def restore(self, past: Remembered) -> None:
+        """Takes up the groups and batches that a former life of the buffer left."""
+        for ticket, group in past.stored:
+            self.add(ticket, group)
+        for step, batch in past.batches.items():
+            self.batches[step] = [Stored(ticket=t, arrival=0, group=group) for t, group in batch]
+
+    def shard(self, step: int, rank: int, world_size: int) -> Shard:
+        """One rank's part of a batch, with the counts of the whole."""
+        groups = [stored.group for stored in self.batches[step]]
+        return Shard(
+            step=step,
+            groups=deal(groups, world_size)[rank],
+            num_loss_tokens_global=sum(group.num_tokens for group in groups),
+            num_completions_global=sum(len(group.completions) for group in groups),
+        )
 
     def add(self, ticket: int, group: Group) -> None:
         """Stores a group under its ticket."""
@@ -74,6 +98,11 @@ class Replay:
         for stored in chosen[:count]:
             del self._stored[stored.ticket]
         return chosen[:count]
+
+
+def tickets(batch: Iterable[Stored]) -> list[int]:
+    """The leases of some groups."""
+    return [stored.ticket for stored in batch]
 
 
 def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:

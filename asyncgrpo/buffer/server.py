@@ -1,4 +1,7 @@
-"""The buffer process: the core behind a socket, with a clock, a metrics endpoint and files."""
+"""The buffer process: the core behind a socket, with a clock, a ledger, metrics and files.
+
+Whatever a round of packets changes is committed before any of it is answered.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from asyncgrpo.buffer.core import BufferCore, Replies
+from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.trajectories import TrajectoryWriter
@@ -19,34 +23,37 @@ POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
 
 
 def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
-    """Serves until stopped."""
+    """Serves until stopped; goes on where the run directory's ledger ends."""
     config = run.config
     record = TrajectoryWriter(run.path) if config.observe.trajectories else _record_nothing
     server = Server(run.endpoints.buffer)
-    core = BufferCore(config, open_prompts(config), record)
+    ledger = Ledger(run.path)
+    core = BufferCore(config, open_prompts(config), record, ledger, time.monotonic())
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
-    log.info("listening on %s", run.endpoints.buffer)
+    log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
     while not stopping():
+        replies: Replies = []
         for peer, packet in server.receive(POLL_SECONDS):
-            _send(server, core, core.handle(peer, packet, time.monotonic()))
+            replies += core.handle(peer, packet, time.monotonic())
         now = time.monotonic()
-        _send(server, core, core.tick(now))
+        _send(server, core, ledger, replies + core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show(core.metrics())
             shown_at = now
+    ledger.close()
     server.close()
 
 
-def _send(server: Server, core: BufferCore, replies: Replies) -> None:
-    """Sends; work that was given to a peer that is gone goes to others."""
-    while replies:
-        peer, packet = replies.pop(0)
+def _send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> None:
+    """Sends what is durable; work that was given to a peer that is gone goes to others."""
+    ledger.commit()
+    for peer, packet in replies:
         reached = server.answer(peer, packet) if packet.request_id else server.push(peer, packet)
         if not reached:
             log.warning("%s is gone; its leases are handed out again", peer)
             server.forget(peer)
-            replies += core.lost(peer, time.monotonic())
+            _send(server, core, ledger, core.lost(peer, time.monotonic()))
 
 
 def _record_nothing(step: int, groups: Sequence[Group]) -> None:

@@ -170,6 +170,7 @@ COUNTERS = _table(
         "groups_filtered_empty_completion": ("groups", "the engine returned nothing"),
         "groups_expired_deadline": ("groups", "actors take too long or are gone"),
         "groups_expired_actor_restarted": ("groups", "actors were restarted"),
+        "groups_expired_undelivered": ("groups", "leases were lost on the way, at a restart"),
         "groups_expired_unreachable": ("groups", "actors lose their connection"),
         "groups_evicted_stale": ("groups", "work became too old before it was trained"),
         "groups_failed_prompt_too_long": ("groups", "prompts exceed data.max_prompt_tokens"),

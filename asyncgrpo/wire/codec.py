@@ -91,6 +91,19 @@ def _array(spec: Any, frame: Frame) -> np.ndarray[Any, Any]:
     return np.frombuffer(frame, dtype=DTYPES[name]).reshape(shape)
 
 
+def to_bytes(packet: Packet) -> bytes:
+    """A packet as one piece, for a file."""
+    return bytes(msgpack.packb(encode(packet)))
+
+
+def from_bytes(data: bytes) -> Packet:
+    """The packet of `to_bytes`; WireError when the bytes are damaged."""
+    try:
+        return decode(msgpack.unpackb(data))
+    except Exception as error:  # msgpack raises many kinds on garbage
+        raise WireError(f"{len(data)} stored bytes are not a packet: {error}") from None
+
+
 def lease_fields(lease: Lease) -> dict[str, Any]:
     """A lease as plain values for `Packet.fields`."""
     fields = {name: getattr(lease, name) for name in Lease.__slots__}

@@ -1,0 +1,114 @@
+"""What the buffer notes down of every training lease, and gets back when it is started again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from asyncgrpo.types import Group
+
+if TYPE_CHECKING:
+    from asyncgrpo.buffer.leases import OpenLease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A lease that an actor worked on when the buffer ended."""
+
+    ticket: int
+    position: int
+    prompt_id: str
+    peer: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """Everything that outlives a buffer process; as it is here, nothing has happened yet."""
+
+    counts: Counter[str] = field(default_factory=Counter)  # state -> leases in it
+    reasons: Counter[str] = field(default_factory=Counter)  # "filtered/all_wrong" -> leases
+    arrived: Mapping[str, float] = field(default_factory=dict)  # sums of groups, tokens, reward
+    last_number: int = 0  # of any lease
+    position: int = 0  # of the next prompt in the stream
+    step: int = 0  # the next step to be trained
+    held: Sequence[Held] = ()
+    again: Sequence[tuple[int, str, int]] = ()  # position, prompt_id, ticket: to be handed out
+    stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
+    batches: Mapping[int, Sequence[tuple[int, Group]]] = field(default_factory=dict)  # by step
+    reports: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)  # None: not done
+
+
+class Journal(Protocol):
+    """Takes notes; they hold, all together, once `commit` returns. All raise LedgerError."""
+
+    @property
+    def life(self) -> int:
+        """How many times the run's buffer was started, this time included."""
+
+    def remembered(self) -> Remembered:
+        """What former lives noted."""
+
+    def leased(self, lease: OpenLease) -> None:
+        """A training lease was handed out."""
+
+    def arrived(self, ticket: int, group: Group, *, keep: bool) -> None:
+        """A lease's group came; keep: it must survive a restart."""
+
+    def late(self, group: Group) -> None:
+        """A group came after its lease had expired: notes how long it was."""
+
+    def moved(
+        self,
+        tickets: Sequence[int],
+        state: str,
+        reason: str = "",
+        *,
+        step: int | None = None,
+        again: bool = False,
+    ) -> None:
+        """Leases changed their state. step: of taken and trained; again: the prompt comes back."""
+
+    def covered(self, step: int) -> None:
+        """Groups trained up to this step will never be asked for again."""
+
+    def evaluating(self, version: int, last_number: int) -> None:
+        """An evaluation began; last_number: of the newest lease, those of evaluations included."""
+
+    def evaluated(self, version: int, report: Mapping[str, Any]) -> None:
+        """An evaluation is done."""
+
+    def counts(self) -> Mapping[str, int] | None:
+        """Leases noted as open, stored and taken, counted anew; None: nothing is kept."""
+
+    def commit(self) -> None:
+        """Makes everything noted since the last commit durable, or nothing of it."""
+
+
+class NoJournal:
+    """Keeps nothing."""
+
+    life = 1
+
+    def remembered(self) -> Remembered:
+        return Remembered()
+
+    def leased(self, lease: OpenLease) -> None: ...
+
+    def arrived(self, ticket: int, group: Group, *, keep: bool) -> None: ...
+
+    def late(self, group: Group) -> None: ...
+
+    def moved(self, tickets: Sequence[int], state: str, reason: str = "", **more: Any) -> None: ...
+
+    def covered(self, step: int) -> None: ...
+
+    def evaluating(self, version: int, last_number: int) -> None: ...
+
+    def evaluated(self, version: int, report: Mapping[str, Any]) -> None: ...
+
+    def counts(self) -> None: ...
+
+    def commit(self) -> None: ...
