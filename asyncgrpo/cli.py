@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from asyncgrpo.buffer.commands import audit, ledger
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
@@ -29,6 +30,8 @@ app = typer.Typer(
 app.add_typer(algo_app, name="algo")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
+app.command()(audit)
+app.command()(ledger)
 
 
 @app.command()

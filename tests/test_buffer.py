@@ -129,7 +129,7 @@ class Simulation:
         self.random = random.Random(seed)
         self.config = config_of(**rooms)
         self.trained: dict[int, list] = {}
-        self.core = BufferCore(self.config, CountingPrompts(), self.record)
+        self.core = self.new_core()
         self.now = 0.0
         self.ids = Counter()
         self.lives = {f"actor-{i}": 0 for i in range(3)}
@@ -140,8 +140,12 @@ class Simulation:
         self.shards: dict[int, dict[int, object]] = {}
         self.take_asked: set[tuple[int, int]] = set()
         self.uniform_share = uniform_share
+        self.is_over = False
         for actor in self.lives:
             self.send(self.peer(actor), "hello", actor=actor)
+
+    def new_core(self):
+        return BufferCore(self.config, CountingPrompts(), self.record)
 
     def record(self, step, groups):
         assert step not in self.trained, "a step was recorded twice"
@@ -174,6 +178,9 @@ class Simulation:
             rank = int(peer[-1])
             shard = shard_from(packet)
             self.shards.setdefault(shard.step, {})[rank] = shard
+
+        elif packet.kind == "exhausted":
+            self.is_over = True
 
     def check(self):
         counts = self.core.leases.counts
@@ -234,7 +241,7 @@ class Simulation:
 
     def run(self, max_actions=40_000):
         for _ in range(max_actions):
-            if self.core.step >= self.config.run.max_steps:
+            if self.is_over or self.core.step >= self.config.run.max_steps:
                 return
             self.act()
         raise AssertionError(f"stuck at step {self.core.step}: {self.core.metrics()}")

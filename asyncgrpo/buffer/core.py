@@ -274,7 +274,6 @@ class BufferCore:
         return replies
 
     def _form_batch(self) -> None:
-        self._evict()
         count = self._config.buffer.groups_per_step
         if self._exhausted() and len(self.replay) >= self._config.launch.learners:
             count = min(count, len(self.replay))  # the last, smaller batch

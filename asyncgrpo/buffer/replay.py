@@ -20,6 +20,7 @@ class Stored:
     ticket: int  # lease number: the order in which work was handed out
     arrival: int
     group: Group
+    oldest_version: int  # of its tokens; kept, for it is asked for often
 
 
 class Replay:
@@ -49,7 +50,9 @@ class Replay:
         for ticket, group in past.stored:
             self.add(ticket, group)
         for step, batch in past.batches.items():
-            self.batches[step] = [Stored(ticket=t, arrival=0, group=group) for t, group in batch]
+            for ticket, group in batch:
+                self.add(ticket, group)
+            self.batches[step] = [self._stored.pop(ticket) for ticket, _ in batch]
 
     def shard(self, step: int, rank: int, world_size: int) -> Shard:
         """One rank's part of a batch, with the counts of the whole."""
@@ -64,14 +67,20 @@ class Replay:
     def add(self, ticket: int, group: Group) -> None:
         """Stores a group under its ticket."""
         self._arrivals += 1
-        self._stored[ticket] = Stored(ticket=ticket, arrival=self._arrivals, group=group)
+        self._stored[ticket] = Stored(
+            ticket=ticket,
+            arrival=self._arrivals,
+            group=group,
+            oldest_version=group.oldest_version,
+        )
 
     def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
         """Removes and returns what can no longer be trained at `step`."""
         old = [
             stored
             for stored in self._stored.values()
-            if past_bound(stored.group, step, max_staleness, action)
+            if stored.oldest_version < step - max_staleness  # then only the rule needs its tokens
+            and past_bound(stored.group, step, max_staleness, action)
         ]
         for stored in old:
             del self._stored[stored.ticket]
@@ -93,7 +102,7 @@ class Replay:
         else:
             chosen = sorted(
                 self._stored.values(),
-                key=lambda stored: (stored.group.oldest_version, stored.arrival),
+                key=lambda stored: (stored.oldest_version, stored.arrival),
             )
         for stored in chosen[:count]:
             del self._stored[stored.ticket]
