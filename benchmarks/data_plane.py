@@ -353,26 +353,36 @@ def main() -> None:
                 plant = Plant(folder, kind)
                 measured.append(plant.measure(chosen.compare))
                 plant.close()
-        print(f"{os.cpu_count()} cores, {COMPLETIONS} x {TOKENS} tokens, medians of {chosen.rounds}")
+        print(
+            f"{os.cpu_count()} cores, {COMPLETIONS} x {TOKENS} tokens, medians of {chosen.rounds}"
+        )
         print(f"{'':12}{'groups/s':>12}{'of CPU':>12}{'ratio':>9}{'of CPU':>9}")
         for kind, measured in results.items():
             row = []
             for name in ("groups/s", "groups/s of CPU"):
                 pairs = zip(measured, results["bare"], strict=True)
-                row.append((np.median([m[name] for m in measured]),
-                            np.median([m[name] / b[name] for m, b in pairs])))
+                row.append(
+                    (
+                        np.median([m[name] for m in measured]),
+                        np.median([m[name] / b[name] for m, b in pairs]),
+                    )
+                )
             (rate, ratio), (cpu, cpu_ratio) = row
             print(f"{kind:12}{rate:12.0f}{cpu:12.0f}{ratio:9.2f}{cpu_ratio:9.2f}")
         waits = lease_latency(folder, 10.0)
         p50, p99 = (waits[int(len(waits) * share)] for share in (0.5, 0.99))
-        print(f"a lease, {ACTORS} actors, {len(waits) / 10:.0f}/s: p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+        print(
+            f"a lease, {ACTORS} actors, {len(waits) / 10:.0f}/s: p50 {p50:.2f} ms, p99 {p99:.2f} ms"
+        )
         plant = Plant(folder, "ledger")
         measured = plant.measure(chosen.groups)
         size = sum(file.stat().st_size for file in folder.glob("ledger*")) / 2**20
         plant.close()
         early, late = measured["MiB early"], measured["MiB late"]
         print(f"memory after {chosen.groups} groups: {late:.0f} MiB, early {early:.0f} MiB")
-        print(f"ledger on disk then: {size:.0f} MiB ({size / chosen.groups * 2**20:.0f} bytes/group)")
+        print(
+            f"ledger on disk then: {size:.0f} MiB ({size / chosen.groups * 2**20:.0f} bytes/group)"
+        )
         seconds, size = restart(folder, chosen.leases)
         print(f"restart with {chosen.leases} leases ({size:.0f} MiB): {seconds:.1f} s")
 

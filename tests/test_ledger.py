@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import itertools
+import json
+import re
+import shutil
+import sqlite3
 import tempfile
 from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import make_prompt
+from fakes import CountingPrompts, make_group, make_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_buffer import SCHEDULES, Simulation
+from test_buffer import SCHEDULES, Simulation, config_of
+from typer.testing import CliRunner
 
+from asyncgrpo.buffer import ledger as ledger_module
 from asyncgrpo.buffer.audit import audit
-from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.ledger import Ledger, LedgerReader
+from asyncgrpo.buffer.core import KEPT_STEPS, BufferCore
+from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
+from asyncgrpo.buffer.server import send
+from asyncgrpo.cli import app
 from asyncgrpo.data.prompts import PromptSource
+from asyncgrpo.errors import ConfigError, LedgerError
+from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import Endpoints, RunDir
-from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.codec import Packet, group_packet, lease_from, shard_from
 
 SHARED_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+NUM_PROMPTS = 13
 EPOCHS = {"data": {"train": "prompts.jsonl", "epochs": 2}, "run": {"max_steps": 1000}}
 
 
@@ -42,7 +53,7 @@ class Killed(Simulation):
     Everybody repeats what is unanswered, as DealerClient does; actors say hello as ActorLoop does.
     """
 
-    def __init__(self, seed, folder, *, kill_share=0.008, **rooms):
+    def __init__(self, seed, folder, *, kill_share=0.012, **rooms):
         self.folder, self.kill_share = Path(folder), kill_share
         self.ledger, self.num_kills, self.now = None, 0, 0.0
         self.unanswered: dict[str, dict[int, Packet]] = {}
@@ -56,7 +67,7 @@ class Killed(Simulation):
             self.ledger.close()  # what is not committed is lost
         self.ledger = Ledger(self.folder, lambda: self.now)
         prompts = PromptSource.from_prompts(
-            [make_prompt(i) for i in range(31)], epochs=self.config.data.epochs, seed=3
+            [make_prompt(i) for i in range(NUM_PROMPTS)], epochs=self.config.data.epochs, seed=3
         )
         return BufferCore(self.config, prompts, self.record, self.ledger, self.now)
 
@@ -146,8 +157,8 @@ class Killed(Simulation):
         return audit(RunDir(path=self.folder, config=self.config, endpoints=endpoints))
 
 
-def check_killed_run(seed, name, rooms, folder):
-    rooms = {"run": {"max_steps": 6}, **rooms, "observe": {"trajectories": False}}
+def check_killed_run(seed, rooms, folder):
+    rooms = {"run": {"max_steps": 4}, **rooms, "observe": {"trajectories": False}}
     run = Killed(seed, folder, **rooms)
     run.run()
     bound, action = run.config.buffer.max_staleness, run.config.buffer.staleness_action
@@ -160,15 +171,20 @@ def check_killed_run(seed, name, rooms, folder):
     assert sorted(run.trained) == list(range(run.core.step))
     found = run.audited()
     assert not any(found.rows.values()), found.rows
-    states = dict(LedgerReader(run.folder).query("SELECT lease_id, state FROM leases")[1])
+    rows = LedgerReader(run.folder).query("SELECT lease_id, state, epoch, prompt_id FROM leases")[1]
+    states = {lease_id: state for lease_id, state, *_ in rows}
     for lease_id, said in run.acknowledged.items():
         if said == "stored":
             assert states[lease_id] in ("stored", "taken", "trained", "evicted")
         elif said == "filtered":
             assert states[lease_id] == "filtered"
     assert {lease for lease, state in states.items() if state == "trained"} == set(used)
-    if name == "two_epochs":
-        assert states and not {"open", "stored", "taken"} & set(states.values()) or run.is_over
+    if run.is_over:  # the data is used up: each prompt brought one group in each epoch
+        ended = Counter(
+            row[2:] for row in rows if row[1] in ("trained", "filtered", "evicted", "stored")
+        )
+        prompts = [f"p{i}" for i in range(NUM_PROMPTS)]
+        assert ended == Counter((epoch, prompt) for epoch in (0, 1) for prompt in prompts)
     run.ledger.close()
     return run
 
@@ -178,4 +194,476 @@ def check_killed_run(seed, name, rooms, folder):
 @given(seed=st.integers(0, 2**32))
 def test_a_buffer_killed_at_random_moments_loses_nothing_and_trains_nothing_twice(name, seed):
     with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as folder:
-        check_killed_run(seed, name, SCHEDULES.get(name, EPOCHS), folder)
+        check_killed_run(seed, SCHEDULES.get(name, EPOCHS), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SCHEDULES, "two_epochs"])
+def test_ten_thousand_schedules_with_kills(name):
+    kills = 0
+    for seed in range(10_000 // 6):
+        with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as folder:
+            kills += check_killed_run(seed, SCHEDULES.get(name, EPOCHS), folder).num_kills
+    assert kills > 1000
+
+
+# -- the audit finds every lie ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory):
+    """The directory of a run that was killed with groups stored and a batch taken."""
+    folder = tmp_path_factory.mktemp("halted")
+    run = Killed(5, folder, kill_share=0.004, run={"max_steps": 8}, data={"epochs": 4})
+    endpoints = Endpoints(buffer="", weights="", store=("", 0))
+    RunDir(path=folder, config=run.config, endpoints=endpoints).write()
+    write = TrajectoryWriter(folder)
+    run.record = lambda step, groups: write(step, groups)
+    run.core = run.new_core()
+    while run.core.step < 6 or len(run.core.replay) < 3:
+        run.act()
+        run.shards = {step: ranks for step, ranks in run.shards.items() if step < 6}
+    run.ledger.close()
+    return folder
+
+
+def spoilt(halted, folder, sql="", edit=None):
+    """A copy of the run in which somebody changed something."""
+    copy = shutil.copytree(halted, folder / "copy")
+    if sql:
+        database = sqlite3.connect(copy / FILE)
+        assert database.execute(sql).rowcount != 0, sql
+        database.commit()
+        database.close()
+    if edit:
+        edit(copy / "trajectories")
+    return copy
+
+
+def change_row(change):
+    """Edits the first row of step 2 with a function from the row to rows."""
+
+    def edit(folder):
+        file = folder / "step_2.jsonl"
+        first, *others = map(json.loads, file.read_text().splitlines())
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*change(first), *others]))
+
+    return edit
+
+
+SOME = "(SELECT min(ticket) FROM leases WHERE state = 'trained' AND step = 3)"
+LIES = {
+    "a second training": (
+        f"INSERT INTO changes (ticket, state, reason, time) VALUES ({SOME}, 'trained', '', 0)",
+        {"one state", "trained once"},
+    ),
+    "in two batches": (
+        f"UPDATE steps SET tickets = json_insert(tickets, '$[#]', {SOME}) WHERE step = 4",
+        {"trained once", "steps"},
+    ),
+    "a stale token": (
+        f"UPDATE leases SET oldest_version = step - 3 WHERE ticket = {SOME}",
+        {"staleness"},
+    ),
+    "a missing lease": (
+        f"DELETE FROM leases WHERE ticket = {SOME}",
+        {"one state", "steps", "trajectories", "epochs"},
+    ),
+    "another end": (
+        f"UPDATE leases SET state = 'evicted' WHERE ticket = {SOME}",
+        {"one state", "steps", "trajectories"},
+    ),
+    "no history": (f"DELETE FROM changes WHERE ticket = {SOME}", {"one state"}),
+    "a lost group": (
+        "DELETE FROM payloads WHERE ticket IN (SELECT max(ticket) FROM leases"
+        " WHERE state = 'stored')",
+        {"nothing lost"},
+    ),
+    "a prompt that went out twice": (
+        f"UPDATE leases SET position = 1 WHERE ticket = {SOME}",
+        {"epochs"},
+    ),
+    "an epoch without a prompt": (
+        "UPDATE leases SET epoch = 1 WHERE position = 0",
+        {"epochs"},
+    ),
+    "a missing step": ("DELETE FROM steps WHERE step = 3", {"steps"}),
+    "too many epochs": (
+        "UPDATE leases SET epoch = 4 WHERE ticket = (SELECT max(ticket) FROM leases)",
+        {"epochs"},
+    ),
+    "a retry of a trained prompt": (
+        f"UPDATE leases SET next_ticket = 2 WHERE ticket = {SOME}",
+        {"epochs"},
+    ),
+    "an unknown row": (
+        change_row(lambda row: [row, {**row, "lease_id": "t900"}]),
+        {"trajectories"},
+    ),
+    "no lease at all": (change_row(lambda row: [row, {**row, "lease_id": "x"}]), {"trajectories"}),
+    "a lost row": (change_row(lambda row: []), {"trajectories"}),
+    "a repeated row": (change_row(lambda row: [row, row]), {"trajectories"}),
+    "an old row": (change_row(lambda row: [{**row, "staleness": 3}]), {"staleness"}),
+    "a step from nowhere": (
+        lambda folder: (folder / "step_70.jsonl").write_text(""),
+        {"trajectories"},
+    ),
+    "a lost step": (lambda folder: (folder / "step_1.jsonl").unlink(), {"trajectories"}),
+}
+
+
+def test_the_audit_of_a_killed_run_is_green_and_shows_what_is_open(halted):
+    result = CliRunner().invoke(app, ["audit", str(halted)])
+    assert result.exit_code == 0, result.output
+    assert "WRONG" not in result.output
+    assert "6 steps trained" in result.output
+    for state in ("open", "stored", "trained", "filtered"):
+        assert f" {state}" in result.output
+    assert "filtered completions are 3.0 tokens long, trained ones 3.0 (+0%)" in result.output
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_the_audit_finds(lie, halted, tmp_path):
+    change, checks = LIES[lie]
+    copy = spoilt(
+        halted, tmp_path, **({"sql": change} if isinstance(change, str) else {"edit": change})
+    )
+    result = CliRunner().invoke(app, ["audit", str(copy), "--json"])
+    assert result.exit_code == 1
+    assert set(json.loads(result.output)["wrong"]) == checks
+
+
+def test_the_same_prompt_trained_at_two_steps_of_the_trajectories_is_found(halted, tmp_path):
+    def copy_row(folder):
+        row = (folder / "step_2.jsonl").read_text().splitlines()[0]
+        with (folder / "step_3.jsonl").open("a") as file:
+            file.write(row + "\n")
+
+    copy = spoilt(halted, tmp_path, edit=copy_row)
+    result = CliRunner().invoke(app, ["audit", str(copy)])
+    assert result.exit_code == 1
+    assert re.search(r"WRONG trained once.*\n +t\d+ t\d+ is trained .* of steps 2,3", result.output)
+
+
+# -- questions ----------------------------------------------------------------------------------
+
+
+def ask(folder, *arguments):
+    return CliRunner().invoke(app, ["ledger", str(folder), *arguments])
+
+
+def test_any_question_can_be_asked_and_the_answer_has_three_forms(halted):
+    sql = "SELECT state, count(*) AS n FROM leases WHERE step = 2 GROUP BY state"
+    assert json.loads(ask(halted, "--sql", sql, "--json").output) == [{"state": "trained", "n": 4}]
+    assert ask(halted, "--sql", sql, "--csv").output.split() == ["state,n", "trained,4"]
+    assert ask(halted, "--sql", sql).output.split() == ["state", "n", "trained", "4"]
+
+
+def test_without_a_question_the_tables_are_shown_with_their_meaning(halted):
+    shown = ask(halted).output
+    tables = "SELECT name FROM sqlite_master WHERE type = 'table'"
+    names = {name for (name,) in LedgerReader(halted).query(tables)[1]}
+    assert names == {"leases", "changes", "steps", "payloads", "evaluations", "lives"}
+    assert all(f"CREATE TABLE {name} (" in shown for name in names)
+    assert "-- policy version that the actor held then" in shown
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+@pytest.mark.parametrize(
+    ("sql", "error", "message"),
+    [
+        ("DELETE FROM leases", ConfigError, "readonly"),
+        ("SELECT colour FROM leases", ConfigError, "no such column: colour: SELECT"),
+        ("SELECT 1; SELECT 2", ConfigError, "one statement"),
+        (ENDLESS, LedgerError, "longer than 0.2 s"),
+    ],
+)
+def test_what_is_no_question_is_refused_and_an_endless_one_ends(sql, error, message, halted):
+    result = ask(halted, "--sql", sql, "--timeout", "0.2")
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+
+
+def test_a_folder_without_a_ledger_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no ledger.sqlite; give the directory of a run"):
+        LedgerReader(tmp_path)
+
+
+def test_a_reader_sees_one_moment_while_the_buffer_writes_on(tmp_path):
+    run = Killed(1, tmp_path, kill_share=1e-9)
+    while run.core.leases.counts["stored"] < 2:
+        run.act()
+    reader = LedgerReader(tmp_path)
+    before = reader.query("SELECT count(*) FROM changes")
+    for _ in range(40):
+        run.act()
+    assert reader.query("SELECT count(*) FROM changes") == before
+    assert LedgerReader(tmp_path).query("SELECT count(*) FROM changes")[1] > before[1]
+    run.ledger.close()
+
+
+# -- restart ------------------------------------------------------------------------------------
+
+
+class Peer:
+    """Somebody who talks to a core whose ledger is committed after each packet."""
+
+    def __init__(self, folder):
+        self.folder, self.prompts, self.ledger = folder, CountingPrompts(), None
+        self.restart()
+
+    def restart(self, now=0.0):
+        if self.ledger is not None:
+            self.ledger.close()
+        self.ledger = Ledger(self.folder)
+        record = lambda step, groups: None  # noqa: E731
+        self.core = BufferCore(config_of(), self.prompts, record, self.ledger, now)
+
+    def tell(self, peer, packet, now=0.0):
+        replies = self.core.handle(peer, packet, now)
+        self.ledger.commit()
+        return [answer for to, answer in replies if to == peer]
+
+    def ask(self, peer, kind, **fields):
+        return self.tell(peer, Packet(kind=kind, request_id=1, fields=fields))
+
+    def lease(self, peer, count):
+        (granted,) = self.ask(peer, "lease", version=0, max=count)
+        return [lease_from(fields) for fields in granted.fields["leases"]]
+
+
+@pytest.fixture
+def peer(tmp_path):
+    opened = Peer(tmp_path)
+    opened.ask("actor-0.7", "hello", actor="actor-0")
+    yield opened
+    opened.ledger.close()
+
+
+def states(peer):
+    rows = LedgerReader(peer.folder).query("SELECT lease_id, state, reason FROM leases")[1]
+    return {lease: (state, reason) if reason else state for lease, state, reason in rows}
+
+
+def test_an_actor_unknown_to_this_life_is_asked_to_say_hello_and_keeps_what_it_holds(peer):
+    first, second, third = peer.lease("actor-0.7", 3)
+    peer.restart()
+    (answer,) = peer.ask("actor-0.7", "lease", version=0, max=1)
+    assert (answer.kind, answer.fields) == ("introduce", {"life": 2})
+    holds = [first.lease_id, second.lease_id]  # the third was lost on the way
+    (welcome,) = peer.ask("actor-0.7", "hello", actor="actor-0", version=0, leases=holds)
+    assert welcome.fields == {"credit": 8, "life": 2}
+    assert states(peer) == {"t1": "open", "t2": "open", "t3": ("expired", "undelivered")}
+    (again,) = peer.lease("actor-0.7", 1)
+    assert (again.lease_id, again.prompt) == ("t4", third.prompt)
+    (stored,) = peer.tell("actor-0.7", group_packet("put", [make_group(first)]))
+    assert stored.fields["state"] == "stored"
+
+
+def test_leases_of_an_actor_that_was_restarted_meanwhile_go_to_its_next_life(peer):
+    leases = peer.lease("actor-0.7", 2)
+    peer.restart()
+    peer.ask("actor-0.8", "hello", actor="actor-0", version=-1, leases=[])
+    assert set(states(peer).values()) == {("expired", "actor_restarted")}
+    again = peer.lease("actor-0.8", 2)
+    assert [lease.prompt for lease in again] == [lease.prompt for lease in leases]
+
+
+def test_a_lease_request_of_before_the_restart_is_served_for_the_version_held_now(peer):
+    assert len(peer.lease("actor-0.7", 12)) == 12  # all that the gate lets start under version 0
+    peer.restart()
+    held = [f"t{i + 1}" for i in range(12)]
+    peer.ask("actor-0.7", "hello", actor="actor-0", version=1, leases=held)
+    (late,) = peer.ask("actor-0.7", "lease", version=0, max=9)
+    assert [fields["version"] for fields in late.fields["leases"]] == [1] * 4
+
+
+def test_open_leases_get_a_new_deadline_and_a_late_group_is_measured(peer):
+    (lease,) = peer.lease("actor-0.7", 1)
+    peer.restart(now=1e6)
+    peer.core.tick(1e6 + lease.deadline_seconds - 1)
+    assert peer.core.leases.counts["open"] == 1
+    peer.core.tick(1e6 + lease.deadline_seconds)
+    (late,) = peer.tell("actor-0.7", group_packet("put", [make_group(lease)]), 2e6)
+    assert late.fields["state"] == "unknown"
+    peer.tell("actor-0.7", group_packet("put", [make_group(lease, versions=[[0], [0]])]), 2e6)
+    sql = "SELECT state, num_completions, num_tokens FROM leases"
+    assert LedgerReader(peer.folder).query(sql)[1] == [("expired", 2, 5)]
+    peer.restart()
+    assert peer.core.metrics()["tokens_arrived"] == 0
+
+
+def train(peer, step):
+    """One step in which the buffer is killed between the batch and its end."""
+    for lease in peer.lease("actor-0.7", 4):
+        peer.tell("actor-0.7", group_packet("put", [make_group(lease)]))
+    take = {"step": step, "rank": 0, "world_size": 1}
+    (answer,) = peer.ask("learner-0", "take", **take)
+    peer.restart()
+    peer.ask("actor-0.7", "hello", actor="actor-0", version=step, leases=[])
+    (again,) = peer.ask("learner-0", "take", **take)
+    same_groups(shard_from(answer).groups, shard_from(again).groups)
+    first, second = (peer.ask("learner-0", "trained", step=step)[0] for _ in range(2))
+    assert first.fields["metrics"] == second.fields["metrics"]
+    peer.ask("actor-0.7", "held", version=step + 1)
+    return first.fields["metrics"]
+
+
+def test_batches_counters_and_numbers_go_on_and_old_groups_are_let_go(tmp_path):
+    peer = Peer(tmp_path)
+    peer.ask("actor-0.7", "hello", actor="actor-0")
+    peer.lease = lambda name, count: [
+        replace(lease, version=peer.core.step) for lease in Peer.lease(peer, name, count)
+    ]
+    for step in range(KEPT_STEPS + 4):
+        metrics = train(peer, step)
+        assert metrics["leases"] == metrics["leases_trained"] == 4 * (step + 1)
+        assert metrics["groups_arrived"] == 4 * (step + 1)
+        assert metrics["tokens_arrived"] == 20 * (step + 1)
+    reader = LedgerReader(tmp_path)
+    kept = reader.query("SELECT DISTINCT step FROM payloads JOIN leases USING (ticket)")[1]
+    assert [step for (step,) in kept] == list(range(4, KEPT_STEPS + 4))
+    lives = reader.query("SELECT life, count(*) FROM leases GROUP BY life")[1]
+    assert lives == [(life, 4) for life in range(1, KEPT_STEPS + 5)]
+    peer.ledger.close()
+
+
+def test_a_finished_evaluation_is_remembered_and_an_unfinished_one_begins_anew(peer):
+    def answer(pushed, version):
+        for fields in pushed.fields["leases"]:
+            group = make_group(lease_from(fields), versions=[[version]], scores=[1.0])
+            peer.tell("actor-0.7", group_packet("put", [group]))
+
+    for version in (0, 3):
+        packet = Packet(kind="evaluate", request_id=2, fields={"version": version})
+        pushes = peer.core.handle("learner-0", packet, 0.0)
+        if version == 0:
+            answer(pushes[0][1], 0)
+    peer.ledger.commit()
+    peer.restart()
+    (report,) = peer.ask("learner-0", "results", version=0)
+    assert (report.fields["accuracy"], report.fields["num_answered"]) == (1.0, 5)
+    assert peer.ask("learner-0", "results", version=3) == []
+    welcome, pushed = peer.ask("actor-0.7", "hello", actor="actor-0", version=3)
+    assert (welcome.kind, pushed.kind) == ("welcome", "evaluate")
+    assert not {f["lease_id"] for f in pushed.fields["leases"]} & {f"e{i}" for i in range(11)}
+    answer(pushed, 3)
+    (report,) = peer.ask("learner-0", "results", version=3)
+    assert report.fields["num_answered"] == 5
+    (noted,) = peer.ask("learner-0", "trained", step=0)
+    assert [report["version"] for report in noted.fields["evaluations"]] == [0, 3]
+
+
+def test_an_evaluation_waits_for_the_first_actor(tmp_path):
+    peer = Peer(tmp_path)
+    assert peer.ask("learner-0", "evaluate", version=0) == []
+    assert peer.ask("actor-0.1", "hello", actor="actor-0")[1].kind == "evaluate"
+    peer.ledger.close()
+
+
+def test_nothing_is_sent_before_it_is_committed():
+    events = []
+
+    class Recording:
+        def commit(self):
+            events.append("commit")
+
+        def answer(self, peer, packet):
+            events.append(packet.kind)
+            return peer != "gone.1"
+
+        push = answer
+
+        def forget(self, peer):
+            events.append("forget")
+
+        def lost(self, peer, now):
+            return [("there.1", Packet(kind="leases", request_id=3))]
+
+    recording = Recording()
+    replies = [("gone.1", Packet(kind="noted", request_id=1)), ("b.1", Packet(kind="evaluate"))]
+    send(recording, recording, recording, replies)
+    assert events == ["commit", "noted", "forget", "commit", "leases", "evaluate"]
+
+
+# -- what can go wrong --------------------------------------------------------------------------
+
+
+def test_books_that_do_not_balance_stop_the_buffer_with_both_sides(peer):
+    peer.core.leases.check(stored=0, taken=0)
+    peer.lease("actor-0.7", 3)
+    with pytest.raises(LedgerError, match=r"3 leased, but 3 open \+ 1 stored .* = 4; the ledger"):
+        peer.core.leases.check(stored=1, taken=0)
+    peer.ledger._db.execute("UPDATE leases SET state = 'failed' WHERE ticket = 1")
+    with pytest.raises(LedgerError, match=r"the ledger notes \{'open': 2, 'stored': 0, 'taken': 0"):
+        peer.core.leases.check(stored=0, taken=0)
+
+
+def test_a_group_that_vanished_is_noticed_at_the_next_step(peer):
+    for lease in peer.lease("actor-0.7", 5):
+        peer.tell("actor-0.7", group_packet("put", [make_group(lease)]))
+    peer.ask("learner-0", "take", step=0, rank=0, world_size=1)
+    peer.core.replay.take(1)
+    with pytest.raises(LedgerError, match="5 leased, but 0 open"):
+        peer.ask("learner-0", "trained", step=0)
+
+
+def test_a_full_disk_stops_the_buffer_and_what_was_committed_is_there_afterwards(peer):
+    leases = peer.lease("actor-0.7", 3)
+    peer.tell("actor-0.7", group_packet("put", [make_group(leases[0])]))
+    pages = peer.ledger._db.execute("PRAGMA page_count").fetchone()[0]
+    peer.ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    long = make_group(leases[1], versions=[[0] * 9000] * 2)
+    with pytest.raises(LedgerError, match=r"ledger.sqlite: database or disk is full; free space"):
+        peer.tell("actor-0.7", group_packet("put", [long]))
+    peer.restart()
+    assert states(peer) == {"t1": "stored", "t2": "open", "t3": "open"}
+    assert len(peer.core.replay) == 1
+
+
+def test_a_second_writer_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "BUSY_SECONDS", 0.05)
+    first = Ledger(tmp_path)
+    with pytest.raises(LedgerError, match=r"database is locked; another process writes it"):
+        Ledger(tmp_path)
+    first.close()
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path):
+    (tmp_path / FILE).write_bytes(b"garbage " * 1000)
+    with pytest.raises(LedgerError, match=r"ledger.sqlite: file is not a database; it is damaged"):
+        Ledger(tmp_path)
+
+
+def test_pages_that_were_overwritten_are_noticed(halted, tmp_path):
+    file = shutil.copytree(halted, tmp_path / "copy") / FILE
+    with file.open("r+b") as raw:
+        raw.seek(2 * 16384)
+        raw.write(b"\x55" * 4 * 16384)
+    with pytest.raises(LedgerError, match=r"malformed.*; it is damaged"):
+        Ledger(file.parent).remembered()
+
+
+@pytest.mark.parametrize("sql", ["UPDATE payloads SET packet = x'00'", "DELETE FROM payloads"])
+def test_a_lost_or_damaged_group_is_refused_with_its_lease(sql, halted, tmp_path):
+    copy = spoilt(halted, tmp_path, sql)
+    with pytest.raises(LedgerError, match=r"malformed group of lease t\d+"):
+        Ledger(copy).remembered()
+
+
+def test_a_ledger_of_another_release_is_refused(tmp_path):
+    Ledger(tmp_path).close()
+    database = sqlite3.connect(tmp_path / FILE)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(LedgerError, match=r"tables of version 99, not 1"):
+        Ledger(tmp_path)
+
+
+def test_data_that_changed_under_a_run_is_noticed_when_the_buffer_restarts(peer):
+    peer.lease("actor-0.7", 2)
+    peer.prompts = PromptSource.from_prompts([make_prompt(i) for i in range(50, 60)])
+    with pytest.raises(LedgerError, match=r"position 0 of data.train was prompt 'p0' and is 'p5"):
+        peer.restart()

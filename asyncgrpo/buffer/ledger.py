@@ -12,7 +12,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -132,7 +132,7 @@ class Ledger:
         with _explained(self._path):
             (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
-                raise sqlite3.DatabaseError(f"malformed: {fault}")
+                raise sqlite3.DatabaseError(f"malformed: {' '.join(fault.split())}")
             return _remembered(self._db)
 
     def leased(self, lease: OpenLease) -> None:
@@ -230,7 +230,9 @@ class Ledger:
                 self._db.execute("COMMIT")
 
     def close(self) -> None:
-        """Leaves a single file behind. What was not committed is lost."""
+        """Leaves a single file behind, that can be read anywhere. What is not committed is lost."""
+        with suppress(sqlite3.OperationalError):  # somebody reads: then the log stays beside it
+            self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
 
     def _write(self, sql: str, *values: Any) -> None:

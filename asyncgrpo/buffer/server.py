@@ -37,7 +37,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
         for peer, packet in server.receive(POLL_SECONDS):
             replies += core.handle(peer, packet, time.monotonic())
         now = time.monotonic()
-        _send(server, core, ledger, replies + core.tick(now))
+        send(server, core, ledger, replies + core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show(core.metrics())
             shown_at = now
@@ -45,7 +45,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     server.close()
 
 
-def _send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> None:
+def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> None:
     """Sends what is durable; work that was given to a peer that is gone goes to others."""
     ledger.commit()
     for peer, packet in replies:
@@ -53,7 +53,7 @@ def _send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) ->
         if not reached:
             log.warning("%s is gone; its leases are handed out again", peer)
             server.forget(peer)
-            _send(server, core, ledger, core.lost(peer, time.monotonic()))
+            send(server, core, ledger, core.lost(peer, time.monotonic()))
 
 
 def _record_nothing(step: int, groups: Sequence[Group]) -> None:
