@@ -12,12 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
-    5: ("cli", "serial", "launch", "data.commands"),
+    5: ("cli", "serial", "launch", "data.commands", "buffer.commands"),
     4: (
         "actor.loop",
         "actor.process",
         "actor.judge",
         "buffer.server",
+        "buffer.audit",
         "learner.loop",
         "learner.process",
         "learner.commands",
@@ -30,6 +31,7 @@ FLOORS = {
     ),
     3: (
         "wire.sockets",
+        "buffer.ledger",
         "actor.vllm_engine",
         "actor.toy_engine",
         "learner.model",
@@ -62,6 +64,7 @@ HEAVY = {
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets",),
+    "sqlite3": ("buffer.ledger",),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -100,6 +100,8 @@ class Stage:
         self.run = RunDir(path=folder, config=from_mapping(settings), endpoints=endpoints)
         self.run.write()
         self.log = (folder / "buffer.log").open("ab")
+        (folder / "trajectories").mkdir()
+        (folder / "trajectories" / "step_0.jsonl").write_text("of a life that did not commit it")
         self.ranks, self.receivers, self.actors = Ranks(address), [], []
         for index in range(3):
             self.receivers.append(FakeReceiver())

@@ -18,42 +18,44 @@ AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 
 def audit(run: Run, as_json: AsJson = False) -> None:
     """Proves that nothing was lost, trained twice or too old; exit code 1 with the rows if not."""
-    from asyncgrpo.buffer.audit import CHECKS
-    from asyncgrpo.buffer.audit import audit as check_run
+    from asyncgrpo.buffer import audit as auditing
     from asyncgrpo.rundir import RunDir
 
-    found = check_run(RunDir.read(run))
-    wrong = {name: rows for name, rows in found.rows.items() if rows}
+    found = auditing.audit(RunDir.read(run))
+    leases, tokens, sizes = (found.total(name) for name in ("leases", "tokens", "completions"))
+    lengths = {state: tokens[state] / sizes[state] for state in tokens if sizes[state]}
+    wrong = {name: rows for name, rows in found.wrong.items() if rows}
     if as_json:
-        everything = {"next_step": found.next_step, "leases": found.num_leases, "wrong": wrong}
-        print(json.dumps({**everything, "mean_tokens": found.mean_tokens, "groups": found.groups}))
+        shown = {"next_step": found.next_step, "leases": leases, "mean_tokens": lengths}
+        print(json.dumps({**shown, "groups": found.groups, "wrong": wrong}))
         raise typer.Exit(1 if wrong else 0)
     _show(
         ("state", "reason", "leases", "tokens/completion", "mean reward"),
         [
             (
-                *(row["state"], row["reason"], row["leases"]),
-                _number(row["tokens"] / row["completions"] if row["completions"] else None),
-                _number(row["reward_mean"]),
+                *(group["state"], group["reason"], group["leases"]),
+                f"{group['tokens'] / group['completions']:.2f}" if group["completions"] else "",
+                "" if group["reward_mean"] is None else f"{group['reward_mean']:.2f}",
             )
-            for row in found.groups
+            for group in found.groups
         ],
     )
-    counts = found.num_leases
-    terms = " + ".join(f"{count} {state}" for state, count in counts.items() if count)
-    print(f"\n{sum(counts.values())} leased = {terms or 0}; {found.next_step} steps trained")
-    for line in _length_bias(found.mean_tokens):
-        print(line)
+    terms = " + ".join(f"{count} {state}" for state, count in leases.items() if count)
+    print(f"\n{sum(leases.values())} leased = {terms or 0}; {found.next_step} steps trained")
+    for state in ("filtered", "evicted", "expired"):
+        if state in lengths and "trained" in lengths:
+            bias = lengths[state] / lengths["trained"] - 1
+            which = "longer" if bias > 0 else "shorter"
+            print(f"{state} completions are {abs(bias):.0%} {which} than trained ones")
     print()
-    for name, check in CHECKS.items():
-        rows = found.rows[name]
-        print(f"{'WRONG' if rows else 'ok':<6}{name}: {check.promise}")
+    for name, (promise, _) in auditing.CHECKS.items():
+        rows = found.wrong[name]
+        print(f"{'WRONG' if rows else 'ok':<6}{name}: {promise}")
         for ticket, what in rows[:MAX_SHOWN]:
             print(f"        {'' if ticket is None else f't{ticket} '}{what}")
         if len(rows) > MAX_SHOWN:
             print(f"        and {len(rows) - MAX_SHOWN} more (--json shows all)")
-    if wrong:
-        raise typer.Exit(1)
+    raise typer.Exit(1 if wrong else 0)
 
 
 def ledger(
@@ -74,26 +76,9 @@ def ledger(
     if as_json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=repr))
     elif as_csv:
-        writer = csv.writer(sys.stdout)
-        writer.writerows([columns, *rows])
+        csv.writer(sys.stdout).writerows([columns, *rows])
     else:
         _show(columns, rows)
-
-
-def _length_bias(mean_tokens: dict[str, float]) -> Iterable[str]:
-    """How much longer or shorter what was dropped is than what was trained."""
-    trained = mean_tokens.get("trained")
-    for state in ("filtered", "evicted", "expired"):
-        if trained and state in mean_tokens:
-            share = mean_tokens[state] / trained - 1
-            yield (
-                f"{state} completions are {mean_tokens[state]:.1f} tokens long, trained ones "
-                f"{trained:.1f} ({share:+.0%})"
-            )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

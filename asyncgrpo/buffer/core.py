@@ -187,7 +187,7 @@ class BufferCore:
         lease_id = group.lease.lease_id
         if self.leases.get(lease_id) is None:
             state = "unknown"  # a repeat, or it expired meanwhile: its prompt is out again
-            self._journal.late(group)
+            self._journal.arrived(group, keep=False)
         elif group.lease.purpose == "eval":
             self.leases.close(lease_id, "stored")
             self._jobs[group.lease.version].answer(group)
@@ -201,11 +201,12 @@ class BufferCore:
         self._sums["tokens"] += group.num_tokens
         self._sums["reward"] += float(np.mean(group.rewards))
         reason = filter_reason(group, self._config)
+        self._journal.arrived(group, keep=not reason)
         if reason:
-            self.leases.close(group.lease.lease_id, "filtered", reason, group=group)
+            self.leases.close(group.lease.lease_id, "filtered", reason)
             self.gate.give_back()
             return "filtered"
-        ended = self.leases.close(group.lease.lease_id, "stored", group=group)
+        ended = self.leases.close(group.lease.lease_id, "stored")
         self.replay.add(ended.ticket, group)
         self._evict()
         return "stored"

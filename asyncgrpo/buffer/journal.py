@@ -14,19 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """A lease that an actor worked on when the buffer ended."""
-
-    ticket: int
-    position: int
-    prompt_id: str
-    peer: str
-    version: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
-    """Everything that outlives a buffer process; as it is here, nothing has happened yet."""
+    """Everything that outlives a buffer process; by default nothing has happened yet."""
 
     counts: Counter[str] = field(default_factory=Counter)  # state -> leases in it
     reasons: Counter[str] = field(default_factory=Counter)  # "filtered/all_wrong" -> leases
@@ -34,40 +23,31 @@ class Remembered:
     last_number: int = 0  # of any lease
     position: int = 0  # of the next prompt in the stream
     step: int = 0  # the next step to be trained
-    held: Sequence[Held] = ()
-    again: Sequence[tuple[int, str, int]] = ()  # position, prompt_id, ticket: to be handed out
+    held: Sequence[tuple[int, int, str, str, int]] = ()  # ticket, position, prompt, peer, version
+    again: Sequence[tuple[int, str, int]] = ()  # position, prompt, ticket: to be handed out again
     stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
     batches: Mapping[int, Sequence[tuple[int, Group]]] = field(default_factory=dict)  # by step
     reports: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)  # None: not done
 
 
 class Journal(Protocol):
-    """Takes notes; they hold, all together, once `commit` returns. All raise LedgerError."""
+    """Takes notes, which count once they are committed. Everything here may raise LedgerError."""
 
     @property
     def life(self) -> int:
         """How many times the run's buffer was started, this time included."""
 
     def remembered(self) -> Remembered:
-        """What former lives noted."""
+        """What former lives noted and committed."""
 
     def leased(self, lease: OpenLease) -> None:
         """A training lease was handed out."""
 
-    def arrived(self, ticket: int, group: Group, *, keep: bool) -> None:
-        """A lease's group came; keep: it must survive a restart."""
-
-    def late(self, group: Group) -> None:
-        """A group came after its lease had expired: notes how long it was."""
+    def arrived(self, group: Group, *, keep: bool) -> None:
+        """A group came, perhaps too late; keep: it must survive a restart."""
 
     def moved(
-        self,
-        tickets: Sequence[int],
-        state: str,
-        reason: str = "",
-        *,
-        step: int | None = None,
-        again: bool = False,
+        self, tickets: Sequence[int], state: str, reason: str, step: int | None, again: bool
     ) -> None:
         """Leases changed their state. step: of taken and trained; again: the prompt comes back."""
 
@@ -83,9 +63,6 @@ class Journal(Protocol):
     def counts(self) -> Mapping[str, int] | None:
         """Leases noted as open, stored and taken, counted anew; None: nothing is kept."""
 
-    def commit(self) -> None:
-        """Makes everything noted since the last commit durable, or nothing of it."""
-
 
 class NoJournal:
     """Keeps nothing."""
@@ -95,20 +72,6 @@ class NoJournal:
     def remembered(self) -> Remembered:
         return Remembered()
 
-    def leased(self, lease: OpenLease) -> None: ...
+    def _nothing(self, *notes: Any, **more: Any) -> None: ...
 
-    def arrived(self, ticket: int, group: Group, *, keep: bool) -> None: ...
-
-    def late(self, group: Group) -> None: ...
-
-    def moved(self, tickets: Sequence[int], state: str, reason: str = "", **more: Any) -> None: ...
-
-    def covered(self, step: int) -> None: ...
-
-    def evaluating(self, version: int, last_number: int) -> None: ...
-
-    def evaluated(self, version: int, report: Mapping[str, Any]) -> None: ...
-
-    def counts(self) -> None: ...
-
-    def commit(self) -> None: ...
+    leased = arrived = moved = covered = evaluating = evaluated = counts = commit = _nothing

@@ -12,7 +12,7 @@ from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.queue import PromptQueue, Turn
 from asyncgrpo.config import Config
 from asyncgrpo.errors import LedgerError
-from asyncgrpo.types import Group, Lease, Prompt, Purpose, Sampling
+from asyncgrpo.types import Lease, Prompt, Purpose, Sampling
 
 # Every lease is in exactly one of these; `open` and `stored` and `taken` are on the way.
 STATES = ("open", "stored", "taken", "trained", "filtered", "expired", "failed", "evicted")
@@ -56,9 +56,9 @@ class LeaseBook:
         """Goes on where a former life of the buffer ended; open leases get a new deadline."""
         self.counts, self.reasons = past.counts.copy(), past.reasons.copy()
         self._num_leased = past.counts.total()
-        for held in past.held:
-            turn = queue.at(held.position, held.prompt_id)
-            self.hand_out(turn, peer=held.peer, version=held.version, now=now, ticket=held.ticket)
+        for ticket, position, prompt_id, peer, version in past.held:
+            turn = queue.at(position, prompt_id)
+            self.hand_out(turn, peer=peer, version=version, now=now, ticket=ticket)
         self.last_number = past.last_number
 
     def hand_out(
@@ -121,22 +121,12 @@ class LeaseBook:
         """The open lease of that id; None when it has ended or never was."""
         return self._open.get(lease_id)
 
-    def close(
-        self,
-        lease_id: str,
-        state: str,
-        reason: str = "",
-        *,
-        group: Group | None = None,
-        again: bool = False,
-    ) -> OpenLease:
+    def close(self, lease_id: str, state: str, reason: str = "", again: bool = False) -> OpenLease:
         """Ends a lease's open time: its group arrived (stored, filtered) or will not (failed,
         expired); again: then its prompt is handed out once more.
         """
         ended = self._open.pop(lease_id)
         if ended.turn is not None:
-            if group is not None:
-                self._journal.arrived(ended.ticket, group, keep=state == "stored")
             self.move([ended.ticket], "open", state, reason, again=again)
         return ended
 
@@ -146,7 +136,6 @@ class LeaseBook:
         before: str,
         after: str,
         reason: str = "",
-        *,
         step: int | None = None,
         again: bool = False,
     ) -> None:
@@ -156,7 +145,7 @@ class LeaseBook:
         self.counts[after] += len(tickets)
         if reason:
             self.reasons[f"{after}/{reason}"] += len(tickets)
-        self._journal.moved(tickets, after, reason, step=step, again=again)
+        self._journal.moved(tickets, after, reason, step, again)
 
     def check(self, *, stored: int, taken: int) -> None:
         """LedgerError unless every lease that was handed out is in exactly one state.

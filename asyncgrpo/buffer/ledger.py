@@ -12,14 +12,15 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from asyncgrpo.buffer.journal import Held, Remembered
+from asyncgrpo.buffer.journal import Remembered
 from asyncgrpo.buffer.leases import OpenLease
 from asyncgrpo.errors import ConfigError, LedgerError, WireError
 from asyncgrpo.types import Group
@@ -27,7 +28,7 @@ from asyncgrpo.wire.codec import from_bytes, group_packet, groups_from, to_bytes
 
 FILE = "ledger.sqlite"
 VERSION = 1  # of the tables
-BUSY_SECONDS = 5.0
+BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
 PROGRESS_STEPS = 100_000  # of SQLite's machine between two looks at the time limit
 TABLES = """
 CREATE TABLE leases (           -- every training lease as it is now
@@ -94,30 +95,24 @@ PRAGMAS = (
     "wal_autocheckpoint = 4000",  # pages
 )
 CHANGE = "INSERT INTO changes (ticket, state, reason, step, time) VALUES (?, ?, ?, ?, ?)"
-SIZES = (
-    "UPDATE leases SET num_completions = ?, num_tokens = ?, reward_mean = ?, oldest_version = ?,"
-    " newest_version = ?"
-)
 ENDS = ("trained", "filtered", "expired", "failed", "evicted")
 TIME_OF = {"stored": "arrived_at", "taken": "taken_at", **dict.fromkeys(ENDS, "ended_at")}
 DAMAGED = "it is damaged: put a copy back, or start a new run directory"
 REMEDIES = {
     "full": "free space there and start again: nothing committed is lost",
     "locked": "another process writes it, and only this run's buffer may; end that process",
-    "readonly": "make the file and its folder writable",
-    "unable to open": "the file and its folder must be there, readable and writable",
-    "disk I/O": "look after that disk, then start again: nothing committed is lost",
     "not a database": DAMAGED,
     "malformed": DAMAGED,
 }
 
 
 class Ledger:
-    """The journal of one run, open for writing."""
+    """A journal.Journal in a file, open for writing."""
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time) -> None:
         """Opens or begins the ledger of a run directory; LedgerError when that cannot be."""
         self._path, self._clock = run_dir / FILE, clock
+        self._closing, self._aside = Event(), Thread(target=self._checkpoints, daemon=True)
         with _explained(self._path):
             self._db = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_SECONDS)
             for setting in PRAGMAS:
@@ -125,10 +120,13 @@ class Ledger:
             if _version(self._db, self._path) == 0:
                 self._db.executescript(f"BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
             (self.life,) = self._db.execute("SELECT count(*) + 1 FROM lives").fetchone()
-        self._write("INSERT INTO lives VALUES (?, ?)", self.life, self._clock())
+        self._write("INSERT INTO lives VALUES (?, ?)", self.life, clock())
+
+    def checkpoint_aside(self) -> None:
+        """From now on a thread carries the log into the tables, so that no answer waits for it."""
+        self._aside.start()
 
     def remembered(self) -> Remembered:
-        """What former lives committed. LedgerError when the file or a group in it is damaged."""
         with _explained(self._path):
             (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if fault != "ok":
@@ -136,7 +134,6 @@ class Ledger:
             return _remembered(self._db)
 
     def leased(self, lease: OpenLease) -> None:
-        """A training lease was handed out."""
         turn, prompt, now = lease.turn, lease.lease.prompt, self._clock()
         assert turn is not None, "evaluation leases are not in the ledger"
         self._write(
@@ -147,40 +144,32 @@ class Ledger:
         )
         self._write(CHANGE, lease.ticket, "open", "", None, now)
         if turn.former is not None:
-            next_ticket = "UPDATE leases SET next_ticket = ? WHERE ticket = ?"
-            self._write(next_ticket, lease.ticket, turn.former)
+            again = "UPDATE leases SET next_ticket = ? WHERE ticket = ?"
+            self._write(again, lease.ticket, turn.former)
 
-    def arrived(self, ticket: int, group: Group, *, keep: bool) -> None:
-        """A lease's group came; keep: it must survive a restart."""
-        sizes = f"{SIZES}, arrived_at = ? WHERE ticket = ?"
-        self._write(sizes, *_sizes(group), self._clock(), ticket)
+    def arrived(self, group: Group, *, keep: bool) -> None:
+        lease_id = group.lease.lease_id
+        versions = np.concatenate([completion.versions for completion in group.completions])
+        span = (int(versions.min()), int(versions.max())) if len(versions) else (None, None)
+        self._write(
+            "UPDATE leases SET arrived_at = ?, num_completions = ?, num_tokens = ?,"
+            " reward_mean = ?, oldest_version = ?, newest_version = ?"
+            " WHERE ticket = CAST(substr(?, 2) AS INTEGER) AND lease_id = ? AND num_tokens IS NULL",
+            *(self._clock(), len(group.completions), len(versions)),
+            *(float(np.mean(group.rewards)), *span, lease_id, lease_id),
+        )
         if keep:
             packet = to_bytes(group_packet("group", [group]))
-            self._write("INSERT INTO payloads (ticket, packet) VALUES (?, ?)", ticket, packet)
-
-    def late(self, group: Group) -> None:
-        """A group came after its lease had expired: notes how long it was."""
-        lease_id = group.lease.lease_id
-        self._write(
-            f"{SIZES} WHERE ticket = CAST(substr(?, 2) AS INTEGER) AND lease_id = ?"
-            " AND state = 'expired' AND num_tokens IS NULL",
-            *(*_sizes(group), lease_id, lease_id),
-        )
+            keeping = "INSERT INTO payloads (ticket, packet) VALUES (?, ?)"
+            self._write(keeping, int(lease_id[1:]), packet)
 
     def moved(
-        self,
-        tickets: Sequence[int],
-        state: str,
-        reason: str = "",
-        *,
-        step: int | None = None,
-        again: bool = False,
+        self, tickets: Sequence[int], state: str, reason: str, step: int | None, again: bool
     ) -> None:
-        """Leases changed their state. step: of taken and trained; again: the prompt comes back."""
-        now = self._clock()
+        now, time_of = self._clock(), TIME_OF[state]
         lease = (
             "UPDATE leases SET state = ?, reason = ?, step = coalesce(?, step), again = ?,"
-            f" {TIME_OF[state]} = ? WHERE ticket = ?"
+            f" {time_of} = ? WHERE ticket = ?"
         )
         for ticket in tickets:
             self._write(CHANGE, ticket, state, reason, step, now)
@@ -198,7 +187,6 @@ class Ledger:
             self._write("UPDATE steps SET trained_at = ? WHERE step = ?", now, step)
 
     def covered(self, step: int) -> None:
-        """Groups trained up to this step will never be asked for again."""
         self._write(
             "DELETE FROM payloads WHERE ticket IN (SELECT ticket FROM payloads JOIN leases"
             " USING (ticket) WHERE state = 'trained' AND step <= ?)",
@@ -206,22 +194,19 @@ class Ledger:
         )
 
     def evaluating(self, version: int, last_number: int) -> None:
-        """An evaluation began; last_number: of the newest lease, those of evaluations included."""
         self._write("REPLACE INTO evaluations VALUES (?, ?, NULL)", version, last_number)
 
     def evaluated(self, version: int, report: Mapping[str, Any]) -> None:
-        """An evaluation is done."""
         done = "UPDATE evaluations SET report = ? WHERE version = ?"
         self._write(done, json.dumps(report), version)
 
     def counts(self) -> Mapping[str, int]:
-        """Leases that are open, stored and taken, counted in the table."""
-        sql = (
+        counted = (
             "SELECT state, count(*) FROM leases WHERE state IN ('open', 'stored', 'taken')"
             " GROUP BY state"
         )
         with _explained(self._path):
-            return {"open": 0, "stored": 0, "taken": 0, **dict(self._db.execute(sql))}
+            return {"open": 0, "stored": 0, "taken": 0, **dict(self._db.execute(counted))}
 
     def commit(self) -> None:
         """Makes everything noted since the last commit durable, or nothing of it."""
@@ -230,10 +215,18 @@ class Ledger:
                 self._db.execute("COMMIT")
 
     def close(self) -> None:
-        """Leaves a single file behind, that can be read anywhere. What is not committed is lost."""
+        """Leaves a single file that can be read anywhere. What is not committed is lost."""
+        self._closing.set()
+        if self._aside.is_alive():
+            self._aside.join()
         with suppress(sqlite3.OperationalError):  # somebody reads: then the log stays beside it
             self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
+
+    def _checkpoints(self) -> None:
+        with closing(sqlite3.connect(self._path)) as db:
+            while not self._closing.wait(CHECKPOINT_SECONDS):
+                db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _write(self, sql: str, *values: Any) -> None:
         with _explained(self._path):
@@ -258,11 +251,11 @@ class LedgerReader:
         self._deadline = float("inf")
         self._db.set_progress_handler(lambda: time.monotonic() > self._deadline, PROGRESS_STEPS)
 
-    def add_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Puts rows beside the ledger's own, for this reader only."""
-        self._db.execute(f"CREATE TEMP TABLE {name} ({', '.join(columns)})")
-        places = ", ".join("?" * len(columns))
-        self._db.executemany(f"INSERT INTO {name} VALUES ({places})", rows)
+    def add_table(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Puts rows beside the ledger's tables, for this reader only; table: "name (columns)"."""
+        self._db.execute(f"CREATE TEMP TABLE {table}")
+        places = ", ".join("?" for _ in table.split(","))
+        self._db.executemany(f"INSERT INTO {table} VALUES ({places})", rows)
 
     def query(
         self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()
@@ -287,7 +280,8 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        remedy = next((r for word, r in REMEDIES.items() if word in str(error)), "is it damaged?")
+        usual = "the file and its folder must be readable and writable"
+        remedy = next((r for word, r in REMEDIES.items() if word in str(error)), usual)
         raise LedgerError(f"ledger {path}: {error}; {remedy}") from error
 
 
@@ -301,41 +295,33 @@ def _version(db: sqlite3.Connection, path: Path) -> int:
     return int(version)
 
 
-def _sizes(group: Group) -> tuple[int, int, float, int | None, int | None]:
-    versions = np.concatenate([completion.versions for completion in group.completions])
-    oldest, newest = (int(versions.min()), int(versions.max())) if len(versions) else (None, None)
-    return len(group.completions), len(versions), float(np.mean(group.rewards)), oldest, newest
-
-
 def _remembered(db: sqlite3.Connection) -> Remembered:
+    past = Counter[str]()
     counts, reasons = Counter[str](), Counter[str]()
-    arrived, position, last = [0.0, 0.0, 0.0], -1, 0
-    for state, reason, count, *more in db.execute(
-        "SELECT state, reason, count(*), max(position), max(ticket), count(arrived_at),"
-        " total(num_tokens) FILTER (WHERE arrived_at IS NOT NULL),"
-        " total(reward_mean) FILTER (WHERE arrived_at IS NOT NULL)"
-        " FROM leases GROUP BY state, reason"
+    for state, reason, leases, position, ticket, groups, tokens, reward in db.execute(
+        "SELECT state, reason, count(*), max(position), max(ticket), count(num_tokens),"
+        " total(num_tokens), total(reward_mean) FROM leases GROUP BY state, reason"
     ):
-        counts[state] += count
-        reasons[f"{state}/{reason}"] += count if reason else 0
-        position, last = max(position, more[0]), max(last, more[1])
-        arrived = [a + b for a, b in zip(arrived, more[2:], strict=True)]
+        counts[state] += leases
+        if reason:
+            reasons[f"{state}/{reason}"] += leases
+        past["position"] = max(past["position"], position + 1)
+        past["number"] = max(past["number"], ticket)
+        if state not in ("expired", "failed"):  # their groups came too late
+            past.update(groups=groups, tokens=tokens, reward=reward)
     evaluations = db.execute("SELECT version, last_number, report FROM evaluations").fetchall()
-    open_leases = db.execute(
-        "SELECT ticket, position, prompt_id, peer, version FROM leases WHERE state = 'open'"
-        " ORDER BY ticket"
-    )
-    names = ("ticket", "position", "prompt_id", "peer", "version")
+    trained = "SELECT coalesce(max(step) + 1, 0) FROM steps WHERE trained_at IS NOT NULL"
     return Remembered(
         counts=counts,
-        reasons=+reasons,
-        arrived=dict(zip(("groups", "tokens", "reward"), arrived, strict=True)),
-        last_number=max([last, *(number for _, number, _ in evaluations)]),
-        position=position + 1,
-        step=db.execute(
-            "SELECT coalesce(max(step) + 1, 0) FROM steps WHERE trained_at IS NOT NULL"
-        ).fetchone()[0],
-        held=[Held(**dict(zip(names, row, strict=True))) for row in open_leases],
+        reasons=reasons,
+        arrived={name: past[name] for name in ("groups", "tokens", "reward")},
+        last_number=max([past["number"], *(number for _, number, _ in evaluations)]),
+        position=past["position"],
+        step=db.execute(trained).fetchone()[0],
+        held=db.execute(
+            "SELECT ticket, position, prompt_id, peer, version FROM leases WHERE state = 'open'"
+            " ORDER BY ticket"
+        ).fetchall(),
         again=db.execute(
             "SELECT position, prompt_id, ticket FROM leases WHERE again = 1"
             " AND next_ticket IS NULL ORDER BY ended_at, ticket"

@@ -28,7 +28,10 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     record = TrajectoryWriter(run.path) if config.observe.trajectories else _record_nothing
     server = Server(run.endpoints.buffer)
     ledger = Ledger(run.path)
+    ledger.checkpoint_aside()
     core = BufferCore(config, open_prompts(config), record, ledger, time.monotonic())
+    # what a former life wrote of a step, but did not commit, will be written again
+    (run.path / "trajectories" / f"step_{core.step}.jsonl").unlink(missing_ok=True)
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
     log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
