@@ -32,7 +32,7 @@ from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.wire.codec import Packet, group_packet, lease_from, shard_from
 
 SHARED_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
-NUM_PROMPTS = 13
+NUM_PROMPTS = 9
 EPOCHS = {"data": {"train": "prompts.jsonl", "epochs": 2}, "run": {"max_steps": 1000}}
 
 
@@ -158,7 +158,11 @@ class Killed(Simulation):
 
 
 def check_killed_run(seed, rooms, folder):
-    rooms = {"run": {"max_steps": 4}, **rooms, "observe": {"trajectories": False}}
+    buffer = {
+        "groups_per_step": 2,
+        **rooms.get("buffer", {}),
+    }  # small: many schedules in little time
+    rooms = {"run": {"max_steps": 4}, "observe": {"trajectories": False}, **rooms, "buffer": buffer}
     run = Killed(seed, folder, **rooms)
     run.run()
     bound, action = run.config.buffer.max_staleness, run.config.buffer.staleness_action
@@ -171,7 +175,10 @@ def check_killed_run(seed, rooms, folder):
     assert sorted(run.trained) == list(range(run.core.step))
     found = run.audited()
     assert not any(found.wrong.values()), found.wrong
-    rows = LedgerReader(run.folder).query("SELECT lease_id, state, epoch, prompt_id FROM leases")[1]
+    reader = LedgerReader(run.folder)
+    rows = reader.query("SELECT lease_id, state, epoch, prompt_id FROM leases")[1]
+    kept = reader.query("SELECT DISTINCT state FROM payloads LEFT JOIN leases USING (ticket)")[1]
+    assert {state for (state,) in kept} <= {"stored", "taken", "trained"}
     states = {lease_id: state for lease_id, state, *_ in rows}
     for lease_id, said in run.acknowledged.items():
         if said == "stored":
@@ -214,7 +221,7 @@ def test_ten_thousand_schedules_with_kills(name):
 def halted(tmp_path_factory):
     """The directory of a run that was killed with groups stored and a batch taken."""
     folder = tmp_path_factory.mktemp("halted")
-    run = Killed(5, folder, kill_share=0.004, run={"max_steps": 8}, data={"epochs": 4})
+    run = Killed(5, folder, kill_share=0.004, run={"max_steps": 8}, data={"epochs": 20})
     endpoints = Endpoints(buffer="", weights="", store=("", 0))
     RunDir(path=folder, config=run.config, endpoints=endpoints).write()
     write = TrajectoryWriter(folder)
@@ -289,7 +296,7 @@ LIES = {
     ),
     "a missing step": ("DELETE FROM steps WHERE step = 3", {"steps"}),
     "too many epochs": (
-        "UPDATE leases SET epoch = 4 WHERE ticket = (SELECT max(ticket) FROM leases)",
+        "UPDATE leases SET epoch = 20 WHERE ticket = (SELECT max(ticket) FROM leases)",
         {"epochs"},
     ),
     "a retry of a trained prompt": (
@@ -458,6 +465,11 @@ def test_an_actor_unknown_to_this_life_is_asked_to_say_hello_and_keeps_what_it_h
     (welcome,) = peer.ask("actor-0.7", "hello", actor="actor-0", version=0, leases=holds)
     assert welcome.fields == {"credit": 8, "life": 2}
     assert states(peer) == {"t1": "open", "t2": "open", "t3": ("expired", "undelivered")}
+    before = peer.core.metrics()
+    peer.restart()
+    assert peer.core.metrics() == before
+    assert before["groups_expired_undelivered"] == 1
+    peer.ask("actor-0.7", "hello", actor="actor-0", version=0, leases=holds)
     (again,) = peer.lease("actor-0.7", 1)
     assert (again.lease_id, again.prompt) == ("t4", third.prompt)
     (stored,) = peer.tell("actor-0.7", group_packet("put", [make_group(first)]))
@@ -495,6 +507,16 @@ def test_open_leases_get_a_new_deadline_and_a_late_group_is_measured(peer):
     assert LedgerReader(peer.folder).query(sql)[1] == [("expired", 2, 5)]
     peer.restart()
     assert peer.core.metrics()["tokens_arrived"] == 0
+
+
+def test_waiting_groups_keep_the_order_in_which_they_came(peer):
+    leases = peer.lease("actor-0.7", 6)
+    for number in (5, 2, 4, 0, 3, 1):
+        peer.tell("actor-0.7", group_packet("put", [make_group(leases[number])]))
+    peer.restart()
+    (answer,) = peer.ask("learner-0", "take", step=0, rank=0, world_size=1)
+    taken = [group.lease.lease_id for group in shard_from(answer).groups]
+    assert taken == [leases[number].lease_id for number in (5, 2, 4, 0)]
 
 
 def train(peer, step):
@@ -641,9 +663,11 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
 
 def test_pages_that_were_overwritten_are_noticed(halted, tmp_path):
     file = shutil.copytree(halted, tmp_path / "copy") / FILE
+    where = "SELECT rootpage FROM sqlite_master WHERE name = 'changes'"  # not needed to restart
+    ((page,),) = LedgerReader(halted).query(where)[1]
     with file.open("r+b") as raw:
-        raw.seek(2 * 16384)
-        raw.write(b"\x55" * 4 * 16384)
+        raw.seek((page - 1) * 16384)
+        raw.write(b"\x55" * 16384)
     with pytest.raises(LedgerError, match=r"malformed.*; it is damaged"):
         Ledger(file.parent).remembered()
 
