@@ -197,7 +197,7 @@ def check_killed_run(seed, rooms, folder):
 
 
 @pytest.mark.parametrize("name", [*SCHEDULES, "two_epochs"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_buffer_killed_at_random_moments_loses_nothing_and_trains_nothing_twice(name, seed):
     with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as folder:

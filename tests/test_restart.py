@@ -208,6 +208,7 @@ def kill_often(folder: Path, seed: int, kills: int, **rooms) -> Stage:
     return stage
 
 
+@pytest.mark.slow
 def test_a_buffer_process_killed_twice_goes_on_and_nothing_is_lost_or_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(sockets, "RESEND_SECONDS", 0.2)
     kill_often(tmp_path, seed=1, kills=2)
