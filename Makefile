@@ -1,5 +1,6 @@
 # make demo   installs if needed, makes the tiny model, trains it with the real engine on this CPU
 # make test   installs if needed, runs all tests
+# make docs   writes the generated parts of docs/*.md anew
 # make install REQ=requirements/gpu.txt   the CUDA set instead of the CPU set
 PY ?= python3
 VENV ?= .venv
@@ -22,7 +23,7 @@ export UV_COMPILE_BYTECODE ?= 1
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-fast lint lock install clean
+.PHONY: demo test test-fast lint docs lock install clean
 
 demo: install
 	$(BIN)/asyncgrpo launch --config configs/tiny.toml --actors 2 --learners 2
@@ -37,6 +38,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python docs/generate.py
 
 install: $(VENV)/.installed
 

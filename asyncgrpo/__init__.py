@@ -8,11 +8,13 @@ from typing import Any
 __version__ = "0.1.0"
 _HOMES = {
     "Config": "asyncgrpo.config",
+    "Trainer": "asyncgrpo.trainer",
+    "TrainResult": "asyncgrpo.trainer",
     "Prompt": "asyncgrpo.types",
     "Group": "asyncgrpo.types",
     "Completion": "asyncgrpo.types",
 }
-__all__ = ["Completion", "Config", "Group", "Prompt"]
+__all__ = ["Completion", "Config", "Group", "Prompt", "TrainResult", "Trainer"]
 
 
 def __getattr__(name: str) -> Any:

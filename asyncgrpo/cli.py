@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
 import signal
@@ -9,15 +11,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from asyncgrpo.buffer.commands import audit, ledger
+from asyncgrpo.chat import chat
+from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
-from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
+from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
+from asyncgrpo.observe.commands import traj_app
 from asyncgrpo.rewards.commands import reward_app
 
 app = typer.Typer(
@@ -28,44 +33,115 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(algo_app, name="algo")
+app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 app.command()(audit)
 app.command()(ledger)
+app.add_typer(traj_app, name="traj")
+app.command()(chat)
 
 
 @app.command()
 def launch(
-    config: Annotated[Path | None, typer.Option(help="TOML settings; without: defaults")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
     actors: Annotated[int | None, typer.Option(help="actor processes, one engine each")] = None,
     learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="new folder for everything written")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
+    ] = None,
     serial: Annotated[bool, typer.Option(help="all roles in one process, repeatable")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan, start nothing")] = False,
 ) -> None:
     """Starts a whole run on this machine and shows its progress."""
     from asyncgrpo.config import load_config
+    from asyncgrpo.launch.resume import find_run
     from asyncgrpo.launch.session import Session
 
     flags = {
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,
-        "run.dir": f'"{run_dir}"' if run_dir else None,
+        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
     }
+    found = find_run(resume, run_dir) if resume else None
+    if found is not None:  # its settings, unless others are given
+        flags["run.dir"] = f'"{found}"'
+        config = config or found / "config.json"
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(set_ or []), *overrides])
-    session = Session(settings)
+    session = Session(settings, resume=found is not None)
     if dry_run:
         session.show_plan()
     else:
         raise typer.Exit(session.run_serially() if serial else session.run())
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Option(help="model folder, hub name or 'tiny'")],
+    data: Annotated[str, typer.Option(help="file, glob, folder, hub name, or 'tasks'")],
+    k: Annotated[list[int] | None, typer.Option("-k", min=1, help="pass@k, repeatable")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="completions per prompt; default: the largest k, or 1")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="default: 0 (greedy) for one sample, else 1")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a completion; default: sampling's")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="at most; default: all, or 318 tasks")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with reward, template, limits")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="room.key=value, repeatable; eval.key as well")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm, or toy: slow, repeatable")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL file for every completion")] = None,
+) -> None:
+    """Accuracy, pass@k, reward and length of a model on held-out prompts."""
+    from rich.console import Console
+
+    from asyncgrpo.config import TASKS, load_config
+    from asyncgrpo.data.files import write_rows
+    from asyncgrpo.evaluate_model import Desk, run
+    from asyncgrpo.observe.progress import eval_table
+
+    if not data:
+        raise ConfigError("--data '' names nothing; give a file, folder, hub name, or 'tasks'")
+    samples = num_samples or max(k or [1])
+    flags = {
+        "model.path": json.dumps(model, ensure_ascii=False),
+        "actor.engine": engine,
+        "eval.data": json.dumps(data, ensure_ascii=False),
+        "eval.k": k or [],
+        "eval.num_samples": samples,
+        "eval.num_prompts": num_prompts or (None if data == TASKS else 2**31),
+        "eval.sampling.temperature": float(samples > 1) if temperature is None else temperature,
+        "eval.sampling.max_completion_tokens": max_tokens,
+    }
+    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    settings = load_config(config, ["eval={}", *overrides, *(set_ or [])])
+    desk = Desk(settings)
+    if out is not None:
+        write_rows(out, [])  # before the work: can it be written?
+    report = run(settings, desk)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(eval_table(report))
+    for line in desk.unanswered():
+        console.print(line)
+    if out is not None:
+        write_rows(out, list(desk.rows()))
+        console.print(f"every completion  {out}")
 
 
 @app.command(hidden=True)
@@ -91,7 +167,7 @@ def role(
     elif name == "learner":
         from asyncgrpo.learner.process import run_learner
 
-        run_learner(run)
+        run_learner(run, stopping)
     else:
         raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
 
@@ -99,7 +175,8 @@ def role(
 def _stop_flag() -> Callable[[], bool]:
     """A flag that SIGTERM sets; loops look at it between two turns."""
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(number))
     return lambda: bool(asked)
 
 
@@ -108,24 +185,39 @@ def main() -> None:
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    from asyncgrpo.rundir import leave
-
-    end = leave if sys.argv[1:2] == ["role"] else sys.exit
     try:
-        end(app(standalone_mode=False) or 0)
+        _end(app(standalone_mode=False) or 0)
     except AsyncGRPOError as error:
         record_error(error)
         print(f"error: {error}", file=sys.stderr)
-        end(error.exit_code)
+        _end(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(
+            f"error: {str(error.filename)[:60]}... is longer than a path may be here; give a "
+            "shorter one",
+            file=sys.stderr,
+        )
+        _end(EXIT_BAD_INPUT)
     except typer.Abort:
-        end(EXIT_INTERRUPTED)
+        _end(EXIT_INTERRUPTED)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # wrong usage of the command
             error.show()
-            end(error.exit_code)
+            _end(error.exit_code)
         record_error(error)
         traceback.print_exc()
-        end(1)
+        _end(1)
+
+
+def _end(exit_code: int) -> NoReturn:
+    """What may hold an engine ends at once, whatever still runs in it."""
+    if sys.argv[1:2] in (["role"], ["eval"]):
+        from asyncgrpo.rundir import leave
+
+        leave(exit_code)
+    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

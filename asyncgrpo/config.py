@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from asyncgrpo.algo import AlgoSettings
+from asyncgrpo.aliases import translate
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.room import Room
+from asyncgrpo.room import Room, Unbounded
 
 log = logging.getLogger(__name__)
-
-# Names that users bring from other trainers -> ours. Accepted with a notice, in any room.
-ALIASES = {
-    "num_generations": "algo.group_size",
-    "prompt_repeat_k": "algo.group_size",
-    "clip_range": "algo.clip_low",
-    "beta": "algo.kl_coef",
-    "kl_loss_coef": "algo.kl_coef",
-    "kl_estimator": "algo.kl",
-    "num_iterations": "algo.passes",
-    "optimizer_steps": "algo.minibatches",
-    "mask_truncated_completions": "algo.mask_truncated",
-    "epsilon": "algo.clip_low",
-    "cliprange_low": "algo.clip_low",
-    "epsilon_high": "algo.clip_high",
-    "cliprange_high": "algo.clip_high",
-    "max_new_tokens": "sampling.max_completion_tokens",
-    "max_completion_length": "sampling.max_completion_tokens",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "global_batch_size": "buffer.groups_per_step",
-    "pack_max_length": "learner.max_tokens_per_microbatch",
-    "lr_scheduler_type": "learner.schedule",
-    "evaluate_step": "eval.every",
-}
+HELD_OUT = "held-out"  # the evaluation that nobody gave a name
+TASKS = "tasks"
+NOTHING = (None, "", "none")
 
 
 class RunSettings(Room):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of prompts, sampling and toy runs")
-    max_steps: int = Field(60, ge=1, description="optimizer updates until the run is done")
+    max_steps: int = Field(60, ge=1, description="batches (learner steps) until the run is done")
     dir: str | None = Field(None, description="run directory; default runs/<time>-<name>")
     name: str = Field("run", description="short name, part of the default run directory")
 
@@ -75,15 +65,18 @@ class TaskSettings(Room):
     letters: int = Field(12, ge=2, le=26, description="alphabet size of palindrome and reverse")
     modulus: int = Field(4, ge=2, le=10, description="check: sum modulo this")
     long_tail: float = Field(
-        0.0, ge=0, description="0 = uniform sizes; else sigma of lognormal item counts (median 6)"
+        0.0,
+        ge=0,
+        le=5,
+        description="0 = uniform sizes; else sigma of lognormal item counts (median 6)",
     )
 
 
 class FewShot(Room):
     """One worked exchange that stands before the question."""
 
-    user: str = Field(..., min_length=1)
-    assistant: str = Field(..., min_length=1)
+    user: str = Field(..., min_length=1, description="its question")
+    assistant: str = Field(..., min_length=1, description="the answer to follow")
 
 
 class TemplateSettings(Room):
@@ -101,11 +94,9 @@ class SourceSettings(Room):
 
     path: str = Field(..., min_length=1, description="file, glob, folder or hub name")
     name: str = Field("", description="part of the prompt ids; default: the file's name")
-    weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="share in the mix; default: its size"
-    )
+    weight: float | None = Field(None, gt=0, description="share in the mix; default: its size")
     sample_ratio: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="0.1: a tenth of its prompts; 2: each twice"
+        1.0, gt=0, le=1000, description="0.1: a tenth of its prompts; 2: each twice"
     )
     template: TemplateSettings | None = Field(None, description="default: data.template")
 
@@ -114,9 +105,11 @@ def _kind_of_train(value: object) -> str:
     return TEXT if isinstance(value, str) else TABLES
 
 
-TEXT, TABLES = "<text>", "<tables>"  # which of the two forms of data.train an error is about
+# Which form of data.train or eval an error is about.
+TEXT, TABLE, TABLES = "<text>", "<table>", "<tables>"
 Train = Annotated[
-    Annotated[str, Tag(TEXT)] | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
+    Annotated[str, Field(min_length=1), Tag(TEXT)]
+    | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
     Discriminator(_kind_of_train),
 ]
 
@@ -137,6 +130,12 @@ class DataSettings(Room):
     overlong_prompt: Literal["drop", "truncate_left", "error"] = Field(
         "drop", description="drop and count it, keep its last max_prompt_tokens tokens, or stop"
     )
+
+    def template_of(self, path: str) -> TemplateSettings:
+        """The template of the table in train that has this path, else the one for all."""
+        tables = () if isinstance(self.train, str) else self.train
+        own = [table.template for table in tables if table.path == path and table.template]
+        return own[0] if own else self.template
 
     @model_validator(mode="after")
     def _weights_for_all_or_none(self) -> DataSettings:
@@ -162,8 +161,10 @@ Scope = Literal["sample", "group"]
 
 
 class RewardFunction(Room):
-    use: str = Field(..., description="built-in name or 'package.module:function'")
-    weight: float = 1.0
+    use: str = Field(
+        ..., description="built-in name, 'package.module:function' or 'file.py:function'"
+    )
+    weight: float = Field(1.0, description="its score counts so many times")
     name: str = Field("", description="name in metrics; default: the last part of `use`")
     scope: Scope | None = Field(
         None,
@@ -192,8 +193,10 @@ def _as_functions(route: Any) -> Any:
 Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions), Field(min_length=1)]
 
 
-class RewardSettings(Room):
-    functions: tuple[RewardFunction, ...] = Field(
+class JudgeSettings(Room):
+    """What completions are scored by, and which of them are correct."""
+
+    functions: Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions)] = Field(
         (RewardFunction(use="task"), RewardFunction(use="length_penalty")),
         description="score every record; default: task and length_penalty, or none with routes",
     )
@@ -202,30 +205,11 @@ class RewardSettings(Room):
         description="data_source -> judge: a name, {name: weight}, a table as in functions, or a "
         "list; 'default' is for all other sources",
     )
-    workers: int = Field(1, ge=1, description="scoring processes beside each actor")
-    timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
     correct_above: float = Field(
         0.0,
         description="a completion is correct when its first judge (of its route, else of "
         "functions) scores above this",
     )
-    on_error: Literal["drop_group", "zero", "value"] = Field(
-        "drop_group",
-        description="when a function raises, returns junk, hangs or dies: drop the group, or let "
-        "the call score zero or error_value",
-    )
-    error_value: float | None = Field(
-        None, allow_inf_nan=False, description="with on_error = 'value'"
-    )
-    max_error_rate: float = Field(
-        0.25, ge=0, le=1, description="the run stops above this share of the last error_window"
-    )
-    error_window: int = Field(32, ge=1, description="groups that an actor scored last")
-
-    @property
-    def error_score(self) -> float | None:
-        """What a failed call scores; None: its group is dropped."""
-        return {"drop_group": None, "zero": 0.0, "value": self.error_value}[self.on_error]
 
     @model_validator(mode="before")
     @classmethod
@@ -235,7 +219,7 @@ class RewardSettings(Room):
         return raw
 
     @model_validator(mode="after")
-    def _distinct_labels(self) -> RewardSettings:
+    def _distinct_labels(self) -> JudgeSettings:
         labels = [function.label for function in self.functions]
         for label in labels:
             if labels.count(label) > 1:
@@ -243,6 +227,26 @@ class RewardSettings(Room):
                     f"functions: two are called {label!r}; give one of them another `name`"
                 )
         return self
+
+
+class RewardSettings(JudgeSettings):
+    workers: int = Field(1, ge=1, description="scoring processes beside each actor")
+    timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
+    on_error: Literal["drop_group", "zero", "value"] = Field(
+        "drop_group",
+        description="when a function raises, returns junk, hangs or dies: drop the group, or let "
+        "the call score zero or error_value",
+    )
+    error_value: float | None = Field(None, description="with on_error = 'value'")
+    max_error_rate: float = Field(
+        0.25, ge=0, le=1, description="the run stops above this share of the last error_window"
+    )
+    error_window: int = Field(32, ge=1, description="groups that an actor scored last")
+
+    @property
+    def error_score(self) -> float | None:
+        """What a failed call scores; None: its group is dropped."""
+        return {"drop_group": None, "zero": 0.0, "value": self.error_value}[self.on_error]
 
     @model_validator(mode="after")
     def _error_value_belongs_to_value(self) -> RewardSettings:
@@ -265,9 +269,14 @@ class ActorSettings(Room):
 
 
 class BufferSettings(Room):
-    groups_per_step: int = Field(16, ge=1, description="batch size in groups")
+    groups_per_step: int = Field(
+        16, ge=1, description="batch size in groups; with tokens_per_step only a first guess"
+    )
     completions_per_step: int | None = Field(
         None, ge=2, description="batch size in completions instead; group_size must divide it"
+    )
+    tokens_per_step: int | None = Field(
+        None, ge=1, description="batch size in completion tokens instead: the groups that reach it"
     )
     max_staleness: int = Field(4, ge=0, description="bound in policy versions, per token")
     order: Literal["arrival", "ticket"] = Field(
@@ -277,26 +286,49 @@ class BufferSettings(Room):
         "drop", description="a group with tokens past the bound: drop it, or mask those tokens"
     )
     credit: int = Field(8, ge=1, description="unacknowledged groups an actor may have on the wire")
-    lease_deadline_seconds: float = Field(600.0, gt=0, description="then a lease is taken back")
+    lease_deadline_seconds: Unbounded = Field(600.0, gt=0, description="then a lease is taken back")
     take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LoraSettings(Room):
+    r: int = Field(16, ge=1, description="rank of the trained matrices A and B")
+    alpha: int = Field(32, ge=1, description="W + alpha / r B A takes the place of W")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of A's inputs, in training only")
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear", description="names of layers; all-linear: all of attention and MLP"
+    )
+    quantize: Literal["4bit"] | None = Field(
+        None, description="4bit: the frozen weights as NF4 (QLoRA); CUDA only"
+    )
+    save_merged: bool = Field(
+        True, description="false: RUN/model/adapter alone, without the merged RUN/model"
+    )
+
+
 class LearnerSettings(Room):
-    lr: float = Field(5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(5, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="of AdamW")
+    adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    warmup_steps: int = Field(5, ge=0, description="steps over which lr rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of lr after the warm-up, until run.max_steps"
+    )
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="floor of the schedule, as share of lr"
     )
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: Unbounded = Field(1.0, gt=0, description="longer gradients are scaled down")
     ess_scaled_lr: bool = Field(
         False, description="lr times the square root of the effective share of samples"
     )
     max_tokens_per_microbatch: int = Field(8192, ge=16, description="prompt and completion tokens")
     threads: int = Field(1, ge=1, description="torch threads of one rank")
+    lora: LoraSettings | None = Field(
+        None, description="train an adapter only (LoRA); none = all weights"
+    )
 
 
 class WeightSettings(Room):
@@ -311,17 +343,80 @@ class WeightSettings(Room):
     )
 
 
+class CheckpointSettings(Room):
+    every: int = Field(20, ge=0, description="steps between checkpoints; 0 = only when stopped")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every: int = Field(0, ge=0, description="those of every so many steps stay too; 0 = none")
+
+
+class EvalSampling(Room):
+    temperature: float = Field(0.0, ge=0, le=10, description="0 = greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 = off")
+    top_k: int = Field(0, ge=0, description="0 = off")
+    max_completion_tokens: int | None = Field(None, ge=1, description="default: sampling's")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int) else value
+
+
 class EvalSettings(Room):
+    """One evaluation: which held-out prompts, how often, drawn and scored how."""
+
+    name: str = Field(HELD_OUT, pattern=r"^[\w.-]+$", description="in evals.jsonl and metrics")
+    data: str | None = Field(None, description="held-out prompts; default: data.eval")
     every: int = Field(10, ge=0, description="steps between evaluations; 0 = only before and after")
-    num_prompts: int = Field(318, ge=1, description="held-out prompts, at most")
-    timeout_seconds: float = Field(300.0, gt=0)
+    num_prompts: int = Field(
+        318, ge=1, description="held-out prompts, at most; of more records a sample by run.seed"
+    )
+    num_samples: int = Field(1, ge=1, description="completions per prompt")
+    k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
+        (), description="a number or a list: pass@k, the chance that one of k samples is correct"
+    )
+    sampling: EvalSampling = EvalSampling()
+    reward: JudgeSettings | None = Field(
+        None, description="functions, routes and correct_above in place of those of [reward]"
+    )
+    timeout_seconds: float = Field(300.0, gt=0, description="of one evaluation")
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> EvalSettings:
+        if self.num_samples > 1 and not self.sampling.temperature:
+            raise ValueError(
+                f"num_samples={self.num_samples} with sampling.temperature=0: greedy completions "
+                "of one prompt are all the same; set sampling.temperature above 0, or num_samples=1"
+            )
+        if max(self.k, default=1) > self.num_samples:
+            raise ValueError(
+                f"k={max(self.k)} must be <= num_samples={self.num_samples}: pass@k is estimated "
+                f"from at least k samples; set num_samples >= {max(self.k)}"
+            )
+        return self
+
+
+def _kind_of_eval(value: object) -> str:
+    return TABLE if isinstance(value, Mapping | EvalSettings) else TABLES
+
+
+if TYPE_CHECKING:
+    EvalBlocks = tuple[EvalSettings, ...]
+else:  # a single [eval] table is one block
+    EvalBlocks = Annotated[
+        Annotated[EvalSettings, Tag(TABLE)] | Annotated[tuple[EvalSettings, ...], Tag(TABLES)],
+        Discriminator(_kind_of_eval),
+        AfterValidator(lambda eval: eval if isinstance(eval, tuple) else (eval,)),
+    ]
 
 
 class LaunchSettings(Room):
-    actors: int = Field(2, ge=1)
-    learners: int = Field(2, ge=1)
+    actors: int = Field(2, ge=1, le=1024, description="processes that generate, one engine each")
+    learners: int = Field(2, ge=1, le=1024, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
-    max_actor_restarts: int = Field(2, ge=0, description="per actor, then the run stops")
+    max_restarts: int = Field(
+        3, ge=0, description="of one process within restart_window_seconds; then the run stops"
+    )
+    restart_window_seconds: float = Field(3600.0, gt=0, description="older restarts do not count")
+    share_gpus: bool = Field(False, description="more processes than GPUs; needs gloo for weights")
     grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
     start_timeout_seconds: float = Field(180.0, gt=0, description="until the first batch is there")
     buffer_port: int = Field(0, ge=0, le=65535, description="0 = any free port")
@@ -332,11 +427,14 @@ class LaunchSettings(Room):
 
 
 class ObserveSettings(Room):
-    trajectories: bool = Field(True, description="write trajectories/step_<k>.jsonl")
+    trajectories: bool = Field(
+        True,
+        description="write trajectories/step_<k>.jsonl: what was trained, and what was dropped",
+    )
     token_log: bool = Field(
         False, description="write tokens/step_<k>.rank<r>.npz: every log-prob, version and mask"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING"] = Field("INFO", description="of all roles")
 
 
 class Config(Room):
@@ -352,7 +450,8 @@ class Config(Room):
     algo: AlgoSettings = AlgoSettings()
     learner: LearnerSettings = LearnerSettings()
     weights: WeightSettings = WeightSettings()
-    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalBlocks = (EvalSettings(),)
     launch: LaunchSettings = LaunchSettings()
     observe: ObserveSettings = ObserveSettings()
 
@@ -360,19 +459,29 @@ class Config(Room):
     @classmethod
     def _completions_to_groups(cls, raw: Any) -> Any:
         """Resolves buffer.completions_per_step into buffer.groups_per_step."""
-        if not isinstance(raw, dict):
-            return raw
-        completions = (raw.get("buffer") or {}).get("completions_per_step")
-        group_size = (raw.get("algo") or {}).get("group_size", AlgoSettings().group_size)
-        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
+        rooms = (
+            [raw.get(room) or {} for room in ("buffer", "algo")] if isinstance(raw, dict) else []
+        )
+        if not rooms or not all(isinstance(room, dict) for room in rooms):
             return raw  # wrong types are reported by the field itself
+        completions = rooms[0].get("completions_per_step")
+        group_size = rooms[1].get("group_size", AlgoSettings().group_size)
+        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
+            return raw
         if completions % group_size:
             down = completions // group_size * group_size
             raise ValueError(
                 f"buffer.completions_per_step={completions} is not a multiple of "
                 f"algo.group_size={group_size}; use {down or group_size} or {down + group_size}"
             )
-        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": completions // group_size}}
+        groups = raw["buffer"].get("groups_per_step", completions // group_size)
+        if groups != completions // group_size or raw["buffer"].get("tokens_per_step"):
+            raise ValueError(
+                f"buffer.completions_per_step={completions} is {completions // group_size} groups "
+                "of algo.group_size, but groups_per_step or tokens_per_step says otherwise; keep "
+                "one of the three"
+            )
+        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": groups}}
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
@@ -394,13 +503,18 @@ class Config(Room):
                 "are published only after a batch that the gate does not let start (deadlock); "
                 f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
             )
+        if self.launch.share_gpus and self.weights.backend != "gloo":
+            yield (
+                f"launch.share_gpus=true with weights.backend={self.weights.backend!r}: NCCL "
+                "refuses two processes on one GPU; set weights.backend = 'gloo'"
+            )
         if self.buffer.groups_per_step < self.launch.learners:
             yield (
                 f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "
                 f"launch.learners={self.launch.learners}: each rank needs at least one group; "
                 "use fewer learners or more groups"
             )
-        if self.buffer.groups_per_step // self.launch.learners < self.algo.minibatches:
+        if self.buffer.groups_per_step < self.min_groups:
             yield (
                 f"algo.minibatches={self.algo.minibatches} must be <= buffer.groups_per_step / "
                 f"launch.learners = {self.buffer.groups_per_step} / {self.launch.learners}: each "
@@ -419,11 +533,61 @@ class Config(Room):
                 f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
                 f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
             )
+        lora, every = self.learner.lora, self.algo.reference.sync_every
+        if lora and lora.quantize and not self.launch.gpus:
+            yield (
+                f"learner.lora.quantize={lora.quantize!r} needs CUDA, but launch.gpus=0 is a CPU "
+                "run; set launch.gpus, or leave it out (LoRA on the weights as they are)"
+            )
+        if lora and every:
+            yield (
+                f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
+                "of its own that a reference could take over; set algo.reference.sync_every = 0"
+            )
+        names = [block.name for block in self.eval]
+        for name in names:
+            if names.count(name) > 1:
+                yield f"eval: two blocks are called {name!r}; give one of them another `name`"
         if self.data.tasks.sequence_min > self.data.tasks.sequence_max:
             yield (
                 f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
                 f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
             )
+
+    @field_serializer("eval")
+    def _one_block_as_a_table(self, blocks: tuple[EvalSettings, ...]) -> Any:
+        return blocks[0] if len(blocks) == 1 else blocks
+
+    @property
+    def evals(self) -> tuple[EvalSettings, ...]:
+        """The evaluations that have data, which is filled in where it is that of data.eval."""
+        return tuple(
+            block.model_copy(update={"data": data})
+            for block in self.eval
+            if (data := block.data or self.data.eval) not in NOTHING
+        )
+
+    @property
+    def rewards(self) -> dict[str, RewardSettings]:
+        """What scores training (the name "") and each evaluation, with its own judges if any."""
+        own = {block.name: dict(block.reward or {}) for block in self.evals}
+        return {name: self.reward.model_copy(update=new) for name, new in {"": {}, **own}.items()}
+
+    @property
+    def num_held_out_tasks(self) -> int:
+        """Generated tasks that are kept for evaluations."""
+        return max((block.num_prompts for block in self.evals if block.data == TASKS), default=0)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt with the longest completion, of training and all evaluations."""
+        own = [block.sampling.max_completion_tokens or 0 for block in self.evals]
+        return self.data.max_prompt_tokens + max(self.sampling.max_completion_tokens, *own, 0)
+
+    @property
+    def min_groups(self) -> int:
+        """The fewest groups of a batch: one for each rank and minibatch."""
+        return self.launch.learners * self.algo.minibatches
 
     @property
     def canary_tolerance(self) -> float:
@@ -431,9 +595,14 @@ class Config(Room):
         return self.weights.canary_tolerance or (1e-3 if self.model.dtype == "float32" else 0.5)
 
 
+def preset_files() -> dict[str, Path]:
+    """The settings files that come with asyncgrpo, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.toml"))}
+
+
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Reads a TOML file, then applies `room.key=value` overrides (values are TOML, or text)."""
-    raw = _read_toml(Path(path)) if path is not None else {}
+    """Reads TOML, a preset or a config.json, then applies `room.key=value` (TOML, or text)."""
+    raw = _read_file(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(raw, override)
     return from_mapping(raw)
@@ -441,23 +610,26 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
     """Builds a Config from nested dicts; ConfigError names each wrong key, value and remedy."""
+    settings, notices = translate(raw, {room: _fields_at((room,)) for room in Config.model_fields})
+    for notice in notices:
+        log.warning("%s", notice)
     try:
-        return Config.model_validate(_rename_aliases(raw))
+        return Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        near = sorted(str(found) for found in path.parent.glob("*.toml")) if path.parent else []
-        raise ConfigError(
-            f"config file {path} does not exist"
-            + (f"; there are: {', '.join(near)}" if near else "; give --config FILE.toml")
-        )
+        path = preset_files().get(str(path), path)
+    if not path.is_file():
+        near = [*sorted(str(found) for found in path.parent.glob("*.toml")), *preset_files()]
+        raise ConfigError(f"config file {path} does not exist; there are: {', '.join(near)}")
+    kind, loads = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+        return dict(loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config file {path} is not valid {kind}: {error}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -468,46 +640,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # bare words are text: --set actor.engine=toy
-    *parents, last = key.strip().split(".")
-    place = raw
-    for parent in parents:
-        place = place.setdefault(parent, {})
+    keys = key.strip().split(".")
+    place: Any = raw
+    while len(keys) > 1:
+        name = keys.pop(0)
+        if place.get(name) is None:  # none in a config.json: a section that is not set
+            place[name] = {}
+        place = place[name]
+        if isinstance(place, list):
+            if len(keys) < 2 or keys[0] not in map(str, range(len(place))):
+                raise ConfigError(
+                    f"--set {override!r}: {name} is a list of {len(place)} tables; write "
+                    f"{name}.0.{keys[-1]} for the first of them"
+                )
+            place = place[int(keys.pop(0))]
         if not isinstance(place, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-    place[last] = value
-
-
-def _rename_aliases(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves foreign names to ours, wherever they stand; ours wins over nothing else silently."""
-    renamed: dict[str, Any] = {}
-    moves: list[tuple[str, str, Any]] = []
-    for room, content in raw.items():
-        if not isinstance(content, Mapping):
-            if room in ALIASES:
-                moves.append((room, ALIASES[room], content))
-            else:
-                renamed[room] = content
-            continue
-        known = _room_fields(room)
-        renamed[room] = {}
-        for key, value in content.items():
-            if key in ALIASES and key not in known:
-                moves.append((f"{room}.{key}", ALIASES[key], value))
-            else:
-                renamed[room][key] = value
-    for foreign, ours, value in moves:
-        room, key = ours.split(".")
-        place = renamed.setdefault(room, {})
-        if key in place:
-            raise ConfigError(f"{foreign} means {ours}, which is set too; keep only {ours}")
-        log.warning("setting %s is called %s here; taken as %s=%r", foreign, ours, ours, value)
-        place[key] = value
-    return renamed
-
-
-def _room_fields(room: str) -> Mapping[str, Any]:
-    field = Config.model_fields.get(room)
-    return field.annotation.model_fields if field is not None else {}  # type: ignore[union-attr]
+            raise ConfigError(f"--set {override!r}: {name} is a value, not a section")
+    place[keys[0]] = value
 
 
 def _fields_at(location: tuple[Any, ...]) -> Mapping[str, Any]:
@@ -529,7 +678,7 @@ def _rooms_in(annotation: Any) -> list[Any]:
 
 def _explain(item: Any) -> str:
     """One pydantic error as: which setting, its value, what is allowed, what to change."""
-    location = tuple(part for part in item["loc"] if part not in (TEXT, TABLES))
+    location = tuple(part for part in item["loc"] if part not in (TEXT, TABLE, TABLES))
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         known = list(_fields_at(location[:-1]))
@@ -538,17 +687,23 @@ def _explain(item: Any) -> str:
             hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
         else:
             home = [
-                f"{r}.{location[-1]}"
-                for r in Config.model_fields
-                if location[-1] in _room_fields(r)
+                f"{room}.{location[-1]}"
+                for room in Config.model_fields
+                if location[-1] in _fields_at((room,))
             ]
             hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
+    field = _fields_at(location[:-1]).get(location[-1]) if location else None
+    if item["type"] == "tuple_type":
+        tables = field is not None and _rooms_in(field.annotation)
+        message = "Input should be a list" + " of tables" * bool(tables)
     if not location:
         return str(message)
+    if item["type"] == "model_type":
+        message = "it must be a section with settings, such as {name = value}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
-    described = getattr(_fields_at(location[:-1]).get(location[-1]), "description", None)
+    described = getattr(field, "description", None)
     about = f" ({key} is: {described})" if described else ""
     return f"{key}={item['input']!r} is not allowed: {message}{about}"

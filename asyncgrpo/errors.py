@@ -3,14 +3,17 @@
     AsyncGRPOError
     ├── BadInput                what the user gave cannot work; exit code 2
     │   ├── ConfigError         a setting: unknown, wrong type, out of range, contradictory
-    │   ├── DataError           a data file: missing, malformed (with its line number)
+    │   ├── DataError           a data file: malformed (with its line number)
+    │   │   └── AbsentData      .. or not on this machine; a dry run goes on without it
     │   ├── ModelError          a model folder: no config, no tokenizer, no weights, unsupported
+    │   │   └── AbsentModel     .. or a hub name that is not on this machine
     │   ├── RewardError         a reward function: not found, raises, wrong count, not finite
     │   └── AlgorithmError      a user's loss, correction .. returns something of the wrong shape
     └── RunError                something broke while running; exit code 3
         ├── RoleFailed          a process ended that should not have
         ├── PeerTimeout         a peer did not answer within its deadline (it is named)
         ├── WireError           a message that does not follow the schema
+        ├── CheckpointError     a checkpoint cannot be written, or is not as it was written
         ├── StalenessError      a token past the staleness bound reached the learner
         ├── EngineError         the inference engine refused or lost something
         ├── WeightsError        weights were not what they should be after a broadcast
@@ -44,8 +47,16 @@ class DataError(BadInput):
     """A data file is missing or malformed."""
 
 
+class AbsentData(DataError):
+    """A data file or data set is not on this machine."""
+
+
 class ModelError(BadInput):
     """A model folder is missing or incomplete, or its architecture is not supported."""
+
+
+class AbsentModel(ModelError):
+    """A model of the hub is not on this machine."""
 
 
 class RewardError(BadInput):
@@ -74,6 +85,10 @@ class PeerTimeout(RunError):
 
 class WireError(RunError):
     """A message does not follow the schema."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be written, or does not fit or hold."""
 
 
 class StalenessError(RunError):

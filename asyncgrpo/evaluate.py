@@ -1,25 +1,33 @@
-"""Accuracy on held-out prompts at one fixed policy version."""
+"""Accuracy, pass@k, reward and length on held-out prompts at one fixed policy version."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from asyncgrpo.config import EvalSettings
 from asyncgrpo.types import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """One evaluation. Shares are of the prompts that were answered."""
+    """One evaluation. Shares and means are over the prompts that were answered."""
 
+    name: str
     version: int
     num_prompts: int
     num_answered: int  # fewer than num_prompts when an actor died on the way
-    accuracy: float
+    num_samples: int  # completions per prompt
+    temperature: float
+    accuracy: float  # share of all completions
+    pass_at_k: dict[str, float]  # "4" -> mean over prompts
     reward_mean: float
     mean_tokens: float
-    accuracy_by_source: dict[str, float] = field(default_factory=dict)
+    truncated_share: float  # of all completions
+    accuracy_by_source: dict[str, float]
+    seconds: float
 
     def as_fields(self) -> dict[str, Any]:
         """Plain values, for the wire and for JSON."""
@@ -31,32 +39,53 @@ def is_correct(scores: Sequence[float], correct_above: float) -> list[bool]:
     return [bool(score > correct_above) for score in scores]
 
 
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Probability that one of k samples is correct, estimated from n >= k of which c are.
+
+    The share of all k-subsets of the n that hold a correct one, 1 - C(n-c, k) / C(n, k): unbiased
+    (Chen et al. 2021, arXiv:2107.03374, eq. 1). Whole numbers until the one division: exact.
+    """
+    subsets = math.comb(num_samples, k)
+    return (subsets - math.comb(num_samples - num_correct, k)) / subsets
+
+
 def summarise(
-    groups: Iterable[Group], *, version: int, num_prompts: int, correct_above: float
+    groups: Iterable[Group],
+    block: EvalSettings,
+    *,
+    version: int,
+    num_prompts: int,
+    correct_above: float,
+    seconds: float,
 ) -> EvalReport:
     """Averages over all completions of the groups; 0.0 where there is nothing to average."""
+    groups = list(groups)
+    first_parts = [next(iter(group.reward_parts.values())).tolist() for group in groups]
+    correct = [is_correct(scores, correct_above) for scores in first_parts]
     by_source: dict[str, list[bool]] = {}
-    rewards: list[float] = []
-    tokens: list[int] = []
-    answered = 0
-    for group in groups:
-        first_part = next(iter(group.reward_parts.values()))
-        right = is_correct([float(score) for score in first_part], correct_above)
+    for group, right in zip(groups, correct, strict=True):
         by_source.setdefault(group.lease.prompt.data_source, []).extend(right)
-        rewards += [float(reward) for reward in group.rewards]
-        tokens += [len(completion.token_ids) for completion in group.completions]
-        answered += 1
-    everything = [right for rights in by_source.values() for right in rights]
+    completions = [completion for group in groups for completion in group.completions]
     return EvalReport(
+        name=block.name,
         version=version,
         num_prompts=num_prompts,
-        num_answered=answered,
-        accuracy=_mean(everything),
-        reward_mean=_mean(rewards),
-        mean_tokens=_mean(tokens),
+        num_answered=len(groups),
+        num_samples=block.num_samples,
+        temperature=block.sampling.temperature,
+        accuracy=_mean([right for rights in correct for right in rights]),
+        pass_at_k={
+            str(k): _mean([pass_at_k(len(right), sum(right), k) for right in correct])
+            for k in block.k
+        },
+        reward_mean=_mean([reward for group in groups for reward in group.rewards.tolist()]),
+        mean_tokens=_mean([len(completion.token_ids) for completion in completions]),
+        truncated_share=_mean([c.finish_reason == "length" for c in completions]),
         accuracy_by_source={name: _mean(by_source[name]) for name in sorted(by_source)},
+        seconds=seconds,
     )
 
 
 def _mean(values: Sequence[float]) -> float:
-    return float(sum(values)) / len(values) if values else 0.0
+    """Exactly rounded, so that it does not depend on the order in which answers arrived."""
+    return math.fsum(values) / len(values) if values else 0.0

@@ -60,6 +60,7 @@ class Lease:
     purpose: Purpose
     version: int  # train: the version the actor held when it asked; eval: the one to evaluate
     deadline_seconds: float  # after this long without the group the lease expires
+    block: str = ""  # eval: name of the evaluation, whose reward scores it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,16 @@ class Group:
     def oldest_version(self) -> int:
         """The oldest policy version that sampled any token of the group."""
         return min(int(c.versions.min()) for c in self.completions if len(c.versions))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedGroup:
+    """A group that was trained or dropped, for the record of samples."""
+
+    group: Group
+    status: Literal["trained", "filtered", "evicted"]
+    reason: str = ""  # of a dropped one, such as all_wrong or stale
+    advantages: Float32 | None = None  # [G] of a trained one, as the learner computed them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

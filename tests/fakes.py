@@ -87,5 +87,5 @@ class CountingPrompts:
     def epoch(self, position: int) -> None:
         """Numbered prompts never repeat."""
 
-    def held_out(self, num: int) -> tuple[Prompt, ...]:
+    def held_out(self, num: int, block: str = "held-out") -> tuple[Prompt, ...]:
         return tuple(make_prompt(1_000_000 + i) for i in range(num))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from trl_standin import MAX_TOKENS, Measured, Sample
 
-from asyncgrpo.config import AlgoSettings
+from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.inputs import LossInputs, Totals
 from asyncgrpo.learner.objective import objective
 

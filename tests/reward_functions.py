@@ -18,6 +18,11 @@ def sleepy(prompts, completions, **columns):
     return [1.0 for _ in completions]
 
 
+def silent(prompts, completions, **columns):
+    """Applies to nothing."""
+    return [None for _ in completions]
+
+
 def deadly(prompts, completions, **columns):
     """Takes its whole process down when a completion asks for it."""
     if any("die" in text for text in completions):

@@ -83,6 +83,10 @@ class FakeClient:
         self.inbox.clear()
         return arrived
 
+    def call(self, packet, timeout_seconds):
+        self.sent.append(packet)
+        return Packet(kind="noted")
+
     def of(self, kind):
         return [packet for packet in self.sent if packet.kind == kind]
 
@@ -121,7 +125,7 @@ class Stage:
         self.engine, self.client, self.receiver = FakeEngine(steps), FakeClient(), FakeReceiver()
         self.time = 0.0
         rewards = {"functions": [{"use": use}], **rooms.get("reward", {})}
-        judge = InlineJudge(RewardSettings.model_validate(rewards))
+        judge = InlineJudge({"": RewardSettings.model_validate(rewards)})
         self.loop = ActorLoop(
             "actor-0",
             config,
@@ -350,3 +354,21 @@ def test_groups_on_their_way_count_as_held_until_they_are_acknowledged():
     stage.tick(3)
     introduce(stage, 0, life=3)
     assert sorted(stage.client.of("hello")[-1].fields["leases"]) == ["t2", "t3", "t4", "t5"]
+
+
+def test_an_actor_that_leaves_hands_back_what_it_samples_and_delivers_what_it_has():
+    stage = Stage(steps=3).with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick(3)
+    stage.client.grant(make_lease(2), make_lease(3))
+    stage.tick(1)
+    stage.client.grant(make_lease(4))  # on its way when the actor decides to leave
+    puts = len(stage.client.of("put"))
+    stage.client.inbox += [Packet(kind="stored", request_id=i + 1) for i in range(40)]
+    stage.loop.leave(5.0)
+    assert puts == len(stage.client.of("put")) == 1
+    handed_back = [dict(packet.fields) for packet in stage.client.of("fail")]
+    assert handed_back == [
+        {"lease_id": f"t{i}", "reason": "handed_back", "retry": True} for i in (2, 3, 4)
+    ]
+    assert stage.client.sent[-1].kind == "bye"

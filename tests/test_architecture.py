@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
-    5: ("cli", "serial", "launch", "data.commands", "buffer.commands"),
+    5: (
+        *("cli", "chat", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
+        *("data.commands", "observe.commands", "buffer.commands"),
+    ),
     4: (
         "actor.loop",
         "actor.process",
@@ -36,6 +39,7 @@ FLOORS = {
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
+        "learner.lora",
         "learner.reference",
         "weights.flat",
         "weights.local",
@@ -52,11 +56,12 @@ FLOORS = {
         "learner",
         "weights",
         "evaluate",
+        "reference",
         "rundir",
         "observe",
     ),
-    1: ("config", "algo", "algorithms", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "room"),
+    1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
+    0: ("errors", "types", "imports", "packing", "room"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {
@@ -65,6 +70,7 @@ HEAVY = {
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets",),
     "sqlite3": ("buffer.ledger",),
+    "peft": ("learner.lora",),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

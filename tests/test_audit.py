@@ -25,8 +25,7 @@ def halted(tmp_path_factory):
     run = Killed(5, folder, kill_share=0.004, run={"max_steps": 8}, data={"epochs": 20})
     endpoints = Endpoints(buffer="", weights="", store=("", 0))
     RunDir(path=folder, config=run.config, endpoints=endpoints).write()
-    write = TrajectoryWriter(folder)
-    run.record = lambda step, groups: write(step, groups)
+    run.record = TrajectoryWriter(folder, run.config)
     run.core = run.new_core()
     while run.core.step < 6 or len(run.core.replay) < 3:
         run.act()
@@ -49,12 +48,13 @@ def spoilt(halted, folder, sql="", edit=None):
 
 
 def change_row(change):
-    """Edits the first row of step 2 with a function from the row to rows."""
+    """Edits the last row of step 2, which is trained, with a function from the row to rows."""
 
     def edit(folder):
         file = folder / "step_2.jsonl"
-        first, *others = map(json.loads, file.read_text().splitlines())
-        file.write_text("".join(json.dumps(row) + "\n" for row in [*change(first), *others]))
+        *others, last = map(json.loads, file.read_text().splitlines())
+        assert last["status"] == "trained"
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*others, *change(last)]))
 
     return edit
 
@@ -127,7 +127,7 @@ def test_the_audit_of_a_killed_run_is_green_and_shows_what_is_open(halted):
     assert "6 steps trained" in result.output
     for state in ("open", "stored", "trained", "filtered"):
         assert f" {state}" in result.output
-    assert "filtered completions are 0% shorter than trained ones" in result.output
+    assert re.search(r"filtered completions are \d+% (short|long)er than trained", result.output)
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -143,7 +143,7 @@ def test_the_audit_finds(lie, halted, tmp_path):
 
 def test_the_same_prompt_trained_at_two_steps_of_the_trajectories_is_found(halted, tmp_path):
     def copy_row(folder):
-        row = (folder / "step_2.jsonl").read_text().splitlines()[0]
+        row = (folder / "step_2.jsonl").read_text().splitlines()[-1]
         with (folder / "step_3.jsonl").open("a") as file:
             file.write(row + "\n")
 

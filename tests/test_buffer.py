@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from fakes import CountingPrompts, make_group, make_lease
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.gate import Gate, TokenGate
 from asyncgrpo.buffer.leases import STATES, lease_seed
 from asyncgrpo.buffer.replay import Replay, deal
 from asyncgrpo.buffer.staleness import past_bound
@@ -34,7 +35,7 @@ def config_of(**rooms):
         "eval": {"num_prompts": 5},
     }
     for room, values in rooms.items():
-        base[room] = {**base.get(room, {}), **values}
+        base[room] = values if isinstance(values, list) else {**base.get(room, {}), **values}
     return from_mapping(base)
 
 
@@ -70,6 +71,57 @@ def test_a_publish_interval_that_would_deadlock_is_refused_with_the_numbers():
         gate(publish_every=4)
 
 
+def group_of(ticket, tokens):
+    return make_group(make_lease(ticket), versions=[[0] * (tokens - 1), [0]])
+
+
+@given(st.lists(st.sampled_from(["issue", "arrive", "lose", "form"]), max_size=60))
+def test_a_gate_that_counts_tokens_is_the_gate_of_groups_when_all_are_alike(events):
+    """Six groups of ten tokens are sixty tokens: both gates let the same number start."""
+    replay = Replay("arrival")
+    plain = gate(groups_per_step=6)
+    limits = {"groups_per_step": 6, "max_staleness": 2, "max_steps": 100, "publish_every": 1}
+    in_tokens = TokenGate(replay, tokens_per_step=60, min_groups=2, **limits)
+    being_made = ticket = version = 0
+    for event in events:
+        if event == "issue" and plain.open_for(version):
+            being_made += 1
+            for each in (plain, in_tokens):
+                each.issue(version)
+        elif event == "arrive" and being_made:
+            being_made, ticket = being_made - 1, ticket + 1
+            replay.add(ticket, group_of(ticket, 10))
+        elif event == "lose" and being_made:
+            being_made -= 1
+            for each in (plain, in_tokens):
+                each.give_back()
+        elif event == "form" and len(replay) >= replay.count_for(60, 2):
+            assert len(replay.take(replay.count_for(60, 2))) == 6
+            version += 1
+            for each in (plain, in_tokens):
+                each.formed(6)
+        for asked in range(version + 1):
+            assert in_tokens.open_for(asked) == plain.open_for(asked)
+
+
+def test_a_gate_that_counts_tokens_learns_how_long_groups_are():
+    replay = Replay("arrival")
+    limits = {"groups_per_step": 8, "max_staleness": 0, "max_steps": 100, "publish_every": 1}
+    in_tokens = TokenGate(replay, tokens_per_step=80, min_groups=2, **limits)
+    assert in_tokens.open_for(0) == 8  # the guess
+    for _ in range(4):
+        in_tokens.issue(0)
+    for ticket in range(4):
+        replay.add(ticket, group_of(ticket, 40))
+    assert replay.count_for(80, 2) == 2
+    replay.take(2)
+    in_tokens.formed(2)
+    assert in_tokens.open_for(0) == 0
+    replay.take(2)
+    in_tokens.formed(2)
+    assert in_tokens.open_for(2) == 4  # ceil(80 / mean), mean (80 + 160) / (8 + 4) = 20
+
+
 # -- staleness ----------------------------------------------------------------------------------
 
 
@@ -101,6 +153,15 @@ def test_ticket_order_waits_for_earlier_open_work():
     assert [stored.ticket for stored in replay.take(2)] == [2, 3]
 
 
+def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_the_store():
+    replay = Replay("ticket")
+    for ticket, tokens in ((3, 50), (1, 4), (2, 7)):
+        replay.add(ticket, group_of(ticket, tokens))
+    counted = {(11, 1): 2, (12, 1): 3, (4, 1): 1, (4, 2): 2, (61, 1): 3, (62, 1): 4, (1, 4): 4}
+    for (tokens, groups), count in counted.items():
+        assert replay.count_for(tokens, groups) == count
+
+
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=24), st.integers(1, 4))
 def test_dealing_loses_nothing_and_balances_tokens(lengths, world_size):
     groups = [make_group(make_lease(i), versions=[[0] * n, [0] * n]) for i, n in enumerate(lengths)]
@@ -122,6 +183,20 @@ def test_seeds_of_leases_differ_and_repeat():
 # -- the whole core -----------------------------------------------------------------------------
 
 
+def number_of(group):
+    return int(group.lease.lease_id[1:])
+
+
+def trained_packet(step, groups, world_size=2):
+    """What rank 0 tells: advantages by which a group and its completions can be recognised."""
+    values = [number_of(group) + sample for group in groups for sample in range(2)]
+    return Packet(
+        kind="trained",
+        fields={"step": step, "world_size": world_size},
+        arrays=(np.array(values, np.float32),),
+    )
+
+
 class Simulation:
     """Actors and two learner ranks against a real core, scheduled by a seeded random choice."""
 
@@ -129,6 +204,7 @@ class Simulation:
         self.random = random.Random(seed)
         self.config = config_of(**rooms)
         self.trained: dict[int, list] = {}
+        self.dropped: list[tuple] = []
         self.core = self.new_core()
         self.now = 0.0
         self.ids = Counter()
@@ -147,9 +223,16 @@ class Simulation:
     def new_core(self):
         return BufferCore(self.config, CountingPrompts(), self.record)
 
-    def record(self, step, groups):
-        assert step not in self.trained, "a step was recorded twice"
-        self.trained[step] = list(groups)
+    def record(self, step, ended):
+        assert step == self.core.step
+        for each in ended:
+            if each.status == "trained":
+                self.trained.setdefault(step, []).append(each.group)
+                assert each.advantages.tolist() == [
+                    number_of(each.group) + sample for sample in range(2)
+                ]
+            else:
+                self.dropped.append((each.group, each.status, each.reason))
 
     def peer(self, actor):
         return f"{actor}.{self.lives[actor]}"
@@ -216,7 +299,10 @@ class Simulation:
             self.send(peer, "fail", lease_id=lease.lease_id, reason="reward_lost", retry=True)
             return
         newest = max(lease.version, self.held[actor])
-        spans = [sorted(self.random.choices([lease.version, newest], k=3)) for _ in range(2)]
+        spans = [
+            sorted(self.random.choices([lease.version, newest], k=self.random.randint(1, 9)))
+            for _ in range(2)
+        ]
         uniform = self.random.random() < self.uniform_share
         scores = [1.0, 1.0] if uniform else [1.0, -1.0]
         group = make_group(lease, versions=spans, scores=scores, actor=actor)
@@ -235,7 +321,7 @@ class Simulation:
             before = [g.lease.lease_id for g in shards[0].groups]
             self.send("learner-0", "take", step=step, rank=0, world_size=2)
             assert [g.lease.lease_id for g in self.shards[step][0].groups] == before
-            self.send("learner-0", "trained", step=step)
+            self.post("learner-0", trained_packet(step, shards[0].groups + shards[1].groups))
             if (step + 1) % self.config.weights.publish_every == 0:
                 self.published = step + 1
 
@@ -253,6 +339,26 @@ SCHEDULES = {
     "mask": {"buffer": {"staleness_action": "mask"}},
     "on_policy": {"buffer": {"max_staleness": 0}},
     "rare_publish": {"weights": {"publish_every": 3}},
+    **{
+        f"tokens_{name}": {"run": {"max_steps": 5}, "buffer": {"tokens_per_step": 45, **buffer}}
+        for name, buffer in {
+            "as_guessed": {},
+            "more_than_guessed": {"groups_per_step": 2},
+            "less_than_guessed": {"groups_per_step": 40},
+            "on_policy": {"max_staleness": 0},
+            "in_order": {"order": "ticket"},
+        }.items()
+    },
+    "tokens_rare_publish": {
+        "run": {"max_steps": 6},
+        "buffer": {"tokens_per_step": 45},
+        "weights": {"publish_every": 3},
+    },
+    "tokens_of_the_fewest_groups": {
+        "run": {"max_steps": 5},
+        "buffer": {"tokens_per_step": 1, "groups_per_step": 8, "max_staleness": 0},
+        "algo": {"minibatches": 4},
+    },
 }
 
 
@@ -265,14 +371,32 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     bound, action = run.config.buffer.max_staleness, run.config.buffer.staleness_action
     used = Counter()
     for step, groups in run.trained.items():
-        assert len(groups) == run.config.buffer.groups_per_step
+        assert_batch_size(groups, run.config)
         for group in groups:
             used[group.lease.lease_id] += 1
             oldest = [step - int(c.versions.min()) for c in group.completions]
             newest = [step - int(c.versions.max()) for c in group.completions]
             assert (max(oldest) if action == "drop" else min(newest)) <= bound
+    assert run.core.replay.num_tokens == sum(
+        stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
+    )
+    used.update(group.lease.lease_id for group, _, _ in run.dropped)
     assert set(used.values()) == {1}
+    reasons = run.core.leases.reasons
+    expected = {r: n for r, n in reasons.items() if r.startswith(("filtered", "evicted"))}
+    assert Counter(f"{status}/{reason}" for _, status, reason in run.dropped) == expected
     assert sorted(run.trained) == list(range(run.config.run.max_steps))
+
+
+def assert_batch_size(groups, config):
+    """So many groups; or the fewest, one for each rank and minibatch, that hold so many tokens."""
+    tokens, fewest = config.buffer.tokens_per_step, config.min_groups
+    if tokens is None:
+        assert len(groups) == config.buffer.groups_per_step
+        return
+    assert sum(group.num_tokens for group in groups) >= tokens
+    assert len(groups) >= fewest
+    assert len(groups) == fewest or sum(group.num_tokens for group in groups[:-1]) < tokens
 
 
 def test_ticket_order_never_evicts():
@@ -282,7 +406,7 @@ def test_ticket_order_never_evicts():
 
 
 def test_a_prompt_whose_actor_died_is_handed_out_again():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
 
     def ask(peer, kind, **fields):
         return core.handle(peer, Packet(kind=kind, request_id=1, fields=fields), 0.0)
@@ -297,8 +421,41 @@ def test_a_prompt_whose_actor_died_is_handed_out_again():
     assert core.leases.reasons["expired/actor_restarted"] == 2
 
 
-def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
+def test_an_actor_that_says_goodbye_leaves_nothing_open():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+
+    def tell(kind, **fields):
+        packet = Packet(kind=kind, request_id=1, fields=fields)
+        return [reply for _, reply in core.handle("actor-0.1", packet, 0.0)]
+
+    tell("hello", actor="actor-0")
+    granted, *_ = tell("lease", version=0, max=2)
+    first = lease_from(granted.fields["leases"][0]).lease_id
+    tell("fail", lease_id=first, reason="handed_back", retry=True)
+    assert tell("bye", actor="actor-0") == [Packet(kind="noted", request_id=1)]
+    assert core.leases.counts["open"] == 0
+    assert core.leases.reasons == {"failed/handed_back": 1, "expired/actor_left": 1}
+    tell("hello", actor="actor-1")
+    again, *_ = tell("lease", version=0, max=3)
+    ids = [lease_from(fields).prompt.prompt_id for fields in again.fields["leases"]]
+    assert sorted(ids) == ["p0", "p1", "p2"]
+
+
+def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_rank():
+    run = Simulation(3)
+    run.core.handle("rank-0", Packet(kind="stop", request_id=9), 0.0)
+    takes = []
+    for rank in (0, 1):
+        fields = {"step": 0, "rank": rank, "world_size": 2}
+        request = Packet(kind="take", request_id=10, fields=fields)
+        takes += [reply.kind for _, reply in run.core.handle(f"rank-{rank}", request, 1.0)]
+    assert takes == ["stopped", "stopped"]
+    request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
+    assert run.core.handle("actor-0.0", request, 2.0) == []
+
+
+def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     for peer in ("a.1", "b.1"):
         core.handle(peer, Packet(kind="hello", fields={"actor": peer[0]}), 0.0)
         fields = {"version": 0, "max": 12}
@@ -310,7 +467,7 @@ def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
 
 
 def test_a_lease_past_its_deadline_expires_and_a_late_group_is_not_stored():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     core.handle("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}), 0.0)
     request = Packet(kind="lease", request_id=2, fields={"version": 0, "max": 1})
     (_, granted), *_ = core.handle("a.1", request, 0.0)
@@ -325,7 +482,7 @@ def test_a_lease_past_its_deadline_expires_and_a_late_group_is_not_stored():
 
 def test_finite_prompts_end_with_a_smaller_batch_and_then_exhausted():
     config = config_of(run={"max_steps": 50}, launch={"learners": 1})
-    core = BufferCore(config, CountingPrompts(limit=6), lambda step, groups: None)
+    core = BufferCore(config, CountingPrompts(limit=6), lambda step, ended: None)
 
     def ask(peer, packet):
         return [answer for _, answer in core.handle(peer, packet, 0.0)]
@@ -340,16 +497,16 @@ def test_finite_prompts_end_with_a_smaller_batch_and_then_exhausted():
         (answer,) = ask("learner-0", Packet(kind="take", request_id=9 + step, fields=fields))
         sizes.append(len(groups_from(answer)) if answer.kind == "shard" else answer.kind)
         if answer.kind == "shard":
-            ask("learner-0", Packet(kind="trained", request_id=50, fields={"step": step}))
+            ask("learner-0", trained_packet(step, groups_from(answer), world_size=1))
     assert sizes == [4, 2, "exhausted"]
 
 
 def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     for i in (0, 1):
         fields = {"actor": f"actor-{i}"}
         core.handle(f"actor-{i}.1", Packet(kind="hello", request_id=1, fields=fields), 0.0)
-    request = Packet(kind="evaluate", request_id=3, fields={"version": 7})
+    request = Packet(kind="evaluate", request_id=3, fields={"version": 7, "blocks": ["held-out"]})
     pushed = core.handle("learner-0", request, 0.0)
     assert [peer for peer, _ in pushed] == ["actor-0.1", "actor-1.1"]
     replies = []
@@ -363,27 +520,155 @@ def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
             group = make_group(lease, versions=[[7, 7]], scores=[score])
             replies += core.handle(peer, group_packet("put", [group]), 0.0)
     assert [answer.kind for peer, answer in replies if peer == "learner-0"] == ["evaluating"]
-    wanted = Packet(kind="results", request_id=9, fields={"version": 7})
-    (_, report), *_ = core.handle("learner-0", wanted, 0.0)
-    assert report.fields["accuracy"] == pytest.approx(2 / 5)
-    assert report.fields["num_answered"] == 5
+    wanted = Packet(kind="results", request_id=9)
+    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
+    (report,) = answer.fields["reports"]
+    assert report["accuracy"] == pytest.approx(2 / 5)
+    assert report["num_answered"] == 5
     assert core.leases.num_training_leases() == 0
 
 
+BLOCKS = [
+    {"name": "greedy", "num_prompts": 3, "timeout_seconds": 50},
+    {
+        "name": "sampled",
+        "num_prompts": 4,
+        "num_samples": 2,
+        "k": 2,
+        "sampling": {"temperature": 0.6, "max_completion_tokens": 99},
+        "reward": {"functions": [{"use": "exact"}], "correct_above": 0.5},
+        "timeout_seconds": 200,
+    },
+]
+
+
+class Exam:
+    """A core with two evaluation blocks and two actors that know it."""
+
+    def __init__(self):
+        self.core = BufferCore(config_of(eval=BLOCKS), CountingPrompts(), lambda step, groups: None)
+        self.ids = Counter()
+        self.leases = {}
+        for i in (0, 1):
+            self.ask(f"actor-{i}.1", "hello", actor=f"actor-{i}")
+
+    def ask(self, peer, kind, now=0.0, **fields):
+        return self.post(peer, Packet(kind=kind, fields=fields), now)
+
+    def post(self, peer, packet, now=0.0):
+        self.ids[peer] += 1
+        numbered = Packet(
+            kind=packet.kind,
+            request_id=self.ids[peer],
+            fields=packet.fields,
+            arrays=packet.arrays,
+        )
+        answers = []
+        for receiver, answer in self.core.handle(peer, numbered, now):
+            assert answer.kind != "refused", answer.fields
+            if answer.kind == "evaluate":
+                new = [lease_from(fields) for fields in answer.fields["leases"]]
+                self.leases.setdefault(receiver, []).extend(new)
+            elif receiver == "learner-0":
+                answers.append(answer)
+        return answers
+
+    def of(self, block):
+        found = [(peer, x) for peer, leases in self.leases.items() for x in leases]
+        return [(peer, lease) for peer, lease in found if lease.block == block]
+
+    def answer(self, block, scores, now=0.0):
+        """Answers all prompts of a block with these scores."""
+        answers = []
+        for peer, lease in self.of(block):
+            spans = [[lease.version]] * lease.group_size
+            packet = group_packet("put", [make_group(lease, versions=spans, scores=scores)])
+            answers += self.post(peer, packet, now)
+        return answers
+
+
+def test_blocks_of_one_version_are_dealt_together_with_their_own_sampling():
+    exam = Exam()
+    assert exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"]) == []
+    assert {peer: len(leases) for peer, leases in exam.leases.items()} == {
+        "actor-0.1": 4,
+        "actor-1.1": 3,
+    }
+    greedy, sampled = ([x for _, x in exam.of(name)] for name in ("greedy", "sampled"))
+    assert {(x.group_size, x.sampling.temperature, x.version) for x in greedy} == {(1, 0.0, 5)}
+    assert {x.sampling.max_completion_tokens for x in greedy} == {16}
+    assert {(x.group_size, x.sampling.temperature) for x in sampled} == {(2, 0.6)}
+    assert {x.sampling.max_completion_tokens for x in sampled} == {99}
+    assert {x.purpose for x in (*greedy, *sampled)} == {"eval"}
+    # asked for again, nothing is handed out twice
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy"])
+    assert sum(map(len, exam.leases.values())) == 7
+
+
+def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
+    exam = Exam()
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
+    assert exam.ask("learner-0", "results") == []
+    assert exam.answer("greedy", [0.4], now=2.0) == []  # correct above 0, the run's own bound
+    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
+    assert [report["name"] for report in noted.fields["evaluations"]] == ["greedy"]
+    answers = exam.answer("sampled", [0.4, 0.6], now=3.0)  # correct above 0.5
+    assert [answer.kind for answer in answers] == ["evaluating", "reports"]
+    greedy, sampled = answers[-1].fields["reports"]
+    assert (greedy["accuracy"], greedy["pass_at_k"], greedy["seconds"]) == (1.0, {}, 2.0)
+    assert (sampled["accuracy"], sampled["pass_at_k"]) == (0.5, {"2": 1.0})
+    assert (sampled["num_prompts"], sampled["seconds"], sampled["version"]) == (4, 3.0, 5)
+    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
+    assert [report["name"] for report in noted.fields["evaluations"]] == ["sampled"]
+    assert exam.core.leases.num_training_leases() == 0
+
+
+def test_the_learner_goes_on_when_every_actor_has_accepted_or_is_late():
+    exam = Exam()
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
+    (first, one), (second, two) = exam.leases.items()
+    accepted = {"lease_ids": [lease.lease_id for lease in one], "refused": []}
+    assert exam.ask(first, "accept", **accepted) == []
+    refused = [lease.lease_id for lease in two]
+    (answer,) = exam.ask(second, "accept", lease_ids=refused, refused=refused)
+    assert (answer.kind, answer.request_id) == ("evaluating", 1)
+    exam.ask("learner-0", "evaluate", version=6, blocks=["greedy"])
+    assert [answer.kind for _, answer in exam.core.tick(15.0)] == []
+    assert [answer.kind for _, answer in exam.core.tick(15.1)] == ["evaluating"]
+
+
+def test_a_block_that_nobody_answers_ends_at_its_own_timeout():
+    exam = Exam()
+    exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
+    exam.core.tick(51.0)
+    (noted,) = exam.ask("learner-0", "trained", now=52.0, step=0, world_size=1)
+    (report,) = noted.fields["evaluations"]
+    assert (report["name"], report["num_answered"], report["num_prompts"]) == ("greedy", 0, 3)
+    exam.answer("sampled", [1.0, 1.0], now=199.0)
+    (noted,) = exam.ask("learner-0", "trained", now=199.0, step=0, world_size=1)
+    assert [r["num_answered"] for r in noted.fields["evaluations"]] == [4]
+
+
+def test_results_without_any_evaluation_are_empty_at_once():
+    (answer,) = Exam().ask("learner-0", "results")
+    assert answer.fields["reports"] == []
+
+
 def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     hello = {"actor": "actor-0"}
     core.handle("actor-0.1", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    core.handle("learner-0", Packet(kind="evaluate", request_id=2, fields={"version": 1}), 0.0)
+    asked = {"version": 1, "blocks": ["held-out"]}
+    core.handle("learner-0", Packet(kind="evaluate", request_id=2, fields=asked), 0.0)
     core.handle("actor-0.2", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    wanted = Packet(kind="results", request_id=3, fields={"version": 1})
-    (_, report), *_ = core.handle("learner-0", wanted, 0.0)
-    assert report.fields["num_answered"] == 0
-    assert report.fields["num_prompts"] == 5
+    wanted = Packet(kind="results", request_id=3)
+    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
+    (report,) = answer.fields["reports"]
+    assert (report["num_answered"], report["num_prompts"]) == (0, 5)
 
 
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     (_, answer) = core.handle("x", Packet(kind="dance", request_id=1), 0.0)[0]
     assert (answer.kind, answer.fields["reason"]) == ("refused", "unknown kind 'dance'")
     (_, answer) = core.handle("x", Packet(kind="take", request_id=2), 0.0)[0]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import ALIASES, Config, from_mapping, load_config
+from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.errors import ConfigError
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 WRONG = {
@@ -22,6 +19,19 @@ WRONG = {
     "data.tasks.modulos=3": ["unknown setting data.tasks.modulos", "data.tasks.modulus?"],
     "reward.functions=[{use='task', wieght=2}]": ["wieght", "did you mean", "weight?"],
     "learner.lr=fast": ["learner.lr='fast'", "valid number"],
+    "learner.lr=inf": ["learner.lr=inf", "finite number"],
+    "algo.entropy_coef=inf": ["algo.entropy_coef=inf", "finite number"],
+    "algo.correction_cap=nan": ["algo.correction_cap=nan", "greater than 0"],
+    "reward.correct_above=nan": ["reward.correct_above=nan", "finite number"],
+    "reward.functions=[{use='task', weight=nan}]": ["functions.0.weight=nan", "finite number"],
+    "learner.betas=[0.9, 1]": ["learner.betas.1=1", "less than 1"],
+    "data.tasks.long_tail=1000": ["long_tail=1000", "less than or equal to 5"],
+    "data.train=[{path='a', sample_ratio=1e308}]": ["sample_ratio=1e+308", "equal to 1000"],
+    "data.train=''": ["data.train=''", "at least 1 character"],
+    "launch.actors=1000000": ["launch.actors=1000000", "less than or equal to 1024"],
+    "data.train={path='a'}": ["data.train=", "a list of tables"],
+    "reward.functions=[3]": ["reward.functions.0=3"],
+    "algo.vespo.positive=3": ["algo.vespo.positive=3", "a list ("],
     "launch.actors=0": ["launch.actors=0", "greater than or equal to 1"],
     "launch.actors=two": ["launch.actors='two'", "valid integer"],
     "buffer.max_staleness=-1": ["buffer.max_staleness=-1", "greater than or equal to 0"],
@@ -40,6 +50,17 @@ WRONG = {
     "reward.error_value=-1": ["on_error='drop_group' with error_value=-1", "or neither"],
     "reward.on_error=ignore": ["reward.on_error='ignore'", "'drop_group', 'zero' or 'value'"],
     "reward.max_error_rate=2": ["reward.max_error_rate=2", "less than or equal to 1"],
+    "eval.evry=3": ["unknown setting eval.evry", "did you mean eval.every?"],
+    "eval.every=-1": ["eval.every=-1", "greater than or equal to 0"],
+    "eval=3": ["eval=3 is not allowed"],
+    "eval=[{num_sample=4}]": ["unknown setting eval.0.num_sample", "eval.0.num_samples?"],
+    "eval.k=0": ["eval.k.0=0", "greater than or equal to 1"],
+    "eval.name='a/b'": ["eval.name='a/b'", "match pattern"],
+    "eval.num_samples=4": ["num_samples=4 with sampling.temperature=0", "all the same"],
+    "eval={k=[1,4], num_samples=2, sampling={temperature=1}}": ["k=4 must be <= num_samples=2"],
+    "eval=[{data='a'}, {data='b'}]": ["two blocks are called 'held-out'", "another `name`"],
+    "eval.reward.functions=[{use='task'}, {use='task'}]": ["two are called 'task'"],
+    "eval.reward.workers=2": ["unknown setting eval.reward.workers"],
     "launch.metrics_port=99999": ["launch.metrics_port=99999", "65535"],
 }
 
@@ -72,20 +93,12 @@ def test_a_batch_may_be_given_in_completions():
     assert config.buffer.groups_per_step == 16
 
 
-@pytest.mark.parametrize("alias", ALIASES)
-def test_names_of_other_trainers_are_taken_with_a_notice(alias, caplog):
-    room, key = ALIASES[alias].split(".")
-    values = {"clip_low": 0.1, "clip_high": 0.5, "schedule": "linear", "kl": "k2"}
-    value = {**values, "minibatches": 4, "mask_truncated": True}.get(key, 512)
-    with caplog.at_level(logging.WARNING):
-        config = from_mapping({"algo": {alias: value}})
-    assert getattr(getattr(config, room), key) == value
-    assert ALIASES[alias] in caplog.text
-
-
-def test_an_alias_beside_its_own_name_is_refused():
-    with pytest.raises(ConfigError, match=r"means algo.group_size, which is set too"):
-        from_mapping({"algo": {"num_generations": 4, "group_size": 8}})
+def test_a_batch_has_one_unit():
+    config = load_config(None, ["buffer.tokens_per_step=65536", "algo.minibatches=4"])
+    assert (config.buffer.tokens_per_step, config.min_groups) == (65536, 8)
+    for other in ("buffer.groups_per_step=4", "buffer.tokens_per_step=100"):
+        with pytest.raises(ConfigError, match=r"completions_per_step=64 is 8 groups .* keep one"):
+            load_config(None, ["buffer.completions_per_step=64", other])
 
 
 def test_routes_take_the_place_of_the_default_functions_but_not_of_given_ones():
@@ -156,6 +169,74 @@ def test_tables_survive_the_resolved_dump():
     assert config.data.train[0].template.suffix == "Go."
 
 
-@pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", README, re.DOTALL))
-def test_the_settings_that_the_readme_shows_load(block):
-    assert isinstance(from_mapping(tomllib.loads(block)), Config)
+BLOCKS = """
+[data]
+eval = "held.jsonl"
+[sampling]
+max_completion_tokens = 64
+[reward]
+functions = ["gsm8k"]
+workers = 3
+[[eval]]
+[[eval]]
+name = "sampled"
+data = "tasks"
+num_prompts = 50
+num_samples = 8
+k = 8
+sampling = { temperature = 0.6, max_completion_tokens = 128 }
+reward = { functions = [{ use = "exact" }], correct_above = 0.5 }
+"""
+
+
+def test_evaluation_blocks_take_what_they_leave_out_from_other_rooms():
+    config = from_mapping(tomllib.loads(BLOCKS.replace('["gsm8k"]', '[{ use = "gsm8k" }]')))
+    plain, sampled = config.evals
+    assert (plain.name, plain.data, plain.num_samples, plain.k) == ("held-out", "held.jsonl", 1, ())
+    assert plain.sampling.temperature == 0
+    assert (sampled.data, sampled.k) == ("tasks", (8,))
+    assert config.num_held_out_tasks == 50
+    assert config.max_sequence_tokens == 256 + 128
+    names = {name: [f.use for f in reward.functions] for name, reward in config.rewards.items()}
+    assert names == {"": ["gsm8k"], "held-out": ["gsm8k"], "sampled": ["exact"]}
+    assert [r.correct_above for r in config.rewards.values()] == [0, 0, 0.5]
+    assert {r.workers for r in config.rewards.values()} == {3}
+    assert from_mapping(config.model_dump(mode="json")) == config
+
+
+def test_one_eval_table_is_one_block_and_overrides_reach_it():
+    config = load_config(
+        None, ["eval.every=5", "eval.k=[1, 2]", "eval.num_samples=2", "eval.sampling.temperature=1"]
+    )
+    (block,) = config.evals
+    assert (block.name, block.data, block.every, block.k) == ("held-out", "tasks", 5, (1, 2))
+
+
+def test_an_override_reaches_a_table_of_a_list_by_its_place(tmp_path):
+    path = tmp_path / "two.toml"
+    path.write_text('[[eval]]\n[[eval]]\nname = "b"\n')
+    assert [b.every for b in load_config(path, ["eval.1.every=3"]).eval] == [10, 3]
+    for override in ("eval.every=3", "eval.2.every=3", "eval.b.every=3"):
+        with pytest.raises(ConfigError, match=r"eval is a list of 2 tables; write eval.0.every"):
+            load_config(path, [override])
+    with pytest.raises(ConfigError, match=r"evaluate_step=3 means eval.every, but eval is no"):
+        load_config(path, ["evaluate_step=3"])
+
+
+@pytest.mark.parametrize("nothing", ["none", ""])
+def test_blocks_without_data_are_left_out_but_those_with_their_own_stay(nothing):
+    assert load_config(None, [f"data.eval='{nothing}'"]).evals == ()
+    own = load_config(None, [f"data.eval='{nothing}'", "eval=[{}, {name='a', data='tasks'}]"])
+    assert [(block.name, block.data) for block in own.evals] == [("a", "tasks")]
+    assert load_config(None, ["eval=[]"]).evals == ()
+
+
+def test_reward_functions_may_be_names():
+    for text in ("'task'", "['task']", "{use='task'}", "[{use='task'}]"):
+        config = load_config(None, [f"reward.functions={text}"])
+        assert [function.use for function in config.reward.functions] == ["task"]
+
+
+def test_what_bounds_something_may_be_infinite():
+    config = load_config(None, ["learner.max_grad_norm=inf", "algo.correction_cap=inf"])
+    assert config.learner.max_grad_norm == config.algo.correction_cap == float("inf")

@@ -69,6 +69,16 @@ def test_validate_finds_what_is_wrong_and_where(tmp_path, asyncgrpo, row):
     assert f"{path}: 1 problems in 3 records" in out
 
 
+def test_validate_finds_sources_that_no_route_of_the_settings_judges(tmp_path, asyncgrpo):
+    rows = [{**GOOD, "question": n, "data_source": n} for n in ("sums", "words")]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    code, out, _ = asyncgrpo("data", "validate", path, "--set", "reward.routes={sums='integer'}")
+    assert (code, "1 problems in 2 records" in out) == (1, True)
+    assert "'words' has no judge" in out
+    code, _, _ = asyncgrpo("data", "validate", path, "--set", "reward.routes={default='integer'}")
+    assert code == 0
+
+
 def test_validate_reports_everything_at_once(tmp_path, asyncgrpo):
     path = write(tmp_path / "rows.jsonl", GOOD, *FINDINGS)
     code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "sums")

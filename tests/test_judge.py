@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 from fakes import make_prompt
@@ -34,7 +35,7 @@ def pool():
     pools = []
 
     def start(use, **changes):
-        pools.append(JudgePool(settings(use, **changes)))
+        pools.append(JudgePool({"": settings(use, **changes)}))
         return pools[-1]
 
     yield start
@@ -45,7 +46,7 @@ def pool():
 def test_groups_are_scored_in_other_processes_like_inline(pool):
     workers, inline = (
         pool("reward_functions:vowels", workers=2),
-        InlineJudge(settings("reward_functions:vowels")),
+        InlineJudge({"": settings("reward_functions:vowels")}),
     )
     jobs = [job(i, "aeiou" * i, "xyz") for i in range(6)]
     for each in jobs:
@@ -53,6 +54,31 @@ def test_groups_are_scored_in_other_processes_like_inline(pool):
         inline.submit(each)
     expected = {v.lease_id: v.scores.rewards.tolist() for v in inline.done()}
     assert {n: v.scores.rewards.tolist() for n, v in collect(workers, 6).items()} == expected
+
+
+def test_an_evaluation_is_scored_by_its_own_reward(pool):
+    rewards = {"": settings("reward_functions:vowels"), "strict": settings("exact")}
+    workers, inline = JudgePool(rewards), InlineJudge(rewards)
+    jobs = [job(0, "aeio", "1"), replace(job(1, "aeio", "2"), block="strict")]
+    for each in jobs:
+        workers.submit(each)
+        inline.submit(each)
+    try:
+        for verdicts in (collect(workers, 2), {v.lease_id: v for v in inline.done()}):
+            assert verdicts["t0"].scores.rewards.tolist() == [0.25, 0.0]
+            assert verdicts["t1"].scores.rewards.tolist() == [0.0, 1.0]
+            assert list(verdicts["t1"].scores.parts) == ["exact"]
+    finally:
+        workers.close()
+
+
+def test_an_error_in_an_evaluation_scores_under_the_names_of_its_own_functions():
+    own = {"": settings("reward_functions:vowels"), "b": settings("reward_functions:silent")}
+    changes = {"on_error": "value", "error_value": -2.0}
+    judge = InlineJudge({name: each.model_copy(update=changes) for name, each in own.items()})
+    judge.submit(replace(job(1), block="b"))
+    (verdict,) = judge.done()
+    assert {n: part.tolist() for n, part in verdict.scores.parts.items()} == {"silent": [-2, -2]}
 
 
 def test_the_math_judge_keeps_time_in_a_worker_process(pool):
@@ -104,7 +130,7 @@ def test_a_lost_group_scores_what_on_error_says_and_still_names_the_cause(pool):
 
 
 def test_a_broken_function_scores_what_on_error_says_and_its_error_is_kept():
-    judge = InlineJudge(settings("reward_functions:raises", on_error="zero"))
+    judge = InlineJudge({"": settings("reward_functions:raises", on_error="zero")})
     judge.submit(job(1))
     (verdict,) = judge.done()
     assert verdict.scores.rewards.tolist() == [0.0, 0.0]
@@ -113,7 +139,7 @@ def test_a_broken_function_scores_what_on_error_says_and_its_error_is_kept():
 
 def test_a_group_of_an_unknown_source_fails_alone_even_when_errors_score():
     routes = {"routes": {"gsm": "gsm8k"}, "on_error": "zero"}
-    judge = InlineJudge(RewardSettings.model_validate(routes))
+    judge = InlineJudge({"": RewardSettings.model_validate(routes)})
     judge.submit(job(1))
     (verdict,) = judge.done()
     assert verdict.scores is None
@@ -129,7 +155,7 @@ def test_a_group_of_an_unknown_source_fails_alone_even_when_errors_score():
     ],
 )
 def test_a_broken_contract_is_a_verdict_that_says_what_is_wrong(use, said):
-    judge = InlineJudge(settings(use))
+    judge = InlineJudge({"": settings(use)})
     judge.submit(job(1))
     (verdict,) = judge.done()
     assert verdict.scores is None

@@ -16,7 +16,7 @@ from peer_cases import CLIPS, EQUAL, PLAIN, SEEDS, UNCAPPED, assert_same, our_lo
 from torch import Tensor
 from trl_standin import Measured, Sample, random_sample, released, their_loss, their_scoring
 
-from asyncgrpo.config import AlgoSettings
+from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.batch import pack
 
 pytestmark = pytest.mark.peer

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.cores import assign_cores, core_sharers
-from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
+from asyncgrpo.launch.plan import (
+    Host,
+    Plan,
+    Ports,
+    ProcessSpec,
+    lone_actor,
+    make_plan,
+    render_plan,
+)
 
 PORTS = Ports(buffer=5001, weights=5002, store=5003, rendezvous=5004)
 RUN_DIR = Path("/runs/one")
@@ -193,3 +201,15 @@ def test_the_launch_room_starts_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_lone_actor_takes_a_core_per_thread_or_one_gpu() -> None:
+    host = Host(cores=(2, 3, 5, 7), gpu_ids=("4", "6"))
+    alone = lone_actor(from_mapping({"actor": {"threads": 3}}), host)
+    assert alone.cores == (2, 3, 5)
+    assert alone.environment["OMP_NUM_THREADS"] == "3"
+    assert alone.environment["VLLM_CPU_OMP_THREADS_BIND"] == "2,3,5"
+    many = from_mapping({"launch": {"gpus": 8, "actors": 4, "learners": 4}})
+    assert lone_actor(many, host).environment["CUDA_VISIBLE_DEVICES"] == "4"
+    with pytest.raises(ConfigError, match=r"launch\.gpus=1 must be <= 0"):
+        lone_actor(many, Host(cores=(0,)))

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_actor_loop import FakeEngine, FakeReceiver
 
@@ -78,7 +79,10 @@ class Ranks:
             self.batches[self.step, rank] = seen
         if all((self.step, r) in self.batches for r in (0, 1)) and not self.telling:
             self.telling = True
-            self.clients[0].post(Packet(kind="trained", fields={"step": self.step}))
+            sizes = 3 * sum(len(self.batches[self.step, r]) for r in (0, 1))
+            fields = {"step": self.step, "world_size": 2}
+            arrays = (np.zeros(sizes, np.float32),)
+            self.clients[0].post(Packet(kind="trained", fields=fields, arrays=arrays))
 
 
 class Stage:
@@ -101,7 +105,8 @@ class Stage:
         self.run.write()
         self.log = (folder / "buffer.log").open("ab")
         (folder / "trajectories").mkdir()
-        (folder / "trajectories" / "step_0.jsonl").write_text("of a life that did not commit it")
+        row = {"lease_id": "t1", "status": "trained", "of": "a life that did not commit it"}
+        (folder / "trajectories" / "step_0.jsonl").write_text(json.dumps(row) + '\n{"cut": "sho')
         self.ranks, self.receivers, self.actors = Ranks(address), [], []
         for index in range(3):
             self.receivers.append(FakeReceiver())
@@ -118,7 +123,7 @@ class Stage:
             vocab_size=100,
             client=DealerClient(address, f"actor-{index}", "the buffer"),
             receiver=self.receivers[index],
-            judge=InlineJudge(self.run.config.reward),
+            judge=InlineJudge(self.run.config.rewards),
         )
 
     def start(self) -> None:
@@ -203,7 +208,10 @@ def kill_often(folder: Path, seed: int, kills: int, **rooms) -> Stage:
     assert {row["life"] for row in known.values()} == set(range(1, kills + 2))
     for step in range(stage.ranks.step):
         lines = (folder / f"trajectories/step_{step}.jsonl").read_text().splitlines()
-        leases = {json.loads(line)["lease_id"] for line in lines}
+        rows = [json.loads(line) for line in lines]
+        names = Counter((row["lease_id"], row["sample"]) for row in rows)
+        assert max(names.values()) == 1
+        leases = {row["lease_id"] for row in rows if row["status"] == "trained"}
         assert leases == {lease for r in (0, 1) for lease, _ in stage.ranks.batches[step, r]}
     return stage
 

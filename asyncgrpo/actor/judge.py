@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -21,6 +21,7 @@ from asyncgrpo.rewards.registry import RewardSet, Scores, load_rewards, lost_sco
 from asyncgrpo.types import Prompt
 
 MAX_TRIES = 2
+Settings = Mapping[str, RewardSettings]  # by block, as in Config.rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Job:
     lease_id: str
     prompt: Prompt
     texts: tuple[str, ...]
+    block: str = ""  # the evaluation whose reward scores them; "" = training's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,8 @@ class Judge(Protocol):
 class InlineJudge:
     """Scores in the caller's process: for `--serial` and tests."""
 
-    def __init__(self, settings: RewardSettings) -> None:
-        self._settings, self._rewards = settings, load_rewards(settings)
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._rewards = settings, _load(settings)
         self._verdicts: list[Verdict] = []
 
     def submit(self, job: Job) -> None:
@@ -77,10 +79,15 @@ class InlineJudge:
         """Holds nothing."""
 
 
-def _score(settings: RewardSettings, rewards: RewardSet, job: Job) -> Verdict:
+def _load(settings: Settings) -> dict[str, RewardSet]:
+    return {block: load_rewards(rewards) for block, rewards in settings.items()}
+
+
+def _score(settings: Settings, rewards: Mapping[str, RewardSet], job: Job) -> Verdict:
     start = time.perf_counter()
+    scores: Scores | None
     try:
-        scores = rewards.score(job.prompt, job.texts)
+        scores = rewards[job.block].score(job.prompt, job.texts)
         error = scores.errors[0] if scores.errors else ""
     except RewardError as failure:
         scores, error = _lost(settings, job), str(failure)
@@ -90,13 +97,13 @@ def _score(settings: RewardSettings, rewards: RewardSet, job: Job) -> Verdict:
     )
 
 
-def _lost(settings: RewardSettings, job: Job) -> Scores | None:
-    return lost_scores(settings, job.prompt, len(job.texts))
+def _lost(settings: Settings, job: Job) -> Scores | None:
+    return lost_scores(settings[job.block], job.prompt, len(job.texts))
 
 
-def _work(pipe: Connection, settings: RewardSettings) -> None:
+def _work(pipe: Connection, settings: Settings) -> None:
     """The worker's main loop; it ends when the actor's end of the pipe is gone."""
-    rewards = load_rewards(settings)
+    rewards = _load(settings)
     while True:
         try:
             job = pipe.recv()
@@ -108,7 +115,7 @@ def _work(pipe: Connection, settings: RewardSettings) -> None:
 class _Worker:
     """One process and the job it works on."""
 
-    def __init__(self, settings: RewardSettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, settings), daemon=True)
@@ -130,11 +137,10 @@ class _Worker:
 class JudgePool:
     """A Judge over `reward.workers` processes, each with one job at a time."""
 
-    def __init__(
-        self, settings: RewardSettings, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
-        self._workers = [_Worker(settings) for _ in range(settings.workers)]
+        self._timeout_seconds = settings[""].timeout_seconds
+        self._workers = [_Worker(settings) for _ in range(settings[""].workers)]
         self._queue: deque[Job] = deque()
         self._tries: dict[str, int] = {}
 
@@ -174,11 +180,11 @@ class JudgePool:
                 return verdict
         except (EOFError, OSError):
             return self._replace(index, worker, "the reward worker died")
-        if self._clock() - worker.since > self._settings.timeout_seconds:
+        if self._clock() - worker.since > self._timeout_seconds:
             return self._replace(
                 index,
                 worker,
-                f"no score within reward.timeout_seconds={self._settings.timeout_seconds:g}",
+                f"no score within reward.timeout_seconds={self._timeout_seconds:g}",
             )
         return None
 

@@ -29,9 +29,9 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
     cores = run.endpoints.cores.get(name)
     if cores:
         os.sched_setaffinity(0, cores)
-    judge = JudgePool(run.config.reward)  # first: its workers start while the engine loads
+    judge = JudgePool(run.config.rewards)  # first: its workers start while the engine loads
     tokenizer = load_tokenizer(run.config.model.path)
-    engine = _load_engine(run.config, index, restart, stop_token_ids(run.config, tokenizer))
+    engine = load_engine(run.config, stop_token_ids(run.config, tokenizer), index, restart)
     from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
 
     receiver = CollectiveReceiver(run.config, name, run.endpoints.weights)
@@ -53,6 +53,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
         if time.monotonic() - shown_at >= SHOW_SECONDS:
             exporter.show(loop.counters)
             shown_at = time.monotonic()
+    loop.leave(run.config.launch.grace_seconds / 2)  # the launcher waits as long as its grace
     judge.close()
     leave(0)
 
@@ -76,7 +77,8 @@ def stop_token_ids(config: Config, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
-def _load_engine(config: Config, index: int, restart: int, stop_ids: list[int]) -> Engine:
+def load_engine(config: Config, stop_ids: list[int], index: int = 0, restart: int = 0) -> Engine:
+    """The engine of the settings; the environment must be set before (launch/plan.py)."""
     seed = (config.run.seed + 1) * 10_007 + index * 101 + restart
     if config.actor.engine == "vllm":
         for noisy in ("vllm", "torch._library.triton"):  # that there is no Triton is no news here

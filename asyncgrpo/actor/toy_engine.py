@@ -40,7 +40,7 @@ class ToyEngine:
 
     def __init__(self, config: Config, model: Any, stop_token_ids: Sequence[int]) -> None:
         self._model = model.eval()
-        self._longest = config.data.max_prompt_tokens + config.sampling.max_completion_tokens
+        self._longest = config.max_sequence_tokens
         self._stop_token_ids = frozenset(stop_token_ids)
         self._requests: dict[str, _Request] = {}
         self._version = -1

@@ -19,8 +19,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from asyncgrpo.config import Config
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.types import Completion, Sampled, Sampling
+from asyncgrpo.types import Completion, FinishReason, Sampled, Sampling
 
+UNKNOWN = -2  # a version that no engine has; -1 are the weights of the model folder
 SPARE_SEQUENCES = 64  # beside the training groups: evaluations and canaries
 
 
@@ -30,14 +31,13 @@ class VllmEngine:
     def __init__(
         self, config: Config, model_path: str, seed: int, stop_token_ids: Sequence[int]
     ) -> None:
-        longest = config.data.max_prompt_tokens + config.sampling.max_completion_tokens
         args = EngineArgs(
             model=model_path,
             dtype=config.model.dtype,
             # Sampling is seeded per engine: two actors must never draw the same samples, and
             # per-request seeds can kill the CPU engine.
             seed=seed,
-            max_model_len=longest,
+            max_model_len=config.max_sequence_tokens,
             max_num_seqs=config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES,
             kv_cache_memory_bytes=config.actor.kv_cache_bytes,
             enforce_eager=not torch.cuda.is_available(),
@@ -48,12 +48,15 @@ class VllmEngine:
             use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",  # of the distribution that is really sampled
         )
+        if config.launch.share_gpus:  # beside a given KV cache this is only a check at the start
+            args.gpu_memory_utilization = 0.01
         self._llm = LLMEngine.from_engine_args(args)
         self._worker: Any = self._llm.model_executor.driver_worker.worker
         self._model = self._worker.model_runner.get_model()
         self._stop_token_ids = list(stop_token_ids)
         self._kv_on_update = config.actor.kv_on_update
         self._version = -1
+        self._llm.engine_core.set_weight_version(str(self._version))
         self._num_requests = 0
 
     @property
@@ -131,15 +134,18 @@ def _completion(output: Any) -> Completion:
     token_ids = np.array(output.token_ids, dtype=np.int32)
     flat = output.logprobs  # the sampled token is the first entry of each position
     logprobs = np.array([flat.logprobs[i] for i in flat.start_indices], dtype=np.float32)
-    versions = np.full(len(token_ids), -1, dtype=np.int32)
+    versions = np.full(len(token_ids), UNKNOWN, dtype=np.int32)
     for span in output.weight_versions:
         versions[span.start : span.end] = int(span.version)
-    if len(logprobs) != len(token_ids) or (versions < 0).any():
+    if len(logprobs) != len(token_ids) or (versions == UNKNOWN).any():
         raise EngineError(
             f"vLLM returned {len(token_ids)} tokens with {len(logprobs)} log-probs and version "
             f"spans {output.weight_versions}; asyncgrpo supports vllm 0.32 and 0.33"
         )
-    reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+    reasons: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
     return Completion(
-        token_ids=token_ids, behavior_logprobs=logprobs, versions=versions, finish_reason=reason
+        token_ids=token_ids,
+        behavior_logprobs=logprobs,
+        versions=versions,
+        finish_reason=reasons.get(output.finish_reason, "abort"),
     )

@@ -170,7 +170,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
 def _samples(step: int, file: Path) -> Iterator[tuple[Any, ...]]:
     """One row per lease of a step's file."""
     leases: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # texts may hold other breaks
         row = json.loads(line)
         leases.setdefault((row["lease_id"], row.get("status", "trained")), []).append(row)
     for (lease_id, status), rows in leases.items():

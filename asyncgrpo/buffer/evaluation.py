@@ -1,40 +1,183 @@
-"""Evaluations on their way: which held-out prompts are still out, and what came back."""
+"""Evaluations on their way: which held-out prompts are still out, what came back, who waits for it.
+
+An evaluation is one block of the settings at one policy version. Blocks that are due at the same
+version are asked for together: their prompts are dealt over the same actors in turn.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from asyncgrpo.buffer.journal import Journal, Remembered
+from asyncgrpo.buffer.leases import LeaseBook
+from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.evaluate import EvalReport, summarise
-from asyncgrpo.types import Group
+from asyncgrpo.types import Group, Prompt, Sampling
+from asyncgrpo.wire.codec import Packet, lease_fields
+
+HeldOut = Callable[[int, str], Sequence[Prompt]]  # how many, of which block
+ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evaluation
 
 
 @dataclass(slots=True, kw_only=True)
-class EvalJob:
-    """Held-out prompts at one version: first accepted by actors, then answered by them."""
+class _Job:
+    """One evaluation: its prompts are first accepted by actors, then answered by them."""
 
+    block: EvalSettings
     version: int
-    deadline: float
+    num_prompts: int
+    since: float
     unaccepted: set[str] = field(default_factory=set)  # lease ids
     unanswered: set[str] = field(default_factory=set)
-    num_prompts: int = 0
     groups: list[Group] = field(default_factory=list)
 
+
+class Evaluations:
+    """All evaluations of a run."""
+
+    def __init__(
+        self, config: Config, held_out: HeldOut, leases: LeaseBook, journal: Journal
+    ) -> None:
+        self._config, self._held_out = config, held_out
+        self._leases, self._journal = leases, journal
+        self._wanted: set[tuple[int, str]] = set()  # asked for, once there is an actor
+        self._blocks = {block.name: block for block in config.evals}
+        self._jobs: dict[tuple[int, str], _Job] = {}  # by version and name
+        self._reports: dict[tuple[int, str], EvalReport] = {}
+        self._untold: list[dict[str, Any]] = []
+        self._waiting: list[tuple[str, Packet]] = []
+
+    def restore(self, past: Remembered) -> None:
+        """Takes up what former lives left; what is not finished begins anew."""
+        for key, report in past.reports.items():
+            if report is not None:
+                self._reports[key] = EvalReport(**report)
+                self._untold.append(dict(report))
+            elif key[1] in self._blocks:
+                self._wanted.add(key)
+
+    def ask(
+        self, peer: str, request: Packet, actors: Sequence[str], now: float
+    ) -> list[tuple[str, Packet]]:
+        """Opens the blocks asked for, unless that was done."""
+        wanted = {(request.fields["version"], name) for name in request.fields["blocks"]}
+        if unknown := {name for _, name in wanted} - set(self._blocks):
+            raise ValueError(f"no evaluation block is called {', '.join(sorted(unknown))}")
+        self._wanted |= wanted - set(self._jobs) - set(self._reports)
+        self.wait(peer, request)
+        return self.open(actors, now)
+
+    def open(self, actors: Sequence[str], now: float) -> list[tuple[str, Packet]]:
+        """Leases for the actors, if there are any: all prompts of the blocks that are wanted."""
+        pushes: list[tuple[str, Packet]] = []
+        for version in sorted({version for version, _ in self._wanted} if actors else ()):
+            hands: dict[str, list[dict[str, Any]]] = {actor: [] for actor in actors}
+            turns = itertools.cycle(hands.items())
+            for name, block in self._blocks.items():
+                if (key := (version, name)) in self._wanted:
+                    self._wanted.discard(key)
+                    self._jobs[key] = self._deal(block, version, turns, now)
+                    self._journal.evaluating(version, name, self._leases.last_number)
+            pushes += [
+                (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
+                for actor, leases in hands.items()
+                if leases
+            ]
+        return pushes
+
+    def wait(self, peer: str, request: Packet) -> None:
+        """Keeps a request until `replies` has its answer."""
+        self._waiting.append((peer, request))
+
+    def accept(self, lease_ids: Iterable[str]) -> None:
+        """Actors hold these leases and keep their weights until they have answered them."""
+        for job in self._jobs.values():
+            job.unaccepted.difference_update(lease_ids)
+
     def drop(self, lease_id: str) -> None:
-        """A lease that nobody will answer."""
-        self.unaccepted.discard(lease_id)
-        self.unanswered.discard(lease_id)
+        """A lease that nobody will answer (any more)."""
+        for job in self._jobs.values():
+            job.unaccepted.discard(lease_id)
+            job.unanswered.discard(lease_id)
 
     def answer(self, group: Group) -> None:
         """One prompt answered."""
         self.drop(group.lease.lease_id)
-        self.groups.append(group)
+        self._jobs[group.lease.version, group.lease.block].groups.append(group)
 
-    def report(self, correct_above: float) -> EvalReport:
-        """The result, ordered by lease so that it does not depend on who was faster."""
-        groups = sorted(self.groups, key=lambda g: int(g.lease.lease_id[1:]))
+    def news(self) -> list[dict[str, Any]]:
+        """Reports since the last call."""
+        untold, self._untold = self._untold, []
+        return untold
+
+    def replies(self, now: float) -> list[tuple[str, Packet]]:
+        """Closes what is complete; answers the requests that waited for it."""
+        for key, job in list(self._jobs.items()):
+            if not job.unanswered:
+                self._reports[key] = self._report(job, now)
+                self._untold.append(self._reports[key].as_fields())
+                self._journal.evaluated(self._untold[-1])
+                del self._jobs[key]
+        waiting, self._waiting = self._waiting, []
+        answered = []
+        for peer, request in waiting:
+            answer = self._answer(request, now)
+            if answer is None:
+                self.wait(peer, request)
+            else:
+                answered.append((peer, answer))
+        return answered
+
+    def _deal(
+        self,
+        block: EvalSettings,
+        version: int,
+        turns: Iterator[tuple[str, list[dict[str, Any]]]],
+        now: float,
+    ) -> _Job:
+        prompts = self._held_out(block.num_prompts, block.name)
+        job = _Job(block=block, version=version, num_prompts=len(prompts), since=now)
+        own = block.sampling.model_dump(exclude_none=True)
+        sampling = Sampling(**{**self._config.sampling.model_dump(), **own})
+        for prompt, (actor, hand) in zip(prompts, turns, strict=False):
+            lease = self._leases.issue(
+                prompt,
+                peer=actor,
+                version=version,
+                group_size=block.num_samples,
+                sampling=sampling,
+                now=now,
+                block=block.name,
+                deadline_seconds=block.timeout_seconds,
+            )
+            hand.append(lease_fields(lease))
+            job.unanswered.add(lease.lease_id)
+        job.unaccepted = set(job.unanswered)
+        return job
+
+    def _report(self, job: _Job, now: float) -> EvalReport:
         return summarise(
-            groups,
-            version=self.version,
-            num_prompts=self.num_prompts,
-            correct_above=correct_above,
+            job.groups,
+            job.block,
+            version=job.version,
+            num_prompts=job.num_prompts,
+            correct_above=self._config.rewards[job.block.name].correct_above,
+            seconds=now - job.since,
         )
+
+    def _answer(self, request: Packet, now: float) -> Packet | None:
+        if request.kind == "evaluate":
+            version = request.fields["version"]
+            jobs = [job for job in self._jobs.values() if job.version == version]
+            waits = version in {wanted for wanted, _ in self._wanted} or any(
+                job.unaccepted and now <= job.since + ACCEPT_SECONDS for job in jobs
+            )
+            kind, fields = "evaluating", {}
+        else:
+            waits, kind = bool(self._jobs or self._wanted), "reports"
+            reports = sorted(self._reports.values(), key=lambda report: report.version)
+            fields = {"reports": [report.as_fields() for report in reports]}
+        return None if waits else Packet(kind=kind, request_id=request.request_id, fields=fields)

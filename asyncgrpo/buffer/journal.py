@@ -23,11 +23,15 @@ class Remembered:
     last_number: int = 0  # of any lease
     position: int = 0  # of the next prompt in the stream
     step: int = 0  # the next step to be trained
+    num_formed: int = 0  # batches
+    groups_stored: int = 0  # ever, with their tokens
+    tokens_stored: int = 0
     held: Sequence[tuple[int, int, str, str, int]] = ()  # ticket, position, prompt, peer, version
     again: Sequence[tuple[int, str, int]] = ()  # position, prompt, ticket: to be handed out again
     stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
     batches: Mapping[int, Sequence[tuple[int, Group]]] = field(default_factory=dict)  # by step
-    reports: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)  # None: not done
+    # by version and block; None: not done
+    reports: Mapping[tuple[int, str], Mapping[str, Any] | None] = field(default_factory=dict)
 
 
 class Journal(Protocol):
@@ -54,10 +58,10 @@ class Journal(Protocol):
     def covered(self, step: int) -> None:
         """Groups trained up to this step will never be asked for again."""
 
-    def evaluating(self, version: int, last_number: int) -> None:
+    def evaluating(self, version: int, name: str, last_number: int) -> None:
         """An evaluation began; last_number: of the newest lease, those of evaluations included."""
 
-    def evaluated(self, version: int, report: Mapping[str, Any]) -> None:
+    def evaluated(self, report: Mapping[str, Any]) -> None:
         """An evaluation is done."""
 
     def counts(self) -> Mapping[str, int] | None:

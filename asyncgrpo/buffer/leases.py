@@ -46,7 +46,9 @@ class LeaseBook:
         self._deadline_seconds = config.buffer.lease_deadline_seconds
         self._group_size = config.algo.group_size
         self._sampling = Sampling(**config.sampling.model_dump())
-        self._open: dict[str, OpenLease] = {}  # in the order of their deadlines
+        self._open: dict[str, OpenLease] = {}
+        # by seconds until the deadline, so each in the order of the deadlines
+        self._queues: dict[float, dict[str, OpenLease]] = {}
         self.counts: Counter[str] = Counter()  # state -> leases in it now
         self.reasons: Counter[str] = Counter()  # "filtered/all_correct" -> how often
         self.last_number = 0  # of any lease
@@ -85,13 +87,19 @@ class LeaseBook:
         group_size: int,
         sampling: Sampling,
         now: float,
-        purpose: Purpose = "train",
         turn: Turn | None = None,
         ticket: int | None = None,
+        block: str = "",
+        deadline_seconds: float | None = None,
     ) -> Lease:
-        """A lease for a prompt, with a new deadline; see hand_out for turn and ticket."""
+        """A lease for a prompt, with a new deadline; see hand_out for turn and ticket.
+
+        Those of an evaluation block have no turn.
+        """
         number = self.last_number + 1 if ticket is None else ticket
         self.last_number = max(self.last_number, number)
+        purpose: Purpose = "eval" if block else "train"
+        seconds = deadline_seconds or self._deadline_seconds
         lease_id = f"{purpose[0]}{number}"
         lease = Lease(
             lease_id=lease_id,
@@ -101,16 +109,13 @@ class LeaseBook:
             seed=lease_seed(self._run_seed, lease_id),
             purpose=purpose,
             version=version,
-            deadline_seconds=self._deadline_seconds,
+            deadline_seconds=seconds,
+            block=block,
         )
         opened = OpenLease(
-            ticket=number,
-            lease=lease,
-            peer=peer,
-            expires_at=now + self._deadline_seconds,
-            turn=turn,
+            ticket=number, lease=lease, peer=peer, expires_at=now + seconds, turn=turn
         )
-        self._open[lease_id] = opened
+        self._open[lease_id] = self._queues.setdefault(seconds, {})[lease_id] = opened
         if purpose == "train" and ticket is None:
             self._num_leased += 1
             self.counts["open"] += 1
@@ -126,6 +131,7 @@ class LeaseBook:
         expired); again: then its prompt is handed out once more.
         """
         ended = self._open.pop(lease_id)
+        del self._queues[ended.lease.deadline_seconds][lease_id]
         if ended.turn is not None:
             self.move([ended.ticket], "open", state, reason, again=again)
         return ended
@@ -169,8 +175,11 @@ class LeaseBook:
 
     def overdue(self, now: float) -> list[OpenLease]:
         """Open leases past their deadline."""
-        late = takewhile(lambda o: o.expires_at <= now, self._open.values())
-        return list(late)
+        return [
+            late
+            for queue in self._queues.values()
+            for late in takewhile(lambda o: o.expires_at <= now, queue.values())
+        ]
 
     def held_by(self, peer: str) -> list[OpenLease]:
         """Open leases of one peer."""

@@ -79,9 +79,11 @@ CREATE TABLE payloads (         -- groups that a restart needs
     packet BLOB NOT NULL        -- see wire/codec.py
 );
 CREATE TABLE evaluations (
-    version INTEGER PRIMARY KEY,
+    version INTEGER NOT NULL,
+    name TEXT NOT NULL,         -- of the block
     last_number INTEGER NOT NULL, -- of any lease when it began
-    report TEXT                 -- JSON; null: not done
+    report TEXT,                -- JSON; null: not done
+    PRIMARY KEY (version, name)
 );
 CREATE TABLE lives (            -- every start of the buffer process
     life INTEGER PRIMARY KEY,
@@ -193,12 +195,20 @@ class Ledger:
             step,
         )
 
-    def evaluating(self, version: int, last_number: int) -> None:
-        self._write("REPLACE INTO evaluations VALUES (?, ?, NULL)", version, last_number)
+    def evaluating(self, version: int, name: str, last_number: int) -> None:
+        begun = "REPLACE INTO evaluations VALUES (?, ?, ?, NULL)"
+        self._write(begun, version, name, last_number)
 
-    def evaluated(self, version: int, report: Mapping[str, Any]) -> None:
-        done = "UPDATE evaluations SET report = ? WHERE version = ?"
-        self._write(done, json.dumps(report), version)
+    def evaluated(self, report: Mapping[str, Any]) -> None:
+        done = "UPDATE evaluations SET report = ? WHERE version = ? AND name = ?"
+        self._write(done, json.dumps(report), report["version"], report["name"])
+
+    def state(self, lease_id: str) -> str | None:
+        """What a training lease is now, committed or not; None when it is unknown."""
+        sql = "SELECT state FROM leases WHERE lease_id = ? AND ticket = ?"
+        with _explained(self._path):
+            row = self._db.execute(sql, (lease_id, lease_id[1:])).fetchone()
+        return row and str(row[0])
 
     def counts(self) -> Mapping[str, int]:
         counted = (
@@ -309,15 +319,22 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
         past["number"] = max(past["number"], ticket)
         if state not in ("expired", "failed"):  # their groups came too late
             past.update(groups=groups, tokens=tokens, reward=reward)
-    evaluations = db.execute("SELECT version, last_number, report FROM evaluations").fetchall()
+        if state not in ("expired", "failed", "filtered"):
+            past.update(groups_stored=groups, tokens_stored=tokens)
+    evaluations = db.execute(
+        "SELECT version, name, last_number, report FROM evaluations"
+    ).fetchall()
     trained = "SELECT coalesce(max(step) + 1, 0) FROM steps WHERE trained_at IS NOT NULL"
     return Remembered(
         counts=counts,
         reasons=reasons,
         arrived={name: past[name] for name in ("groups", "tokens", "reward")},
-        last_number=max([past["number"], *(number for _, number, _ in evaluations)]),
+        last_number=max([past["number"], *(number for _, _, number, _ in evaluations)]),
         position=past["position"],
         step=db.execute(trained).fetchone()[0],
+        num_formed=db.execute("SELECT count(*) FROM steps").fetchone()[0],
+        groups_stored=past["groups_stored"],
+        tokens_stored=int(past["tokens_stored"]),
         held=db.execute(
             "SELECT ticket, position, prompt_id, peer, version FROM leases WHERE state = 'open'"
             " ORDER BY ticket"
@@ -342,7 +359,10 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
                 "SELECT step, tickets FROM steps WHERE trained_at IS NULL"
             )
         },
-        reports={version: report and json.loads(report) for version, _, report in evaluations},
+        reports={
+            (version, name): report and json.loads(report)
+            for version, name, _, report in evaluations
+        },
     )
 
 

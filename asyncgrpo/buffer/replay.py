@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
+
+import numpy as np
 
 from asyncgrpo.buffer.journal import Remembered
 from asyncgrpo.buffer.staleness import StalenessAction, past_bound
-from asyncgrpo.types import Group, Shard
+from asyncgrpo.types import EndedGroup, Float32, Group, Shard
 
 Order = Literal["arrival", "ticket"]
 
@@ -29,16 +32,12 @@ class Replay:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._stored: dict[int, Stored] = {}  # by ticket
-        self._arrivals = 0
         self.batches: dict[int, list[Stored]] = {}  # step -> what was taken, kept until trained
+        self.groups_arrived = self.tokens_arrived = 0  # in all
+        self.num_tokens = 0  # completion tokens waiting
 
     def __len__(self) -> int:
         return len(self._stored)
-
-    @property
-    def num_tokens(self) -> int:
-        """Completion tokens waiting."""
-        return sum(stored.group.num_tokens for stored in self._stored.values())
 
     @property
     def num_taken(self) -> int:
@@ -50,9 +49,8 @@ class Replay:
         for ticket, group in past.stored:
             self.add(ticket, group)
         for step, batch in past.batches.items():
-            for ticket, group in batch:
-                self.add(ticket, group)
-            self.batches[step] = [self._stored.pop(ticket) for ticket, _ in batch]
+            self.batches[step] = [_stored(ticket, 0, group) for ticket, group in batch]
+        self.groups_arrived, self.tokens_arrived = past.groups_stored, past.tokens_stored
 
     def shard(self, step: int, rank: int, world_size: int) -> Shard:
         """One rank's part of a batch, with the counts of the whole."""
@@ -66,13 +64,10 @@ class Replay:
 
     def add(self, ticket: int, group: Group) -> None:
         """Stores a group under its ticket."""
-        self._arrivals += 1
-        self._stored[ticket] = Stored(
-            ticket=ticket,
-            arrival=self._arrivals,
-            group=group,
-            oldest_version=group.oldest_version,
-        )
+        self.groups_arrived += 1
+        self.tokens_arrived += group.num_tokens
+        self.num_tokens += group.num_tokens
+        self._stored[ticket] = _stored(ticket, self.groups_arrived, group)
 
     def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
         """Removes and returns what can no longer be trained at `step`."""
@@ -82,9 +77,7 @@ class Replay:
             if stored.oldest_version < step - max_staleness  # then only the rule needs its tokens
             and past_bound(stored.group, step, max_staleness, action)
         ]
-        for stored in old:
-            del self._stored[stored.ticket]
-        return old
+        return self._remove(old)
 
     def ready(self, count: int, open_tickets: Iterable[int]) -> bool:
         """Whether `take(count)` may be called; in ticket order earlier open work is waited for."""
@@ -95,18 +88,36 @@ class Replay:
         last = sorted(self._stored)[count - 1]
         return all(ticket > last for ticket in open_tickets)
 
+    def count_for(self, num_tokens: int, min_groups: int) -> int:
+        """The fewest next groups, min_groups or more, that hold so many tokens.
+
+        One more than there are, when all together do not.
+        """
+        sums = accumulate(stored.group.num_tokens for stored in self._in_order())
+        enough = (n for n, total in enumerate(sums, 1) if total >= num_tokens and n >= min_groups)
+        return next(enough, len(self) + 1)
+
     def take(self, count: int) -> list[Stored]:
         """Removes and returns the next `count` groups in the store's order."""
-        if self._order == "ticket":
-            chosen = sorted(self._stored.values(), key=lambda stored: stored.ticket)
-        else:
-            chosen = sorted(
-                self._stored.values(),
-                key=lambda stored: (stored.oldest_version, stored.arrival),
-            )
-        for stored in chosen[:count]:
+        return self._remove(self._in_order()[:count])
+
+    def _remove(self, chosen: list[Stored]) -> list[Stored]:
+        for stored in chosen:
             del self._stored[stored.ticket]
-        return chosen[:count]
+            self.num_tokens -= stored.group.num_tokens
+        return chosen
+
+    def _in_order(self) -> list[Stored]:
+        if self._order == "ticket":
+            return sorted(self._stored.values(), key=lambda stored: stored.ticket)
+        return sorted(
+            self._stored.values(), key=lambda stored: (stored.oldest_version, stored.arrival)
+        )
+
+
+def _stored(ticket: int, arrival: int, group: Group) -> Stored:
+    oldest = group.oldest_version
+    return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest)
 
 
 def tickets(batch: Iterable[Stored]) -> list[int]:
@@ -129,3 +140,20 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
         load[rank] += sizes[index]
         hands[rank].append(index)
     return [tuple(groups[i] for i in sorted(hand)) for hand in hands]
+
+
+def trained(groups: Sequence[Group], world_size: int, advantages: Float32) -> list[EndedGroup]:
+    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt.
+
+    ValueError when these are not as many as the batch has completions.
+    """
+    dealt = [group.lease.lease_id for hand in deal(groups, world_size) for group in hand]
+    sizes = {group.lease.lease_id: len(group.completions) for group in groups}
+    if advantages.shape != (sum(sizes.values()),):
+        raise ValueError(f"advantages {advantages.shape} of {sum(sizes.values())} completions")
+    pieces = np.split(advantages, np.cumsum([sizes[lease_id] for lease_id in dealt])[:-1])
+    values = dict(zip(dealt, pieces, strict=True))
+    return [
+        EndedGroup(group=group, status="trained", advantages=values[group.lease.lease_id])
+        for group in groups
+    ]

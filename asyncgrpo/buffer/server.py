@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from asyncgrpo.buffer.core import BufferCore, Replies
 from asyncgrpo.buffer.ledger import Ledger
@@ -15,7 +15,6 @@ from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
-from asyncgrpo.types import Group
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
@@ -25,13 +24,12 @@ POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
 def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     """Serves until stopped; goes on where the run directory's ledger ends."""
     config = run.config
-    record = TrajectoryWriter(run.path) if config.observe.trajectories else _record_nothing
     server = Server(run.endpoints.buffer)
     ledger = Ledger(run.path)
     ledger.checkpoint_aside()
-    core = BufferCore(config, open_prompts(config), record, ledger, time.monotonic())
-    # what a former life wrote of a step, but did not commit, will be written again
-    (run.path / "trajectories" / f"step_{core.step}.jsonl").unlink(missing_ok=True)
+    samples = TrajectoryWriter(run.path, config)
+    core = BufferCore(config, open_prompts(config), samples, ledger, time.monotonic())
+    samples.rewind(core.step, ledger.state)  # what a former life wrote, but did not commit
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
     log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
@@ -57,7 +55,3 @@ def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> 
             log.warning("%s is gone; its leases are handed out again", peer)
             server.forget(peer)
             send(server, core, ledger, core.lost(peer, time.monotonic()))
-
-
-def _record_nothing(step: int, groups: Sequence[Group]) -> None:
-    """Stands in for the trajectory writer when observe.trajectories is off."""

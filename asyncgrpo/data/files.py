@@ -12,16 +12,18 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from asyncgrpo.errors import DataError
+from asyncgrpo.errors import AbsentData, DataError
 
 Row = dict[str, Any]
 Located = tuple[str, Row | DataError]  # the place of a row; what is wrong with it, if anything
@@ -30,6 +32,7 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt", ".tsv")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes in a folder
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::(\w+))?")
 PLAIN = str | int | float | bytes | None
+SUSPECT = re.compile(r"\d{19}|\\u[dD][89a-fA-F]")  # JSON with perhaps a huge integer or half a pair
 
 
 def read_rows(path: str | Path) -> list[Located]:
@@ -49,10 +52,44 @@ def read_rows(path: str | Path) -> list[Located]:
     elif (hub := HUB_NAME.fullmatch(text)) and place.suffix not in FILE_ENDINGS:
         rows = _from_hub(text, *hub.groups())
     else:
-        raise DataError(f"data file {text} does not exist; {_neighbours(place)}")
+        raise AbsentData(f"data file {text} does not exist; {_neighbours(place)}")
     if not rows:
         raise DataError(f"{text} holds no records; it needs one JSON object per line")
     return rows
+
+
+def dataset_rows(dataset: Any, name: str) -> list[Located]:
+    """Rows of a datasets.Dataset as they are stored: nothing is decoded into images or tensors."""
+    return list(_table(dataset.with_format("arrow")[:], name))
+
+
+def as_jsonl(dataset: Any, name: str) -> str:
+    """The rows of a datasets.Dataset, or of any iterable of dicts, as lines of JSONL.
+
+    Raises DataError, naming the row, for what is no dict and for values that JSON does not have.
+    """
+    library = sys.modules.get("datasets")  # whoever has a Dataset has imported it
+    rows: Iterable[Any] = dataset if isinstance(dataset, Iterable) else [dataset]
+    if isinstance(dataset, getattr(library, "Dataset", ())):
+        rows = [row for _, row in dataset_rows(dataset, name)]
+    return "".join(_checked_line(row, f"{name} row {index}") for index, row in enumerate(rows))
+
+
+def _checked_line(row: Any, where: str) -> str:
+    if not isinstance(row, Mapping) or not all(isinstance(column, str) for column in row):
+        raise DataError(
+            f"{where} is {repr(row)[:60]} ({type(row).__name__}), not a dict with text as keys; "
+            "give rows, such as one split of a DatasetDict, or df.to_dict('records') of a DataFrame"
+        )
+    for column, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: column {column!r} holds {repr(value)[:60]} ({type(value).__name__}), "
+                f"which JSON cannot hold: {error}; make it text, a number, a list or a dict"
+            ) from None
+    return as_line(dict(row))
 
 
 def source_name(path: str | Path) -> str:
@@ -70,15 +107,32 @@ def as_line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, default=repr) + "\n"
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes JSONL, with the folders it needs; DataError when that is not possible."""
+def write_rows(path: Path, rows: Sequence[Row], form: str = "jsonl") -> None:
+    """Writes jsonl, parquet, or csv (with lists and objects as JSON), and makes the folder.
+
+    csv and parquet need rows with the same columns. DataError when it is not possible.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(map(as_line, rows)), encoding="utf-8")
+        if form == "parquet":
+            table = _need("pyarrow", path).Table.from_pylist(rows)
+            _need("pyarrow.parquet", path).write_table(table, path)
+        elif form == "csv":
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(rows[0])
+                writer.writerows([_cell(value) for value in row.values()] for row in rows)
+        else:
+            path.write_text("".join(map(as_line, rows)), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror}); give another place"
         ) from None
+
+
+def _cell(value: Any) -> Any:
+    nested = isinstance(value, list | dict)
+    return json.dumps(value, ensure_ascii=False) if nested else value
 
 
 def _file(path: Path) -> Iterator[Located]:
@@ -102,11 +156,30 @@ def _parse(line: str, where: str) -> Row | DataError:
     except (ValueError, RecursionError) as error:
         return DataError(f"{where} is not JSON: {error}; each line must be one object")
     if isinstance(row, dict):
-        return row
+        suspects = row.items() if SUSPECT.search(line) else ()
+        stuck = [key for key, value in suspects if not _travels([key, value])]
+        if not stuck:
+            return row
+        return DataError(
+            f"{where}: column {stuck[0]!r} holds {repr(row[stuck[0]])[:60]}, which cannot be sent "
+            "to another process: integers must fit into 64 bits, text must be whole Unicode "
+            "characters; write the number as text, or remove it"
+        )
     return DataError(
         f"{where} holds {repr(row)[:60]}, not an object; "
         'write rows like {"prompt": "...", "answer": "..."}'
     )
+
+
+def _travels(value: Any) -> bool:
+    """Whether the codec can carry it."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return all(map(_travels, value))
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**64
 
 
 def _parquet(path: Path) -> Iterator[Located]:
@@ -134,7 +207,7 @@ def _plain(value: Any) -> Any:
 
 def _folder(path: Path) -> list[Located]:
     if (path / SAVED).is_file():
-        return list(_table(_as_table(_need("datasets", path).load_from_disk(str(path))), str(path)))
+        return dataset_rows(_need("datasets", path).load_from_disk(str(path)), str(path))
     if (path / SAVED_SPLITS).is_file():
         splits = json.loads((path / SAVED_SPLITS).read_text(encoding="utf-8")).get("splits", [])
         raise DataError(
@@ -153,7 +226,7 @@ def _matches(pattern: str) -> list[Path]:
     files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise DataError(f"no file matches {pattern!r}; {_neighbours(Path(pattern))}")
+        raise AbsentData(f"no file matches {pattern!r}; {_neighbours(Path(pattern))}")
     return files
 
 
@@ -164,17 +237,12 @@ def _from_hub(text: str, name: str, config: str | None, split: str | None) -> li
         dataset = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # the hub's client raises many kinds; all of them mean this
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise DataError(
+        raise AbsentData(
             f"{missing}, and as a data set of the hub it cannot be loaded ({reason}); offline, "
             "give a local file or a folder written by save_to_disk; online, check the name and "
             "that HF_HUB_OFFLINE is not set"
         ) from None
-    return list(_table(_as_table(dataset), text))
-
-
-def _as_table(dataset: Any) -> Any:
-    """The stored values as they are: nothing is decoded into images or tensors."""
-    return dataset.with_format("arrow")[:]
+    return dataset_rows(dataset, text)
 
 
 def _need(module: str, wanted: object) -> Any:
@@ -182,8 +250,8 @@ def _need(module: str, wanted: object) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise DataError(
-            f"{wanted}: reading it needs the package {module.partition('.')[0]}, which is not "
-            "installed; pip install 'asyncgrpo[data]', or give JSONL"
+            f"{wanted}: this needs the package {module.partition('.')[0]}, which is not "
+            "installed; pip install 'asyncgrpo[data]', or use JSONL"
         ) from None
 
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from asyncgrpo.config import Config, DataSettings, SourceSettings, TemplateSettings
+from asyncgrpo.config import (
+    HELD_OUT,
+    TASKS,
+    Config,
+    DataSettings,
+    SourceSettings,
+    TemplateSettings,
+)
 from asyncgrpo.data.files import source_name
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Stream, resample
@@ -17,36 +25,40 @@ from asyncgrpo.errors import ConfigError, DataError
 from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
-TASKS = "tasks"
+HeldOut = Mapping[str, Sequence[Prompt]]  # evaluation block -> its prompts
 SURVEYED = 10_000  # prompts of an endless stream that stand for all of it
 
 
 class PromptSource:
-    """A training stream and a fixed held-out set. Seekable: asking changes nothing."""
+    """A training stream and fixed held-out sets. Seekable: asking changes nothing."""
 
-    def __init__(self, train: Stream, held_out: Sequence[Prompt] = ()) -> None:
-        self._train, self._held_out = train, tuple(held_out)
+    def __init__(self, train: Stream, held_out: HeldOut) -> None:
+        self._train, self._held_out = train, held_out
 
     @classmethod
     def from_prompts(
         cls,
         train: Sequence[Prompt],
-        held_out: Sequence[Prompt] = (),
+        held_out: Sequence[Prompt] | HeldOut = (),
         seed: int = 0,
         shuffle: bool = True,
         epochs: int | None = None,
     ) -> PromptSource:
         """A source over prompts in memory; epochs None repeats them endlessly.
 
+        held_out: the prompts of each evaluation block, or those of the default one.
+
         Raises DataError when train is empty or two prompts of one list share a prompt_id. A
         held-out prompt that is trained on as well is allowed, with a warning in the log.
         """
+        by_block = held_out if isinstance(held_out, Mapping) else {HELD_OUT: held_out}
         _check_ids(train, "training")
-        _check_ids(held_out, "held-out")
+        for prompts in by_block.values():
+            _check_ids(prompts, "held-out")
         if not train:
             raise DataError("there are no training prompts; give at least one")
-        _warn_of_overlap(train, held_out)
-        return cls(EpochStream(train, seed=seed, shuffle=shuffle, epochs=epochs), held_out)
+        _warn_of_overlap(train, by_block)
+        return cls(EpochStream(train, seed=seed, shuffle=shuffle, epochs=epochs), by_block)
 
     def get(self, position: int) -> Prompt | None:
         """The training prompt at a position >= 0; None when the epochs are over."""
@@ -56,16 +68,15 @@ class PromptSource:
         """Which pass over the data a position is in; None for generated tasks."""
         return self._train.epoch(position)
 
-    def held_out(self, num: int) -> tuple[Prompt, ...]:
-        """The first `num` held-out prompts, or all when there are fewer."""
-        return self._held_out[:num]
+    def held_out(self, num: int, block: str = HELD_OUT) -> tuple[Prompt, ...]:
+        """The first `num` held-out prompts of an evaluation block, or all when there are fewer."""
+        return tuple(self._held_out.get(block, ())[:num])
 
-    def survey(self) -> Iterator[Prompt]:
-        """What a run can meet: the training prompts (of an endless stream the first SURVEYED),
-        then the held-out ones.
+    def survey(self, block: str = "") -> Iterable[Prompt]:
+        """What a run can meet: the prompts of an evaluation block, or by default the training
+        prompts (of an endless stream the first SURVEYED).
         """
-        yield from self._train.prompts()
-        yield from self._held_out
+        return self._held_out[block] if block else self._train.prompts()
 
 
 def open_prompts(config: Config) -> PromptSource:
@@ -75,8 +86,7 @@ def open_prompts(config: Config) -> PromptSource:
     tables of one name.
     """
     data, seed = config.data, config.run.seed
-    tasks = TaskSource(data.tasks, seed, config.eval.num_prompts if data.eval == TASKS else 0)
-    held_out = _held_out(data, tasks)
+    tasks, held_out = TaskSource(data.tasks, seed, config.num_held_out_tasks), held_out_sets(config)
     if isinstance(data.train, tuple):
         return PromptSource(_mixed(data.train, data, seed, held_out), held_out)
     if data.train != TASKS:
@@ -110,14 +120,33 @@ class TemplatedStream:
         return (prompt for i in range(SURVEYED) if (prompt := self.get(i)) is not None)
 
 
-def _held_out(data: DataSettings, tasks: TaskSource) -> tuple[Prompt, ...]:
-    if data.eval in (None, "", "none", TASKS):
-        return tuple(with_template(prompt, data.template) for prompt in tasks.held_out())
-    return read_prompts(str(data.eval), data.template)
+def held_out_sets(config: Config) -> dict[str, tuple[Prompt, ...]]:
+    """Evaluation block -> its prompts, at most its num_prompts. DataError as in `open_prompts`.
+
+    Of more records, those of a sample by run.seed and the block's name, in their order. A file
+    that is a table of data.train has that table's template.
+    """
+    data, seed = config.data, config.run.seed
+    tasks = TaskSource(data.tasks, seed, config.num_held_out_tasks).held_out()
+    sets = {TASKS: tuple(with_template(prompt, data.template) for prompt in tasks)}
+    for path in {str(block.data) for block in config.evals} - {TASKS}:
+        sets[path] = read_prompts(path, data.template_of(path))
+    return {
+        block.name: sets[TASKS][: block.num_prompts]
+        if block.data == TASKS
+        else _sample(sets[str(block.data)], block.num_prompts, f"{seed}:eval {block.name}")
+        for block in config.evals
+    }
+
+
+def _sample(prompts: Sequence[Prompt], num: int, seed: str) -> tuple[Prompt, ...]:
+    """At most `num` prompts, in their order."""
+    places = random.Random(seed).sample(range(len(prompts)), min(num, len(prompts)))
+    return tuple(prompts[place] for place in sorted(places))
 
 
 def _mixed(
-    sources: Sequence[SourceSettings], data: DataSettings, seed: int, held_out: Sequence[Prompt]
+    sources: Sequence[SourceSettings], data: DataSettings, seed: int, held_out: HeldOut
 ) -> MixedStream:
     parts: list[Part] = []
     everything: list[Prompt] = []
@@ -152,16 +181,17 @@ def _check_ids(prompts: Sequence[Prompt], part: str) -> None:
             )
 
 
-def _warn_of_overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+def _warn_of_overlap(train: Sequence[Prompt], held_out: HeldOut) -> None:
     seen = {_text(prompt) for prompt in train}
-    shared = sum(_text(prompt) in seen for prompt in held_out)
-    if shared:
-        log.warning(
-            "%d of %d held-out prompts are training prompts too: their accuracy says nothing "
-            "about new prompts; use another file in data.eval",
-            shared,
-            len(held_out),
-        )
+    for block, prompts in held_out.items():
+        if shared := sum(_text(prompt) in seen for prompt in prompts):
+            log.warning(
+                "%s: %d of %d held-out prompts are training prompts too: their accuracy says "
+                "nothing about new prompts; use another file in data.eval",
+                block,
+                shared,
+                len(prompts),
+            )
 
 
 def _text(prompt: Prompt) -> tuple[tuple[str, str], ...]:

@@ -228,7 +228,7 @@ def _generate(
     for index, row in enumerate(rows):
         ids[index, longest - len(row) :] = torch.tensor(row)
         seen[index, longest - len(row) :] = 1
-    out = model.generate(
+    out: Any = model.generate(  # type: ignore[misc]
         input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, do_sample=False
     )
     texts: list[str] = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asyncgrpo.errors import RoleFailed
+from asyncgrpo.imports import PATH
 from asyncgrpo.launch.error_file import ERROR_FILE, RecordedError, read_error
 from asyncgrpo.launch.lifeline import KILL_SECONDS, ROLE, RUN_ID, find_run_processes, send
 from asyncgrpo.launch.logs import LogTail
@@ -107,6 +108,7 @@ class Child:
             ROLE: self.spec.name,
             RESTART: str(self.restarts),
             ERROR_FILE: str(self._error_file),
+            PATH: os.pathsep.join(entry or os.getcwd() for entry in sys.path),
         }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,19 @@ def make_plan(
         warnings=tuple(_core_warnings(config, host, cores)),
         endpoints=_endpoints(ports, cores, role_names(actors, learners)),
     )
+
+
+def lone_actor(config: Config, host: Host) -> ProcessSpec:
+    """An actor that has the host for itself; its environment must be set before torch is imported.
+
+    ConfigError when launch.gpus asks for a GPU and there is none.
+    """
+    launch = {"actors": 1, "learners": 0, "gpus": min(config.launch.gpus, 1)}
+    config = config.model_copy(update={"launch": config.launch.model_copy(update=launch)})
+    gpus = _assign_gpus(config, host)
+    cores = {} if gpus else {"actor-0": host.cores[: config.actor.threads]}
+    offline = Path(config.model.path).is_dir()
+    return _Draft(config, Path(), "python", cores, gpus, {}).actor(0, offline)
 
 
 def render_plan(plan: Plan) -> str:
@@ -220,7 +234,7 @@ class _Draft:
 
 
 def _assign_gpus(config: Config, host: Host) -> dict[str, str]:
-    """Name -> GPU, one each, actors first; {} for a CPU run."""
+    """Name -> GPU, one each, or with launch.share_gpus in turn; {} for a CPU run."""
     asked, there = config.launch.gpus, len(host.gpu_ids)
     if not asked:
         return {}
@@ -230,11 +244,14 @@ def _assign_gpus(config: Config, host: Host) -> dict[str, str]:
             f"set launch.gpus={there}" + (" (a CPU run)" if not there else "")
         )
     names = role_names(config.launch.actors, config.launch.learners)[1:]
+    if config.launch.share_gpus and config.launch.learners <= asked:
+        return dict(zip(reversed(names), cycle(host.gpu_ids[:asked]), strict=False))
     if len(names) > asked:
         raise ConfigError(
             f"launch.actors={config.launch.actors} + launch.learners={config.launch.learners} "
-            f"need one GPU each = {len(names)}, but launch.gpus={asked}; start fewer of them or "
-            f"set launch.gpus={len(names)} (there are {there})"
+            f"need one GPU each = {len(names)}, but launch.gpus={asked}; start fewer of them, set "
+            f"launch.gpus={len(names)} (there are {there}), or launch.share_gpus = true, with a "
+            "GPU for each learner"
         )
     return dict(zip(names, host.gpu_ids, strict=False))
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from asyncgrpo.config import AlgoSettings
+    from asyncgrpo.algo import AlgoSettings
 
 Float64 = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncgrpo.config import AlgoSettings
+    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.learner.inputs import LossInputs
 
 

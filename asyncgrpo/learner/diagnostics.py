@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from asyncgrpo.config import AlgoSettings
+from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.inputs import MAX_LOG_RATIO, LossInputs, safe_exp
 from asyncgrpo.learner.objective import Objective
 from asyncgrpo.observe.metrics import LAG_BINS, SEQUENCE_RULES, masked_name

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from asyncgrpo.config import Config
+from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.protocols import Client, NamedTensors, WeightSender
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.wire.codec import Packet, shard_from
@@ -23,6 +23,8 @@ CALL_SECONDS = 60.0  # for answers that the buffer gives at once
 
 class Updater(Protocol):
     """One rank's model and optimizer (learner/update.py)."""
+
+    advantages: Float32  # [C] of the last update's completions, rank by rank as they were dealt
 
     def update(self, shard: Shard) -> dict[str, float]:
         """One optimizer update from this rank's shard; metrics of the whole batch."""
@@ -36,15 +38,27 @@ class Updater(Protocol):
     def save(self) -> None:
         """Writes the model and its tokenizer for everyone to load."""
 
+    def restore(self) -> int:
+        """Goes back to the run's newest checkpoint; returns its step, 0 without any."""
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Whether the state after `step` updates is to be saved."""
+
+    def checkpoint(self, step: int) -> None:
+        """Begins to save the state after `step` updates."""
+
 
 class Recorder(Protocol):
     """Where rank 0 writes what happened (observe/recorder.py)."""
 
+    def begin(self, step: int) -> None:
+        """The first step of this life; what is written of it and later ones is taken back."""
+
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """One step's numbers, with the buffer's summary of everyone else's."""
 
-    def finish(self, reports: list[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-        """The end of the run."""
+    def finish(self, reports: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+        """The end of the run; reports: of all evaluations, by version."""
 
 
 class Learner:
@@ -61,27 +75,46 @@ class Learner:
         sender: WeightSender | None,
         recorder: Recorder | None,
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """show: gets this rank's row of every step, for its metrics endpoint."""
+        """show: gets this rank's row of every step, for its metrics endpoint.
+
+        stopping: whether the run is to end early, with a checkpoint.
+        """
         self._config, self._rank, self._world_size = config, rank, world_size
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
-        self._show = show
+        self._show, self._stopping = show, stopping
+        self._has_asked_to_stop = False
         self._published = -1
-        self._evaluated = -1  # version of the last evaluation asked for
-        self._summary: Mapping[str, Any] = {}
+        self._evals = config.evals
+        self._evaluated: dict[str, int] = {}  # block -> version of its last evaluation
+        longest = max((block.timeout_seconds for block in self._evals), default=0.0)
+        self._eval_seconds = longest + CALL_SECONDS
 
-    def run(self) -> None:
-        """All steps, with an evaluation before, in between and after."""
-        version = 0
-        self._publish(0)
-        self._evaluate(0)
-        for step in range(self._config.run.max_steps):
+    def run(self) -> bool:
+        """All steps, with an evaluation before, in between and after; from the newest checkpoint.
+
+        False when it was stopped early: then the last step is saved and can be gone on from.
+        """
+        version = self._updater.restore()
+        self._client.call(Packet(kind="begin", fields={"step": version}), CALL_SECONDS)
+        if self._recorder is not None:
+            self._recorder.begin(version)
+        self._publish(version, is_first=True)
+        if version == 0:
+            self._evaluate(0, self._evals)
+        else:
+            self._evaluate_now_and_then(version)  # what was under way when it was stopped
+        for step in range(version, self._config.run.max_steps):
             start = time.perf_counter()
-            shard = self._take(step)
-            if shard is None:
+            answer = self._take(step)
+            if answer.kind == "stopped":
+                return self._stop(version)
+            if answer.kind == "exhausted":
                 log.info("the prompts are used up after %d steps", step)
                 break
+            shard = shard_from(answer)
             taken = time.perf_counter()
             row = self._updater.update(shard)
             row["train_seconds"] = time.perf_counter() - taken
@@ -94,20 +127,36 @@ class Learner:
             row.update(step=step, version=version)
             self._show(row)
             self._tell(step, row)
+            if self._updater.is_checkpoint_due(version):
+                self._updater.checkpoint(version)
         self._finish(version)
+        return True
 
-    def _take(self, step: int) -> Shard | None:
+    def _take(self, step: int) -> Packet:
+        """The answer to "take": a shard, exhausted, or stopped."""
         fields = {"step": step, "rank": self._rank, "world_size": self._world_size}
         seconds = self._config.buffer.take_timeout_seconds
-        answer = self._client.call(Packet(kind="take", fields=fields), seconds)
-        return None if answer.kind == "exhausted" else shard_from(answer)
+        packet = Packet(kind="take", fields=fields)
+        return self._client.call(packet, seconds, meanwhile=self._pass_on_stop)
 
-    def _publish(self, version: int) -> None:
+    def _pass_on_stop(self) -> None:
+        """The buffer, which all ranks ask for their shards, decides after which step they stop."""
+        if self._stopping() and not self._has_asked_to_stop:
+            self._has_asked_to_stop = True
+            self._client.post(Packet(kind="stop"))
+
+    def _stop(self, version: int) -> bool:
+        log.info("stopping after %d steps", version)
+        self._updater.checkpoint(version)
+        self._updater.save()
+        return False
+
+    def _publish(self, version: int, *, is_first: bool = False) -> None:
         if self._sender is None:
             return
         self._sender.publish(version, self._updater.weights(), self._updater.canary_logprobs())
         self._published = version
-        if version == 0:
+        if is_first:
             self._sender.wait_for_actors(
                 self._config.launch.actors, self._config.launch.start_timeout_seconds
             )
@@ -115,22 +164,28 @@ class Learner:
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:
             return
-        answer = self._client.call(Packet(kind="trained", fields={"step": step}), CALL_SECONDS)
-        self._summary = answer.fields
-        self._recorder.row({**row, **self._sender.metrics()}, self._summary)
+        fields = {"step": step, "world_size": self._world_size}
+        packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
+        summary = self._client.call(packet, CALL_SECONDS).fields
+        self._recorder.row({**row, **self._sender.metrics()}, summary)
 
     def _evaluate_now_and_then(self, version: int) -> None:
-        every = self._config.eval.every
-        if every and version // every > max(self._evaluated, 0) // every:
-            self._evaluate(version)
+        due = [
+            block
+            for block in self._evals
+            if block.every
+            and version // block.every > self._evaluated.get(block.name, 0) // block.every
+        ]
+        self._evaluate(version, due)
 
-    def _evaluate(self, version: int) -> None:
+    def _evaluate(self, version: int, blocks: Sequence[EvalSettings]) -> None:
         """Asks the actors to answer the held-out prompts with this version; does not wait."""
-        if self._sender is None or self._config.data.eval is None or self._evaluated == version:
+        names = [block.name for block in blocks]
+        if self._sender is None or not names:
             return
-        self._evaluated = version
-        seconds = self._config.eval.timeout_seconds + CALL_SECONDS
-        self._client.call(Packet(kind="evaluate", fields={"version": version}), seconds)
+        self._evaluated.update(dict.fromkeys(names, version))
+        fields = {"version": version, "blocks": names}
+        self._client.call(Packet(kind="evaluate", fields=fields), self._eval_seconds)
 
     def _finish(self, version: int) -> None:
         self._updater.save()
@@ -138,12 +193,8 @@ class Learner:
             return
         if self._published != version:
             self._publish(version)
-        self._sender.settle(self._config.eval.timeout_seconds)
-        self._evaluate(version)
-        reports = []
-        if self._config.data.eval is not None:
-            seconds = self._config.eval.timeout_seconds + CALL_SECONDS
-            for wanted in (0, version):
-                packet = Packet(kind="results", fields={"version": wanted})
-                reports.append(self._client.call(packet, seconds).fields)
-        self._recorder.finish(reports, self._summary)
+        self._sender.settle(self._eval_seconds)
+        self._evaluate(version, self._evals)
+        answer = self._client.call(Packet(kind="results"), self._eval_seconds)
+        summary = self._client.call(Packet(kind="summary"), CALL_SECONDS).fields
+        self._recorder.finish(answer.fields["reports"], summary)

@@ -15,7 +15,7 @@ from torch import Tensor
 from asyncgrpo.learner.inputs import MAX_LOG_RATIO, safe_exp
 
 if TYPE_CHECKING:
-    from asyncgrpo.config import AlgoSettings
+    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.learner.inputs import LossInputs
 
 # A smaller sequence ratio has no weight left, and its square would be 0 in float32.
@@ -38,7 +38,7 @@ def ppo_clip(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: PPO, arXiv 1707.06347 eq. 7; clip-higher arXiv 2503.14476; dual clip arXiv 1912.09729
     Settings: clip_low clip_high dual_clip
     Use: the default. With one optimizer step per batch r = 1 and only the correction acts.
-    Staleness: 8 with correction decoupled, 8 with bypass, 2 uncorrected
+    Staleness: 4 with correction decoupled, 16 with bypass, 2 uncorrected
     """
     low, high = 1.0 - algo.clip_low, 1.0 + algo.clip_high
     ratio, advantages = inputs.ratio, inputs.advantages
@@ -59,7 +59,7 @@ def cispo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786 (cap 4 to 8, no floor)
     Settings: cispo.cap cispo.floor
     Use: long completions whose rare tokens a clip would silence. Needs correction bypass.
-    Staleness: 8 (tiny task: as tis)
+    Staleness: 4 (91 %), 8 (89 %)
     """
     ratio, cap, floor = inputs.behavior_ratio, algo.cispo.cap, algo.cispo.floor
     weight = ratio.clamp(min=floor, max=cap)
@@ -78,7 +78,7 @@ def gspo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Settings: gspo.clip_low gspo.clip_high
     Use: mixture-of-experts models. With correction bypass, or several optimizer steps per batch.
         Meant for aggregation sequence_mean; token_mean weighs long sequences more.
-    Staleness: 8 at learning rates that keep s near 1; starves when most sequences are clipped
+    Staleness: 16 (91 %); starves when most sequences are clipped
     """
     ratio = inputs.on_tokens(safe_exp(inputs.sequence_mean(inputs.logprobs - inputs.old_logprobs)))
     return _sequence_clip(ratio, inputs, algo)
@@ -116,7 +116,7 @@ def sapo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: SAPO, arXiv 2511.20347
     Settings: sapo.tau_positive sapo.tau_negative
     Use: where hard clips make training jumpy. With bypass, or several optimizer steps per batch.
-    Staleness: as ppo_clip with bypass
+    Staleness: 2 (93 %), 4 (89 %); 73 % at 16: the gate still pulls far from r = 1
     """
     positive, negative = algo.sapo.tau_positive, algo.sapo.tau_negative
     tau = torch.where(inputs.advantages > 0, positive, negative)
@@ -135,7 +135,7 @@ def dppo_tv(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: DPPO, arXiv 2602.04879 (binary total variation; section 5.4 for the cap)
     Settings: dppo_tv.delta dppo_tv.cap
     Use: large vocabularies with many rare tokens. Needs correction bypass.
-    Staleness: not measured beyond this project's tiny task
+    Staleness: 16 (91 %)
     """
     ratio = inputs.behavior_ratio
     moved = (inputs.logprobs.exp() - inputs.behavior_logprobs.exp()).detach()
@@ -155,7 +155,7 @@ def vespo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Settings: vespo.positive vespo.negative
     Use: long lag with short or medium completions: W spreads with the square root of the length.
         Needs correction bypass.
-    Staleness: 64 in its source; look at masks by length decile
+    Staleness: 16 (90 %); 64 in its source; look at masks by length decile
     """
     log_ratio = (inputs.logprobs - inputs.behavior_logprobs).detach()
     total = inputs.sequence_sum(log_ratio).clamp(MIN_LOG_SEQUENCE_RATIO, MAX_LOG_RATIO)
@@ -180,7 +180,7 @@ def topr(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: TOPR, arXiv 2503.14286 eq. 8 (there by the sign of the reward)
     Settings: topr.level
     Use: data of any age, no trust region at all. Needs correction bypass.
-    Staleness: unbounded in its source, with small learning rates
+    Staleness: 16 (91 %); unbounded in its source, with small learning rates
     """
     log_ratio = (inputs.logprobs - inputs.behavior_logprobs).detach()
     if algo.topr.level == "sequence":

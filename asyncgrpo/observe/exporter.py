@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.observe.metrics import metric_of
 
 
 class Exporter(Collector):
@@ -34,19 +34,22 @@ class Exporter(Collector):
     def show(self, values: Mapping[str, float]) -> None:
         """Replaces values by name; names that are not in the table are an error (KeyError)."""
         for name, value in values.items():
-            METRICS[name]
+            metric_of(name)
             self._values[name] = float(value)
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus reads."""
+        shown: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for name, value in list(self._values.items()):
-            metric = METRICS[name]
-            family = GaugeMetricFamily if metric.kind == "gauge" else CounterMetricFamily
-            help_text = f"{metric.unit}; rises when {metric.rises}"
-            base = metric.prometheus_name.removesuffix("_total")
-            shown = family(base, help_text, labels=["role"])
-            shown.add_metric([self._role], value)
-            yield shown
+            metric, own = metric_of(name)
+            labels = {"role": self._role, **own}
+            if metric.name not in shown:
+                family = GaugeMetricFamily if metric.kind == "gauge" else CounterMetricFamily
+                help_text = f"{metric.unit}; rises when {metric.rises}"
+                base = metric.prometheus_name.removesuffix("_total")
+                shown[metric.name] = family(base, help_text, labels=list(labels))
+            shown[metric.name].add_metric(list(labels.values()), value)
+        yield from shown.values()
 
     def _announce(self, folder: Path, port: int) -> None:
         """Writes a Prometheus file_sd target, whole or not at all."""

@@ -1,14 +1,18 @@
 """The one table of metrics: name, kind, unit, and what a rising value means.
 
 `metrics.jsonl` and the Prometheus endpoints use these names and no others; a name such as
-`rewards/mean` becomes `asyncgrpo_rewards_mean` for Prometheus.
+`rewards/mean` becomes `asyncgrpo_rewards_mean` for Prometheus. `eval/NAME/pass@4` is pass@k of
+the evaluation block NAME for k = 4: `eval/pass` in the table, labels for Prometheus.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from asyncgrpo.config import HELD_OUT
 
 Kind = Literal["gauge", "counter"]
 # Staleness in versions, up to and including the number: what is reported split by lag.
@@ -64,9 +68,11 @@ GAUGES = _table(
         "rewards/worst": ("reward", "the worst completion of a group scores better"),
         "rewards/generated_mean": ("reward", "all arrived groups score better, filtered included"),
         "eval/accuracy": ("share", "held-out prompts are answered better"),
+        "eval/pass": ("share", "more held-out prompts have a correct answer among k (pass@k)"),
         "eval/version": ("versions", "policy version of that accuracy"),
         "eval/reward_mean": ("reward", "held-out answers score better"),
         "eval/mean_tokens": ("tokens", "held-out answers get longer"),
+        "eval/truncated_share": ("share", "more held-out answers hit their token limit"),
         "objective/kl": ("nats", "engine and learner disagree more (k3 of behaviour to current)"),
         "objective/kl_k1": ("nats", "the same by the k1 estimator; may be negative"),
         "objective/entropy": ("nats", "the policy explores more; a fall to zero is a collapse"),
@@ -117,7 +123,7 @@ GAUGES = _table(
         "train_seconds": ("seconds", "forward, backward and optimizer take longer"),
         "step_seconds": ("seconds", "one whole step takes longer"),
         "actor_idle_share": ("share", "actors wait for the gate: the learner is the bottleneck"),
-        "tokens_per_second": ("tokens/s", "all actors together generate faster"),
+        "tokens_per_second": ("tokens/s", "completion tokens reach the buffer faster"),
         "judge/error_rate": ("share", "rewards fail more often; see reward.max_error_rate"),
         "judge/latency_seconds": ("seconds", "scoring one group takes longer"),
         "publish/flatten_seconds": ("seconds", "copying weights into the send buffer takes longer"),
@@ -171,6 +177,8 @@ COUNTERS = _table(
         "groups_expired_deadline": ("groups", "actors take too long or are gone"),
         "groups_expired_actor_restarted": ("groups", "actors were restarted"),
         "groups_expired_undelivered": ("groups", "leases were lost on the way, at a restart"),
+        "groups_expired_actor_left": ("groups", "actors left before these were through"),
+        "groups_failed_handed_back": ("groups", "actors left and gave their prompts back"),
         "groups_expired_unreachable": ("groups", "actors lose their connection"),
         "groups_evicted_stale": ("groups", "work became too old before it was trained"),
         "groups_failed_prompt_too_long": ("groups", "prompts exceed data.max_prompt_tokens"),
@@ -180,3 +188,23 @@ COUNTERS = _table(
     },
 )
 METRICS: Mapping[str, Metric] = {**GAUGES, **COUNTERS}
+_EVAL = re.compile(r"eval/(?:(?P<eval>[\w.-]+)/)?(?P<quantity>\w+)(?:@(?P<k>\d+))?")
+
+
+def metric_of(name: str) -> tuple[Metric, dict[str, str]]:
+    """The row of the table for a name, and its labels; KeyError when there is none."""
+    labels = {}
+    if found := _EVAL.fullmatch(name):
+        labels = {"eval": found["eval"] or HELD_OUT} | ({"k": found["k"]} if found["k"] else {})
+        name = f"eval/{found['quantity']}"
+    if name not in METRICS:
+        raise KeyError(f"{name}: declare it in asyncgrpo/observe/metrics.py")
+    return METRICS[name], labels
+
+
+def eval_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of one evaluation (see EvalReport); the name of the default block is left out."""
+    prefix = "eval/" if report["name"] == HELD_OUT else f"eval/{report['name']}/"
+    names = ("accuracy", "version", "reward_mean", "mean_tokens", "truncated_share")
+    passes = {f"{prefix}pass@{k}": share for k, share in report["pass_at_k"].items()}
+    return {prefix + name: report[name] for name in names} | passes

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ def write_token_log(
     """Writes one rank's file of one step, whole; pieces: the columns of each completion."""
     folder = run_dir / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {
+    columns: dict[str, Any] = {
         name: np.concatenate([np.asarray(piece[name], kind) for piece in pieces])
         if pieces
         else np.zeros(0, kind)

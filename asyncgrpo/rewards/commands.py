@@ -37,9 +37,11 @@ def try_out(
     if template is not None and HOLE not in template:
         raise typer.BadParameter(f"--template {template!r} must contain {HOLE}")
     settings = load_config(config, set_ or [])
+    opened = open_prompts(settings)
+    alike = [name for name, reward in settings.rewards.items() if reward == settings.reward]
     rows = try_rewards(
         load_rewards(settings.reward),
-        open_prompts(settings).survey(),
+        [prompt for name in alike for prompt in opened.survey(name)],
         count=num,
         correct_above=settings.reward.correct_above,
         template=template,

@@ -106,6 +106,7 @@ def _find(use: str) -> Callable[..., Any]:
     if use not in BUILTINS:
         raise RewardError(
             f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
-            f"{', '.join(BUILTINS)}; write your own as 'package.module:function'"
+            f"{', '.join(BUILTINS)}; write your own as 'package.module:function' or "
+            "'file.py:function'"
         )
     return BUILTINS[use]

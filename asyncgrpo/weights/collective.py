@@ -24,7 +24,7 @@ _retired: deque[tuple[float, object]] = deque()
 
 def open_store(host: str, port: int, *, is_master: bool, timeout_seconds: float) -> Any:
     """The key-value store where the members of a group find each other."""
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         host,
         port,
         is_master=is_master,
@@ -66,7 +66,7 @@ def open_group(
     store: Any, *, backend: str, generation: int, rank: int, world_size: int, seconds: float
 ) -> WeightGroup:
     """Joins a generation; blocks until all its members did, `seconds` at most."""
-    prefixed = dist.PrefixStore(f"weights-{generation}", store)
+    prefixed = dist.PrefixStore(f"weights-{generation}", store)  # type: ignore[attr-defined]
     timeout = timedelta(seconds=seconds)
     try:
         if backend == "nccl":

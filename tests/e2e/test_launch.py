@@ -21,7 +21,7 @@ from asyncgrpo.buffer.audit import audit
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.schedule import learning_rate
-from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.observe.metrics import metric_of
 from asyncgrpo.rundir import RunDir
 
 TESTS = Path(__file__).parent.parent
@@ -40,6 +40,12 @@ SMALL = [
     "eval.every=3",
     "launch.grace_seconds=3",
 ]
+
+
+TWO_BLOCKS = (
+    "[{num_prompts=12, every=3}, {name='sampled', num_prompts=6, every=2, num_samples=4, k=4, "
+    "sampling={temperature=1.0, max_completion_tokens=12}}]"
+)
 
 
 class Launch:
@@ -126,6 +132,12 @@ def launch(tmp_path, model):
             each.wait()
 
 
+def trained_rows(run_dir: Path, step: int) -> list[dict]:
+    text = (run_dir / f"trajectories/step_{step}.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]  # text may hold other separators
+    return [row for row in rows if row["status"] == "trained"]
+
+
 def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
     config = json.loads((run_dir / "config.json").read_text())
     assert config["run"]["max_steps"] == steps
@@ -133,7 +145,7 @@ def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
     for role in ("buffer", "learner", "actor-0", "actor-1"):
         assert (run_dir / "logs" / f"{role}.log").is_file()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert all(name in METRICS for row in rows for name in row)
+    assert all(metric_of(name) for row in rows for name in row)
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == list(range(steps))
     settings = from_mapping(config)
@@ -141,13 +153,16 @@ def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
         assert row["lr"] == learning_rate(row["step"], settings.learner, steps)
     assert {row["eval/version"] for row in rows if "eval/version" in row} >= {0, steps}
     for step, row in enumerate(trained):
-        lines = (run_dir / f"trajectories/step_{step}.jsonl").read_text().splitlines()
-        completions = [json.loads(line) for line in lines]
+        completions = trained_rows(run_dir, step)
         assert len(completions) == 16
         assert max(c["staleness"] for c in completions) == row["staleness/max"] <= max_staleness
         assert sum(c["num_tokens"] for c in completions) == row["tokens_trained"]
-        assert all(step - c["versions"][0][0] == c["staleness"] for c in completions)
-        assert all(sum(n for _, n in c["versions"]) == c["num_tokens"] for c in completions)
+        assert all(step - c["version_min"] == c["staleness"] for c in completions)
+        assert all(c["version_min"] <= c["version_max"] <= step for c in completions)
+        by_group: dict[int, float] = {}
+        for c in completions:
+            by_group[c["group"]] = by_group.get(c["group"], 0.0) + c["advantage"]
+        assert all(abs(total) < 1e-4 for total in by_group.values())
     assert not any(audit(RunDir.read(run_dir)).wrong.values())
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["after"]["num_answered"] == summary["before"]["num_answered"] == 12
@@ -170,13 +185,20 @@ def check_model(folder: Path, start: Path) -> None:
 
 @pytest.mark.engine
 def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch, model):
-    run = launch("launch.max_actor_restarts=1", engine="vllm")
+    run = launch("launch.max_restarts=1", f"eval={TWO_BLOCKS}", engine="vllm")
     started = run.until_training()
     assert run.wait() == 0, run.text()[-4000:]
     run.assert_nothing_left(started)
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
     check_model(run.run_dir / "model", model)
     assert "held-out accuracy, 12 prompts" in run.text()
+    assert "sampled accuracy, 6 prompts, 4 samples at temperature 1" in run.text()
+    evals = [json.loads(line) for line in (run.run_dir / "evals.jsonl").read_text().splitlines()]
+    assert sorted((row["name"], row["version"]) for row in evals) == [
+        *(("held-out", version) for version in (0, 3, 6)),
+        *(("sampled", version) for version in (0, 2, 4, 6)),
+    ]
+    assert all(row["num_answered"] == row["num_prompts"] for row in evals)
     rows = [row for row in run.rows() if "publish/canary_difference" in row]
     assert rows
     assert all(row["publish/canary_difference"] < 1e-3 for row in rows)
@@ -185,7 +207,8 @@ def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch,
 
 @pytest.mark.engine
 def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twice(launch):
-    run = launch("run.max_steps=40", engine="vllm")
+    # A wide gate: every actor holds leases at any time.
+    run = launch("run.max_steps=40", "buffer.max_staleness=30", engine="vllm")
     run.until_training()
     doomed = run.find("actor", "1")
     family = [doomed, *doomed.children(recursive=True)]
@@ -195,11 +218,7 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     started = run.processes()
     assert run.wait() == 0, run.text()[-4000:]
     run.assert_nothing_left(started)
-    leases = [
-        json.loads(line)["lease_id"]
-        for step in range(40)
-        for line in (run.run_dir / f"trajectories/step_{step}.jsonl").read_text().splitlines()
-    ]
+    leases = [row["lease_id"] for step in range(40) for row in trained_rows(run.run_dir, step)]
     assert len(leases) == 40 * 16
     assert len(set(leases)) == 40 * 4
     steps = [row for row in run.rows() if "loss" in row]

@@ -1,0 +1,52 @@
+"""`asyncgrpo config ...`: settings as they are resolved, explained, and the presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+config_app = typer.Typer(help="Show settings, explain them, list presets.", no_args_is_help=True)
+
+
+@config_app.command()
+def show(
+    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
+    ] = None,
+    only_changed: Annotated[
+        bool, typer.Option("--changed", help="only what differs from the defaults")
+    ] = False,
+) -> None:
+    """Prints the settings of a run as TOML that loads as the same settings again."""
+    from asyncgrpo.config import load_config
+    from asyncgrpo.reference import as_toml, changed
+
+    settings = load_config(config, set_ or [])
+    typer.echo(as_toml(changed(settings) if only_changed else settings.model_dump(mode="json")))
+
+
+@config_app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="room, room.key, a name of TRL or XTuner, a preset")],
+) -> None:
+    """Says what a setting means, its default, what is allowed, and its names elsewhere."""
+    from asyncgrpo import reference
+
+    typer.echo(reference.explain(key))
+
+
+@config_app.command()
+def presets() -> None:
+    """Lists the settings files that come along, for --config NAME, and the presets of algo."""
+    from asyncgrpo.algorithms import PRESETS
+    from asyncgrpo.config import preset_files
+    from asyncgrpo.reference import summary
+
+    for name, path in preset_files().items():
+        typer.echo(f"--config {name:<22} {summary(path)}")
+    for name, values in PRESETS.items():
+        text = ", ".join(f"{key} = {value}" for key, value in values.items())
+        typer.echo(f"algo.preset={name:<19} {text}")

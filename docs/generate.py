@@ -1,0 +1,102 @@
+"""Writes the generated parts of docs/*.md: `make docs`. --check only says what is out of date."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from asyncgrpo.aliases import Entry, entries
+from asyncgrpo.config import Config
+from asyncgrpo.reference import settings
+
+DOCS = Path(__file__).parent
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+TITLES = {
+    "not_needed": "Not needed: taken with a notice",
+    "not_yet": "Not offered yet: taken with a notice",
+    "refused": "Refused, unless they are off: they would change what is learned",
+}
+
+
+def called() -> str:
+    """Names of TRL and XTuner beside ours."""
+    rows = [
+        (_codes(row.trl), _codes(row.xtuner), _codes(row.ours), _prose(row.note))
+        for row in _of("called")
+    ]
+    return _table(("TRL", "XTuner", "here", "what differs"), rows)
+
+
+def left_out() -> str:
+    """What other trainers have and we do not."""
+    return "\n".join(
+        f"### {title}\n\n"
+        + _table(
+            ("names", "why, or what to do"),
+            [(_codes(row.names), _prose(row.note)) for row in _of(kind)],
+        )
+        for kind, title in TITLES.items()
+    )
+
+
+def reference() -> str:
+    """Every setting, a table for each room."""
+    return "\n".join(f"## {room}\n\n{_room(room)}" for room in Config.model_fields)
+
+
+def _room(room: str) -> str:
+    mine = [s for s in settings().values() if s.key.partition(".")[0] == room]
+    columns = ("setting", "default", "allowed", "meaning", "elsewhere")
+    rows = []
+    for setting in mine:
+        default = _codes([setting.default] if setting.default else [])
+        words = (_prose(setting.kind), _prose(setting.description))
+        rows.append((_codes([setting.key]), default, *words, _codes(setting.aliases)))
+    return _table(columns, rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "called": called,
+    "left_out": left_out,
+    "reference": reference,
+}
+
+
+def renewed(text: str) -> str:
+    """A page with its generated parts as they should be now."""
+    return BLOCK.sub(lambda found: f"{found[1]}{PARTS[found[2]]()}{found[3]}", text)
+
+
+def _of(kind: str) -> list[Entry]:
+    return [row for row in entries() if row.kind == kind]
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _codes(names: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in names).replace("|", r"\|")
+
+
+def _prose(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;")
+
+
+def main() -> int:
+    """Exit code 1 when --check finds a page out of date."""
+    only_check = "--check" in sys.argv
+    texts = {page: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+    stale = [page for page, text in texts.items() if renewed(text) != text]
+    for page in stale:
+        print(f"docs/{page.name}: " + ("out of date; run make docs" if only_check else "written"))
+        if not only_check:
+            page.write_text(renewed(texts[page]), encoding="utf-8")
+    return int(only_check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
