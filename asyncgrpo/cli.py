@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from asyncgrpo.buffer.commands import audit, ledger
 from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
@@ -35,6 +36,8 @@ app.add_typer(algo_app, name="algo")
 app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
+app.command()(audit)
+app.command()(ledger)
 app.add_typer(traj_app, name="traj")
 app.command()(chat)
 

@@ -6,7 +6,7 @@ metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what 
 evals.jsonl     one row per evaluation     summary.json    the run in numbers
 model/          final weights, tokenizer   targets/        Prometheus file_sd targets
 flow.json       who waits for whom now     stalls/         reports of launch.stall_seconds
-stacks/         what processes answer a stall report with
+stacks/         what the processes answer  ledger.sqlite   what became of every lease
 and, of a Trainer: train_dataset.jsonl, eval_dataset.jsonl, reward_funcs.pkl
 """
 

@@ -17,10 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asyncgrpo.buffer.audit import audit
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import metric_of
+from asyncgrpo.rundir import RunDir
 
 TESTS = Path(__file__).parent.parent
 SECONDS = 240
@@ -161,6 +163,7 @@ def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
         for c in completions:
             by_group[c["group"]] = by_group.get(c["group"], 0.0) + c["advantage"]
         assert all(abs(total) < 1e-4 for total in by_group.values())
+    assert not any(audit(RunDir.read(run_dir)).wrong.values())
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["after"]["num_answered"] == summary["before"]["num_answered"] == 12
     assert summary["leases"]["leases_trained"] == 4 * steps
@@ -220,6 +223,7 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     assert len(set(leases)) == 40 * 4
     steps = [row for row in run.rows() if "loss" in row]
     assert steps[-1]["leases_expired"] >= 1
+    assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
 
 
 @pytest.mark.engine
