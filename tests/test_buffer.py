@@ -15,9 +15,9 @@ from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.gate import Gate, TokenGate
 from asyncgrpo.buffer.leases import STATES, lease_seed
 from asyncgrpo.buffer.replay import Replay, deal
-from asyncgrpo.buffer.staleness import past_bound
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.staleness import past_bound
 from asyncgrpo.wire.codec import Packet, group_packet, groups_from, lease_from, shard_from
 
 
@@ -148,9 +148,9 @@ def test_ticket_order_waits_for_earlier_open_work():
     replay = Replay("ticket")
     for ticket in (2, 3, 5):
         replay.add(ticket, make_group(make_lease(ticket)))
-    assert not replay.ready(2, open_tickets=[1, 4])
-    assert replay.ready(2, open_tickets=[4])
-    assert [stored.ticket for stored in replay.take(2)] == [2, 3]
+    assert not replay.ready(2, oldest_open=1)
+    assert replay.ready(2, oldest_open=4)
+    assert [stored.ticket for stored in replay.take(2, oldest_open=4)] == [2, 3]
 
 
 def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_the_store():
@@ -337,6 +337,10 @@ SCHEDULES = {
     "arrival": {},
     "ticket": {"buffer": {"order": "ticket"}},
     "mask": {"buffer": {"staleness_action": "mask"}},
+    "downweight": {"buffer": {"staleness_action": "downweight", "max_staleness": 1}},
+    "wait": {"buffer": {"staleness_action": "wait"}},
+    "window": {"buffer": {"order": "window", "window": 5}},
+    "narrow_window": {"buffer": {"order": "window", "window": 1, "staleness_action": "wait"}},
     "on_policy": {"buffer": {"max_staleness": 0}},
     "rare_publish": {"weights": {"publish_every": 3}},
     **{
@@ -376,7 +380,8 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
             used[group.lease.lease_id] += 1
             oldest = [step - int(c.versions.min()) for c in group.completions]
             newest = [step - int(c.versions.max()) for c in group.completions]
-            assert (max(oldest) if action == "drop" else min(newest)) <= bound
+            age = min(newest) if action == "mask" else max(oldest)
+            assert age <= (2 * bound if action == "downweight" else bound)
     assert run.core.replay.num_tokens == sum(
         stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
     )
@@ -386,6 +391,24 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     expected = {r: n for r, n in reasons.items() if r.startswith(("filtered", "evicted"))}
     assert Counter(f"{status}/{reason}" for _, status, reason in run.dropped) == expected
     assert sorted(run.trained) == list(range(run.config.run.max_steps))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_buffer_that_waits_never_evicts(seed):
+    run = Simulation(seed, buffer={"staleness_action": "wait"})
+    run.run()
+    assert run.core.leases.counts["evicted"] == 0
+
+
+def test_a_group_is_at_most_a_window_ahead_of_earlier_work():
+    replay = Replay("window", window=3)
+    for ticket in (4, 5, 6):
+        replay.add(ticket, group_of(ticket, 5))
+    assert not replay.ready(1, oldest_open=1)
+    assert not replay.ready(3, oldest_open=3)
+    assert [stored.ticket for stored in replay.take(9, oldest_open=3)] == [4, 5]
+    assert replay.ready(1, oldest_open=None)
 
 
 def assert_batch_size(groups, config):

@@ -11,6 +11,7 @@ from typing import Any
 from asyncgrpo.buffer.leases import STATES
 from asyncgrpo.buffer.ledger import LedgerReader
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.staleness import bound_of
 
 # name -> the promise, and SQL for (ticket, what is wrong). `samples` are the trajectories.
 CHECKS = {
@@ -44,7 +45,7 @@ CHECKS = {
         """,
     ),
     "staleness": (
-        "no trained token is older than buffer.max_staleness versions",
+        "no trained token is older than buffer.max_staleness versions (twice that with downweight)",
         """
         SELECT ticket, 'is trained at step ' || step || ' with tokens of version ' || oldest FROM
         (SELECT *, iif(:mask, newest_version, oldest_version) AS oldest FROM leases)
@@ -137,6 +138,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
 
     Trajectories are checked up to the last step that is committed as trained.
     """
+    buffer = run.config.buffer
     files = {int(f.stem[5:]): f for f in (run.path / "trajectories").glob("step_*.jsonl")}
     reader = LedgerReader(run.path, timeout_seconds)  # after the look at the files
     _, ((next_step,),) = reader.query("SELECT ifnull(max(step) + 1, 0) FROM steps WHERE trained_at")
@@ -145,8 +147,8 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
         (row for step in files if step < next_step for row in _samples(step, files[step])),
     )
     values = {
-        "max_staleness": run.config.buffer.max_staleness,
-        "mask": run.config.buffer.staleness_action == "mask",
+        "max_staleness": bound_of(buffer.max_staleness, buffer.staleness_action),
+        "mask": buffer.staleness_action == "mask",
         "epochs": run.config.data.epochs,
         "trajectories": run.config.observe.trajectories,
     }

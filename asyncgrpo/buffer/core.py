@@ -69,7 +69,7 @@ class BufferCore:
         self._config, self._record = config, record
         self._journal = journal or NoJournal()
         buffer = config.buffer
-        self.replay = Replay(buffer.order)
+        self.replay = Replay(buffer.order, buffer.window)
         self.gate = make_gate(config, self.replay)
         self.leases = LeaseBook(config, self._journal)
         self.events = 0  # packets that brought the run on; see EVENTS
@@ -301,17 +301,36 @@ class BufferCore:
 
     def _form_batch(self) -> None:
         self._evict()
-        buffer = self._config.buffer
+        buffer, oldest_open = self._config.buffer, min(self.leases.open_tickets(), default=None)
         count = buffer.groups_per_step
         if buffer.tokens_per_step:
-            count = self.replay.count_for(buffer.tokens_per_step, self._config.min_groups)
+            fewest = self._config.min_groups
+            count = self.replay.count_for(buffer.tokens_per_step, fewest, oldest_open)
         if self._exhausted() and len(self.replay) >= self._config.launch.learners:
             count = min(count, len(self.replay))  # the last, smaller batch
-        if not self.replay.ready(count, self.leases.open_tickets()):
+        if not self.replay.ready(count, oldest_open) or self._waits_for_old_work(
+            count, oldest_open
+        ):
             return
-        batch = self.replay.batches[self.step] = self.replay.take(count)
+        batch = self.replay.batches[self.step] = self.replay.take(count, oldest_open)
         self.gate.formed(count)
         self.leases.move(tickets(batch), "stored", "taken", step=self.step)
+
+    def _waits_for_old_work(self, count: int, oldest_open: int | None) -> bool:
+        """Whether, with a batch of `count` now, work that is being made would get too old.
+
+        What has version v must be in the batch of step v + max_staleness at the latest, and no step
+        takes more than one batch: the rule of deadline scheduling for what is left over.
+        """
+        buffer, being_made = self._config.buffer, self.leases.open_versions()
+        if buffer.staleness_action != "wait" or not being_made:
+            return False
+        left = sorted([*being_made, *self.replay.versions_left(count, oldest_open)])
+        return any(
+            number > count * (version + buffer.max_staleness - self.step)
+            for number, version in enumerate(left, 1)
+            if version >= min(being_made)  # else waiting would not help
+        )
 
     def _evict(self) -> None:
         buffer = self._config.buffer
