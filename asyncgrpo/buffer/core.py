@@ -12,10 +12,12 @@
     (who has not said hello to this life of the buffer gets `introduce {life}`, and says it)
 
     from learner ranks
-    begin    {step}                     noted: the first step of a learner's life
+    begin    {step}                     noted: the first step of a learner's life; later ones that
+                                        a former life made are given again, of the same groups
     take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
     stop     {}                         noted: no batch is formed from now on
-    trained  {step, world_size}         noted {counters, actors, evaluations}
+    trained  {step, world_size, covered} noted {counters, actors, evaluations}; no learner will
+                                        begin before step `covered` any more
     evaluate {version, blocks}          evaluating, once the actors hold back their weights
     results  {}                         all reports, once no evaluation is on its way
     summary  {}                         noted {counters, actors, evaluations}
@@ -35,7 +37,7 @@ import numpy as np
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.filters import filter_reason
 from asyncgrpo.buffer.gate import make_gate
-from asyncgrpo.buffer.journal import Journal, NoJournal
+from asyncgrpo.buffer.journal import Batches, Journal, NoJournal
 from asyncgrpo.buffer.leases import STATES, LeaseBook
 from asyncgrpo.buffer.queue import PromptQueue
 from asyncgrpo.buffer.replay import Replay, tickets, trained
@@ -51,7 +53,6 @@ Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
 EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
-KEPT_STEPS = 4  # trained steps whose groups stay in the journal until a checkpoint covers them
 
 
 class BufferCore:
@@ -64,9 +65,13 @@ class BufferCore:
         record: Record,
         journal: Journal | None = None,
         now: float = 0.0,
+        rewind: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """Goes on where the journal ends; without one nothing survives the process."""
-        self._config, self._record = config, record
+        """Goes on where the journal ends; without one nothing survives the process.
+
+        rewind: takes back what was recorded of this step and later ones and is no longer true.
+        """
+        self._config, self._record, self._rewind = config, record, rewind
         self._journal = journal or NoJournal()
         buffer = config.buffer
         self.replay = Replay(buffer.order, buffer.window)
@@ -82,6 +87,7 @@ class BufferCore:
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
         self._evaluations = Evaluations(config, prompts.held_out, self.leases, self._journal)
         self._is_stopped = False
+        self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
         self._restore(now)
 
@@ -96,6 +102,7 @@ class BufferCore:
         in_batches = past.counts["taken"] + past.counts["trained"]
         self.gate.restore(self.leases.num_live, past.num_formed, in_batches)
         self._evaluations.restore(past)
+        self._rewind(self.step)
         self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -267,9 +274,34 @@ class BufferCore:
     # -- learner --------------------------------------------------------------------------
 
     def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
-        if packet.fields["step"] != self.step:
-            raise ValueError(f"the learner begins at step {packet.fields['step']}, not {self.step}")
+        step = packet.fields["step"]
+        if step > self.step:
+            raise ValueError(
+                f"the learner begins at step {step}, but the buffer knows of {self.step} trained "
+                "steps: ledger.sqlite is missing or older than the checkpoint; put it back, or "
+                "start another run with model.path set to the last model"
+            )
+        again = self._journal.batches(step) if step < self.step else {}
+        gone = [former for former in range(step, self.step) if former not in again]
+        if gone:
+            raise ValueError(
+                f"the learner begins at step {step}, but the groups of step {gone[0]} are gone: a "
+                f"newer checkpoint covered them; put it back, or start another run"
+            )
+        self._journal.began(step)
+        self._evaluations.forget(step)
+        if again:
+            self._roll_back(step, again)
         return [(peer, _answer(packet, "noted"))]
+
+    def _roll_back(self, step: int, batches: Batches) -> None:
+        for former, batch in batches.items():
+            self.replay.hold(former, batch)
+            self.leases.move([ticket for ticket, _ in batch], "trained", "taken", step=former)
+        self.step = step
+        self._waiting_takes.clear()  # of the learner's former life
+        self._rewind(step)
+        self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
         self._is_stopped = True
@@ -344,9 +376,9 @@ class BufferCore:
         return not self.leases.counts["open"] and not self._queue
 
     def _on_trained(self, peer: str, packet: Packet, now: float) -> Replies:
-        step, world_size = packet.fields["step"], packet.fields["world_size"]
+        step, world_size, covered = (packet.fields[n] for n in ("step", "world_size", "covered"))
         batch = self.replay.batches.get(step)
-        if batch is not None:
+        if batch is not None and step == self.step:
             (advantages,) = packet.arrays
             ended = trained([stored.group for stored in batch], world_size, advantages)
             del self.replay.batches[step]
@@ -354,7 +386,9 @@ class BufferCore:
             self._record(step, ended)
             self.step = step + 1
             self._evict()
-            self._journal.covered(step - KEPT_STEPS)
+            if covered > self._covered:
+                self._covered = covered
+                self._journal.covered(covered)
             self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
         return [(peer, _answer(packet, "noted", **self._summary()))]
 

@@ -50,8 +50,12 @@ class Replay:
         for ticket, group in past.stored:
             self.add(ticket, group)
         for step, batch in past.batches.items():
-            self.batches[step] = [_stored(ticket, 0, group) for ticket, group in batch]
+            self.hold(step, batch)
         self.groups_arrived, self.tokens_arrived = past.groups_stored, past.tokens_stored
+
+    def hold(self, step: int, batch: Iterable[tuple[int, Group]]) -> None:
+        """Keeps a batch of tickets and groups that was formed before."""
+        self.batches[step] = [_stored(ticket, 0, group) for ticket, group in batch]
 
     def shard(self, step: int, rank: int, world_size: int) -> Shard:
         """One rank's part of a batch, with the counts of the whole."""

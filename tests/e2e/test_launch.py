@@ -51,11 +51,14 @@ TWO_BLOCKS = (
 class Launch:
     """An `asyncgrpo launch` of ours, in its own folder."""
 
-    def __init__(self, base: Path, model: Path, *overrides: str, engine: str = "toy") -> None:
+    def __init__(
+        self, base: Path, model: Path, *overrides: str, engine: str = "toy", resume: bool = False
+    ) -> None:
         self.run_dir = base / "run"
         self.out = base / "out.txt"
         settings = [*SMALL, f"actor.engine={engine}", f"model.path={model}", *overrides]
         command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--run-dir", str(self.run_dir)]
+        command += ["--resume", str(self.run_dir)] if resume else []
         command += [part for setting in settings for part in ("--set", setting)]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
@@ -121,8 +124,8 @@ def model(tmp_path_factory) -> Path:
 def launch(tmp_path, model):
     started: list[Launch] = []
 
-    def start(*overrides: str, engine: str = "toy") -> Launch:
-        started.append(Launch(tmp_path, model, *overrides, engine=engine))
+    def start(*overrides: str, engine: str = "toy", resume: bool = False) -> Launch:
+        started.append(Launch(tmp_path, model, *overrides, engine=engine, resume=resume))
         return started[-1]
 
     yield start
@@ -238,7 +241,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
 
 @pytest.mark.slow
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
-    run = launch("run.max_steps=5000")
+    run = launch("run.max_steps=5000", "launch.max_restarts=0")
     started = run.until_training()
     ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
     assert len(ranks) == 2
@@ -246,6 +249,60 @@ def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     assert run.wait() == 3
     run.assert_nothing_left(started)
     assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
+
+
+def check_made_again(run: Launch, steps: int) -> None:
+    """After roll-backs: every step is there once, of groups that were trained nowhere else."""
+    found = audit(RunDir.read(run.run_dir))
+    assert not any(found.wrong.values()), found.wrong
+    assert found.next_step == steps
+    assert found.rollbacks
+    assert all(step in (0, 4, 8) and step < former for step, former in found.rollbacks)
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(steps))
+    rows = [row for step in range(steps) for row in trained_rows(run.run_dir, step)]
+    names = [(row["lease_id"], row["sample"]) for row in rows]
+    assert len(set(names)) == len(names) == 16 * steps
+
+
+def until_step(run: Launch, step: int) -> None:
+    checkpoint = run.run_dir / f"checkpoints/step_{step // 4 * 4}"
+    run.until(checkpoint.exists, "saved")
+    run.until(lambda: [row for row in run.rows() if row["step"] >= step], "trained")
+
+
+@pytest.mark.slow
+def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(launch):
+    run = launch("run.max_steps=12", "checkpoint.every=4")
+    until_step(run, 5)
+    started = run.processes()
+    before = {step: trained_rows(run.run_dir, step) for step in range(5)}
+    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
+    ranks[-1].kill()
+    assert run.wait() == 0, run.text()[-4000:]
+    run.assert_nothing_left(started)
+    check_made_again(run, 12)
+    again = [row["lease_id"] for row in trained_rows(run.run_dir, 4)]
+    assert again == [row["lease_id"] for row in before[4]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
+    settings = ("run.max_steps=12", "checkpoint.every=4")
+    run = launch(*settings)
+    until_step(run, 5)
+    started = run.processes()
+    os.kill(run.process.pid, number)
+    run.wait()
+    run.assert_nothing_left(started)
+    resumed = launch(*settings, resume=True)
+    assert resumed.wait() == 0, resumed.text()[-4000:]
+    if number == signal.SIGKILL:
+        check_made_again(resumed, 12)
+    found = audit(RunDir.read(run.run_dir))
+    assert not any(found.wrong.values()), found.wrong
+    assert found.next_step == 12
+    assert [row["step"] for row in resumed.rows() if "loss" in row] == list(range(12))
 
 
 @pytest.mark.slow
