@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import logging
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.errors import ConfigError
@@ -317,7 +326,29 @@ class EvalSettings(Room):
     timeout_seconds: float = Field(300.0, gt=0)
 
 
+def _reachable(text: str) -> str:
+    """One IPv4 address: it is listened on, and told to others."""
+    try:
+        usable = not ipaddress.IPv4Address(text).is_unspecified
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"{text!r} must be the IPv4 address of this machine that the others reach; "
+            "use 127.0.0.1 when all runs on this one"
+        )
+    return text
+
+
+Address = Annotated[str, AfterValidator(_reachable)]
+
+
 class LaunchSettings(Room):
+    host: Address = Field("127.0.0.1", description="address of buffer, weights and their store")
+    encrypt: bool | Literal["auto"] = Field(
+        "auto", description="CURVE keys of the run for buffer and weights; auto: off loopback"
+    )
+    insecure: bool = Field(False, description="allow to leave loopback without keys")
     actors: int = Field(2, ge=1)
     learners: int = Field(2, ge=1)
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
@@ -330,8 +361,30 @@ class LaunchSettings(Room):
         0, ge=0, le=65535, description="of the buffer; +1, +2 .. others; 0 any"
     )
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether buffer and weights admit only who has the keys of the run."""
+        return self.encrypt is True or (
+            self.encrypt == "auto" and not self.insecure and not self.on_loopback
+        )
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether no other machine can reach the run."""
+        return ipaddress.IPv4Address(self.host).is_loopback
+
+    @model_validator(mode="after")
+    def _no_open_door_by_accident(self) -> LaunchSettings:
+        if not (self.on_loopback or self.encrypted or self.insecure):
+            raise ValueError(
+                f"encrypt=false with host={self.host}: anybody who reaches this address could read "
+                "prompts and send groups; leave encrypt at auto, or add --insecure"
+            )
+        return self
+
 
 class ObserveSettings(Room):
+    metrics_host: Address = Field("127.0.0.1", description="address of the metrics endpoints")
     trajectories: bool = Field(True, description="write trajectories/step_<k>.jsonl")
     token_log: bool = Field(
         False, description="write tokens/step_<k>.rank<r>.npz: every log-prob, version and mask"

@@ -4,7 +4,7 @@ config.json     resolved settings          endpoints.json  addresses, cores, met
 env.json        versions, hardware, seeds  logs/           one file per role
 metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what was trained on
 model/          final weights, tokenizer   summary.json    the run in numbers
-targets/        Prometheus file_sd targets
+targets/        Prometheus file_sd targets keys/           of an encrypted run, for its owner only
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ def test_the_command_lines_are_exactly_these() -> None:
     assert " ".join(spec(plan, "buffer").argv) == f"python {role.format('buffer')}"
     assert " ".join(spec(plan, "actor-1").argv) == f"python {role.format('actor')} --index 1"
     assert " ".join(spec(plan, "learner").argv) == (
-        "python -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --node-rank 0 "
-        "--master-addr 127.0.0.1 --master-port 5004 --max-restarts 0 --monitor-interval 0.2 "
+        "python -m asyncgrpo.learner.torchrun --nnodes 1 --nproc-per-node 2 --rdzv-backend "
+        "asyncgrpo --rdzv-endpoint 127.0.0.1:5004 --max-restarts 0 --monitor-interval 0.2 "
         + role.format("learner")
     )
     assert spec(plan, "actor-1").log_file == RUN_DIR / "logs" / "actor-1.log"

@@ -21,10 +21,12 @@ No sockets, no clock, no files: `handle` and `tick` get the time and return what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asyncgrpo.buffer.admission import check_request, is_holder, why_failed
 from asyncgrpo.buffer.evaluation import EvalJob
 from asyncgrpo.buffer.gate import Gate
 from asyncgrpo.buffer.leases import LeaseBook
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
 RecordStep = Callable[[int, Sequence[Group]], None]
+MAX_REASON = 300  # characters
 ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evaluation
 
 
@@ -74,16 +77,17 @@ class BufferCore:
         self._untold: list[dict[str, Any]] = []  # reports that rank 0 has not got with a step
         self._waiting_evals: list[tuple[str, Packet]] = []
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
+        self.num_refused = 0  # messages, as the server counts them
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
         """Takes one packet; returns everything that can be sent because of it."""
-        action: Action | None = getattr(self, f"_on_{packet.kind}", None)
-        if action is None:
-            return [(peer, _answer(packet, "refused", reason=f"unknown kind {packet.kind!r}"))]
         try:
+            check_request(packet, step=self.step, num_learners=self._config.launch.learners)
+            action: Action = getattr(self, f"_on_{packet.kind}")
             return action(peer, packet, now) + self.tick(now)
         except (KeyError, TypeError, ValueError, WireError) as error:
-            return [(peer, _answer(packet, "refused", reason=f"{packet.kind}: {error!r}"))]
+            reason = str(error) if isinstance(error, WireError) else f"{packet.kind}: {error!r}"
+            return [(peer, _answer(packet, "refused", reason=reason[:MAX_REASON]))]
 
     def tick(self, now: float) -> Replies:
         """Ends what is overdue and answers requests that waited for something."""
@@ -108,6 +112,7 @@ class BufferCore:
             "groups_arrived": self._sums["groups"],
             "tokens_arrived": self._sums["tokens"],
             "reward_arrived_sum": self._sums["reward"],
+            "refused_messages": self.num_refused,
         }
 
     # -- actors ---------------------------------------------------------------------------
@@ -146,8 +151,14 @@ class BufferCore:
     def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
         (group,) = groups_from(packet)
         lease_id = group.lease.lease_id
-        if self.leases.get(lease_id) is None:
-            state = "unknown"  # a repeat, or it expired meanwhile: its prompt is out again
+        opened = self.leases.get(lease_id)
+        if opened is None or not is_holder(peer, opened):
+            # a repeat, or it expired meanwhile: its prompt is out again; or somebody else's
+            self.leases.reasons[f"ignored/{'other_actor' if opened else 'late'}"] += 1
+            state = "unknown"
+        elif reason := why_failed(group, opened.lease, self.step):
+            self._end_unfinished(lease_id, "failed", reason, again=False)
+            state = "failed"
         elif group.lease.purpose == "eval":
             self.leases.close(lease_id, "stored")
             self._jobs[group.lease.version].answer(group)
@@ -256,7 +267,7 @@ class BufferCore:
             else:
                 continue
             del self._waiting_takes[peer, rank]
-            replies.append((peer, _with_id(answer, request)))
+            replies.append((peer, replace(answer, request_id=request.request_id)))
         return replies
 
     def _form_batch(self) -> None:
@@ -388,12 +399,3 @@ class BufferCore:
 
 def _answer(request: Packet, kind: str, **fields: Any) -> Packet:
     return Packet(kind=kind, request_id=request.request_id, fields=fields)
-
-
-def _with_id(packet: Packet, request: Packet) -> Packet:
-    return Packet(
-        kind=packet.kind,
-        request_id=request.request_id,
-        fields=packet.fields,
-        arrays=packet.arrays,
-    )

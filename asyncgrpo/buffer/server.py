@@ -12,6 +12,7 @@ from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.types import Group
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
@@ -22,15 +23,17 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     """Serves until stopped."""
     config = run.config
     record = TrajectoryWriter(run.path) if config.observe.trajectories else _record_nothing
-    server = Server(run.endpoints.buffer)
+    server = Server(run.endpoints.buffer, read_keys(run, "server"))
     core = BufferCore(config, open_prompts(config), record)
-    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
+    metrics_host = config.observe.metrics_host
+    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path, metrics_host)
     log.info("listening on %s", run.endpoints.buffer)
     shown_at = 0.0
     while not stopping():
         for peer, packet in server.receive(POLL_SECONDS):
             _send(server, core, core.handle(peer, packet, time.monotonic()))
         now = time.monotonic()
+        core.num_refused = server.num_refused
         _send(server, core, core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show(core.metrics())

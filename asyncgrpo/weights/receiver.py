@@ -17,9 +17,16 @@ from typing import Any
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AsyncGRPOError, WeightsError
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.weights.collective import WeightGroup, open_group, open_store, retire
+from asyncgrpo.weights.collective import (
+    WeightGroup,
+    open_group,
+    open_store,
+    own_address,
+    retire,
+)
 from asyncgrpo.weights.flat import FlatWeights, Manifest
 from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.keys import Keys
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
@@ -29,10 +36,12 @@ POLL_SECONDS, ALIVE_SECONDS = 0.003, 3.0
 class CollectiveReceiver:
     """A protocols.WeightReceiver over ZeroMQ and a process group."""
 
-    def __init__(self, config: Config, actor: str, address: str) -> None:
-        self._settings, self._actor, self._address = config.weights, actor, address
+    def __init__(self, config: Config, actor: str, address: str, keys: Keys | None = None) -> None:
+        self._settings, self._actor = config.weights, actor
+        self._address, self._keys = address, keys
         self._flat: FlatWeights | None = None
         self._store: Any = None
+        self._host = ""  # our own address, as the learner sees it
         self._backend, self._bucket_bytes = "gloo", 1 << 30  # the learner tells
         self._group: WeightGroup | None = None
         self._staged: int | None = None  # version that waits in the buffer, or is being loaded
@@ -84,7 +93,7 @@ class CollectiveReceiver:
     # -- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        client = DealerClient(self._address, self._actor, "the learner")
+        client = DealerClient(self._address, self._actor, "the learner", self._keys)
         actions: dict[str, Callable[[DealerClient, Packet], None]] = {
             "joined": self._on_joined,
             "offer": self._on_offer,
@@ -126,6 +135,7 @@ class CollectiveReceiver:
             self._flat = FlatWeights(manifest, device)
         if self._store is None:
             host, port = packet.fields["store"]
+            self._host = own_address(host)
             self._store = open_store(
                 host,
                 port,
@@ -150,6 +160,7 @@ class CollectiveReceiver:
                 self._group = None
                 self._group = open_group(
                     self._store,
+                    host=self._host,
                     backend=self._backend,
                     generation=fields["generation"],
                     rank=fields["rank"],
@@ -163,8 +174,11 @@ class CollectiveReceiver:
             self._group = None
             return
         self._copy_seconds = time.perf_counter() - start
-        self._digests = self._flat.digests()
-        self._staged = fields["version"]
+        self._digests = self._flat.digests(fields["seed"])
+        if self._digests == fields["digests"]:
+            self._staged = fields["version"]
+        else:  # never shown to the engine; the learner names the tensors and rejects this actor
+            self.loaded(fields["version"], 0.0, [])
 
     def _on_rejoin(self, client: DealerClient, packet: Packet) -> None:
         log.warning("evicted from publishing; joining again")

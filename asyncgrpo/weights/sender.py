@@ -8,12 +8,14 @@ Waits for: answers until a deadline; then it goes on without the late ones.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import PeerTimeout, WeightsError
+from asyncgrpo.errors import PeerTimeout, WeightsError, WireError
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32
 from asyncgrpo.weights.collective import (
@@ -21,25 +23,40 @@ from asyncgrpo.weights.collective import (
     choose_backend,
     open_group,
     open_store,
+    own_address,
     retire,
 )
 from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
 from asyncgrpo.weights.proof import check_proof
 from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.keys import Keys
+from asyncgrpo.wire.schema import WEIGHTS_REQUESTS, check_fields
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.003
+SEED_BITS = 62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What must come back of one version."""
+
+    seed: int  # secret until the version is sent
+    digests: list[int]
+    canary_logprobs: Float32
 
 
 class CollectiveSender:
     """A protocols.WeightSender over ZeroMQ (who and when) and a process group (the bytes)."""
 
-    def __init__(self, config: Config, address: str, store: tuple[str, int]) -> None:
+    def __init__(
+        self, config: Config, address: str, store: tuple[str, int], keys: Keys | None = None
+    ) -> None:
         self._config, self._store_address = config, store
         self._settings = config.weights
-        self._server = Server(address)
+        self._server = Server(address, keys)
         self._backend = choose_backend(self._settings.backend)
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
@@ -48,7 +65,7 @@ class CollectiveSender:
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
         )
         self._flat: FlatWeights | None = None
-        self._proofs: dict[int, tuple[list[int], Float32]] = {}  # version -> what must come back
+        self._proofs: dict[int, Proof] = {}  # by version
         self._group: WeightGroup | None = None
         self._group_peers: tuple[str, ...] = ()
         self._generation = 0
@@ -73,14 +90,17 @@ class CollectiveSender:
                 device = "cuda" if self._backend == "nccl" else "cpu"
                 self._flat = FlatWeights(manifest, device)
             self._flat.fill(tensors)
-            self._remember(version, self._flat.digests(), canary_logprobs)
+            self._remember(version, canary_logprobs)
             self._handshake.newest = version
             self._published_at = time.perf_counter()
             self._metrics["publish/flatten_seconds"] = self._published_at - start
             self._metrics["publish/bytes"] = float(len(self._flat.bytes))
 
-    def _remember(self, version: int, digests: list[int], canary_logprobs: Float32) -> None:
-        self._proofs[version] = (digests, canary_logprobs)
+    def _remember(self, version: int, canary_logprobs: Float32) -> None:
+        assert self._flat is not None, "nothing was published"
+        seed = secrets.randbits(SEED_BITS)
+        digests = self._flat.digests(seed)
+        self._proofs[version] = Proof(seed=seed, digests=digests, canary_logprobs=canary_logprobs)
         owed = {m.pending for m in self._handshake.members.values()} | {version}
         self._proofs = {v: proof for v, proof in self._proofs.items() if v in owed}
 
@@ -103,7 +123,11 @@ class CollectiveSender:
 
     def metrics(self) -> dict[str, float]:
         with self._changed:
-            return {**self._metrics, "publish/actors": float(len(self._handshake.members))}
+            counts = {
+                "publish/actors": float(len(self._handshake.members)),
+                "publish/refused_messages": float(self._server.num_refused),
+            }
+            return {**self._metrics, **counts}
 
     def close(self) -> None:
         self._stop.set()
@@ -142,7 +166,13 @@ class CollectiveSender:
 
     def _turn(self, packets: list[tuple[str, Packet]]) -> None:
         for peer, packet in packets:
-            getattr(self, f"_on_{packet.kind}", self._on_unknown)(peer, packet)
+            try:
+                check_fields(packet.kind, packet.fields, WEIGHTS_REQUESTS)
+            except WireError as error:
+                fields = {"reason": str(error)}
+                self._server.push(peer, Packet(kind="refused", fields=fields))
+                continue
+            getattr(self, f"_on_{packet.kind}")(peer, packet)
         for name in self._handshake.overdue(time.monotonic()):
             self._evict(name, "missed its deadline")
         self._welcome()
@@ -151,9 +181,6 @@ class CollectiveSender:
             self._offer()
         if self._handshake.decided():
             self._broadcast()
-
-    def _on_unknown(self, peer: str, packet: Packet) -> None:
-        log.warning("weights: unknown packet %r from %s", packet.kind, peer)
 
     def _on_join(self, peer: str, packet: Packet) -> None:
         self._waiting_joins.append((peer, packet))
@@ -204,14 +231,14 @@ class CollectiveSender:
 
     def _check(self, peer: str, packet: Packet) -> None:
         assert self._flat is not None, "nothing was published"
-        digests, logprobs = self._proofs[packet.fields["version"]]
-        wrong = differing(self._flat.manifest, digests, packet.fields["digests"])
+        proof = self._proofs[packet.fields["version"]]
+        wrong = differing(self._flat.manifest, proof.digests, packet.fields["digests"])
         try:
             self._metrics["publish/canary_difference"] = check_proof(
                 packet.fields,
                 version=packet.fields["version"],
                 wrong_tensors=wrong,
-                logprobs=logprobs,
+                logprobs=proof.canary_logprobs,
                 tolerance=self._config.canary_tolerance,
             )
         except WeightsError as error:
@@ -262,6 +289,7 @@ class CollectiveSender:
         peers = tuple(self._handshake.members[name].peer for name in names)
         fresh = peers != self._group_peers or self._group is None
         self._generation += fresh
+        proof = self._proofs[version]
         for rank, peer in enumerate(peers, start=1):
             fields = {
                 "round": number,
@@ -269,12 +297,15 @@ class CollectiveSender:
                 "generation": self._generation,
                 "rank": rank,
                 "world_size": len(peers) + 1,
+                "seed": proof.seed,
+                "digests": proof.digests,
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
         if fresh:
             retire(self._group)
             self._group = open_group(
                 self._store,
+                host=own_address(self._store_address[0]),
                 backend=self._backend,
                 generation=self._generation,
                 rank=0,
