@@ -329,15 +329,14 @@ class EvalSettings(Room):
 def _reachable(text: str) -> str:
     """One IPv4 address: it is listened on, and told to others."""
     try:
-        usable = not ipaddress.IPv4Address(text).is_unspecified
+        if not ipaddress.IPv4Address(text).is_unspecified:
+            return text
     except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError(
-            f"{text!r} must be the IPv4 address of this machine that the others reach; "
-            "use 127.0.0.1 when all runs on this one"
-        )
-    return text
+        pass
+    raise ValueError(
+        f"{text!r} must be the IPv4 address of this machine that the others reach; use 127.0.0.1 "
+        "when all runs on this one"
+    )
 
 
 Address = Annotated[str, AfterValidator(_reachable)]
@@ -345,7 +344,7 @@ Address = Annotated[str, AfterValidator(_reachable)]
 
 class LaunchSettings(Room):
     host: Address = Field("127.0.0.1", description="address of buffer, weights and their store")
-    encrypt: bool | Literal["auto"] = Field(
+    encrypt: Literal["auto", True, False] = Field(
         "auto", description="CURVE keys of the run for buffer and weights; auto: off loopback"
     )
     insecure: bool = Field(False, description="allow to leave loopback without keys")
@@ -364,9 +363,8 @@ class LaunchSettings(Room):
     @property
     def encrypted(self) -> bool:
         """Whether buffer and weights admit only who has the keys of the run."""
-        return self.encrypt is True or (
-            self.encrypt == "auto" and not self.insecure and not self.on_loopback
-        )
+        needed = not (self.on_loopback or self.insecure)
+        return needed if self.encrypt == "auto" else self.encrypt
 
     @property
     def on_loopback(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import urllib.error
 import urllib.request
 
 import pytest
@@ -95,6 +96,16 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
     assert (
         f"# HELP asyncgrpo_rewards_mean reward; rises when {METRICS['rewards/mean'].rises}" in text
     )
+
+
+def test_the_endpoint_can_be_bound_and_announced_elsewhere(run):
+    Exporter("actor-0", 0, run.path, "127.0.0.2").show({"swaps": 3})
+    target = json.loads((run.path / "targets" / "actor-0.json").read_text())[0]["targets"][0]
+    assert target.startswith("127.0.0.2:")
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+        assert b"asyncgrpo_swaps_total" in answer.read()
+    with pytest.raises(urllib.error.URLError):
+        scrape(int(target.split(":")[1]))
 
 
 def test_a_name_outside_the_table_is_refused(run):

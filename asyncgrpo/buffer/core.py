@@ -144,7 +144,8 @@ class BufferCore:
         for job in self._jobs.values():
             job.unaccepted -= set(packet.fields["lease_ids"])
         for lease_id in packet.fields["refused"]:
-            if self.leases.get(lease_id) is not None:
+            opened = self.leases.get(lease_id)
+            if opened is not None and opened.lease.purpose == "eval":
                 self._end_unfinished(lease_id, "failed", "version_passed")
         return [(peer, _answer(packet, "noted"))]
 
@@ -321,11 +322,8 @@ class BufferCore:
 
     def _on_evaluate(self, peer: str, packet: Packet, now: float) -> Replies:
         version = packet.fields["version"]
-        pushes = (
-            []
-            if version in self._jobs or version in self._reports
-            else self._open_job(version, now)
-        )
+        known = version in self._jobs or version in self._reports
+        pushes = [] if known else self._open_job(version, now)
         self._waiting_evals.append((peer, packet))
         return pushes
 

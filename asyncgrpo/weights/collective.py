@@ -41,10 +41,10 @@ def open_store(host: str, port: int, *, is_master: bool, timeout_seconds: float)
     )
 
 
-def own_address(peer: str) -> str:
-    """The address under which this machine is seen by a peer; nothing is sent."""
+def _own_address(store: Any) -> str:
+    """The address under which this machine is seen from the store's; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))
+        probe.connect((store.host, store.port))
         return str(probe.getsockname()[0])
 
 
@@ -78,16 +78,9 @@ class WeightGroup:
 
 
 def open_group(
-    store: Any,
-    *,
-    host: str,
-    backend: str,
-    generation: int,
-    rank: int,
-    world_size: int,
-    seconds: float,
+    store: Any, *, backend: str, generation: int, rank: int, world_size: int, seconds: float
 ) -> WeightGroup:
-    """Joins a generation from an address of ours; blocks until all did, `seconds` at most."""
+    """Joins a generation; blocks until all its members did, `seconds` at most."""
     prefixed = dist.PrefixStore(f"weights-{generation}", store)
     timeout = timedelta(seconds=seconds)
     try:
@@ -98,7 +91,7 @@ def open_group(
         else:
             gloo = dist.ProcessGroupGloo._Options()
             gloo._timeout = timeout
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(store))]
             handle = dist.ProcessGroupGloo(prefixed, rank, world_size, gloo)
     except RuntimeError as error:
         raise WeightsError(f"group of generation {generation} did not form: {error}") from error

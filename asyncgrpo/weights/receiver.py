@@ -17,13 +17,7 @@ from typing import Any
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AsyncGRPOError, WeightsError
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.weights.collective import (
-    WeightGroup,
-    open_group,
-    open_store,
-    own_address,
-    retire,
-)
+from asyncgrpo.weights.collective import WeightGroup, open_group, open_store, retire
 from asyncgrpo.weights.flat import FlatWeights, Manifest
 from asyncgrpo.wire.codec import Packet
 from asyncgrpo.wire.keys import Keys
@@ -41,7 +35,6 @@ class CollectiveReceiver:
         self._address, self._keys = address, keys
         self._flat: FlatWeights | None = None
         self._store: Any = None
-        self._host = ""  # our own address, as the learner sees it
         self._backend, self._bucket_bytes = "gloo", 1 << 30  # the learner tells
         self._group: WeightGroup | None = None
         self._staged: int | None = None  # version that waits in the buffer, or is being loaded
@@ -135,7 +128,6 @@ class CollectiveReceiver:
             self._flat = FlatWeights(manifest, device)
         if self._store is None:
             host, port = packet.fields["store"]
-            self._host = own_address(host)
             self._store = open_store(
                 host,
                 port,
@@ -160,7 +152,6 @@ class CollectiveReceiver:
                 self._group = None
                 self._group = open_group(
                     self._store,
-                    host=self._host,
                     backend=self._backend,
                     generation=fields["generation"],
                     rank=fields["rank"],

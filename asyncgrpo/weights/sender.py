@@ -11,7 +11,6 @@ import logging
 import secrets
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from asyncgrpo.config import Config
@@ -23,7 +22,6 @@ from asyncgrpo.weights.collective import (
     choose_backend,
     open_group,
     open_store,
-    own_address,
     retire,
 )
 from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
@@ -37,15 +35,6 @@ from asyncgrpo.wire.sockets import Server
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.003
 SEED_BITS = 62
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
-    """What must come back of one version."""
-
-    seed: int  # secret until the version is sent
-    digests: list[int]
-    canary_logprobs: Float32
 
 
 class CollectiveSender:
@@ -65,7 +54,8 @@ class CollectiveSender:
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
         )
         self._flat: FlatWeights | None = None
-        self._proofs: dict[int, Proof] = {}  # by version
+        # version -> (what digests are made with, digests, canaries) that must come back
+        self._proofs: dict[int, tuple[int, list[int], Float32]] = {}
         self._group: WeightGroup | None = None
         self._group_peers: tuple[str, ...] = ()
         self._generation = 0
@@ -99,8 +89,7 @@ class CollectiveSender:
     def _remember(self, version: int, canary_logprobs: Float32) -> None:
         assert self._flat is not None, "nothing was published"
         seed = secrets.randbits(SEED_BITS)
-        digests = self._flat.digests(seed)
-        self._proofs[version] = Proof(seed=seed, digests=digests, canary_logprobs=canary_logprobs)
+        self._proofs[version] = (seed, self._flat.digests(seed), canary_logprobs)
         owed = {m.pending for m in self._handshake.members.values()} | {version}
         self._proofs = {v: proof for v, proof in self._proofs.items() if v in owed}
 
@@ -123,11 +112,9 @@ class CollectiveSender:
 
     def metrics(self) -> dict[str, float]:
         with self._changed:
-            counts = {
-                "publish/actors": float(len(self._handshake.members)),
-                "publish/refused_messages": float(self._server.num_refused),
-            }
-            return {**self._metrics, **counts}
+            refused = {"publish/refused_messages": float(self._server.num_refused)}
+            actors = {"publish/actors": float(len(self._handshake.members))}
+            return {**self._metrics, **refused, **actors}
 
     def close(self) -> None:
         self._stop.set()
@@ -169,8 +156,7 @@ class CollectiveSender:
             try:
                 check_fields(packet.kind, packet.fields, WEIGHTS_REQUESTS)
             except WireError as error:
-                fields = {"reason": str(error)}
-                self._server.push(peer, Packet(kind="refused", fields=fields))
+                self._server.push(peer, Packet(kind="refused", fields={"reason": str(error)}))
                 continue
             getattr(self, f"_on_{packet.kind}")(peer, packet)
         for name in self._handshake.overdue(time.monotonic()):
@@ -231,14 +217,14 @@ class CollectiveSender:
 
     def _check(self, peer: str, packet: Packet) -> None:
         assert self._flat is not None, "nothing was published"
-        proof = self._proofs[packet.fields["version"]]
-        wrong = differing(self._flat.manifest, proof.digests, packet.fields["digests"])
+        _, digests, logprobs = self._proofs[packet.fields["version"]]
+        wrong = differing(self._flat.manifest, digests, packet.fields["digests"])
         try:
             self._metrics["publish/canary_difference"] = check_proof(
                 packet.fields,
                 version=packet.fields["version"],
                 wrong_tensors=wrong,
-                logprobs=proof.canary_logprobs,
+                logprobs=logprobs,
                 tolerance=self._config.canary_tolerance,
             )
         except WeightsError as error:
@@ -289,7 +275,7 @@ class CollectiveSender:
         peers = tuple(self._handshake.members[name].peer for name in names)
         fresh = peers != self._group_peers or self._group is None
         self._generation += fresh
-        proof = self._proofs[version]
+        seed, digests, _ = self._proofs[version]
         for rank, peer in enumerate(peers, start=1):
             fields = {
                 "round": number,
@@ -297,15 +283,14 @@ class CollectiveSender:
                 "generation": self._generation,
                 "rank": rank,
                 "world_size": len(peers) + 1,
-                "seed": proof.seed,
-                "digests": proof.digests,
+                "seed": seed,
+                "digests": digests,
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
         if fresh:
             retire(self._group)
             self._group = open_group(
                 self._store,
-                host=own_address(self._store_address[0]),
                 backend=self._backend,
                 generation=self._generation,
                 rank=0,

@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from typing import Any
 
 import msgpack
@@ -23,15 +24,15 @@ import numpy as np
 
 from asyncgrpo.errors import SchemaMismatch, WireError
 from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
-from asyncgrpo.wire.schema import PARTS, check_fields, counts
+from asyncgrpo.wire.schema import GROUP, check_fields
 
 MAGIC, SCHEMA = b"AG", 1
 PREFIX = struct.Struct("<2sBI")
 # The largest request is one group: 512 completions of 32k tokens are 64 MiB per array. The largest
 # answer is a rank's shard, whose header holds all its texts. No message has over 8 full frames.
 MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 64 << 20, 1 << 30, 8
-MAX_ARRAYS, MAX_DIMENSIONS = 1 << 16, 4
-MAX_ITEMS = 1 << 20  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
+MAX_ARRAYS, MAX_DIMENSIONS, MAX_SIZE = 1 << 16, 4, 1 << 31
+MAX_ITEMS = 1 << 18  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
 DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64", "bool")}
 # prompt ids, lengths, token ids, log-probs, versions, rewards, reward parts: dtype, dimensions
 INT, FLOAT = DTYPES["int32"], DTYPES["float32"]
@@ -83,36 +84,30 @@ def decode(frames: Sequence[Frame], max_frame_bytes: int = MAX_ANSWER_FRAME_BYTE
     body = memoryview(frames[0])[PREFIX.size :]
     if _checksum([body, *frames[1:]]) != checksum:
         raise WireError("a message was damaged on its way (checksum)")
-    return _packet(_unpacked(body), frames[1:])
+    return _packet(body, frames[1:])
 
 
 def _checksum(pieces: Sequence[Frame]) -> int:
-    total = 0
-    for piece in pieces:
-        total = zlib.crc32(piece, total)
-    return total
+    return reduce(lambda total, piece: zlib.crc32(piece, total), pieces, 0)
 
 
 def _check_sizes(frames: Sequence[Frame], max_frame_bytes: int) -> None:
     largest, total = max(map(len, frames), default=0), sum(map(len, frames))
-    if largest > max_frame_bytes or total > MAX_FULL_FRAMES * max_frame_bytes:
+    limits = (max_frame_bytes, MAX_FULL_FRAMES * max_frame_bytes, MAX_ARRAYS + 1)
+    if any(size > limit for size, limit in zip((largest, total, len(frames)), limits, strict=True)):
         raise WireError(
-            f"a message of {total} bytes, the largest frame {largest}, is over the limit of "
-            f"{max_frame_bytes} per frame and {MAX_FULL_FRAMES} times that in all"
+            f"a message of {len(frames)} frames, {total} bytes in all and {largest} in one, is "
+            f"over the limit of {limits[2]} frames, {limits[1]} bytes in all and {limits[0]} in one"
         )
-    if len(frames) > MAX_ARRAYS + 1:
-        raise WireError(f"a message of {len(frames)} frames is over the limit of {MAX_ARRAYS + 1}")
 
 
-def _unpacked(body: Frame) -> Any:
-    limits = {"max_array_len": MAX_ITEMS, "max_map_len": MAX_ITEMS, "max_ext_len": 0}
+def _packet(body: Frame, frames: Sequence[Frame]) -> Packet:
+    items = min(MAX_ITEMS, len(body))  # msgpack makes room for as many as are announced
+    limits = {"max_array_len": items, "max_map_len": items, "max_ext_len": 0}
     try:
-        return msgpack.unpackb(body, raw=False, strict_map_key=False, **limits)
+        header = msgpack.unpackb(body, raw=False, strict_map_key=False, **limits)
     except Exception as error:  # msgpack raises many kinds on garbage
         raise WireError(f"header is not msgpack: {reprlib.repr(str(error))}") from None
-
-
-def _packet(header: Any, frames: Sequence[Frame]) -> Packet:
     if not isinstance(header, list) or len(header) != 4:
         raise WireError("header is not [kind, request id, fields, arrays]")
     kind, request_id, fields, specs = header
@@ -131,7 +126,11 @@ def _array(spec: Any, frame: Frame) -> np.ndarray[Any, Any]:
     if not isinstance(spec, list) or len(spec) != 2 or spec[0] not in tuple(DTYPES):
         raise WireError(f"array spec {reprlib.repr(spec)} is not [dtype, shape]")
     name, shape = spec
-    if not counts(shape) or len(shape) > MAX_DIMENSIONS:
+    if not (
+        isinstance(shape, list)
+        and len(shape) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < MAX_SIZE for size in shape)
+    ):
         raise WireError(f"array shape {reprlib.repr(shape)} is not a list of sizes")
     if math.prod(shape) * DTYPES[name].itemsize != len(frame):
         raise WireError(f"array {name} {shape} needs other than the {len(frame)} bytes sent")
@@ -235,9 +234,7 @@ def _group_arrays(group: Group) -> tuple[np.ndarray[Any, Any], ...]:
 
 
 def _group_from(fields: Any, arrays: Sequence[np.ndarray[Any, Any]]) -> Group:
-    if not isinstance(fields, dict):
-        raise WireError("a group has no fields")
-    check_fields("group", fields, PARTS)
+    check_fields("group", fields, {"group": GROUP})
     if tuple((array.dtype, array.ndim) for array in arrays) != GROUP_ARRAYS:
         raise WireError("a group's arrays have other dtypes or dimensions")
     prompt_ids, lengths, token_ids, logprobs, versions, rewards, parts = arrays

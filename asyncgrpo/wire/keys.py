@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from asyncgrpo.rundir import RunDir
 
 KEY_LENGTH = 40  # characters of a key in Z85
-Side = Literal["server", "client"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Keys:
     """What one side of a connection holds. Never shown: not in logs, not in error messages."""
 
@@ -43,39 +42,35 @@ def make_keys(run_dir: Path) -> None:
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
     server, client = zmq.curve_keypair(), zmq.curve_keypair()
-    _write(folder / "server.key", (*server, client[0]))
-    _write(folder / "client.key", (*client, server[0]))
+    for side, words in (("server", (*server, client[0])), ("client", (*client, server[0]))):
+        path = folder / f"{side}.key"
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(b"\n".join(words) + b"\n")
 
 
-def read_keys(run: RunDir, side: Side) -> Keys | None:
+def read_keys(run: RunDir, side: Literal["server", "client"]) -> Keys | None:
     """A role's keys; None in a run without. ConfigError when they are missing or no secret."""
     if not run.config.launch.encrypted:
         return None
     variable, path = f"ASYNCGRPO_{side.upper()}_KEYS", run.path / "keys" / f"{side}.key"
-    text = os.environ.get(variable)
-    words = (_read(path, variable) if text is None else text).split()
+    words = (os.environ.get(variable) or _read(path)).split()
     if [len(word) for word in words] != [KEY_LENGTH] * 3:
-        place = path if text is None else variable
-        raise ConfigError(f"{place} does not hold three keys; start a new run, which makes them")
-    public, secret, other = (word.encode() for word in words)
-    return Keys(public=public, secret=secret, other=other)
+        raise ConfigError(
+            f"{path} or {variable} does not hold three keys; start a new run, which makes them"
+        )
+    return Keys(*(word.encode() for word in words))
 
 
-def _write(path: Path, words: tuple[bytes, ...]) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(b"\n".join(words) + b"\n")
-
-
-def _read(path: Path, variable: str) -> str:
+def _read(path: Path) -> str:
     try:
         with path.open(encoding="ascii") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
             text = file.read()
     except OSError as error:
         raise ConfigError(
-            f"the run is encrypted but {path} cannot be read ({error.strerror}); the launcher "
-            f"writes it, or set {variable}"
+            f"the run is encrypted, but {path} cannot be read ({error.strerror}); the launcher "
+            "makes it in each run"
         ) from None
     if mode & 0o077:
         raise ConfigError(

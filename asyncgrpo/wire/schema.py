@@ -1,118 +1,80 @@
-"""The requests that servers take: their kinds, and what each field must hold.
+"""The requests that servers take, and what their fields must hold.
 
 Checked before anybody acts on a request, so that half of a bad one leaves no trace.
 """
 
 from __future__ import annotations
 
-import math
 import reprlib
-from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from asyncgrpo.errors import WireError
 from asyncgrpo.types import FinishReason
 
-Table = Mapping[str, Mapping[str, Callable[[Any], bool]]]  # kind -> field -> check
-REST = "*"  # a check of all fields without their own
-FINISH_REASONS = frozenset(get_args(FinishReason))
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=256)]
+Names = list[Name]
+Table = Mapping[str, type[BaseModel]]  # by kind
 
 
-def anything(value: Any) -> bool:
-    """there"""
-    return True
+class Status(BaseModel):
+    """Who, and any counters."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, Number]
+    actor: Name
 
 
-def count(value: Any) -> bool:
-    """a whole number from 0 to 2^31 - 1"""
-    return type(value) is int and 0 <= value < 1 << 31
+def _row(**fields: Any) -> type[BaseModel]:
+    required: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
+    return create_model("Row", __config__=ConfigDict(strict=True), **required)
 
 
-def number(value: Any) -> bool:
-    """a finite number"""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def name(value: Any) -> bool:
-    """a text of at most 256 characters"""
-    return isinstance(value, str) and len(value) <= 256
-
-
-def texts(value: Any) -> bool:
-    """a list of texts"""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def numbers(value: Any) -> bool:
-    """a list of numbers"""
-    return isinstance(value, list) and all(type(item) in (int, float) for item in value)
-
-
-def counts(value: Any) -> bool:
-    """a list of whole numbers from 0 to 2^31 - 1"""
-    return isinstance(value, list) and all(map(count, value))
-
-
-def timings(value: Any) -> bool:
-    """finite numbers by name"""
-    return isinstance(value, dict) and all(map(name, value)) and all(map(number, value.values()))
-
-
-def finish_reasons(value: Any) -> bool:
-    """a list of finish reasons"""
-    return texts(value) and FINISH_REASONS.issuperset(value)
-
-
+GROUP = _row(
+    lease=Any,  # compared with the one that was given out
+    finish_reasons=list[FinishReason],
+    texts=list[str],
+    reward_parts=Names,
+    actor=Name,
+    timings=dict[Name, Number],
+)
 BUFFER_REQUESTS: Table = {
-    "hello": {"actor": name},
-    "lease": {"version": count, "max": count},
-    "accept": {"lease_ids": texts, "refused": texts},
-    "put": {"groups": anything},  # codec.groups_from checks them
-    "fail": {"lease_id": name, "reason": name},
-    "held": {"version": count},
-    "status": {"actor": name, REST: number},
-    "take": {"step": count, "rank": count, "world_size": count},
-    "trained": {"step": count},
-    "evaluate": {"version": count},
-    "results": {"version": count},
+    "hello": _row(actor=Name),
+    "lease": _row(version=Count, max=Count),
+    "accept": _row(lease_ids=Names, refused=Names),
+    "put": _row(groups=list[Any]),  # each is a GROUP
+    "fail": _row(lease_id=Name, reason=Name),
+    "held": _row(version=Count),
+    "status": Status,
+    "take": _row(step=Count, rank=Count, world_size=Count),
+    "trained": _row(step=Count),
+    "evaluate": _row(version=Count),
+    "results": _row(version=Count),
 }
+PROOF = {"digests": list[int], "canary_tokens": list[Count], "canary_logprobs": list[float]}
 WEIGHTS_REQUESTS: Table = {
-    "join": {"actor": name},
-    "ready": {"actor": name, "round": count},
-    "later": {"actor": name, "round": count},
-    "free": {"actor": name},
-    "alive": {"actor": name},
-    "loaded": {
-        "actor": name,
-        "version": count,
-        "digests": numbers,
-        "copy_seconds": number,
-        "stall_seconds": number,
-        "canary_tokens": counts,
-        "canary_logprobs": numbers,
-    },
-}
-PARTS: Table = {
-    "group": {
-        "lease": anything,  # compared with the one that was given out
-        "finish_reasons": finish_reasons,
-        "texts": texts,
-        "reward_parts": texts,
-        "actor": name,
-        "timings": timings,
-    }
+    "join": _row(actor=Name),
+    "ready": _row(actor=Name, round=Count),
+    "later": _row(actor=Name, round=Count),
+    "free": _row(actor=Name),
+    "alive": _row(actor=Name),
+    "loaded": _row(actor=Name, version=Count, copy_seconds=Number, stall_seconds=Number, **PROOF),
 }
 
 
-def check_fields(kind: str, fields: Mapping[Any, Any], table: Table) -> None:
+def check_fields(kind: str, fields: Any, table: Table) -> None:
     """WireError names the kind that is unknown, or the first field that is missing or wrong."""
     if kind not in table:
         raise WireError(f"unknown kind {reprlib.repr(kind)}")
-    checks = table[kind]
-    missing = [key for key in checks if key not in fields and key != REST]
-    if missing:
-        raise WireError(f"{kind}: {missing[0]} is missing")
-    for key, value in fields.items():
-        check = checks.get(key, checks.get(REST, anything))
-        if not check(value):
-            raise WireError(f"{kind}: {key}={reprlib.repr(value)} is not {check.__doc__}")
+    try:
+        table[kind].model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise WireError(
+            f"{kind}: {place}: {first['msg']}, not {reprlib.repr(first['input'])}"
+        ) from None

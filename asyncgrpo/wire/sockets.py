@@ -13,6 +13,8 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import zmq
@@ -34,31 +36,28 @@ REMEMBERED_ANSWERS, REMEMBERED_PEERS = 256, 1024
 MESSAGES_PER_TURN = 256  # then the server's owner has its turn, however much a peer sends
 UNREAD_REQUESTS, UNREAD_ANSWERS = 64, 4096  # per peer; beyond it waits, or counts as gone
 NOTE_SECONDS = 1.0  # between two remarks on refused messages: a flood must not fill the log
-DOMAIN = b"asyncgrpo"
+DOMAIN = "asyncgrpo"
 
 
-def _prepare(socket: zmq.Socket[bytes], max_frame_bytes: int) -> None:
+def _prepare(socket: zmq.Socket[bytes], max_frame_bytes: int, keys: Keys | None) -> None:
     socket.linger = 0  # never hang at exit for a peer that is gone
     socket.sndhwm = socket.rcvhwm = 0  # nobody blocks; credits bound what is under way
     socket.maxmsgsize = max_frame_bytes  # who announces more is cut off before it is allocated
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    if keys:
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
 
 
-def _show(socket: zmq.Socket[bytes], keys: Keys) -> None:
-    socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
-    socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+def _admit_only(client_key: bytes, context: zmq.Context[zmq.Socket[bytes]]) -> Any:
+    from zmq.auth.thread import ThreadAuthenticator  # with asyncio: only where it is used
 
-
-class _OneKey:
-    """A credentials provider of pyzmq's authenticator that knows one public key."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Whether a client with that key is let in."""
-        return key == self._key
+    doorkeeper = ThreadAuthenticator(context)
+    only = SimpleNamespace(callback=lambda domain, key: key == client_key)
+    doorkeeper.configure_curve_callback(DOMAIN, only)
+    doorkeeper.start()
+    return doorkeeper
 
 
 class Server:
@@ -66,15 +65,14 @@ class Server:
 
     def __init__(self, address: str, keys: Keys | None = None) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()  # each with its own keys
-        self._doorkeeper = self._admit_only(keys.other) if keys else None
+        self._doorkeeper = _admit_only(keys.other, self._context) if keys else None
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        _prepare(self._socket, MAX_REQUEST_FRAME_BYTES)
+        _prepare(self._socket, MAX_REQUEST_FRAME_BYTES, keys)
         self._socket.rcvhwm, self._socket.sndhwm = UNREAD_REQUESTS, UNREAD_ANSWERS
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a lost peer says so
         if keys:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
-            _show(self._socket, keys)
-            self._socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+            self._socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN.encode())
             self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without doorkeeper nobody enters
         self._answers: OrderedDict[str, OrderedDict[int, Packet | None]] = OrderedDict()
         self.num_refused = 0  # messages that were no message, or a request that makes no sense
@@ -140,14 +138,6 @@ class Server:
             self._doorkeeper.stop()
         self._context.term()
 
-    def _admit_only(self, key: bytes) -> Any:
-        from zmq.auth.thread import ThreadAuthenticator  # with asyncio: only where it is used
-
-        doorkeeper = ThreadAuthenticator(self._context)
-        doorkeeper.configure_curve_callback(DOMAIN.decode(), _OneKey(key))
-        doorkeeper.start()
-        return doorkeeper
-
     def _refuse(self, peer: str, error: WireError) -> None:
         """Counts; only another version is told, and not more often than the log: no amplifier."""
         self.num_refused += 1
@@ -196,10 +186,9 @@ class DealerClient:
         self.identity = f"{name}.{os.getpid()}"
         self._peer, self._clock = f"{peer} at {address}", clock
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        _prepare(self._socket, MAX_ANSWER_FRAME_BYTES)
+        _prepare(self._socket, MAX_ANSWER_FRAME_BYTES, keys)
         self._socket.setsockopt(zmq.IDENTITY, self.identity.encode())
         if keys:
-            _show(self._socket, keys)
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.other)
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.connect(address)
@@ -212,14 +201,13 @@ class DealerClient:
         numbered = Packet(
             kind=packet.kind, request_id=self._last_id, fields=packet.fields, arrays=packet.arrays
         )
-        frames = encode(numbered, MAX_REQUEST_FRAME_BYTES)
+        self._send(numbered)
         self._unanswered[self._last_id] = (self._clock(), numbered)
-        self._socket.send_multipart(frames)
         return self._last_id
 
     def tell(self, packet: Packet) -> None:
         """Sends something that needs no answer and is not repeated."""
-        self._socket.send_multipart(encode(packet, MAX_REQUEST_FRAME_BYTES))
+        self._send(packet)
 
     def poll(self, timeout_seconds: float) -> list[Packet]:
         arrived, self._held_back = self._held_back, []
@@ -263,4 +251,9 @@ class DealerClient:
         for request, (sent, packet) in self._unanswered.items():
             if now - sent > RESEND_SECONDS:
                 self._unanswered[request] = (now, packet)
-                self._socket.send_multipart(encode(packet))
+                self._send(packet)
+
+    def _send(self, packet: Packet) -> None:
+        frames = encode(packet, MAX_REQUEST_FRAME_BYTES)
+        with suppress(zmq.Again):  # no connection, for our keys were refused: never wait for one
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
