@@ -192,6 +192,14 @@ def test_only_who_has_the_keys_of_the_run_is_let_in(tmp_path, who):
             assert client.call(hello, 10).kind == "welcome"
 
 
+def test_a_client_finds_its_server_again_after_a_restart(run):
+    hello = Packet(kind="hello", fields={"actor": "actor-0"})
+    with client_of(run, "actor-0") as client:
+        for _ in range(2):
+            with buffer_of(run):
+                assert client.call(hello, 10).kind == "welcome"
+
+
 def test_without_its_doorkeeper_an_encrypted_server_lets_nobody_in(tmp_path):
     run = run_in(tmp_path / "run", True)
     with buffer_of(run) as (server, _, _):
