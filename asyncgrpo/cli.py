@@ -49,6 +49,7 @@ def launch(
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    insecure: Annotated[bool, typer.Option(help="leave loopback without keys")] = False,
     serial: Annotated[bool, typer.Option(help="all roles in one process, repeatable")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan, start nothing")] = False,
 ) -> None:
@@ -62,6 +63,7 @@ def launch(
         "run.max_steps": max_steps,
         "run.dir": f'"{run_dir}"' if run_dir else None,
         "run.seed": seed,
+        "launch.insecure": "true" if insecure else None,
     }
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(set_ or []), *overrides])

@@ -5,6 +5,7 @@ env.json        versions, hardware, seeds  logs/           one file per role
 metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what it said
 evals.jsonl     one row per evaluation     summary.json    the run in numbers
 model/          final weights, tokenizer   targets/        Prometheus file_sd targets
+keys/           of an encrypted run, for its owner only
 and, of a Trainer: train_dataset.jsonl, eval_dataset.jsonl, reward_funcs.pkl
 """
 

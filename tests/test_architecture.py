@@ -33,11 +33,13 @@ FLOORS = {
     ),
     3: (
         "wire.sockets",
+        "wire.keys",
         "actor.vllm_engine",
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
         "learner.reference",
+        "learner.torchrun",
         "weights.flat",
         "weights.local",
         "weights.collective",
@@ -49,6 +51,7 @@ FLOORS = {
         "data",
         "rewards",
         "wire.codec",
+        "wire.schema",
         "buffer",
         "learner",
         "weights",
@@ -65,7 +68,7 @@ HEAVY = {
     "torch": ("learner", "weights", "actor.toy_engine", "actor.vllm_engine", "data.tiny"),
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
-    "zmq": ("wire.sockets",),
+    "zmq": ("wire.sockets", "wire.keys"),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -633,3 +633,19 @@ def test_a_request_that_makes_no_sense_is_refused_with_its_reason():
     (_, answer) = core.handle("x", Packet(kind="take", request_id=2), 0.0)[0]
     assert answer.kind == "refused"
     assert "step" in answer.fields["reason"]
+
+
+def test_advantages_that_do_not_fit_the_batch_are_refused_and_change_nothing():
+    run = Simulation(5)
+    while not run.core._batches:
+        run.act()
+    step, groups = next(iter(run.core._batches.items()))
+    before = run.core.metrics()
+    for arrays in ((), (np.zeros(3, np.float32),), (np.zeros(8, np.float32),) * 2):
+        fields = {"step": step, "world_size": 2}
+        packet = Packet(kind="trained", request_id=9, fields=fields, arrays=arrays)
+        (_, answer), *_ = run.core.handle("learner-0", packet, 1.0)
+        assert answer.kind == "refused"
+    assert run.core.metrics() == before
+    packet = trained_packet(step, groups)
+    assert run.core.handle("learner-0", packet, 1.0)[0][1].kind == "noted"

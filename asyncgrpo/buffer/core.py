@@ -21,10 +21,12 @@ No sockets, no clock, no files: `handle` and `tick` get the time and return what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asyncgrpo.buffer.admission import check_request, is_holder, why_failed
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.gate import make_gate
 from asyncgrpo.buffer.leases import STATES, LeaseBook
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
+MAX_REASON = 300  # characters
 
 
 class BufferCore:
@@ -65,16 +68,17 @@ class BufferCore:
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
         self._evaluations = Evaluations(config, prompts.held_out, self.leases)
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
+        self.num_refused = 0  # messages, as the server counts them
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
         """Takes one packet; returns everything that can be sent because of it."""
-        action: Action | None = getattr(self, f"_on_{packet.kind}", None)
-        if action is None:
-            return [(peer, _answer(packet, "refused", reason=f"unknown kind {packet.kind!r}"))]
         try:
+            check_request(packet, step=self.step, num_learners=self._config.launch.learners)
+            action: Action = getattr(self, f"_on_{packet.kind}")
             return action(peer, packet, now) + self.tick(now)
         except (KeyError, TypeError, ValueError, WireError) as error:
-            return [(peer, _answer(packet, "refused", reason=f"{packet.kind}: {error!r}"))]
+            reason = str(error) if isinstance(error, WireError) else f"{packet.kind}: {error!r}"
+            return [(peer, _answer(packet, "refused", reason=reason[:MAX_REASON]))]
 
     def tick(self, now: float) -> Replies:
         """Ends what is overdue and answers requests that waited for something."""
@@ -99,6 +103,7 @@ class BufferCore:
             "groups_arrived": self._sums["groups"],
             "tokens_arrived": self._sums["tokens"],
             "reward_arrived_sum": self._sums["reward"],
+            "refused_messages": self.num_refused,
         }
 
     # -- actors ---------------------------------------------------------------------------
@@ -129,15 +134,22 @@ class BufferCore:
     def _on_accept(self, peer: str, packet: Packet, now: float) -> Replies:
         self._evaluations.accept(packet.fields["lease_ids"])
         for lease_id in packet.fields["refused"]:
-            if self.leases.get(lease_id) is not None:
+            opened = self.leases.get(lease_id)
+            if opened is not None and opened.lease.purpose == "eval":
                 self._end_unfinished(lease_id, "failed", "version_passed")
         return [(peer, _answer(packet, "noted"))]
 
     def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
         (group,) = groups_from(packet)
         lease_id = group.lease.lease_id
-        if self.leases.get(lease_id) is None:
-            state = "unknown"  # a repeat, or it expired meanwhile: its prompt is out again
+        opened = self.leases.get(lease_id)
+        if opened is None or not is_holder(peer, opened):
+            # a repeat, or it expired meanwhile: its prompt is out again; or somebody else's
+            self.leases.reasons[f"ignored/{'other_actor' if opened else 'late'}"] += 1
+            state = "unknown"
+        elif reason := why_failed(group, opened.lease, self.step):
+            self._end_unfinished(lease_id, "failed", reason, again=False)
+            state = "failed"
         elif group.lease.purpose == "eval":
             self.leases.close(lease_id, "stored")
             self._evaluations.answer(group)
@@ -246,7 +258,7 @@ class BufferCore:
             else:
                 continue
             del self._waiting_takes[peer, rank]
-            replies.append((peer, _with_id(answer, request)))
+            replies.append((peer, replace(answer, request_id=request.request_id)))
         return replies
 
     def _form_batch(self) -> None:
@@ -289,10 +301,13 @@ class BufferCore:
 
     def _on_trained(self, peer: str, packet: Packet, now: float) -> Replies:
         step, world_size = packet.fields["step"], packet.fields["world_size"]
-        groups = self._batches.pop(step, None)
+        groups = self._batches.get(step)
         if groups is not None:
+            (advantages,) = packet.arrays
+            ended = trained(groups, world_size, advantages)
+            del self._batches[step]
             self.leases.move("taken", "trained", count=len(groups))
-            self._record(step, trained(groups, world_size, packet.arrays[0]))
+            self._record(step, ended)
             self.step = step + 1
             self._evict()
         return [(peer, _answer(packet, "noted", **self._summary()))]
@@ -313,12 +328,3 @@ class BufferCore:
 
 def _answer(request: Packet, kind: str, **fields: Any) -> Packet:
     return Packet(kind=kind, request_id=request.request_id, fields=fields)
-
-
-def _with_id(packet: Packet, request: Packet) -> Packet:
-    return Packet(
-        kind=packet.kind,
-        request_id=request.request_id,
-        fields=packet.fields,
-        arrays=packet.arrays,
-    )

@@ -106,9 +106,14 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
 
 
 def trained(groups: Sequence[Group], world_size: int, advantages: Float32) -> list[EndedGroup]:
-    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt."""
+    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt.
+
+    ValueError when these are not as many as the batch has completions.
+    """
     dealt = [group.lease.lease_id for hand in deal(groups, world_size) for group in hand]
     sizes = {group.lease.lease_id: len(group.completions) for group in groups}
+    if advantages.shape != (sum(sizes.values()),):
+        raise ValueError(f"advantages {advantages.shape} of {sum(sizes.values())} completions")
     pieces = np.split(advantages, np.cumsum([sizes[lease_id] for lease_id in dealt])[:-1])
     values = dict(zip(dealt, pieces, strict=True))
     return [

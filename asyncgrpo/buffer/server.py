@@ -11,6 +11,7 @@ from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
@@ -20,15 +21,17 @@ POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
 def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     """Serves until stopped."""
     config = run.config
-    server = Server(run.endpoints.buffer)
+    server = Server(run.endpoints.buffer, read_keys(run, "server"))
     core = BufferCore(config, open_prompts(config), TrajectoryWriter(run.path, config))
-    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
+    metrics_host = config.observe.metrics_host
+    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path, metrics_host)
     log.info("listening on %s", run.endpoints.buffer)
     shown_at = 0.0
     while not stopping():
         for peer, packet in server.receive(POLL_SECONDS):
             _send(server, core, core.handle(peer, packet, time.monotonic()))
         now = time.monotonic()
+        core.num_refused = server.num_refused
         _send(server, core, core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show(core.metrics())

@@ -28,6 +28,7 @@ from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.keys import make_keys
 
 
 def new_run_dir(config: Config) -> Path:
@@ -64,6 +65,8 @@ class Session:
         config = self._with_model()
         plan = self._plan(config, detect_host())
         run = self._prepare(config, plan)
+        if config.launch.encrypted:
+            make_keys(self.run_dir)
         for warning in (*plan.warnings, *notices(config.algo)):
             self._console.print(f"warning: {warning}", style="yellow", markup=False)
         with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
