@@ -14,6 +14,7 @@
         ├── PeerTimeout         a peer did not answer within its deadline (it is named)
         ├── WireError           a message that does not follow the schema
         │   └── SchemaMismatch  ... because its sender is another version
+        ├── CheckpointError     a checkpoint cannot be written, or is not as it was written
         ├── StalenessError      a token past the staleness bound reached the learner
         ├── EngineError         the inference engine refused or lost something
         └── WeightsError        weights were not what they should be after a broadcast
@@ -88,6 +89,10 @@ class WireError(RunError):
 
 class SchemaMismatch(WireError):
     """The other side speaks another version of the wire format."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be written, or does not fit or hold."""
 
 
 class StalenessError(RunError):

@@ -38,6 +38,7 @@ FLOORS = {
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
+        "learner.lora",
         "learner.reference",
         "learner.torchrun",
         "weights.flat",
@@ -69,6 +70,7 @@ HEAVY = {
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets", "wire.keys"),
+    "peft": ("learner.lora",),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

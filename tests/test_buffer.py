@@ -414,6 +414,39 @@ def test_a_prompt_whose_actor_died_is_handed_out_again():
     assert core.leases.reasons["expired/actor_restarted"] == 2
 
 
+def test_an_actor_that_says_goodbye_leaves_nothing_open():
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+
+    def tell(kind, **fields):
+        packet = Packet(kind=kind, request_id=1, fields=fields)
+        return [reply for _, reply in core.handle("actor-0.1", packet, 0.0)]
+
+    tell("hello", actor="actor-0")
+    granted, *_ = tell("lease", version=0, max=2)
+    first = lease_from(granted.fields["leases"][0]).lease_id
+    tell("fail", lease_id=first, reason="handed_back", retry=True)
+    assert tell("bye", actor="actor-0") == [Packet(kind="noted", request_id=1)]
+    assert core.leases.counts["open"] == 0
+    assert core.leases.reasons == {"failed/handed_back": 1, "expired/actor_left": 1}
+    tell("hello", actor="actor-1")
+    again, *_ = tell("lease", version=0, max=3)
+    ids = [lease_from(fields).prompt.prompt_id for fields in again.fields["leases"]]
+    assert sorted(ids) == ["p0", "p1", "p2"]
+
+
+def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_rank():
+    run = Simulation(3)
+    run.core.handle("rank-0", Packet(kind="stop", request_id=9), 0.0)
+    takes = []
+    for rank in (0, 1):
+        fields = {"step": 0, "rank": rank, "world_size": 2}
+        request = Packet(kind="take", request_id=10, fields=fields)
+        takes += [reply.kind for _, reply in run.core.handle(f"rank-{rank}", request, 1.0)]
+    assert takes == ["stopped", "stopped"]
+    request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
+    assert run.core.handle("a.1", request, 2.0) == []
+
+
 def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     for peer in ("a.1", "b.1"):
@@ -647,5 +680,5 @@ def test_advantages_that_do_not_fit_the_batch_are_refused_and_change_nothing():
         (_, answer), *_ = run.core.handle("learner-0", packet, 1.0)
         assert answer.kind == "refused"
     assert run.core.metrics() == before
-    packet = trained_packet(step, groups)
+    packet = trained_packet(step, [group for hand in deal(groups, 2) for group in hand])
     assert run.core.handle("learner-0", packet, 1.0)[0][1].kind == "noted"

@@ -63,7 +63,7 @@ def buffer_of(run: RunDir):
     core = BufferCore(
         run.config,
         CountingPrompts(),
-        lambda step, groups: trained.append([g.lease.lease_id for g in groups]),
+        lambda step, ended: trained.append([each.group.lease.lease_id for each in ended]),
     )
     server = Server(run.endpoints.buffer, read_keys(run, "server"))
     stop = threading.Event()
@@ -77,18 +77,22 @@ def buffer_of(run: RunDir):
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield server, core, trained
-    stop.set()
-    thread.join()
-    server.close()
+    try:
+        yield server, core, trained
+    finally:
+        stop.set()
+        thread.join()
+        server.close()
 
 
 @contextmanager
 def client_of(run: RunDir, name: str, keys="own"):
     keys = read_keys(run, "client") if keys == "own" else keys
     client = DealerClient(run.endpoints.buffer, name, "the buffer", keys)
-    yield client
-    client.close()
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 def train(run: RunDir, pause_seconds: float = 0.0) -> None:

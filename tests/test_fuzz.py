@@ -6,11 +6,12 @@ import random
 import zlib
 
 import msgpack
+import numpy as np
 import psutil
 import pytest
 from fakes import CountingPrompts, make_group
 
-from asyncgrpo.buffer.admission import why_failed
+from asyncgrpo.buffer.admission import newest_version, why_failed
 from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.leases import STATES
 from asyncgrpo.config import from_mapping
@@ -25,6 +26,7 @@ from asyncgrpo.wire.codec import (
     decode,
     encode,
     group_packet,
+    groups_from,
     lease_fields,
     lease_from,
 )
@@ -51,6 +53,15 @@ MESSAGES_PER_CORE = 100
 MAX_GROWTH_BYTES = 24 << 20
 
 
+def trained_packet(step: int, num_completions: int, request_id: int) -> Packet:
+    return Packet(
+        kind="trained",
+        request_id=request_id,
+        fields={"step": step, "world_size": 1},
+        arrays=(np.zeros(num_completions, np.float32),),
+    )
+
+
 class Victim:
     """A buffer with open leases, and the real messages that its peers would send now."""
 
@@ -71,18 +82,21 @@ class Victim:
             Packet(kind="status", request_id=4, fields={"actor": "actor-0", "swaps": 3}),
             Packet(kind="accept", fields={"lease_ids": ["e1"], "refused": ["e2"]}),
             Packet(kind="take", request_id=5, fields={"step": 0, "rank": 0, "world_size": 1}),
-            Packet(kind="trained", request_id=6, fields={"step": 0}),
-            Packet(kind="evaluate", request_id=7, fields={"version": 0}),
-            Packet(kind="results", request_id=8, fields={"version": 0}),
+            trained_packet(step=0, num_completions=4, request_id=6),
+            Packet(kind="evaluate", request_id=7, fields={"version": 0, "blocks": ["held-out"]}),
+            Packet(kind="results", request_id=8),
+            Packet(kind="begin", request_id=10, fields={"step": 0}),
+            Packet(kind="bye", request_id=11, fields={"actor": "actor-1"}),
+            Packet(kind="summary", request_id=12),
             answer,
         ]
         self.real = [[bytes(frame) for frame in encode(packet)] for packet in self.packets]
 
-    def record(self, step, groups) -> None:
-        for group in groups:
+    def record(self, step, ended) -> None:
+        for group in (each.group for each in ended if each.status == "trained"):
             lease = self.leases[group.lease.lease_id]
             assert lease_fields(group.lease) == lease_fields(lease)
-            assert why_failed(group, lease, step) is None
+            assert why_failed(group, lease, newest_version(step)) is None
             self.trained.append(group.lease.lease_id)
 
     def send(self, peer, packet):
@@ -108,10 +122,13 @@ class Victim:
         step = self.core.step
         take = {"step": step, "rank": 0, "world_size": 1}
         answers = self.send("learner-0", Packet(kind="take", request_id=1 << 20, fields=take))
-        if counts["stored"] + counts["taken"] >= CONFIG.buffer.groups_per_step:
-            assert "shard" in [answer.kind for _, answer in answers]
-        self.send("learner-0", Packet(kind="trained", request_id=1 << 21, fields={"step": step}))
-        assert len(self.trained) == len(set(self.trained))
+        shards = [answer for _, answer in answers if answer.kind == "shard"]
+        assert shards or counts["stored"] + counts["taken"] < CONFIG.buffer.groups_per_step
+        for shard in shards[:1]:
+            num_completions = sum(len(group.completions) for group in groups_from(shard))
+            self.send("learner-0", trained_packet(step, num_completions, request_id=1 << 21))
+            assert self.core.step == step + 1
+        assert len(self.trained) == len(set(self.trained)) == counts["trained"]
 
 
 def seal(frames: list[bytes]) -> list[bytes]:

@@ -2,6 +2,7 @@
 
     from actors                         answer
     hello    {actor}                    welcome {credit}; leases of its former life expire
+    bye      {actor}                    noted; what it still holds expires
     lease    {version, max}             leases [...]: at once, or when the gate opens
     accept   {lease_ids, refused}       noted: evaluation leases it will (not) answer
     put      one group                  stored {state}: the buffer is responsible from here on
@@ -10,10 +11,13 @@
     status   {counters}                 noted
 
     from learner ranks
-    take     {step, rank, world_size}   shard, or exhausted: at once, or when the batch is full
+    begin    {step}                     noted: the first step of a learner's life
+    take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
+    stop     {}                         noted: no batch is formed from now on
     trained  {step, world_size}         noted {counters, actors, evaluations}
     evaluate {version, blocks}          evaluating, once the actors hold back their weights
     results  {}                         all reports, once no evaluation is on its way
+    summary  {}                         noted {counters, actors, evaluations}
 
 No sockets, no clock, no files: `handle` and `tick` get the time and return what to send.
 """
@@ -67,6 +71,7 @@ class BufferCore:
         self._waiting_actors: dict[str, Packet] = {}  # peer -> lease request that waits
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
         self._evaluations = Evaluations(config, prompts.held_out, self.leases)
+        self._is_stopped = False
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
         self.num_refused = 0  # messages, as the server counts them
 
@@ -115,6 +120,12 @@ class BufferCore:
             self._forget_peer(former, "actor_restarted")
         self._actors[actor] = peer
         return [(peer, _answer(packet, "welcome", credit=self._config.buffer.credit))]
+
+    def _on_bye(self, peer: str, packet: Packet, now: float) -> Replies:
+        if self._actors.get(packet.fields["actor"]) == peer:
+            del self._actors[packet.fields["actor"]]
+        self._forget_peer(peer, "actor_left")
+        return [(peer, _answer(packet, "noted"))]
 
     def _forget_peer(self, peer: str, reason: str) -> None:
         self._waiting_actors.pop(peer, None)
@@ -211,7 +222,7 @@ class BufferCore:
         replies: Replies = []
         for peer, request in list(self._waiting_actors.items()):
             version = self._held[peer]
-            count = min(request.fields["max"], self.gate.open_for(version))
+            count = min(request.fields["max"], self.gate.open_for(version)) * (not self._is_stopped)
             leases: list[dict[str, Any]] = []
             while len(leases) < count and (prompt := self._next_prompt()) is not None:
                 self.gate.issue(version)
@@ -238,6 +249,15 @@ class BufferCore:
 
     # -- learner --------------------------------------------------------------------------
 
+    def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
+        if packet.fields["step"] != self.step:
+            raise ValueError(f"the learner begins at step {packet.fields['step']}, not {self.step}")
+        return [(peer, _answer(packet, "noted"))]
+
+    def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
+        self._is_stopped = True
+        return [(peer, _answer(packet, "noted"))]
+
     def _on_take(self, peer: str, packet: Packet, now: float) -> Replies:
         if packet.fields["step"] < self.step:
             raise ValueError(f"step {packet.fields['step']} is trained; the next is {self.step}")
@@ -248,11 +268,13 @@ class BufferCore:
         replies: Replies = []
         for (peer, rank), request in list(self._waiting_takes.items()):
             step, world_size = request.fields["step"], request.fields["world_size"]
-            if step == self.step and step not in self._batches:
+            if step == self.step and step not in self._batches and not self._is_stopped:
                 self._form_batch()
             if step in self._batches:
                 shard = self._shard(step, rank, world_size)
                 answer = shard_packet(shard)
+            elif self._is_stopped:
+                answer = Packet(kind="stopped")
             elif self._exhausted():
                 answer = Packet(kind="exhausted")
             else:
@@ -310,6 +332,9 @@ class BufferCore:
             self._record(step, ended)
             self.step = step + 1
             self._evict()
+        return [(peer, _answer(packet, "noted", **self._summary()))]
+
+    def _on_summary(self, peer: str, packet: Packet, now: float) -> Replies:
         return [(peer, _answer(packet, "noted", **self._summary()))]
 
     def _summary(self) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, An
             "prompt": list(prompt.messages),
             "answer": prompt.answer,
             "completion": completion.text,
-            "reward": float(group.rewards[index]),
+            "reward": _number(group.rewards[index]),
             "reward_parts": {n: _number(part[index]) for n, part in group.reward_parts.items()},
-            "advantage": None if ended.advantages is None else float(ended.advantages[index]),
+            "advantage": None if ended.advantages is None else _number(ended.advantages[index]),
             "num_prompt_tokens": len(group.prompt_token_ids),
             "num_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
@@ -72,8 +72,9 @@ def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, An
         }
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)  # JSON has no NaN
+def _number(value: np.float32) -> float | None:
+    """The shortest decimal number that is this float32; JSON has no NaN."""
+    return None if math.isnan(value) else float(str(value))
 
 
 def _masked_share(completion: Completion, step: int, config: Config) -> float:

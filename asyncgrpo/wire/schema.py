@@ -44,16 +44,20 @@ GROUP = _row(
 )
 BUFFER_REQUESTS: Table = {
     "hello": _row(actor=Name),
+    "bye": _row(actor=Name),
     "lease": _row(version=Count, max=Count),
     "accept": _row(lease_ids=Names, refused=Names),
     "put": _row(groups=list[Any]),  # each is a GROUP
     "fail": _row(lease_id=Name, reason=Name),
     "held": _row(version=Count),
     "status": Status,
+    "begin": _row(step=Count),
     "take": _row(step=Count, rank=Count, world_size=Count),
     "trained": _row(step=Count, world_size=Count),
     "evaluate": _row(version=Count, blocks=Names),
     "results": _row(),
+    "stop": _row(),
+    "summary": _row(),
 }
 PROOF = {"digests": list[int], "canary_tokens": list[Count], "canary_logprobs": list[float]}
 WEIGHTS_REQUESTS: Table = {

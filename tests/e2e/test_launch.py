@@ -187,7 +187,7 @@ def check_model(folder: Path, start: Path) -> None:
 
 @pytest.mark.engine
 def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch, model):
-    run = launch("launch.max_actor_restarts=1", f"eval={TWO_BLOCKS}", engine="vllm")
+    run = launch("launch.max_restarts=1", f"eval={TWO_BLOCKS}", engine="vllm")
     started = run.until_training()
     assert run.wait() == 0, run.text()[-4000:]
     run.assert_nothing_left(started)
