@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncgrpo.buffer.admission import check_request, is_holder, why_failed
+from asyncgrpo.buffer.admission import check_request, is_holder, newest_version, why_failed
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.gate import make_gate
 from asyncgrpo.buffer.leases import STATES, LeaseBook
@@ -62,6 +62,7 @@ class BufferCore:
             run_seed=config.run.seed, deadline_seconds=buffer.lease_deadline_seconds
         )
         self.step = 0  # the next step whose batch will be formed
+        self._newest = 0  # version there can be; a learner that goes back leaves it as it is
         self._position = 0  # in the prompt source
         self._again: list[Prompt] = []  # prompts whose lease ended without a group
         self._batches: dict[int, list[Group]] = {}  # step -> its groups, kept until trained
@@ -77,8 +78,9 @@ class BufferCore:
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
         """Takes one packet; returns everything that can be sent because of it."""
+        self._newest = max(self._newest, newest_version(self.step))
         try:
-            check_request(packet, step=self.step, num_learners=self._config.launch.learners)
+            check_request(packet, newest=self._newest, num_learners=self._config.launch.learners)
             action: Action = getattr(self, f"_on_{packet.kind}")
             return action(peer, packet, now) + self.tick(now)
         except (KeyError, TypeError, ValueError, WireError) as error:
@@ -158,7 +160,7 @@ class BufferCore:
             # a repeat, or it expired meanwhile: its prompt is out again; or somebody else's
             self.leases.reasons[f"ignored/{'other_actor' if opened else 'late'}"] += 1
             state = "unknown"
-        elif reason := why_failed(group, opened.lease, self.step):
+        elif reason := why_failed(group, opened.lease, self._newest):
             self._end_unfinished(lease_id, "failed", reason, again=False)
             state = "failed"
         elif group.lease.purpose == "eval":
