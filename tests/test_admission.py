@@ -89,7 +89,7 @@ def test_an_evaluation_answers_with_its_own_version_only():
 
 
 def test_a_lease_is_held_by_the_actor_of_that_name():
-    opened = OpenLease(ticket=1, lease=LEASE, peer="actor-1.17", expires_at=1.0)
+    opened = OpenLease(ticket=1, lease=LEASE, peer="actor-1.17", expires_at=1.0, turn=None)
     assert is_holder("actor-1.17", opened)
     assert not is_holder("actor-10.17", opened)
     assert not is_holder("actor-0.17", opened)
@@ -98,6 +98,11 @@ def test_a_lease_is_held_by_the_actor_of_that_name():
 SENSELESS = {
     "dance": ({}, "unknown kind 'dance'"),
     "hello": ({"actor": ["a"]}, r"hello: actor: Input should be a valid string, not \['a'\]"),
+    "hello_of_the_future": (
+        {"actor": "a", "version": NEWEST + 1},
+        f"hello: version={NEWEST + 1} is not <= {NEWEST}",
+    ),
+    "hello_with_half_a_list": ({"actor": "a", "leases": ["t1", 2]}, r"hello: leases\.1: Input "),
     "lease": ({"version": 0}, "lease: max: Field required"),
     "held": ({"version": NEWEST + 1}, f"held: version={NEWEST + 1} is not <= {NEWEST}"),
     "accept": ({"lease_ids": "t1", "refused": []}, "accept: lease_ids: Input should be a valid li"),
@@ -111,9 +116,10 @@ SENSELESS = {
 }
 
 
-@pytest.mark.parametrize("kind", SENSELESS)
-def test_a_request_that_makes_no_sense_is_refused_with_the_field(kind):
-    fields, message = SENSELESS[kind]
+@pytest.mark.parametrize("name", SENSELESS)
+def test_a_request_that_makes_no_sense_is_refused_with_the_field(name):
+    fields, message = SENSELESS[name]
+    kind = name.partition("_")[0]
     with pytest.raises(WireError, match=message):
         check_request(Packet(kind=kind, fields=fields), newest=NEWEST, num_learners=2)
 
@@ -136,8 +142,11 @@ def test_every_request_that_is_acted_upon_has_its_fields_checked():
 
 @pytest.fixture
 def core() -> BufferCore:
+    """A buffer that knows actor-0.1."""
     config = from_mapping({"buffer": {"groups_per_step": 2}, "algo": {"group_size": 2}})
-    return BufferCore(config, CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config, CountingPrompts(), lambda step, groups: None)
+    core.handle("actor-0.1", Packet(kind="hello", fields={"actor": "actor-0"}), 0.0)
+    return core
 
 
 def leased(core, peer="actor-0.1", count=2):
@@ -174,7 +183,6 @@ def test_groups_of_others_and_groups_that_come_twice_change_nothing(core):
 
 def test_a_group_of_an_earlier_life_of_the_actor_is_ignored(core):
     hello = {"actor": "actor-0"}
-    core.handle("actor-0.1", Packet(kind="hello", request_id=1, fields=hello), 0.0)
     lease, _ = leased(core)
     core.handle("actor-0.2", Packet(kind="hello", request_id=1, fields=hello), 0.0)
     assert put(core, make_group(lease), peer="actor-0.1") == "unknown"

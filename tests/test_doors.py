@@ -239,6 +239,7 @@ def test_prompts_can_be_read_on_the_way_only_without_keys(run, encrypt):
     with buffer_of(run):
         threading.Thread(target=tap, daemon=True).start()
         with client_of(tapped, "actor-0") as client:
+            client.call(Packet(kind="hello", fields={"actor": "actor-0"}), 10)
             wanted = {"version": 0, "max": 1}
             answer = client.call(Packet(kind="lease", fields=wanted), 10)
             assert answer.kind == "leases"

@@ -23,7 +23,7 @@ def check_request(packet: Packet, *, newest: int, num_learners: int) -> None:
     """
     kind, fields = packet.kind, packet.fields
     check_fields(kind, fields, BUFFER_REQUESTS)
-    if kind in ("lease", "held") and fields["version"] > newest:
+    if kind in ("hello", "lease", "held") and fields.get("version", -1) > newest:
         raise WireError(f"{kind}: version={fields['version']} is not <= {newest}")
     if kind in ("take", "trained"):
         rank, world_size = fields.get("rank", 0), fields["world_size"]

@@ -15,7 +15,7 @@ import reprlib
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -34,6 +34,7 @@ MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 64 << 20, 1 <
 MAX_ARRAYS, MAX_DIMENSIONS, MAX_SIZE = 1 << 16, 4, 1 << 31
 MAX_ITEMS = 1 << 18  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
 DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64", "bool")}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # a dtype's own name is slow to make
 # prompt ids, lengths, token ids, log-probs, versions, rewards, reward parts: dtype, dimensions
 INT, FLOAT = DTYPES["int32"], DTYPES["float32"]
 GROUP_ARRAYS = ((INT, 1), (INT, 1), (INT, 1), (FLOAT, 1), (INT, 1), (FLOAT, 1), (FLOAT, 2))
@@ -54,10 +55,11 @@ class Packet:
 
 def encode(packet: Packet, max_frame_bytes: int = MAX_ANSWER_FRAME_BYTES) -> list[Frame]:
     """Frames of a packet; WireError when a field, dtype or size cannot travel."""
-    specs = [[str(array.dtype), list(array.shape)] for array in packet.arrays]
-    for dtype, _ in specs:
-        if dtype not in DTYPES:
-            raise WireError(f"array of dtype {dtype} cannot be sent; allowed: {', '.join(DTYPES)}")
+    specs = [[NAMES.get(array.dtype), list(array.shape)] for array in packet.arrays]
+    for (name, _), array in zip(specs, packet.arrays, strict=True):
+        if name is None:
+            allowed = ", ".join(DTYPES)
+            raise WireError(f"array of dtype {array.dtype} cannot be sent; allowed: {allowed}")
     header = [packet.kind, packet.request_id, packet.fields, specs]
     try:
         body = msgpack.packb(header, use_bin_type=True)
@@ -140,10 +142,23 @@ def _array(spec: Any, frame: Frame) -> np.ndarray[Any, Any]:
         raise WireError(f"array {name} {shape}: {error}") from None
 
 
+def to_bytes(packet: Packet) -> bytes:
+    """A packet as one piece, for a file."""
+    return bytes(msgpack.packb(encode(packet)))
+
+
+def from_bytes(data: bytes) -> Packet:
+    """The packet of `to_bytes`; WireError when the bytes are damaged."""
+    try:
+        return decode(msgpack.unpackb(data))
+    except Exception as error:  # msgpack raises many kinds on garbage
+        raise WireError(f"{len(data)} stored bytes are not a packet: {error}") from None
+
+
 def lease_fields(lease: Lease) -> dict[str, Any]:
     """A lease as plain values for `Packet.fields`."""
     fields = {name: getattr(lease, name) for name in Lease.__slots__}
-    fields["sampling"] = asdict(lease.sampling)
+    fields["sampling"] = {name: getattr(lease.sampling, name) for name in Sampling.__slots__}
     fields["prompt"] = {name: getattr(lease.prompt, name) for name in Prompt.__slots__}
     return fields
 

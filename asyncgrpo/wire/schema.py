@@ -21,6 +21,15 @@ Names = list[Name]
 Table = Mapping[str, type[BaseModel]]  # by kind
 
 
+class Hello(BaseModel):
+    """Who, which version its engine holds (-1: none yet), and the leases it is at work on."""
+
+    model_config = ConfigDict(strict=True)
+    actor: Name
+    version: Annotated[int, Field(ge=-1, lt=1 << 31)] = -1
+    leases: Names = []
+
+
 class Status(BaseModel):
     """Who, and any counters."""
 
@@ -43,7 +52,7 @@ GROUP = _row(
     timings=dict[Name, Number],
 )
 BUFFER_REQUESTS: Table = {
-    "hello": _row(actor=Name),
+    "hello": Hello,
     "bye": _row(actor=Name),
     "lease": _row(version=Count, max=Count),
     "accept": _row(lease_ids=Names, refused=Names),
