@@ -51,6 +51,7 @@ def launch(
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    insecure: Annotated[bool, typer.Option(help="leave loopback without keys")] = False,
     resume: Annotated[
         str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
     ] = None,
@@ -69,6 +70,7 @@ def launch(
         "run.max_steps": max_steps,
         "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
+        "launch.insecure": "true" if insecure else None,
     }
     found = find_run(resume, run_dir) if resume else None
     if found is not None:  # its settings, unless others are given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import logging
 import tomllib
@@ -417,7 +418,28 @@ else:  # a single [eval] table is one block
     ]
 
 
+def _reachable(text: str) -> str:
+    """One IPv4 address: it is listened on, and told to others."""
+    try:
+        if not ipaddress.IPv4Address(text).is_unspecified:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(
+        f"{text!r} must be the IPv4 address of this machine that the others reach; use 127.0.0.1 "
+        "when all runs on this one"
+    )
+
+
+Address = Annotated[str, AfterValidator(_reachable)]
+
+
 class LaunchSettings(Room):
+    host: Address = Field("127.0.0.1", description="address of buffer, weights and their store")
+    encrypt: Literal["auto", True, False] = Field(
+        "auto", description="CURVE keys of the run for buffer and weights; auto: off loopback"
+    )
+    insecure: bool = Field(False, description="allow to leave loopback without keys")
     actors: int = Field(2, ge=1, le=1024, description="processes that generate, one engine each")
     learners: int = Field(2, ge=1, le=1024, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
@@ -438,8 +460,29 @@ class LaunchSettings(Room):
         0, ge=0, le=65535, description="of the buffer; +1, +2 .. others; 0 any"
     )
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether buffer and weights admit only who has the keys of the run."""
+        needed = not (self.on_loopback or self.insecure)
+        return needed if self.encrypt == "auto" else self.encrypt
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether no other machine can reach the run."""
+        return ipaddress.IPv4Address(self.host).is_loopback
+
+    @model_validator(mode="after")
+    def _no_open_door_by_accident(self) -> LaunchSettings:
+        if not (self.on_loopback or self.encrypted or self.insecure):
+            raise ValueError(
+                f"encrypt=false with host={self.host}: anybody who reaches this address could read "
+                "prompts and send groups; leave encrypt at auto, or add --insecure"
+            )
+        return self
+
 
 class ObserveSettings(Room):
+    metrics_host: Address = Field("127.0.0.1", description="address of the metrics endpoints")
     trajectories: bool = Field(
         True,
         description="write trajectories/step_<k>.jsonl: what was trained, and what was dropped",

@@ -13,6 +13,7 @@
         ├── RoleFailed          a process ended that should not have
         ├── PeerTimeout         a peer did not answer within its deadline (it is named)
         ├── WireError           a message that does not follow the schema
+        │   └── SchemaMismatch  ... because its sender is another version
         ├── CheckpointError     a checkpoint cannot be written, or is not as it was written
         ├── StalenessError      a token past the staleness bound reached the learner
         ├── EngineError         the inference engine refused or lost something
@@ -85,6 +86,10 @@ class PeerTimeout(RunError):
 
 class WireError(RunError):
     """A message does not follow the schema."""
+
+
+class SchemaMismatch(WireError):
+    """The other side speaks another version of the wire format."""
 
 
 class CheckpointError(RunError):

@@ -7,6 +7,7 @@ evals.jsonl     one row per evaluation     summary.json    the run in numbers
 model/          final weights, tokenizer   targets/        Prometheus file_sd targets
 flow.json       who waits for whom now     stalls/         reports of launch.stall_seconds
 stacks/         what the processes answer  ledger.sqlite   what became of every lease
+keys/           of an encrypted run, for its owner only
 and, of a Trainer: train_dataset.jsonl, eval_dataset.jsonl, reward_funcs.pkl
 """
 

@@ -69,7 +69,7 @@ class Completion:
 
     token_ids: Int32  # [T]
     behavior_logprobs: Float32  # [T] nats, at the sampling temperature, from the engine
-    versions: Int32  # [T] policy version that sampled each token; may grow inside a completion
+    versions: Int32  # [T] policy version that sampled each token; may change inside a completion
     finish_reason: FinishReason
     text: str = ""
 

@@ -34,6 +34,7 @@ FLOORS = {
     ),
     3: (
         "wire.sockets",
+        "wire.keys",
         "buffer.ledger",
         "actor.vllm_engine",
         "actor.toy_engine",
@@ -41,6 +42,7 @@ FLOORS = {
         "learner.attention",
         "learner.lora",
         "learner.reference",
+        "learner.torchrun",
         "weights.flat",
         "weights.local",
         "weights.collective",
@@ -53,6 +55,7 @@ FLOORS = {
         "rewards",
         "actor.concurrency",
         "wire.codec",
+        "wire.schema",
         "buffer",
         "learner",
         "weights",
@@ -69,7 +72,7 @@ HEAVY = {
     "torch": ("learner", "weights", "actor.toy_engine", "actor.vllm_engine", "data.tiny"),
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
-    "zmq": ("wire.sockets",),
+    "zmq": ("wire.sockets", "wire.keys"),
     "sqlite3": ("buffer.ledger",),
     "peft": ("learner.lora",),
 }

@@ -406,7 +406,7 @@ def test_a_learner_that_begins_at_its_checkpoint_gets_the_same_batches_again(pee
     [
         (1, "begins at step 1, but the groups of step 1 are gone: a newer checkpoint covered them"),
         (4, "begins at step 4, but the buffer knows of 3 trained steps: ledger.sqlite is missing"),
-        (-1, "the groups of step -1 are gone"),
+        (-1, "begin: step: Input should be greater than or equal to 0, not -1"),
     ],
 )
 def test_a_learner_that_begins_where_it_cannot_is_told_so_and_nothing_changes(step, why, peer):
@@ -468,19 +468,19 @@ def test_a_finished_block_is_remembered_and_an_unfinished_one_begins_anew(tmp_pa
 
     peer.ask("actor-0.7", "hello", actor="actor-0")
     answer(evaluate(0), "greedy", "sampled")
-    answer(evaluate(3), "greedy")
+    answer(evaluate(1), "greedy")
     peer.ledger.commit()
     peer.restart()
     assert peer.ask("learner-0", "results") == []
-    welcome, pushed = peer.ask("actor-0.7", "hello", actor="actor-0", version=3)
+    welcome, pushed = peer.ask("actor-0.7", "hello", actor="actor-0", version=1)
     assert (welcome.kind, pushed.kind) == ("welcome", "evaluate")
     leases = [lease_from(fields) for fields in pushed.fields["leases"]]
-    assert {(lease.block, lease.version) for lease in leases} == {("sampled", 3)}
+    assert {(lease.block, lease.version) for lease in leases} == {("sampled", 1)}
     assert not {lease.lease_id for lease in leases} & {f"e{i}" for i in range(15)}
     answer(pushed, "sampled")
     (answered,) = peer.ask("learner-0", "results")
     found = [(r["version"], r["name"], r["num_answered"]) for r in answered.fields["reports"]]
-    every = [(0, "greedy", 3), (0, "sampled", 4), (3, "greedy", 3), (3, "sampled", 4)]
+    every = [(0, "greedy", 3), (0, "sampled", 4), (1, "greedy", 3), (1, "sampled", 4)]
     assert sorted(found) == every
     (noted,) = peer.ask("learner-0", "summary")
     told = [(r["version"], r["name"], r["num_answered"]) for r in noted.fields["evaluations"]]
@@ -548,9 +548,10 @@ def test_a_full_disk_stops_the_buffer_and_what_was_committed_is_there_afterwards
     peer.tell("actor-0.7", group_packet("put", [make_group(leases[0])]))
     pages = peer.ledger._db.execute("PRAGMA page_count").fetchone()[0]
     peer.ledger._db.execute(f"PRAGMA max_page_count = {pages}")
-    long = make_group(leases[1], versions=[[0] * 9000] * 2)
+    group = make_group(leases[1])
+    talkative = tuple(replace(sample, text="7" * 90_000) for sample in group.completions)
     with pytest.raises(LedgerError, match=r"ledger.sqlite: database or disk is full; free space"):
-        peer.tell("actor-0.7", group_packet("put", [long]))
+        peer.tell("actor-0.7", group_packet("put", [replace(group, completions=talkative)]))
     peer.restart()
     assert states(peer) == {"t1": "stored", "t2": "open", "t3": "open"}
     assert len(peer.core.replay) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import urllib.error
 import urllib.request
 
 import pytest
@@ -136,6 +137,16 @@ def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
     assert metrics[2]["eval/sampled/pass@4"] == 0.75
     assert "eval/accuracy" not in metrics[2]
     assert (metrics[3]["eval/version"], metrics[3]["eval/sampled/version"]) == (1, 1)
+
+
+def test_the_endpoint_can_be_bound_and_announced_elsewhere(run):
+    Exporter("actor-0", 0, run.path, "127.0.0.2").show({"swaps": 3})
+    target = json.loads((run.path / "targets" / "actor-0.json").read_text())[0]["targets"][0]
+    assert target.startswith("127.0.0.2:")
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+        assert b"asyncgrpo_swaps_total" in answer.read()
+    with pytest.raises(urllib.error.URLError):
+        scrape(int(target.split(":")[1]))
 
 
 def test_a_name_outside_the_table_is_refused(run):

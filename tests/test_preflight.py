@@ -243,6 +243,23 @@ def test_git_state_knows_clean_from_dirty_and_tolerates_no_checkout(tmp_path: Pa
     assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
 
 
+@pytest.mark.parametrize("setting", ["launch.host", "observe.metrics_host"])
+def test_an_address_that_is_not_ours_is_refused_with_its_setting(setting: str) -> None:
+    room, key = setting.split(".")
+    config = from_mapping({room: {key: "192.0.2.77"}})
+    with pytest.raises(ConfigError, match=f"{setting}=192.0.2.77 cannot be listened on"):
+        choose_ports(config)
+
+
+def test_ports_are_looked_for_where_they_will_be_used() -> None:
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        launch = {"buffer_port": port}
+        assert choose_ports(from_mapping({"launch": launch})).buffer == port
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be used"):
+            choose_ports(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
+
+
 @pytest.mark.parametrize("named", [5, "Qwen3ForCausalLM"])
 def test_architectures_must_be_a_list(model: Path, named: Any) -> None:
     write_json(model / "config.json", {"architectures": named})

@@ -16,6 +16,7 @@ from asyncgrpo.config import Config
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.protocols import Engine
 from asyncgrpo.rundir import RunDir, leave
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
@@ -34,18 +35,20 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
     engine = load_engine(run.config, stop_token_ids(run.config, tokenizer), index, restart)
     from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
 
-    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights)
+    keys = read_keys(run, "client")
+    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys)
     loop = ActorLoop(
         name,
         run.config,
         engine=engine,
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),
-        client=DealerClient(run.endpoints.buffer, name, "the buffer"),
+        client=DealerClient(run.endpoints.buffer, name, "the buffer", keys),
         receiver=receiver,
         judge=judge,
     )
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
+    metrics_host = run.config.observe.metrics_host
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     log.info("ready after %.1f s, pid %d", time.perf_counter() - start, os.getpid())
     shown_at = 0.0
     while not stopping():

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asyncgrpo.buffer.admission import check_request, is_holder, newest_version, why_failed
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.filters import filter_reason
 from asyncgrpo.buffer.gate import make_gate
@@ -53,6 +54,7 @@ Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
 EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
+MAX_REASON = 300  # characters
 
 
 class BufferCore:
@@ -79,6 +81,7 @@ class BufferCore:
         self.leases = LeaseBook(config, self._journal)
         self.events = 0  # packets that brought the run on; see EVENTS
         self.step = 0  # the next step whose batch will be formed
+        self._newest = 0  # version there can be; a learner that goes back leaves it as it is
         self._queue = PromptQueue(prompts)
         self._actors: dict[str, str] = {}  # actor name -> its present peer identity
         self._status: dict[str, dict[str, Any]] = {}  # actor name -> its last counters
@@ -89,12 +92,13 @@ class BufferCore:
         self._is_stopped = False
         self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
+        self.num_refused = 0  # messages, as the server counts them
         self._restore(now)
 
     def _restore(self, now: float) -> None:
         """Takes up what former lives left. Actors go on with their leases; peers ask again."""
         past = self._journal.remembered()
-        self.step = past.step
+        self.step, self._newest = past.step, newest_version(past.last_step)
         self._sums.update(past.arrived)
         self._queue.restore(past)
         self.leases.restore(past, self._queue, now)
@@ -107,16 +111,17 @@ class BufferCore:
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
         """Takes one packet; returns everything that can be sent because of it."""
-        action: Action | None = getattr(self, f"_on_{packet.kind}", None)
-        if action is None:
-            return [(peer, _answer(packet, "refused", reason=f"unknown kind {packet.kind!r}"))]
-        if packet.kind in ("lease", "status") and peer not in self._actors.values():
-            return [(peer, _answer(packet, "introduce", life=self._journal.life))]
-        self.events += packet.kind in EVENTS
+        self._newest = max(self._newest, newest_version(self.step))
         try:
+            check_request(packet, newest=self._newest, num_learners=self._config.launch.learners)
+            if packet.kind in ("lease", "status") and peer not in self._actors.values():
+                return [(peer, _answer(packet, "introduce", life=self._journal.life))]
+            self.events += packet.kind in EVENTS
+            action: Action = getattr(self, f"_on_{packet.kind}")
             return action(peer, packet, now) + self.tick(now)
         except (KeyError, TypeError, ValueError, WireError) as error:
-            return [(peer, _answer(packet, "refused", reason=f"{packet.kind}: {error!r}"))]
+            reason = str(error) if isinstance(error, WireError) else f"{packet.kind}: {error!r}"
+            return [(peer, _answer(packet, "refused", reason=reason[:MAX_REASON]))]
 
     def tick(self, now: float) -> Replies:
         """Ends what is overdue and answers requests that waited for something."""
@@ -156,6 +161,7 @@ class BufferCore:
             "groups_arrived": self._sums["groups"],
             "tokens_arrived": self._sums["tokens"],
             "reward_arrived_sum": self._sums["reward"],
+            "refused_messages": self.num_refused,
         }
 
     # -- actors ---------------------------------------------------------------------------
@@ -199,16 +205,23 @@ class BufferCore:
     def _on_accept(self, peer: str, packet: Packet, now: float) -> Replies:
         self._evaluations.accept(packet.fields["lease_ids"])
         for lease_id in packet.fields["refused"]:
-            if self.leases.get(lease_id) is not None:
+            opened = self.leases.get(lease_id)
+            if opened is not None and opened.lease.purpose == "eval":
                 self._end_unfinished(lease_id, "failed", "version_passed")
         return [(peer, _answer(packet, "noted"))]
 
     def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
         (group,) = groups_from(packet)
         lease_id = group.lease.lease_id
-        if self.leases.get(lease_id) is None:
-            state = "unknown"  # a repeat, or it expired meanwhile: its prompt is out again
-            self._journal.arrived(group, keep=False)
+        opened = self.leases.get(lease_id)
+        if opened is None or not is_holder(peer, opened):
+            state = "unknown"  # a repeat, or its prompt is out again; or it is somebody else's
+            if opened is None:
+                self._journal.arrived(group, keep=False)
+            self.leases.reasons[f"ignored/{'other_actor' if opened else 'late'}"] += 1
+        elif reason := why_failed(group, opened.lease, self._newest):
+            self._end_unfinished(lease_id, "failed", reason, again=False)
+            state = "failed"
         elif group.lease.purpose == "eval":
             self.leases.close(lease_id, "stored")
             self._evaluations.answer(group)

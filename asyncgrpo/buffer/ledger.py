@@ -364,13 +364,16 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             past.update(groups_stored=groups, tokens_stored=tokens)
     evaluations = db.execute("SELECT * FROM evaluations").fetchall()
     trained = "SELECT coalesce(max(step) + 1, 0) FROM steps WHERE trained_at IS NOT NULL"
+    (step,) = db.execute(trained).fetchone()
+    (former_step,) = db.execute("SELECT coalesce(max(former_step), 0) FROM rollbacks").fetchone()
     return Remembered(
         counts=counts,
         reasons=reasons,
         arrived={name: past[name] for name in ("groups", "tokens", "reward")},
         last_number=max([past["number"], *(number for _, _, number, *_ in evaluations)]),
         position=past["position"],
-        step=db.execute(trained).fetchone()[0],
+        step=step,
+        last_step=max(step, former_step),
         num_formed=db.execute("SELECT count(*) FROM steps").fetchone()[0],
         groups_stored=past["groups_stored"],
         tokens_stored=int(past["tokens_stored"]),

@@ -17,6 +17,7 @@ from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
 def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     """Serves until stopped; goes on where the run directory's ledger ends."""
     config = run.config
-    server = Server(run.endpoints.buffer)
+    server = Server(run.endpoints.buffer, read_keys(run, "server"))
     ledger = Ledger(run.path)
     ledger.checkpoint_aside()
     samples = TrajectoryWriter(run.path, config)
@@ -38,7 +39,8 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
         time.monotonic(),
         rewind=partial(samples.rewind, state=ledger.state),
     )
-    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
+    metrics_host = config.observe.metrics_host
+    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path, metrics_host)
     flow = FlowFile(run.path)
     log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
@@ -47,6 +49,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
         for peer, packet in server.receive(POLL_SECONDS):
             replies += core.handle(peer, packet, time.monotonic())
         now = time.monotonic()
+        core.num_refused = server.num_refused
         send(server, core, ledger, replies + core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show(core.metrics())

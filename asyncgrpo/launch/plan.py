@@ -14,8 +14,8 @@ from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.cores import Cores, assign_cores, core_sharers
 from asyncgrpo.rundir import Endpoints
 
-ADDRESS = "127.0.0.1"
-CLI_MODULE = "asyncgrpo.cli"
+LOOPBACK, LOOPBACK_DEVICE = "127.0.0.1", "lo"
+CLI_MODULE, TORCHRUN_MODULE = "asyncgrpo.cli", "asyncgrpo.learner.torchrun"
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: no child to orphan
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -103,8 +103,8 @@ def make_plan(
     )
     return Plan(
         specs=specs,
-        warnings=tuple(_core_warnings(config, host, cores)),
-        endpoints=_endpoints(ports, cores, role_names(actors, learners)),
+        warnings=(*_core_warnings(config, host, cores), *_door_warnings(config)),
+        endpoints=_endpoints(config.launch.host, ports, cores, role_names(actors, learners)),
     )
 
 
@@ -165,9 +165,9 @@ class _Draft:
         """torchrun with all ranks."""
         ranks = [f"learner-{rank}" for rank in range(self.config.launch.learners)]
         argv = (
-            *(self.python, "-m", "torch.distributed.run", "--nnodes", "1"),
-            *("--nproc-per-node", str(len(ranks)), "--node-rank", "0"),
-            *("--master-addr", ADDRESS, "--master-port", str(rendezvous_port)),
+            *(self.python, "-m", TORCHRUN_MODULE, "--nnodes", "1"),
+            *("--nproc-per-node", str(len(ranks)), "--rdzv-backend", "asyncgrpo"),
+            *("--rdzv-endpoint", f"{LOOPBACK}:{rendezvous_port}"),
             *("--max-restarts", "0", "--monitor-interval", "0.2"),
             *self._role_arguments("learner"),
         )
@@ -189,7 +189,11 @@ class _Draft:
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
             "CUDA_VISIBLE_DEVICES": ",".join(self.gpus[n] for n in names if n in self.gpus),
+            # of groups within one machine; else they listen on what the host's name stands for
+            "GLOO_SOCKET_IFNAME": LOOPBACK_DEVICE,
         }
+        if self.config.launch.on_loopback:
+            environment["NCCL_SOCKET_IFNAME"] = LOOPBACK_DEVICE
         if any(core in self.shared for name in names for core in self.cores.get(name, ())):
             # A thread that spins while it waits takes the core from its neighbour (20x slower).
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -276,12 +280,24 @@ def _core_warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> li
     return warnings
 
 
-def _endpoints(ports: Ports, cores: Mapping[str, Cores], names: Sequence[str]) -> Endpoints:
+def _door_warnings(config: Config) -> list[str]:
+    launch = config.launch
+    if launch.on_loopback or launch.encrypted:
+        return []
+    return [
+        f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups and "
+        "end the run; without --insecure the run makes keys"
+    ]
+
+
+def _endpoints(
+    host: str, ports: Ports, cores: Mapping[str, Cores], names: Sequence[str]
+) -> Endpoints:
     metrics = {name: ports.metrics and ports.metrics + place for place, name in enumerate(names)}
     return Endpoints(
-        buffer=f"tcp://{ADDRESS}:{ports.buffer}",
-        weights=f"tcp://{ADDRESS}:{ports.weights}",
-        store=(ADDRESS, ports.store),
+        buffer=f"tcp://{host}:{ports.buffer}",
+        weights=f"tcp://{host}:{ports.weights}",
+        store=(host, ports.store),
         cores=dict(cores),
         metrics=metrics,
     )

@@ -42,6 +42,7 @@ from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.keys import make_keys
 
 _promised: set[Path] = set()  # directories of this process, made or not
 
@@ -89,6 +90,8 @@ class Session:
         """Runs to the end; returns the exit code."""
         with self._prepared() as (run, plan):
             self._warn(plan)
+            if run.config.launch.encrypted:
+                make_keys(self.run_dir)
             code = self._supervise(run.config, plan)
         if code == 0:
             show_summary(self.run_dir, self._console)

@@ -20,6 +20,7 @@ from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.weights.sender import CollectiveSender
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,11 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     transformers_logging.disable_progress_bar()
     sender = recorder = None
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
+    metrics_host = run.config.observe.metrics_host
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     if rank == 0:
-        sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store)
+        keys = read_keys(run, "server")
+        sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store, keys)
         recorder = RunRecorder(run, exporter)
     save_to = run.model_path if rank == 0 else None
     updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
@@ -50,7 +53,7 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         rank=rank,
         world_size=world_size,
         updater=updater,
-        client=DealerClient(run.endpoints.buffer, name, "the buffer"),
+        client=DealerClient(run.endpoints.buffer, name, "the buffer", read_keys(run, "client")),
         sender=sender,
         recorder=recorder,
         show=exporter.show,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,8 @@ from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import metric_of
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.sockets import DealerClient
 
 TESTS = Path(__file__).parent.parent
 SECONDS = 240
@@ -348,6 +353,63 @@ def test_a_run_with_one_learner_and_strict_ticket_order_at_staleness_zero(launch
     check_run_directory(run.run_dir, steps=6, max_staleness=0)
 
 
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """Addresses on which these processes can be reached."""
+    sockets = [c for p in processes if p.is_running() for c in p.net_connections("inet")]
+    return {c.laddr.ip for c in sockets if c.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)}
+
+
+def attack(run_dir: Path, seconds: float) -> None:
+    """Garbage and clients without keys, at every door that the run has."""
+    endpoints = json.loads((run_dir / "endpoints.json").read_text())
+    addresses = [endpoints["buffer"], endpoints["weights"]]
+    doors = [(host, int(port)) for host, port in (a[6:].split(":") for a in addresses)]
+    doors.append((endpoints["store"][0], endpoints["store"][1]))
+    rng, end = random.Random(1), time.monotonic() + seconds
+    clients = [DealerClient(address, "actor-0", "somebody") for address in addresses]
+    while time.monotonic() < end:
+        for door in doors:
+            with socket.create_connection(door, timeout=5) as bare:
+                bare.sendall(rng.randbytes(rng.randint(1, 500)))
+        for client in clients:
+            client.post(Packet(kind="hello", fields={"actor": "actor-0"}))
+            client.post(Packet(kind="lease", fields={"version": 0, "max": 100}))
+            client.post(Packet(kind="join", fields={"actor": "actor-0"}))
+            assert client.poll(0.01) == []
+    for client in clients:
+        client.close()
+
+
+def scraped(run_dir: Path) -> str:
+    targets = [json.loads(path.read_text()) for path in (run_dir / "targets").glob("*.json")]
+    urls = [f"http://{target['targets'][0]}/metrics" for (target,) in targets]
+    assert all(url.startswith("http://127.0.0.1:") for url in urls)
+    return "".join(urllib.request.urlopen(url, timeout=5).read().decode() for url in urls)
+
+
+@pytest.mark.engine
+def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(launch):
+    run = launch("run.max_steps=120", "launch.encrypt=true", engine="vllm")
+    started = run.until_training()
+    assert listening([psutil.Process(run.process.pid), *started]) == {"127.0.0.1"}
+    shown = " ".join(" ".join([*p.cmdline(), *p.environ().values()]) for p in started)
+    metrics = scraped(run.run_dir)
+    attack(run.run_dir, 2.0)
+    assert run.wait() == 0, run.text()[-4000:]
+    run.assert_nothing_left(started)
+    check_run_directory(run.run_dir, steps=120, max_staleness=2)
+    assert {row.get("publish/evictions", 0) for row in run.rows()} == {0}
+    written = [p for p in run.run_dir.rglob("*") if p.is_file() and p.parent.name != "keys"]
+    shown += run.text() + "".join(p.read_bytes().decode("latin-1") for p in written)
+    keys = [word for path in (run.run_dir / "keys").iterdir() for word in path.read_text().split()]
+    assert len(set(keys)) == 4
+    assert not [key for key in keys if key in shown]
+    lines = (run.run_dir / "trajectories/step_0.jsonl").read_text().splitlines()
+    prompts = [message["content"] for line in lines for message in json.loads(line)["prompt"]]
+    assert "asyncgrpo_leases_total" in metrics
+    assert not [prompt for prompt in prompts if prompt in metrics]
+
+
 def refused(*arguments: str, cwd: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "asyncgrpo.cli", "launch", *arguments],
@@ -382,6 +444,8 @@ BAD_INPUT = {
     ("--set", "launch.gpus=64"): "launch.gpus=64",
     ("--set", "weights.publish_every=9"): "deadlock",
     ("--set", "algo.group_size=1"): "algo.group_size=1",
+    ("--set", "launch.host=0.0.0.0"): "'0.0.0.0' must be the IPv4 address of this machine",
+    ("--set", "launch.host=192.0.2.77"): "launch.host=192.0.2.77 cannot be listened on",
 }
 
 
