@@ -99,6 +99,7 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
     hub, link = Hub(core, time.monotonic), LocalLink(config)
     tokenizer = load_tokenizer(config.model.path)
     updater = PolicyUpdater(config, save_to=run.model_path, log_to=run.path)
+    exporter = Exporter("serial", 0, run.path)
     actor = ActorLoop(
         "actor-0",
         config,
@@ -108,6 +109,7 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
         client=LocalClient(hub, "actor-0", lambda: None),
         receiver=link,
         judge=InlineJudge(config.rewards),
+        observe=exporter.observe,
     )
     learner = Learner(
         config,
@@ -116,6 +118,7 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
         updater=updater,
         client=LocalClient(hub, "learner-0", lambda: actor.tick(0.0)),
         sender=link,
-        recorder=RunRecorder(run, Exporter("serial", 0, run.path)),
+        recorder=RunRecorder(run, exporter),
+        observe=exporter.observe,
     )
     learner.run()

@@ -35,6 +35,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
     from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
 
     receiver = CollectiveReceiver(run.config, name, run.endpoints.weights)
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
     loop = ActorLoop(
         name,
         run.config,
@@ -44,8 +45,8 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
         client=DealerClient(run.endpoints.buffer, name, "the buffer"),
         receiver=receiver,
         judge=judge,
+        observe=exporter.observe,
     )
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
     log.info("ready after %.1f s, pid %d", time.perf_counter() - start, os.getpid())
     shown_at = 0.0
     while not stopping():
@@ -54,6 +55,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
             exporter.show(loop.counters)
             shown_at = time.monotonic()
     judge.close()
+    exporter.close()
     leave(0)
 
 

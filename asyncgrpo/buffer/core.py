@@ -99,6 +99,8 @@ class BufferCore:
             "groups_arrived": self._sums["groups"],
             "tokens_arrived": self._sums["tokens"],
             "reward_arrived_sum": self._sums["reward"],
+            "gate_open": self.gate.open_for(max(self._held.values(), default=0)),
+            "actors_waiting": len(self._waiting_actors),
         }
 
     # -- actors ---------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 
 from asyncgrpo.buffer.core import BufferCore, Replies
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.metrics import TABLE
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.types import Group
@@ -25,6 +27,16 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     server = Server(run.endpoints.buffer)
     core = BufferCore(config, open_prompts(config), record)
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
+    exporter.show(
+        {
+            # A counter that begins at 0 is known before the first thing it counts.
+            **dict.fromkeys(TABLE["counter", "buffer"], 0.0),
+            "setting/actors": config.launch.actors,
+            "setting/groups_per_step": config.buffer.groups_per_step,
+            "setting/max_staleness": config.buffer.max_staleness,
+            "setting/max_steps": config.run.max_steps,
+        }
+    )
     log.info("listening on %s", run.endpoints.buffer)
     shown_at = 0.0
     while not stopping():
@@ -33,7 +45,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
         now = time.monotonic()
         _send(server, core, core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
-            exporter.show(core.metrics())
+            exporter.show({**core.metrics(), "disk_free_bytes": shutil.disk_usage(run.path).free})
             shown_at = now
     server.close()
 

@@ -84,6 +84,11 @@ def prepare_run_dir(path: Path) -> None:
     try:
         for name in RUN_FOLDERS:
             (path / name).mkdir(parents=True, exist_ok=True)
+        if path.parent.name == "runs":  # runs/latest: where grafana/prometheus.yml looks
+            draft = path.with_name(".latest")
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(path.name)
+            draft.replace(path.with_name("latest"))
     except OSError as error:
         raise ConfigError(
             f"run directory {path} cannot be written ({error.strerror}: {error.filename}); "

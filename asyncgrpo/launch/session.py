@@ -17,7 +17,14 @@ from rich.console import Console
 from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.errors import AbsentData, AbsentModel, DataError, ModelError
+from asyncgrpo.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    AbsentData,
+    AbsentModel,
+    DataError,
+    ModelError,
+)
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
@@ -26,6 +33,7 @@ from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
 from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
 from asyncgrpo.observe.progress import Progress, show_summary
+from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
 
@@ -77,7 +85,9 @@ class Session:
             )
             code = supervisor.run()
             progress.tick()
-        if code == 0:
+        if code in (EXIT_DONE, EXIT_INTERRUPTED):
+            self._end_scraping()
+        if code == EXIT_DONE:
             show_summary(self.run_dir, self._console)
         return code
 
@@ -93,8 +103,14 @@ class Session:
         from asyncgrpo.serial import run_serial  # torch
 
         run_serial(run)
+        self._end_scraping()
         show_summary(self.run_dir, self._console)
         return 0
+
+    def _end_scraping(self) -> None:
+        """Takes the run off Prometheus: what is still a target and gone has failed."""
+        for target in (self.run_dir / "targets").glob("*.json"):
+            target.unlink()
 
     def _check(self, absent: list[str] | None = None) -> None:
         """Refuses what cannot work. Starts nothing, writes nothing.
@@ -103,6 +119,7 @@ class Session:
         """
         config = self._config
         check_run_dir(self.run_dir)
+        check_writers(config)
         rewards = {block: load_rewards(reward) for block, reward in config.rewards.items()}
         models = [config.model.path]
         if config.algo.kl_coef and config.algo.reference.path:

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.protocols import Client, NamedTensors, WeightSender
-from asyncgrpo.types import Float32, Shard
+from asyncgrpo.types import Float32, Int32, Shard
 from asyncgrpo.wire.codec import Packet, shard_from
 
 log = logging.getLogger(__name__)
 CALL_SECONDS = 60.0  # for answers that the buffer gives at once
+OWN_TIMES = ("wait_seconds", "train_seconds", "step_seconds")  # in which ranks differ
 
 
 class Updater(Protocol):
@@ -61,12 +62,13 @@ class Learner:
         sender: WeightSender | None,
         recorder: Recorder | None,
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
+        observe: Callable[[str, Int32], None] = lambda name, values: None,
     ) -> None:
-        """show: gets this rank's row of every step, for its metrics endpoint."""
+        """show, observe: get what a rank alone knows, for its metrics endpoint."""
         self._config, self._rank, self._world_size = config, rank, world_size
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
-        self._show = show
+        self._show, self._observe = show, observe
         self._published = -1
         self._evals = config.evals
         self._evaluated: dict[str, int] = {}  # block -> version of its last evaluation
@@ -95,7 +97,7 @@ class Learner:
                 self._evaluate_now_and_then(version)
             row["step_seconds"] = time.perf_counter() - start
             row.update(step=step, version=version)
-            self._show(row)
+            self._observe("token_staleness", shard.staleness)
             self._tell(step, row)
         self._finish(version)
 
@@ -117,6 +119,7 @@ class Learner:
 
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:
+            self._show({name: row[name] for name in OWN_TIMES})
             return
         answer = self._client.call(Packet(kind="trained", fields={"step": step}), CALL_SECONDS)
         self._summary = answer.fields

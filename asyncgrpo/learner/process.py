@@ -52,6 +52,7 @@ def run_learner(run: RunDir) -> NoReturn:
         sender=sender,
         recorder=recorder,
         show=exporter.show,
+        observe=exporter.observe,
     )
     log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)
     learner.run()

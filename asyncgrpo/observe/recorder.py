@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncgrpo.observe.exporter import Exporter
-from asyncgrpo.observe.metrics import COUNTERS, eval_metrics, metric_of
+from asyncgrpo.observe.metrics import TABLE, eval_metrics, metric_of
+from asyncgrpo.observe.writers import open_writers
 from asyncgrpo.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class RunRecorder:
         self._start = time.time()
         self._file = (run.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._evals_file = (run.path / "evals.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._writers = open_writers(run)
         self._reported: set[tuple[str, int]] = set()  # evaluations and versions already written
         self._last_time = self._start
         self._last_actors: dict[str, float] = {}
@@ -59,6 +61,8 @@ class RunRecorder:
                 self._write({**now, "version": version, **row})
         self._file.close()
         self._evals_file.close()
+        for writer in self._writers:
+            writer.close()
         by_block = {
             block.name: [report for report in reports if report["name"] == block.name]
             for block in self._run.config.evals
@@ -99,7 +103,7 @@ class RunRecorder:
         sums: dict[str, float] = {}
         for status in actors.values():
             for name, value in status.items():
-                if name in COUNTERS:
+                if name in TABLE["counter", "actor"]:
                     sums[name] = sums.get(name, 0.0) + value
         now = time.time()
         # a restarted actor counts from zero again: never show a negative rate
@@ -122,5 +126,8 @@ class RunRecorder:
             metric_of(name)
         finite = {n: (v if math.isfinite(v) else None) for n, v in row.items()}  # JSON has no NaN
         self._file.write(json.dumps(finite) + "\n")
-        self._exporter.show(row)
+        for writer in self._writers:
+            writer.write(int(row["step"]), row)
+        others = () if self._exporter.role == "serial" else ("actor", "buffer")
+        self._exporter.show({n: v for n, v in row.items() if metric_of(n)[0].room not in others})
         self._last.update(row)

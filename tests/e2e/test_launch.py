@@ -74,6 +74,10 @@ class Launch:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def targets(self) -> list[str]:
+        """Roles that Prometheus is to scrape."""
+        return sorted(path.stem for path in (self.run_dir / "targets").glob("*.json"))
+
     def processes(self) -> list[psutil.Process]:
         """Everything that names our run directory in its command line, and its children."""
         found = []
@@ -175,8 +179,11 @@ def check_model(folder: Path, start: Path) -> None:
 def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch, model):
     run = launch("launch.max_actor_restarts=1", f"eval={TWO_BLOCKS}", engine="vllm")
     started = run.until_training()
+    roles = ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+    assert run.targets() == roles
     assert run.wait() == 0, run.text()[-4000:]
     run.assert_nothing_left(started)
+    assert run.targets() == []
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
     check_model(run.run_dir / "model", model)
     assert "held-out accuracy, 12 prompts" in run.text()
@@ -234,6 +241,7 @@ def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     assert len(ranks) == 2
     ranks[-1].kill()
     assert run.wait() == 3
+    assert "learner-1" in run.targets()
     run.assert_nothing_left(started)
     assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
 
@@ -244,6 +252,7 @@ def test_ctrl_c_stops_everything_in_order(launch):
     started = run.until_training()
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait() == 130
+    assert run.targets() == []
     run.assert_nothing_left(started)
     steps = [row["step"] for row in run.rows() if "loss" in row]
     assert steps == list(range(len(steps)))
