@@ -35,6 +35,10 @@ INLINE = re.compile(r"(?<![\w/])asyncgrpo (?:[a-z][\w-]*)[^`#\n]*")
 ELSEWHERE = {
     "make demo": "asyncgrpo launch --config configs/tiny.toml --actors 2 --learners 2",
     "make test": "make test",
+    "prometheus --config.file=grafana/prometheus.yml": (
+        "e2e/test_prometheus.py",
+        '"prometheus", f"--config.file=',
+    ),
     "asyncgrpo eval --model runs/DIR/model --data tasks": ("e2e/test_eval.py", '"--data", "tasks"'),
     "asyncgrpo eval --model DIR --data test.jsonl -k 8 --config my.toml --out rows.jsonl": (
         "e2e/test_eval.py",

@@ -145,7 +145,8 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
 def test_the_target_names_the_run_and_goes_away_with_a_process_that_ends_as_it_should(run):
     exporter = Exporter("actor-0", 0, run.path)
     (target,) = json.loads((run.path / "targets" / "actor-0.json").read_text())
-    assert target["labels"] == {"role": "actor-0", "run": run.path.name}
+    name = run.path.name
+    assert target["labels"] == {"role": "actor-0", "run": name, "instance": f"{name}/actor-0"}
     assert [file.name for file in (run.path / "targets").iterdir()] == ["actor-0.json"]
     exporter.close()
     assert list((run.path / "targets").iterdir()) == []
@@ -220,7 +221,7 @@ def test_what_other_libraries_keep_for_prometheus_is_served_beside_ours(run):
 
 def test_healthz_says_who_it_is_and_how_long_its_loop_has_been_silent(run):
     exporter = Exporter("buffer", 0, run.path)
-    exporter._told -= 60.0
+    exporter.told -= 60.0
     health = json.loads(scrape(port_of(run, "buffer"), "healthz"))
     assert health["role"] == "buffer"
     assert 60.0 <= health["report_age_seconds"] < 90.0

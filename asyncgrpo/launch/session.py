@@ -17,14 +17,7 @@ from rich.console import Console
 from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.errors import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    AbsentData,
-    AbsentModel,
-    DataError,
-    ModelError,
-)
+from asyncgrpo.errors import EXIT_ROLE_FAILED, AbsentData, AbsentModel, DataError, ModelError
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
@@ -85,9 +78,9 @@ class Session:
             )
             code = supervisor.run()
             progress.tick()
-        if code in (EXIT_DONE, EXIT_INTERRUPTED):
+        if code != EXIT_ROLE_FAILED:
             self._end_scraping()
-        if code == EXIT_DONE:
+        if code == 0:
             show_summary(self.run_dir, self._console)
         return code
 

@@ -6,25 +6,19 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from http.server import ThreadingHTTPServer
-from itertools import accumulate
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    REGISTRY,
-    CollectorRegistry,
-    MetricsHandler,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
+from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.observe.metrics import BUCKETS, metric_of
+from asyncgrpo.observe.metrics import metric_of
 
 
 class Exporter(Collector):
@@ -37,7 +31,7 @@ class Exporter(Collector):
         self.role = role
         self._values: dict[str, float] = {}
         self._histograms: dict[str, tuple[NDArray[np.int64], float]] = {}  # per bucket; the sum
-        self._told = time.monotonic()
+        self.told = time.monotonic()  # when the process's loop last said something
         registry = CollectorRegistry()
         registry.register(self)
         handler = type("Handler", (_Handler,), {"registry": registry, "exporter": self})
@@ -63,22 +57,17 @@ class Exporter(Collector):
         kept = self._values
         if any(name.startswith("lag_") for name in plain):  # rows name only lags that they have
             kept = {name: value for name, value in kept.items() if not name.startswith("lag_")}
-        self._values = {**kept, **plain}
-        self._told = time.monotonic()
+        self._values, self.told = {**kept, **plain}, time.monotonic()
 
     def observe(self, name: str, values: ArrayLike) -> None:
         """Counts values, of any shape, into a histogram of the table."""
         new = np.asarray(values, np.float64).ravel()
         new = new[np.isfinite(new)]  # one NaN would make every later sum NaN
-        places = np.searchsorted(_uppers(name), new)  # a bucket holds its upper bound
-        tally = np.bincount(places, minlength=len(_uppers(name)))
+        uppers = metric_of(name)[0].buckets
+        places = np.searchsorted(uppers, new)  # a bucket holds its upper bound
+        tally = np.bincount(places, minlength=len(uppers))
         counts, total = self._histograms.get(name, (np.zeros_like(tally), 0.0))
         self._histograms[name] = (counts + tally, total + float(new.sum()))
-
-    @property
-    def age(self) -> float:
-        """Seconds since the process's loop last told something."""
-        return time.monotonic() - self._told
 
     def close(self) -> None:
         """Takes the process off the targets: it ends as it should."""
@@ -87,14 +76,15 @@ class Exporter(Collector):
     def collect(self) -> Iterator[Metric]:
         """What Prometheus reads."""
         shown: dict[str, Metric] = {}
-        for name, value in {**self._values, "report_age_seconds": self.age}.items():
+        age = time.monotonic() - self.told
+        for name, value in {**self._values, "report_age_seconds": age}.items():
             family, labels = self._family(shown, name)
             family.add_sample(metric_of(name)[0].prometheus_name, labels, value)
         for name, (counts, total) in list(self._histograms.items()):
             family, labels = self._family(shown, name)
-            for upper, count in zip(_uppers(name), accumulate(counts.tolist()), strict=True):
+            for upper, count in zip(metric_of(name)[0].buckets, counts.cumsum(), strict=True):
                 bucket = {**labels, "le": floatToGoString(upper)}
-                family.add_sample(f"{family.name}_bucket", bucket, count)
+                family.add_sample(f"{family.name}_bucket", bucket, int(count))
             family.add_sample(f"{family.name}_count", labels, int(counts.sum()))
             family.add_sample(f"{family.name}_sum", labels, total)
         yield from shown.values()
@@ -110,16 +100,12 @@ class Exporter(Collector):
     def _announce(self, run: str, port: int) -> None:
         """Writes a Prometheus file_sd target, whole or not at all."""
         self._target.parent.mkdir(exist_ok=True)
-        labels = {"role": self.role, "run": run}
+        # Not the port: a process that begins anew goes on with its series.
+        labels = {"role": self.role, "run": run, "instance": f"{run}/{self.role}"}
         target = [{"targets": [f"127.0.0.1:{port}"], "labels": labels}]
         draft = self._target.with_name(f".{self.role}.tmp")
         draft.write_text(json.dumps(target))
         draft.rename(self._target)
-
-
-def _uppers(name: str) -> tuple[float, ...]:
-    """Upper bounds of a histogram's buckets."""
-    return (*BUCKETS[metric_of(name)[0].unit], float("inf"))
 
 
 class _Handler(MetricsHandler):
@@ -130,7 +116,8 @@ class _Handler(MetricsHandler):
     def do_GET(self) -> None:
         body, kind = generate_latest(self.registry), CONTENT_TYPE_LATEST
         if self.path == "/healthz":
-            health = {"role": self.exporter.role, "report_age_seconds": self.exporter.age}
+            age = time.monotonic() - self.exporter.told
+            health = {"role": self.exporter.role, "report_age_seconds": age}
             body, kind = json.dumps(health).encode(), "application/json"
         self.send_response(200)
         self.send_header("Content-Type", kind)

@@ -39,7 +39,7 @@ FAMILIES = (
     (r"eval/(?P<rest>\w+)(?P<eval>)", "eval/{rest}"),
 )
 SUFFIXES = {"share": "ratio", "1": "", "reward": "", "tokens/s": ""}
-BUCKETS: Mapping[str, Sequence[float]] = {  # upper bounds by unit; +Inf is added
+BUCKETS: Mapping[str, Sequence[float]] = {  # by unit
     "seconds": (
         *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
         *(1, 2.5, 5, 10, 30, 60, 300, 1800),
@@ -74,6 +74,11 @@ class Metric:
             words = [word for word in words if word not in named] + [unit]
         total = ["total"] if self.kind == "counter" else []
         return "_".join(["asyncgrpo", self.room, *words, *total])
+
+    @property
+    def buckets(self) -> tuple[float, ...]:
+        """Upper bounds of a histogram."""
+        return (*BUCKETS[self.unit], float("inf"))
 
     @property
     def help(self) -> str:
@@ -165,11 +170,8 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
     },
     ("gauge", "weights"): {
         "publish/flatten_seconds": ("seconds", "copying weights into the send buffer takes longer"),
-        "publish/broadcast_seconds": (
-            "seconds",
-            "the learner's side of the broadcast takes longer",
-        ),
-        "publish/copy_seconds": ("seconds", "the actor's side of the broadcast takes longer"),
+        "publish/broadcast_seconds": ("seconds", "the broadcast takes longer at the learner"),
+        "publish/copy_seconds": ("seconds", "the broadcast takes longer at the actor"),
         "publish/stall_seconds": ("seconds", "generation stands still longer at the swap"),
         "publish/live_seconds": ("seconds", "from publish to the last actor's proof takes longer"),
         "publish/canary_difference": ("nats", "engine and learner compute less alike"),
@@ -228,10 +230,7 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
     },
     ("gauge", "run"): {
         "rewards/generated_mean": ("reward", "all arrived groups score better, filtered included"),
-        "completions/generated_mean_length": (
-            "tokens",
-            "arrived completions get longer; above the trained ones: dropping favours short",
-        ),
+        "completions/generated_mean_length": ("tokens", "arrived completions get longer"),
         "actor_idle_share": ("share", "actors wait for the gate: the learner is the bottleneck"),
         "tokens_per_second": ("tokens/s", "all actors together generate faster"),
         "judge/error_rate": ("share", "rewards fail more often; see reward.max_error_rate"),

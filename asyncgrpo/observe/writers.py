@@ -4,63 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import NamedTuple
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.rundir import RunDir
 
 
-class Writer(Protocol):
-    """Takes rows under the names of observe/metrics.py."""
+class Writer(NamedTuple):
+    """write takes rows under the names of observe/metrics.py; a step may come again with others."""
 
-    def write(self, step: int, row: Mapping[str, float]) -> None:
-        """One row; a step may come twice, with other names."""
-
-    def close(self) -> None:
-        """All rows are there."""
+    write: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], None]
 
 
-class TensorBoardWriter:
-    """Event files in RUN/tensorboard."""
+def _tensorboard(run: RunDir) -> Writer:
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, run: RunDir) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(run.path / "tensorboard"))
 
-        self._writer = SummaryWriter(str(run.path / "tensorboard"))
-        self.close = self._writer.close
-
-    def write(self, step: int, row: Mapping[str, float]) -> None:
+    def write(step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
+
+    return Writer(write, writer.close)
 
 
-class WandbWriter:
-    """A run of the project asyncgrpo; WANDB_MODE=offline keeps it in RUN/wandb."""
+def _wandb(run: RunDir) -> Writer:
+    import wandb
 
-    def __init__(self, run: RunDir) -> None:
-        import wandb
-
-        settings: dict[str, Any] = run.config.model_dump(mode="json")
-        try:
-            self._run = wandb.init(
-                project="asyncgrpo", name=run.path.name, dir=str(run.path), config=settings
-            )
-        except wandb.Error as error:
-            raise ConfigError(
-                f"observe.report_to has wandb, which refuses: {error}; call `wandb login`, or set "
-                "WANDB_MODE=offline"
-            ) from None
-        self.close = self._run.finish
-
-    def write(self, step: int, row: Mapping[str, float]) -> None:
-        self._run.log(dict(row), step=step)
+    config, folder = run.config.model_dump(mode="json"), str(run.path)
+    try:
+        there = wandb.init(project="asyncgrpo", name=run.path.name, dir=folder, config=config)
+    except wandb.Error as error:
+        raise ConfigError(
+            f"observe.report_to has wandb, which refuses: {error}; call `wandb login`, or set "
+            "WANDB_MODE=offline"
+        ) from None
+    return Writer(lambda step, row: there.log(dict(row), step=step), there.finish)
 
 
-WRITERS: Mapping[str, Callable[[RunDir], Writer]] = {
-    "tensorboard": TensorBoardWriter,
-    "wandb": WandbWriter,
-}
+WRITERS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 def check_writers(config: Config) -> None:
