@@ -30,8 +30,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("promtool") is None, reason="apt-get install prometheus"),
 ]
 CHANGED = {  # of grafana/prometheus.yml: a short run wants short intervals
-    "scrape_interval: 5s": "scrape_interval: 1s",
-    "evaluation_interval: 15s": "evaluation_interval: 1s",
+    "scrape_interval: 2s": "scrape_interval: 1s",
+    "evaluation_interval: 5s": "evaluation_interval: 1s",
     "refresh_interval: 5s": "refresh_interval: 1s",
 }
 # Every panel has something to show: a reference, corrections that mask, two evaluations.
