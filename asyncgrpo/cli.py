@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,11 +15,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
-from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
+from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
+from asyncgrpo.observe.commands import traj_app
 from asyncgrpo.rewards.commands import reward_app
 
 app = typer.Typer(
@@ -32,6 +35,8 @@ app.add_typer(algo_app, name="algo")
 app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
+app.add_typer(traj_app, name="traj")
+app.command()(chat)
 
 
 @app.command()
@@ -39,29 +44,37 @@ def launch(
     config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
     actors: Annotated[int | None, typer.Option(help="actor processes, one engine each")] = None,
     learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="new folder for everything written")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
+    ] = None,
     serial: Annotated[bool, typer.Option(help="all roles in one process, repeatable")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the plan, start nothing")] = False,
 ) -> None:
     """Starts a whole run on this machine and shows its progress."""
     from asyncgrpo.config import load_config
+    from asyncgrpo.launch.resume import find_run
     from asyncgrpo.launch.session import Session
 
     flags = {
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,
-        "run.dir": f'"{run_dir}"' if run_dir else None,
+        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
     }
+    found = find_run(resume, run_dir) if resume else None
+    if found is not None:  # its settings, unless others are given
+        flags["run.dir"] = f'"{found}"'
+        config = config or found / "config.json"
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(set_ or []), *overrides])
-    session = Session(settings)
+    session = Session(settings, resume=found is not None)
     if dry_run:
         session.show_plan()
     else:
@@ -100,6 +113,8 @@ def evaluate(
     from asyncgrpo.evaluate_model import Desk, run
     from asyncgrpo.observe.progress import eval_table
 
+    if not data:
+        raise ConfigError("--data '' names nothing; give a file, folder, hub name, or 'tasks'")
     samples = num_samples or max(k or [1])
     flags = {
         "model.path": json.dumps(model, ensure_ascii=False),
@@ -122,7 +137,7 @@ def evaluate(
     for line in desk.unanswered():
         console.print(line)
     if out is not None:
-        write_rows(out, desk.rows())
+        write_rows(out, list(desk.rows()))
         console.print(f"every completion  {out}")
 
 
@@ -136,7 +151,7 @@ def role(
     from asyncgrpo.rundir import RunDir
 
     run = RunDir.read(run_dir)
-    logging.getLogger().setLevel(run.config.observe.log_level)
+    logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
     stopping = _stop_flag()
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer
@@ -149,7 +164,7 @@ def role(
     elif name == "learner":
         from asyncgrpo.learner.process import run_learner
 
-        run_learner(run)
+        run_learner(run, stopping)
     else:
         raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
 
@@ -157,7 +172,8 @@ def role(
 def _stop_flag() -> Callable[[], bool]:
     """A flag that SIGTERM sets; loops look at it between two turns."""
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(number))
     return lambda: bool(asked)
 
 
@@ -172,6 +188,15 @@ def main() -> None:
         record_error(error)
         print(f"error: {error}", file=sys.stderr)
         _end(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(
+            f"error: {str(error.filename)[:60]}... is longer than a path may be here; give a "
+            "shorter one",
+            file=sys.stderr,
+        )
+        _end(EXIT_BAD_INPUT)
     except typer.Abort:
         _end(EXIT_INTERRUPTED)
     except Exception as error:

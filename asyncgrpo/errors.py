@@ -13,6 +13,7 @@
         ├── RoleFailed          a process ended that should not have
         ├── PeerTimeout         a peer did not answer within its deadline (it is named)
         ├── WireError           a message that does not follow the schema
+        ├── CheckpointError     a checkpoint cannot be written, or is not as it was written
         ├── StalenessError      a token past the staleness bound reached the learner
         ├── EngineError         the inference engine refused or lost something
         └── WeightsError        weights were not what they should be after a broadcast
@@ -83,6 +84,10 @@ class PeerTimeout(RunError):
 
 class WireError(RunError):
     """A message does not follow the schema."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be written, or does not fit or hold."""
 
 
 class StalenessError(RunError):

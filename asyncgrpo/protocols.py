@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # f(prompt, completion, **columns) -> one float or None. May be async; rewards/function.py has all.
 Reward = Callable[..., Any]
 
-# (name as in Hugging Face's named_parameters, tensor); consumed once, in manifest order
+# (name as in Hugging Face's named_parameters, tensor), in manifest order each time they are asked
+# for; a tensor may be made on the way, so hold one at a time
 NamedTensors = Iterable[tuple[str, "torch.Tensor"]]
 
 
@@ -65,8 +66,16 @@ class Client(Protocol):
     def poll(self, timeout_seconds: float) -> list[Packet]:
         """Answers and pushed packets that have arrived; waits up to the timeout for the first."""
 
-    def call(self, packet: Packet, timeout_seconds: float) -> Packet:
-        """Sends a request and waits for its answer; PeerTimeout names the buffer."""
+    def call(
+        self,
+        packet: Packet,
+        timeout_seconds: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Packet:
+        """Sends a request and waits for its answer; PeerTimeout names the buffer.
+
+        meanwhile: called now and then while it waits.
+        """
 
 
 class WeightSender(Protocol):

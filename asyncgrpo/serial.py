@@ -80,13 +80,19 @@ class LocalClient:
                 raise WireError(f"the buffer refused: {packet.fields.get('reason')}")
         return arrived
 
-    def call(self, packet: Packet, timeout_seconds: float) -> Packet:
+    def call(
+        self,
+        packet: Packet,
+        timeout_seconds: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Packet:
         request = self.post(packet)
         end = time.monotonic() + timeout_seconds
         while time.monotonic() < end:
             for answer in self.poll(0.0):
                 if answer.request_id == request:
                     return answer
+            meanwhile()
             self._others()
         raise PeerTimeout("the buffer", packet.kind, timeout_seconds)
 
@@ -94,11 +100,11 @@ class LocalClient:
 def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
     """Trains to the end in this process, with the toy engine."""
     config = run.config
-    trajectories = TrajectoryWriter(run.path)
-    core = BufferCore(config, prompts or open_prompts(config), trajectories)
+    samples = TrajectoryWriter(run.path, config)
+    core = BufferCore(config, prompts or open_prompts(config), samples)
     hub, link = Hub(core, time.monotonic), LocalLink(config)
     tokenizer = load_tokenizer(config.model.path)
-    updater = PolicyUpdater(config, save_to=run.model_path, log_to=run.path)
+    updater = PolicyUpdater(config, save_to=run.model_path, run_dir=run.path)
     exporter = Exporter("serial", 0, run.path)
     actor = ActorLoop(
         "actor-0",

@@ -107,6 +107,16 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndedGroup:
+    """A group that was trained or dropped, for the record of samples."""
+
+    group: Group
+    status: Literal["trained", "filtered", "evicted"]
+    reason: str = ""  # of a dropped one, such as all_wrong or stale
+    advantages: Float32 | None = None  # [G] of a trained one, as the learner computed them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """One rank's part of the batch of one step; asking twice for (step, rank) gives the same."""
 

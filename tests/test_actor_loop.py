@@ -84,6 +84,10 @@ class FakeClient:
         self.inbox.clear()
         return arrived
 
+    def call(self, packet, timeout_seconds):
+        self.sent.append(packet)
+        return Packet(kind="noted")
+
     def of(self, kind):
         return [packet for packet in self.sent if packet.kind == kind]
 
@@ -334,3 +338,21 @@ def test_a_second_evaluation_does_not_displace_one_that_still_waits():
     answered = [groups_from(packet)[0] for packet in stage.client.of("put")]
     found = {g.lease.lease_id: int(g.completions[0].versions[0]) for g in answered}
     assert found == {"e5": 1, "e6": 2}
+
+
+def test_an_actor_that_leaves_hands_back_what_it_samples_and_delivers_what_it_has():
+    stage = Stage(steps=3).with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick(3)
+    stage.client.grant(make_lease(2), make_lease(3))
+    stage.tick(1)
+    stage.client.grant(make_lease(4))  # on its way when the actor decides to leave
+    puts = len(stage.client.of("put"))
+    stage.client.inbox += [Packet(kind="stored", request_id=i + 1) for i in range(40)]
+    stage.loop.leave(5.0)
+    assert puts == len(stage.client.of("put")) == 1
+    handed_back = [dict(packet.fields) for packet in stage.client.of("fail")]
+    assert handed_back == [
+        {"lease_id": f"t{i}", "reason": "handed_back", "retry": True} for i in (2, 3, 4)
+    ]
+    assert stage.client.sent[-1].kind == "bye"

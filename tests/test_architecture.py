@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
     5: (
-        *("cli", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
-        "data.commands",
+        *("cli", "chat", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
+        *("data.commands", "observe.commands"),
     ),
     4: (
         "actor.loop",
@@ -37,6 +37,7 @@ FLOORS = {
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
+        "learner.lora",
         "learner.reference",
         "weights.flat",
         "weights.local",
@@ -66,6 +67,7 @@ HEAVY = {
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets",),
+    "peft": ("learner.lora",),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

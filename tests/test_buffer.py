@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from fakes import CountingPrompts, make_group, make_lease
 from hypothesis import given, settings
@@ -182,6 +183,20 @@ def test_seeds_of_leases_differ_and_repeat():
 # -- the whole core -----------------------------------------------------------------------------
 
 
+def number_of(group):
+    return int(group.lease.lease_id[1:])
+
+
+def trained_packet(step, groups, world_size=2):
+    """What rank 0 tells: advantages by which a group and its completions can be recognised."""
+    values = [number_of(group) + sample for group in groups for sample in range(2)]
+    return Packet(
+        kind="trained",
+        fields={"step": step, "world_size": world_size},
+        arrays=(np.array(values, np.float32),),
+    )
+
+
 class Simulation:
     """Actors and two learner ranks against a real core, scheduled by a seeded random choice."""
 
@@ -189,6 +204,7 @@ class Simulation:
         self.random = random.Random(seed)
         self.config = config_of(**rooms)
         self.trained: dict[int, list] = {}
+        self.dropped: list[tuple] = []
         self.core = BufferCore(self.config, CountingPrompts(), self.record)
         self.now = 0.0
         self.ids = Counter()
@@ -203,9 +219,16 @@ class Simulation:
         for actor in self.lives:
             self.send(self.peer(actor), "hello", actor=actor)
 
-    def record(self, step, groups):
-        assert step not in self.trained, "a step was recorded twice"
-        self.trained[step] = list(groups)
+    def record(self, step, ended):
+        assert step == self.core.step
+        for each in ended:
+            if each.status == "trained":
+                self.trained.setdefault(step, []).append(each.group)
+                assert each.advantages.tolist() == [
+                    number_of(each.group) + sample for sample in range(2)
+                ]
+            else:
+                self.dropped.append((each.group, each.status, each.reason))
 
     def peer(self, actor):
         return f"{actor}.{self.lives[actor]}"
@@ -291,7 +314,7 @@ class Simulation:
             before = [g.lease.lease_id for g in shards[0].groups]
             self.send("learner-0", "take", step=step, rank=0, world_size=2)
             assert [g.lease.lease_id for g in self.shards[step][0].groups] == before
-            self.send("learner-0", "trained", step=step)
+            self.post("learner-0", trained_packet(step, shards[0].groups + shards[1].groups))
             if (step + 1) % self.config.weights.publish_every == 0:
                 self.published = step + 1
 
@@ -350,7 +373,11 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     assert run.core.replay.num_tokens == sum(
         stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
     )
+    used.update(group.lease.lease_id for group, _, _ in run.dropped)
     assert set(used.values()) == {1}
+    reasons = run.core.leases.reasons
+    expected = {r: n for r, n in reasons.items() if r.startswith(("filtered", "evicted"))}
+    assert Counter(f"{status}/{reason}" for _, status, reason in run.dropped) == expected
     assert sorted(run.trained) == list(range(run.config.run.max_steps))
 
 
@@ -372,7 +399,7 @@ def test_ticket_order_never_evicts():
 
 
 def test_a_prompt_whose_actor_died_is_handed_out_again():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
 
     def ask(peer, kind, **fields):
         return core.handle(peer, Packet(kind=kind, request_id=1, fields=fields), 0.0)
@@ -387,8 +414,41 @@ def test_a_prompt_whose_actor_died_is_handed_out_again():
     assert core.leases.reasons["expired/actor_restarted"] == 2
 
 
-def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
+def test_an_actor_that_says_goodbye_leaves_nothing_open():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+
+    def tell(kind, **fields):
+        packet = Packet(kind=kind, request_id=1, fields=fields)
+        return [reply for _, reply in core.handle("actor-0.1", packet, 0.0)]
+
+    tell("hello", actor="actor-0")
+    granted, *_ = tell("lease", version=0, max=2)
+    first = lease_from(granted.fields["leases"][0]).lease_id
+    tell("fail", lease_id=first, reason="handed_back", retry=True)
+    assert tell("bye", actor="actor-0") == [Packet(kind="noted", request_id=1)]
+    assert core.leases.counts["open"] == 0
+    assert core.leases.reasons == {"failed/handed_back": 1, "expired/actor_left": 1}
+    tell("hello", actor="actor-1")
+    again, *_ = tell("lease", version=0, max=3)
+    ids = [lease_from(fields).prompt.prompt_id for fields in again.fields["leases"]]
+    assert sorted(ids) == ["p0", "p1", "p2"]
+
+
+def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_rank():
+    run = Simulation(3)
+    run.core.handle("rank-0", Packet(kind="stop", request_id=9), 0.0)
+    takes = []
+    for rank in (0, 1):
+        fields = {"step": 0, "rank": rank, "world_size": 2}
+        request = Packet(kind="take", request_id=10, fields=fields)
+        takes += [reply.kind for _, reply in run.core.handle(f"rank-{rank}", request, 1.0)]
+    assert takes == ["stopped", "stopped"]
+    request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
+    assert run.core.handle("a.1", request, 2.0) == []
+
+
+def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     for peer in ("a.1", "b.1"):
         fields = {"version": 0, "max": 12}
         replies = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
@@ -399,7 +459,7 @@ def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
 
 
 def test_a_lease_past_its_deadline_expires_and_a_late_group_is_not_stored():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     core.handle("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}), 0.0)
     request = Packet(kind="lease", request_id=2, fields={"version": 0, "max": 1})
     (_, granted), *_ = core.handle("a.1", request, 0.0)
@@ -414,7 +474,7 @@ def test_a_lease_past_its_deadline_expires_and_a_late_group_is_not_stored():
 
 def test_finite_prompts_end_with_a_smaller_batch_and_then_exhausted():
     config = config_of(run={"max_steps": 50}, launch={"learners": 1})
-    core = BufferCore(config, CountingPrompts(limit=6), lambda step, groups: None)
+    core = BufferCore(config, CountingPrompts(limit=6), lambda step, ended: None)
 
     def ask(peer, packet):
         return [answer for _, answer in core.handle(peer, packet, 0.0)]
@@ -429,12 +489,12 @@ def test_finite_prompts_end_with_a_smaller_batch_and_then_exhausted():
         (answer,) = ask("learner-0", Packet(kind="take", request_id=9 + step, fields=fields))
         sizes.append(len(groups_from(answer)) if answer.kind == "shard" else answer.kind)
         if answer.kind == "shard":
-            ask("learner-0", Packet(kind="trained", request_id=50, fields={"step": step}))
+            ask("learner-0", trained_packet(step, groups_from(answer), world_size=1))
     assert sizes == [4, 2, "exhausted"]
 
 
 def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     for i in (0, 1):
         fields = {"actor": f"actor-{i}"}
         core.handle(f"actor-{i}.1", Packet(kind="hello", request_id=1, fields=fields), 0.0)
@@ -542,7 +602,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
     assert exam.ask("learner-0", "results") == []
     assert exam.answer("greedy", [0.4], now=2.0) == []  # correct above 0, the run's own bound
-    (noted,) = exam.ask("learner-0", "trained", step=0)
+    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
     assert [report["name"] for report in noted.fields["evaluations"]] == ["greedy"]
     answers = exam.answer("sampled", [0.4, 0.6], now=3.0)  # correct above 0.5
     assert [answer.kind for answer in answers] == ["evaluating", "reports"]
@@ -550,7 +610,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     assert (greedy["accuracy"], greedy["pass_at_k"], greedy["seconds"]) == (1.0, {}, 2.0)
     assert (sampled["accuracy"], sampled["pass_at_k"]) == (0.5, {"2": 1.0})
     assert (sampled["num_prompts"], sampled["seconds"], sampled["version"]) == (4, 3.0, 5)
-    (noted,) = exam.ask("learner-0", "trained", step=0)
+    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
     assert [report["name"] for report in noted.fields["evaluations"]] == ["sampled"]
     assert exam.core.leases.num_training_leases() == 0
 
@@ -573,11 +633,11 @@ def test_a_block_that_nobody_answers_ends_at_its_own_timeout():
     exam = Exam()
     exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
     exam.core.tick(51.0)
-    (noted,) = exam.ask("learner-0", "trained", now=52.0, step=0)
+    (noted,) = exam.ask("learner-0", "trained", now=52.0, step=0, world_size=1)
     (report,) = noted.fields["evaluations"]
     assert (report["name"], report["num_answered"], report["num_prompts"]) == ("greedy", 0, 3)
     exam.answer("sampled", [1.0, 1.0], now=199.0)
-    (noted,) = exam.ask("learner-0", "trained", now=199.0, step=0)
+    (noted,) = exam.ask("learner-0", "trained", now=199.0, step=0, world_size=1)
     assert [r["num_answered"] for r in noted.fields["evaluations"]] == [4]
 
 
@@ -587,7 +647,7 @@ def test_results_without_any_evaluation_are_empty_at_once():
 
 
 def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     hello = {"actor": "actor-0"}
     core.handle("actor-0.1", Packet(kind="hello", request_id=1, fields=hello), 0.0)
     asked = {"version": 1, "blocks": ["held-out"]}
@@ -600,7 +660,7 @@ def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
 
 
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
+    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     (_, answer) = core.handle("x", Packet(kind="dance", request_id=1), 0.0)[0]
     assert (answer.kind, answer.fields["reason"]) == ("refused", "unknown kind 'dance'")
     (_, answer) = core.handle("x", Packet(kind="take", request_id=2), 0.0)[0]

@@ -39,6 +39,11 @@ ELSEWHERE = {
         "e2e/test_prometheus.py",
         '"prometheus", f"--config.file=',
     ),
+    "asyncgrpo traj diff RUN 0:5 50:60": ("test_samples.py", "def test_diff_shows_answers"),
+    "asyncgrpo chat --model RUN/model --prompt Sort: 3 1 2 --expect 1 2 3": (
+        "test_chat.py",
+        '"--expect"',
+    ),
     "asyncgrpo eval --model runs/DIR/model --data tasks": ("e2e/test_eval.py", '"--data", "tasks"'),
     "asyncgrpo eval --model DIR --data test.jsonl -k 8 --config my.toml --out rows.jsonl": (
         "e2e/test_eval.py",
@@ -113,6 +118,8 @@ def follow(block: Block, folder: Path) -> None:
         )
         assert done.returncode == 0, f"{block.place}: {done.stderr}"
     elif block.language == "bash":
+        for made in sorted(folder.glob("runs/*/summary.json")):  # by a Python block before
+            (folder / "RUN").exists() or (folder / "RUN").symlink_to(made.parent)
         for words in commands(block.text):
             run(words, block.place)
     else:
@@ -128,7 +135,7 @@ def run(words: list[str], place: str) -> None:
     called = shlex.split(arguments)
     if called[0] == "launch" and "--dry-run" not in called:
         called.append("--dry-run")
-    result = CliRunner().invoke(app, called)
+    result = CliRunner().invoke(app, called, input="2 + 3\n")  # chat reads lines
     assert result.exit_code == 0, f"{place}: {words}: {result.exception!r}\n{result.output}"
     assert result.stdout or target, f"{place}: {words} says nothing"
     if target:

@@ -21,7 +21,6 @@ from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.metrics import BUCKETS, METRICS, eval_metrics, metric_of
 from asyncgrpo.observe.progress import Progress, eval_table, show_summary, sparkline
 from asyncgrpo.observe.recorder import RunRecorder
-from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.types import Shard
 
@@ -52,6 +51,7 @@ ROW = {
     "wait_seconds": 0.1,
     "train_seconds": 0.2,
     "tokens_trained": 100.0,
+    "tokens_per_second": 40.0,
 }
 
 
@@ -59,12 +59,13 @@ def counters(tokens: float, busy: float, idle: float) -> dict:
     return {"tokens_generated": tokens, "generate_seconds": busy, "idle_seconds": idle}
 
 
-def summary(actors=None, evaluations=()) -> dict:
+def summary(actors=None, evaluations=(), **more) -> dict:
     metrics = {
         "groups_arrived": 4.0,
         "tokens_arrived": 320.0,
         "reward_arrived_sum": 2.0,
         "leases_trained": 4,
+        **more,
     }
     return {"metrics": metrics, "actors": actors or {}, "evaluations": list(evaluations)}
 
@@ -253,6 +254,7 @@ def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(ru
 
 def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     sampled = {**REPORT, "name": "sampled", "pass_at_k": {"4": 0.75}}
     recorder.row(ROW, summary(evaluations=[REPORT]))
     recorder.row(ROW, summary(evaluations=[REPORT]))
@@ -271,6 +273,7 @@ def test_a_name_outside_the_table_is_refused(run):
     with pytest.raises(KeyError, match="rewards/median"):
         Exporter("x", 0, run.path).show({"rewards/median": 1.0})
     recorder = RunRecorder(run, Exporter("y", 0, run.path))
+    recorder.begin(0)
     with pytest.raises(KeyError, match="rewards/median"):
         recorder.row({**ROW, "rewards/median": 1.0}, summary())
 
@@ -283,6 +286,7 @@ def test_a_metrics_port_in_use_is_refused_with_the_setting(run):
 
 def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     first = {"actor-0": counters(100, 1.0, 1.0), "actor-1": counters(50, 1.0, 1.0)}
     second = {"actor-0": counters(300, 4.0, 1.0), "actor-1": counters(10, 1.0, 0.0)}  # restarted
     recorder.row(ROW, summary(first, [REPORT]))
@@ -295,13 +299,13 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     assert (one["eval/accuracy"], one["eval/version"]) == (0.5, 0)
     assert "eval/accuracy" not in two
     assert two["actor_idle_share"] == pytest.approx(0.0)
-    assert two["tokens_per_second"] >= 0
     assert two["grad_norm"] is None
 
 
 @pytest.mark.parametrize(("role", "alone"), [("learner-0", False), ("serial", True)])
 def test_the_learners_endpoint_leaves_others_counts_to_them_unless_it_is_alone(run, role, alone):
     recorder = RunRecorder(run, Exporter(role, 0, run.path))
+    recorder.begin(0)
     recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
     text = scrape(port_of(run, role))
     assert "asyncgrpo_learner_loss_nats" in text
@@ -310,8 +314,39 @@ def test_the_learners_endpoint_leaves_others_counts_to_them_unless_it_is_alone(r
         assert (other in text) == alone
 
 
+def test_tokens_per_second_and_the_total_are_of_what_arrived(run, monkeypatch):
+    clock = iter([100.0, 104.0, 106.0, 107.0])
+    monkeypatch.setattr("asyncgrpo.observe.recorder.time.time", lambda: next(clock))
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    row = {name: value for name, value in ROW.items() if name != "tokens_per_second"}
+    recorder.row(row, summary({}))  # no actor has told its counters yet
+    recorder.row(row, summary({}, tokens_arrived=480))
+    recorder.finish([], summary({"actor-0": counters(150, 1.0, 1.0)}, tokens_arrived=500))
+    rows = list(map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines()))
+    assert [row["tokens_per_second"] for row in rows] == [80.0, 80.0]
+    assert json.loads((run.path / "summary.json").read_text())["tokens_arrived"] == 500
+
+
+def test_a_run_without_a_step_says_why_nothing_was_trained(run):
+    counts = {"groups_filtered_all_wrong": 3, "groups_filtered_empty_completion": 1}
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    recorder.finish([], summary(**counts))
+    out = io.StringIO()
+    show_summary(run.path, Console(file=out, width=200))
+    for part in (
+        "0 steps",
+        "4 groups arrived, 3 filtered all_wrong, 1 filtered empty_completion",
+        "nothing was trained",
+        f"traj show {run.path} --status all",
+    ):
+        assert part in out.getvalue()
+
+
 def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     for judged, errors, seconds in ((10, 5, 1.0), (30, 6, 3.0), (30, 6, 3.0)):
         judge = {"judged_groups": judged, "judge_errors": errors, "judge_seconds": seconds}
         recorder.row(ROW, summary({"actor-0": {**counters(judged, judged, 0.0), **judge}}))
@@ -325,6 +360,7 @@ def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run)
 
 def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
     recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
     after = {
         **REPORT,
@@ -339,7 +375,7 @@ def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     assert (written["steps"], written["tokens_trained"], written["staleness_max"]) == (1, 100, 1)
     out = io.StringIO()
     show_summary(run.path, Console(file=out, width=100))
-    for part in ("task/add", "25.0%", "80.0%", "+55.0", "+40.0", "100 tokens generated", "model"):
+    for part in ("task/add", "25.0%", "80.0%", "+55.0", "+40.0", "320 tokens arrived", "model"):
         assert part in out.getvalue()
     assert "held-out accuracy, 4 prompts, greedy" in out.getvalue()
 
@@ -367,7 +403,7 @@ def test_progress_without_a_terminal_is_one_line_per_step_and_only_whole_rows(ru
         progress.line("actor-0", "a [bracketed] word")
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("step 1/5  reward +0.200")
+    assert lines[0].startswith("step 0 (1/5)  reward +0.200")
     assert lines[0].endswith("held-out 50.0% at version 0  b 25.0% at version 0")
     assert lines[1] == "[actor-0] a [bracketed] word"
 
@@ -379,7 +415,7 @@ def test_the_live_panel_shows_where_the_run_stands(run):
     console = Console(file=out, width=120, force_terminal=True)
     with Progress(run.path, 4, console) as progress:
         progress.tick()
-    assert "step 1/4" in out.getvalue()
+    assert "1/4 steps" in out.getvalue()
     assert "about 9 s left" in out.getvalue()
     assert "held-out 50.0% ▅   b 100.0% █" in out.getvalue()
 
@@ -388,12 +424,22 @@ def test_sparklines_rise_with_the_share():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
 
 
-def test_trajectories_hold_one_line_per_completion_with_runs_of_versions(tmp_path):
-    group = make_group(make_lease(3), versions=[[4, 4, 5], [5]], scores=[1.0, -1.0])
-    TrajectoryWriter(tmp_path)(6, [group])
-    text = (tmp_path / "trajectories" / "step_6.jsonl").read_text()
-    one, two = (json.loads(line) for line in text.splitlines())
-    assert (one["versions"], one["staleness"], one["num_tokens"]) == ([[4, 2], [5, 1]], 2, 3)
-    assert (two["versions"], two["staleness"], two["reward"]) == ([[5, 1]], 1, -1.0)
-    assert one["lease_id"] == two["lease_id"] == "t3"
-    assert one["answer"] == "4"
+def test_a_resumed_run_takes_back_rows_that_are_made_again(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    nothing = {"metrics": {}, "actors": {}, "evaluations": []}
+    for step in range(5):
+        recorder.row({"step": step, "version": step + 1, "tokens_trained": 10.0}, nothing)
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "ver', encoding="utf-8")
+    again = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    again.begin(3)
+    again.row({"step": 3, "version": 4, "tokens_trained": 1.0}, nothing)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["tokens_trained"]) for row in rows] == [
+        *((step, 10.0) for step in range(3)),
+        (3, 1.0),
+    ]
+    assert rows[3]["seconds"] >= rows[2]["seconds"]
+    again.finish([], nothing)
+    assert json.loads((run.path / "summary.json").read_text())["tokens_trained"] == 31.0

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from asyncgrpo.errors import BadInput, RoleFailed, RunError
+from asyncgrpo.launch import local
 from asyncgrpo.launch.child import PRELUDE as CHILD_PRELUDE
 from asyncgrpo.launch.child import kill_strays
 from asyncgrpo.launch.lifeline import find_run_processes
@@ -50,7 +51,7 @@ class Run:
             Plan(specs=specs, warnings=(), endpoints=endpoints),
             folder,
             grace_seconds=grace,
-            max_actor_restarts=restarts,
+            max_restarts=restarts,
             on_line=self._note,
         )
 
@@ -219,7 +220,7 @@ def test_a_child_without_our_environment_is_ended_with_its_group(tmp_path: Path)
 def test_a_killed_buffer_or_learner_fails_the_run_with_its_last_lines(
     tmp_path: Path, victim: str
 ) -> None:
-    run = Run(tmp_path, buffer=WORK, learner=WITH_RUNAWAY, actor_0=WORK, restarts=3)
+    run = Run(tmp_path, buffer=WORK, learner=WITH_RUNAWAY, actor_0=WORK)
     run.on_ready = lambda: os.kill(run.pid(victim), signal.SIGKILL)
     with pytest.raises(RoleFailed, match=rf"(?s){victim} was ended by SIGKILL.*ready") as caught:
         run.supervisor.run()
@@ -236,7 +237,63 @@ def test_an_actor_is_restarted_with_a_count_and_then_the_run_fails(tmp_path: Pat
     message = str(caught.value)
     assert "actor-0 ended with exit code 7 after 1 restarts" in message
     assert message.endswith("\n  life 0\n  life 1")
-    assert run.said("restart 1 of 1 follows")
+    assert run.said("restart 1 of 1 follows in 1 s")
+
+
+@pytest.mark.parametrize("victim", ["buffer", "learner"])
+def test_a_killed_buffer_or_learner_gets_another_life_beside_the_others(
+    tmp_path: Path, victim: str
+) -> None:
+    lives = {"buffer": WORK, "learner": WORK, "actor_0": WORK}
+    lives[victim] = "print('life', os.environ['ASYNCGRPO_RESTART'], flush=True)\n" + WORK
+    run = Run(tmp_path, **lives, restarts=1)
+    pids: dict[str, int] = {}
+
+    def kill() -> None:
+        pids.update({name: run.pid(name) for name in ("buffer", "learner", "actor-0")})
+        run.on_ready, run._num_wanted = lambda: os.kill(os.getpid(), signal.SIGINT), 4
+        os.kill(pids[victim], signal.SIGKILL)
+
+    run.on_ready = kill
+    assert run.supervisor.run() == 130
+    assert (victim, "life 1") in run.shown
+    kept = [name for name, pid in pids.items() if run.pid(name) == pid]
+    assert sorted([*kept, victim]) == ["actor-0", "buffer", "learner"]
+    run.assert_nothing_left()
+
+
+def test_waits_between_restarts_double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "BACKOFF_SECONDS", 0.1)
+    run = Run(tmp_path, buffer=WORK, learner=WORK, actor_0="sys.exit(7)", restarts=3)
+    with pytest.raises(RoleFailed, match="after 3 restarts"):
+        run.supervisor.run()
+    for count, seconds in ((1, "0.1"), (2, "0.2"), (3, "0.4")):
+        assert run.said(f"restart {count} of 3 follows in {seconds} s")
+
+
+def test_an_actor_that_was_asked_to_go_leaves_the_others_at_work(tmp_path: Path) -> None:
+    polite = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n" + WORK
+    run = Run(tmp_path, grace=0.3, buffer=WORK, learner=WORK, actor_0=polite, actor_1=WORK)
+    left: list[bool] = []
+
+    def look() -> None:
+        left.append(run.said("actor-0 has left the run") and is_alive(run.pid("actor-1")))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def ask_to_go() -> None:
+        os.kill(run.pid("actor-0"), signal.SIGTERM)
+        threading.Timer(1.0, look).start()
+
+    run.on_ready = ask_to_go
+    assert run.supervisor.run() == 130
+    assert left == [True]
+
+
+def test_the_last_actor_must_not_leave_before_the_learner_is_done(tmp_path: Path) -> None:
+    run = Run(tmp_path, grace=0.3, buffer=WORK, learner=WORK, actor_0="pass")
+    with pytest.raises(RoleFailed, match="actor-0 ended with exit code 0 before the learner"):
+        run.supervisor.run()
+    run.assert_nothing_left()
 
 
 def test_what_a_crashed_actor_left_behind_is_gone_before_its_next_life(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.tiny import build_untrained
-from asyncgrpo.errors import RunError
-from asyncgrpo.learner import reference
+from asyncgrpo.errors import AlgorithmError, RunError
+from asyncgrpo.learner import update
 from asyncgrpo.learner.reference import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.types import Completion, Group, Shard
@@ -115,8 +115,11 @@ def test_several_updates_keep_the_proximal_policy_of_the_start(
 ) -> None:
     config = settings(folder, algo={"passes": 2, "minibatches": 2}, observe={"token_log": True})
     groups = make_groups(folder)
-    metrics = PolicyUpdater(config, log_to=tmp_path).update(shard_of(groups))
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    metrics = updater.update(shard_of(groups))
     assert metrics["optimizer_steps"] == 4
+    told = [value for group in groups for value in oracle_advantages.grpo(group.rewards.tolist())]
+    np.testing.assert_allclose(updater.advantages, told, rtol=1e-4)  # in the order of the shard
     found = token_log(tmp_path)
     start = AutoModelForCausalLM.from_pretrained(folder)
     order = [group for part in (groups[0::2], groups[1::2]) for group in part]
@@ -192,7 +195,7 @@ def test_one_update_equals_adamw_on_the_gradient_of_the_formula(folder: Path) ->
 
 
 def test_without_a_kl_coefficient_no_second_model_is_loaded(folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(reference, "load_policy", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(update, "Reference", lambda *args: pytest.fail("loaded"))
     metrics = PolicyUpdater(settings(folder)).update(shard_of(make_groups(folder)))
     assert "objective/kl_ref" not in metrics
 
@@ -207,7 +210,7 @@ def test_the_reference_stays_as_it_was_and_pulls_the_policy_back(folder: Path) -
         assert rows[-1]["objective/kl_coef"] == coefficient
         found[coefficient] = rows[-1]["objective/kl_ref"]
         start = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for name, tensor in updater._reference._model.named_parameters():
+        for name, tensor in updater._reference._head.policy.named_parameters():
             assert torch.equal(tensor, start[name])
             assert not tensor.requires_grad
     assert found[3.0] < 0.5 * found[1e-6]
@@ -224,7 +227,7 @@ def test_the_reference_is_mixed_or_reset_every_n_steps(
     for step in range(every):
         metrics = updater.update(shard_of(groups, step=STEP + step + STEP % every))
     now = weights_of(updater)
-    for name, tensor in updater._reference._model.named_parameters():
+    for name, tensor in updater._reference._head.policy.named_parameters():
         expected = alpha * now[name] + (1 - alpha) * before[name]
         torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
     assert metrics["reference_syncs"] == 1
@@ -254,11 +257,13 @@ def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_comp
     algo = {"kl_coef": 0.7, "kl_in": "reward"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    PolicyUpdater(config, log_to=tmp_path).update(shard_of(groups))
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    updater.update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):
         rewards = [float(r) - kl[g, i].sum() for i, r in enumerate(group.rewards)]
         for i, value in enumerate(oracle_advantages.grpo(rewards)):
+            assert updater.advantages[4 * g + i] == pytest.approx(value, rel=1e-3, abs=1e-4)
             rows = (found["lease"] == g) & (found["sample"] == i)
             np.testing.assert_allclose(found["advantage"][rows], value, rtol=1e-3, atol=1e-4)
 
@@ -269,10 +274,12 @@ def test_kl_in_the_reward_per_token_counts_from_each_token_to_the_end(
     algo = {"kl_coef": 0.7, "kl_in": "reward_token"}
     config = settings(folder, algo=algo, observe={"token_log": True})
     groups = make_groups(folder)
-    PolicyUpdater(config, log_to=tmp_path).update(shard_of(groups))
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    updater.update(shard_of(groups))
     found, kl = token_log(tmp_path), kl_rows(groups, folder)
     for g, group in enumerate(groups):
         for i, value in enumerate(oracle_advantages.grpo(group.rewards.tolist())):
+            assert updater.advantages[4 * g + i] == pytest.approx(value, rel=1e-4)
             rows = (found["lease"] == g) & (found["sample"] == i)
             to_go = [kl[g, i][t:].sum() for t in range(len(kl[g, i]))]
             np.testing.assert_allclose(
@@ -324,15 +331,22 @@ def poisoned(inputs: Any, algo: Any) -> torch.Tensor:
     return -inputs.ratio * torch.where(bad, float("nan"), inputs.advantages)
 
 
+def infinite(inputs: Any, algo: Any) -> torch.Tensor:
+    """Infinite where `poisoned` is NaN, with a finite gradient."""
+    bad = inputs.advantages == 0.125
+    return -inputs.ratio * inputs.advantages + torch.where(bad, float("inf"), 0.0)
+
+
 def marked(group: Any, algo: Any) -> list[float]:
     return [0.125 if reward == 42.0 else 1.0 for reward in group.rewards]
 
 
+@pytest.mark.parametrize(("loss", "value"), [("poisoned", "nan"), ("infinite", "inf")])
 def test_an_update_that_is_not_finite_is_skipped_named_and_at_last_stops_the_run(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture, loss: str, value: str
 ) -> None:
     algo = {
-        "loss": "test_update:poisoned",
+        "loss": f"test_update:{loss}",
         "advantage": "test_update:marked",
         "max_nonfinite": 1,
         "passes": 1,
@@ -342,7 +356,7 @@ def test_an_update_that_is_not_finite_is_skipped_named_and_at_last_stops_the_run
     updater = PolicyUpdater(settings(folder, algo=algo))
     before = weights_of(updater)
     token = int(groups[2].completions[1].token_ids[0])
-    named = rf"loss nan at group t2, completion 1, token 0 \(id {token}\)"
+    named = rf"loss {value} at group t2, completion 1, token 0 \(id {token}\)"
     with caplog.at_level(logging.WARNING):
         metrics = updater.update(shard_of(groups))
     assert metrics["updates_skipped"] == 1
@@ -370,6 +384,17 @@ def test_nan_logprobs_of_the_engine_are_dropped_with_a_counter_and_never_trained
     assert metrics["updates_skipped"] == 0
 
 
+def raises_on_real_data(inputs: Any, algo: Any) -> torch.Tensor:
+    return -inputs.ratio * inputs.advantages[: 4 if len(inputs.mask) == 4 else 3]
+
+
+def test_a_users_function_that_breaks_on_real_data_is_named_with_the_step(folder: Path) -> None:
+    config = settings(folder, algo={"loss": "test_update:raises_on_real_data"})
+    message = "at step 6: algo.loss 'test_update:raises_on_real_data' raised RuntimeError: The size"
+    with pytest.raises(AlgorithmError, match=message):
+        PolicyUpdater(config).update(shard_of(make_groups(folder)))
+
+
 ALGOS: list[dict[str, Any]] = [
     {"advantage": "batch_std", "correction": ["geometric_mask", "opsm", "decoupled"]},
     {"aggregation": "sequence_mean", "correction": ["m2po", "tis_sequence"]},
@@ -395,12 +420,13 @@ def train_rank(rank: int, world: int, port: int, folder: Path, out: Path) -> Non
             data={"max_prompt_tokens": 16},
         )
         updater = PolicyUpdater(config)
-        mine = shares[rank]
+        mine, order = shares[rank], [0, 1, 2, 3, 4, 5, 6]
         if "minibatches" in algo and world == 1:
             # as the minibatches of two ranks together: [0, 2, 4] + [5] and [1, 3] + [6]
-            mine = [groups[i] for i in (0, 1, 2, 3, 4, 6, 5)]
+            order = [0, 1, 2, 3, 4, 6, 5]
+            mine = [groups[i] for i in order]
         rows = [updater.update(shard_of(mine, groups)) for _ in range(2)]
-        found.append((rows, weights_of(updater)))
+        found.append((rows, weights_of(updater), updater.advantages.reshape(7, 4)[order].tolist()))
     if rank == 0:
         torch.save(found, out)
     if world > 1:
@@ -416,7 +442,10 @@ def test_two_ranks_with_uneven_shards_train_like_one(folder: Path, tmp_path: Pat
     train_rank(0, 1, port, folder, tmp_path / "one")
     mp.spawn(train_rank, args=(2, port, folder, tmp_path / "two"), nprocs=2)
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
-    for algo, (rows, weights), (other_rows, other_weights) in zip(ALGOS, one, two, strict=True):
+    for algo, (rows, weights, told), (other_rows, other_weights, other_told) in zip(
+        ALGOS, one, two, strict=True
+    ):
+        np.testing.assert_allclose(other_told, told, rtol=1e-4, atol=1e-5)
         for row, other in zip(rows, other_rows, strict=True):
             assert row.keys() == other.keys(), algo
             for name, value in row.items():

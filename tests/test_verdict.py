@@ -16,10 +16,13 @@ from asyncgrpo.launch.verdict import describe_exit, failure, judge_exit
 def test_the_end_of_each_role_means_what_the_table_says() -> None:
     table = {
         ("learner", 0, 0): "done",
-        ("learner", 1, 0): "fail",
+        ("learner", 1, 0): "restart",
+        ("learner", 1, 2): "fail",
+        ("learner", 2, 0): "fail",
         ("buffer", 0, 0): "early",
-        ("buffer", 1, 0): "fail",
-        ("actor", 0, 0): "early",
+        ("buffer", -9, 0): "restart",
+        ("buffer", 1, 2): "fail",
+        ("actor", 0, 0): "left",
         ("actor", 1, 0): "restart",
         ("actor", -9, 1): "restart",
         ("actor", -9, 2): "fail",

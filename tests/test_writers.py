@@ -31,6 +31,7 @@ def recorded(path: Path, writer: str) -> list[dict]:
     config = from_mapping({"observe": {"report_to": [writer]}})
     run = RunDir(path=path, config=config, endpoints=ENDPOINTS)
     recorder = RunRecorder(run, Exporter("learner-0", 0, path))
+    recorder.begin(0)
     for row in ROWS:
         recorder.row(row, {"metrics": {}, "actors": {}, "evaluations": []})
     recorder.finish([], {})

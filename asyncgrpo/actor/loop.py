@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from asyncgrpo.actor.judge import Job, Judge, Verdict
 from asyncgrpo.config import Config
 from asyncgrpo.data.templates import fit, tokenise
-from asyncgrpo.errors import EngineError, WireError
+from asyncgrpo.errors import EngineError, PeerTimeout, WireError
 from asyncgrpo.protocols import Client, Engine, WeightReceiver
 from asyncgrpo.rewards.health import RewardHealth
 from asyncgrpo.types import Group, Lease, Sampled
@@ -26,6 +26,7 @@ from asyncgrpo.wire.codec import Packet, group_packet, lease_from
 log = logging.getLogger(__name__)
 STATUS_SECONDS = 1.0
 IDLE_SECONDS = 0.005
+FAREWELL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,32 @@ class ActorLoop:
             self._judged(verdict)
         self._deliver()
         self._report()
+
+    def leave(self, seconds: float) -> None:
+        """Hands back leases whose completions are not sampled, delivers the others, says goodbye.
+
+        Takes at most `seconds`; what is not through by then, the buffer takes back by itself.
+        """
+        end = self._clock() + seconds
+        self._hand_back(self._sampling)
+        while (self._scoring or self._outbox or self._unacked) and self._clock() < end:
+            for packet in self._client.poll(IDLE_SECONDS):
+                if packet.kind == "leases":
+                    self._hand_back([fields["lease_id"] for fields in packet.fields["leases"]])
+                elif packet.kind == "stored":
+                    self._unacked.discard(packet.request_id)
+            for verdict in self._judge.done():
+                self._judged(verdict)
+            self._deliver()
+        try:
+            self._client.call(Packet(kind="bye", fields={"actor": self._name}), FAREWELL_SECONDS)
+        except (PeerTimeout, WireError) as error:
+            log.warning("left without goodbye: %s", error)
+
+    def _hand_back(self, lease_ids: Iterable[str]) -> None:
+        for lease_id in list(lease_ids):
+            self._sampling.pop(lease_id, None)
+            self._fail(lease_id, "handed_back", retry=True)
 
     # -- buffer -------------------------------------------------------------------------------
 

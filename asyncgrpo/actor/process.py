@@ -54,6 +54,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
         if time.monotonic() - shown_at >= SHOW_SECONDS:
             exporter.show(loop.counters)
             shown_at = time.monotonic()
+    loop.leave(run.config.launch.grace_seconds / 2)  # the launcher waits as long as its grace
     judge.close()
     exporter.close()
     leave(0)

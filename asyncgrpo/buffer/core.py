@@ -2,6 +2,7 @@
 
     from actors                         answer
     hello    {actor}                    welcome {credit}; leases of its former life expire
+    bye      {actor}                    noted; what it still holds expires
     lease    {version, max}             leases [...]: at once, or when the gate opens
     accept   {lease_ids, refused}       noted: evaluation leases it will (not) answer
     put      one group                  stored {state}: the buffer is responsible from here on
@@ -10,10 +11,13 @@
     status   {counters}                 noted
 
     from learner ranks
-    take     {step, rank, world_size}   shard, or exhausted: at once, or when the batch is full
-    trained  {step}                     noted {counters, actors, evaluations}
+    begin    {step}                     noted: the first step of a learner's life
+    take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
+    stop     {}                         noted: no batch is formed from now on
+    trained  {step, world_size}         noted {counters, actors, evaluations}
     evaluate {version, blocks}          evaluating, once the actors hold back their weights
     results  {}                         all reports, once no evaluation is on its way
+    summary  {}                         noted {counters, actors, evaluations}
 
 No sockets, no clock, no files: `handle` and `tick` get the time and return what to send.
 """
@@ -27,12 +31,12 @@ import numpy as np
 
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.gate import make_gate
-from asyncgrpo.buffer.leases import LeaseBook
-from asyncgrpo.buffer.replay import Replay, deal
+from asyncgrpo.buffer.leases import STATES, LeaseBook
+from asyncgrpo.buffer.replay import Replay, deal, trained
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
 from asyncgrpo.evaluate import is_correct
-from asyncgrpo.types import Group, Prompt, Sampling, Shard
+from asyncgrpo.types import EndedGroup, Group, Prompt, Sampling, Shard
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields, shard_packet
 
 if TYPE_CHECKING:
@@ -40,14 +44,14 @@ if TYPE_CHECKING:
 
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
-RecordStep = Callable[[int, Sequence[Group]], None]
+Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
 
 
 class BufferCore:
     """All state of the buffer process."""
 
-    def __init__(self, config: Config, prompts: PromptSource, record_step: RecordStep) -> None:
-        self._config, self._prompts, self._record_step = config, prompts, record_step
+    def __init__(self, config: Config, prompts: PromptSource, record: Record) -> None:
+        self._config, self._prompts, self._record = config, prompts, record
         buffer = config.buffer
         self.replay = Replay(buffer.order)
         self.gate = make_gate(config, self.replay)
@@ -64,6 +68,7 @@ class BufferCore:
         self._waiting_actors: dict[str, Packet] = {}  # peer -> lease request that waits
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
         self._evaluations = Evaluations(config, prompts.held_out, self.leases)
+        self._is_stopped = False
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -92,7 +97,7 @@ class BufferCore:
         counts, reasons = self.leases.counts, self.leases.reasons
         return {
             "leases": self.leases.num_training_leases(),
-            **{f"leases_{state}": counts[state] for state in counts},
+            **{f"leases_{state}": counts[state] for state in STATES},
             **{f"groups_{name.replace('/', '_')}": count for name, count in reasons.items()},
             "buffer_groups": len(self.replay),
             "buffer_tokens": self.replay.num_tokens,
@@ -112,6 +117,12 @@ class BufferCore:
             self._forget_peer(former, "actor_restarted")
         self._actors[actor] = peer
         return [(peer, _answer(packet, "welcome", credit=self._config.buffer.credit))]
+
+    def _on_bye(self, peer: str, packet: Packet, now: float) -> Replies:
+        if self._actors.get(packet.fields["actor"]) == peer:
+            del self._actors[packet.fields["actor"]]
+        self._forget_peer(peer, "actor_left")
+        return [(peer, _answer(packet, "noted"))]
 
     def _forget_peer(self, peer: str, reason: str) -> None:
         self._waiting_actors.pop(peer, None)
@@ -156,6 +167,7 @@ class BufferCore:
         if reason:
             self.leases.close(group.lease.lease_id, "filtered", reason)
             self.gate.give_back()
+            self._record(self.step, [EndedGroup(group=group, status="filtered", reason=reason)])
             return "filtered"
         ended = self.leases.close(group.lease.lease_id, "stored")
         self.replay.add(ended.ticket, group)
@@ -200,7 +212,7 @@ class BufferCore:
         replies: Replies = []
         for peer, request in list(self._waiting_actors.items()):
             version = self._held[peer]
-            count = min(request.fields["max"], self.gate.open_for(version))
+            count = min(request.fields["max"], self.gate.open_for(version)) * (not self._is_stopped)
             leases: list[dict[str, Any]] = []
             while len(leases) < count and (prompt := self._next_prompt()) is not None:
                 self.gate.issue(version)
@@ -227,6 +239,15 @@ class BufferCore:
 
     # -- learner --------------------------------------------------------------------------
 
+    def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
+        if packet.fields["step"] != self.step:
+            raise ValueError(f"the learner begins at step {packet.fields['step']}, not {self.step}")
+        return [(peer, _answer(packet, "noted"))]
+
+    def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
+        self._is_stopped = True
+        return [(peer, _answer(packet, "noted"))]
+
     def _on_take(self, peer: str, packet: Packet, now: float) -> Replies:
         if packet.fields["step"] < self.step:
             raise ValueError(f"step {packet.fields['step']} is trained; the next is {self.step}")
@@ -237,11 +258,13 @@ class BufferCore:
         replies: Replies = []
         for (peer, rank), request in list(self._waiting_takes.items()):
             step, world_size = request.fields["step"], request.fields["world_size"]
-            if step == self.step and step not in self._batches:
+            if step == self.step and step not in self._batches and not self._is_stopped:
                 self._form_batch()
             if step in self._batches:
                 shard = self._shard(step, rank, world_size)
                 answer = shard_packet(shard)
+            elif self._is_stopped:
+                answer = Packet(kind="stopped")
             elif self._exhausted():
                 answer = Packet(kind="exhausted")
             else:
@@ -266,9 +289,10 @@ class BufferCore:
 
     def _evict(self) -> None:
         buffer = self._config.buffer
-        for _ in self.replay.evict(self.step, buffer.max_staleness, buffer.staleness_action):
+        for old in self.replay.evict(self.step, buffer.max_staleness, buffer.staleness_action):
             self.leases.move("stored", "evicted", "stale")
             self.gate.give_back()
+            self._record(self.step, [EndedGroup(group=old.group, status="evicted", reason="stale")])
 
     def _shard(self, step: int, rank: int, world_size: int) -> Shard:
         groups = self._batches[step]
@@ -288,13 +312,16 @@ class BufferCore:
         )
 
     def _on_trained(self, peer: str, packet: Packet, now: float) -> Replies:
-        step = packet.fields["step"]
+        step, world_size = packet.fields["step"], packet.fields["world_size"]
         groups = self._batches.pop(step, None)
         if groups is not None:
             self.leases.move("taken", "trained", count=len(groups))
+            self._record(step, trained(groups, world_size, packet.arrays[0]))
             self.step = step + 1
             self._evict()
-            self._record_step(step, groups)
+        return [(peer, _answer(packet, "noted", **self._summary()))]
+
+    def _on_summary(self, peer: str, packet: Packet, now: float) -> Replies:
         return [(peer, _answer(packet, "noted", **self._summary()))]
 
     def _summary(self) -> dict[str, Any]:

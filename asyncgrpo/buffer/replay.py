@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
+
 from asyncgrpo.buffer.staleness import StalenessAction, past_bound
-from asyncgrpo.types import Group
+from asyncgrpo.types import EndedGroup, Float32, Group
 
 Order = Literal["arrival", "ticket"]
 
@@ -101,3 +103,15 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
         load[rank] += sizes[index]
         hands[rank].append(index)
     return [tuple(groups[i] for i in sorted(hand)) for hand in hands]
+
+
+def trained(groups: Sequence[Group], world_size: int, advantages: Float32) -> list[EndedGroup]:
+    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt."""
+    dealt = [group.lease.lease_id for hand in deal(groups, world_size) for group in hand]
+    sizes = {group.lease.lease_id: len(group.completions) for group in groups}
+    pieces = np.split(advantages, np.cumsum([sizes[lease_id] for lease_id in dealt])[:-1])
+    values = dict(zip(dealt, pieces, strict=True))
+    return [
+        EndedGroup(group=group, status="trained", advantages=values[group.lease.lease_id])
+        for group in groups
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from asyncgrpo.buffer.core import BufferCore, Replies
 from asyncgrpo.data.prompts import open_prompts
@@ -13,7 +13,6 @@ from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.metrics import TABLE
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
-from asyncgrpo.types import Group
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
@@ -23,9 +22,8 @@ POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
 def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     """Serves until stopped."""
     config = run.config
-    record = TrajectoryWriter(run.path) if config.observe.trajectories else _record_nothing
     server = Server(run.endpoints.buffer)
-    core = BufferCore(config, open_prompts(config), record)
+    core = BufferCore(config, open_prompts(config), TrajectoryWriter(run.path, config))
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
     exporter.show(
         {
@@ -59,7 +57,3 @@ def _send(server: Server, core: BufferCore, replies: Replies) -> None:
             log.warning("%s is gone; its leases are handed out again", peer)
             server.forget(peer)
             replies += core.lost(peer, time.monotonic())
-
-
-def _record_nothing(step: int, groups: Sequence[Group]) -> None:
-    """Stands in for the trajectory writer when observe.trajectories is off."""

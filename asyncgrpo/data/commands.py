@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from asyncgrpo.config import Config, TemplateSettings
+    from asyncgrpo.config import Config
+    from asyncgrpo.data.check import Finding
 
 MAX_SHOWN = 30
 
@@ -37,7 +38,7 @@ def preview(
     settings = _settings(config, set_)
     data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
     rows = read_rows(file)[:num]
-    prompts = prompts_from_rows(rows, source_name(file), _template(settings, file))
+    prompts = prompts_from_rows(rows, source_name(file), settings.data.template_of(file))
     for (where, _), prompt in zip(rows, prompts, strict=True):
         typer.echo(f"--- {prompt.prompt_id} ({where}), data_source {prompt.data_source}")
         typer.echo(f"raw       {as_line(dict(prompt.columns))}answer    {prompt.answer}\nrendered")
@@ -79,7 +80,7 @@ def validate(
     if max_prompt_tokens and tokenizer is None:
         raise typer.BadParameter("--max-prompt-tokens needs --model, whose tokens are counted")
     checker = Checker(
-        template=_template(settings, file),
+        template=settings.data.template_of(file),
         known_sources=known_sources.split(",") if known_sources else None,
         judges=functools.partial(functions_for, settings.reward),
         count_tokens=(lambda prompt: len(tokenise(tokenizer, prompt.messages, settings.data)))
@@ -90,7 +91,7 @@ def validate(
     rows = read_rows(file)
     findings = list(checker.findings(rows, source_name(file)))
     if findings:
-        _show_table(("where", "kind", "what"), findings)
+        _show_table(("where", "kind", "what"), _by_cause(findings))
     typer.echo(f"{file}: {len(findings)} problems in {len(rows)} records")
     raise typer.Exit(1 if findings else 0)
 
@@ -137,17 +138,21 @@ def make_tasks(
         typer.echo(f"{out}: {num} records")
 
 
+def _by_cause(findings: Iterable[Finding]) -> list[Finding]:
+    """One row for all places where the same is wrong: the first of them, and how many more."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for where, kind, what in findings:
+        places.setdefault((kind, what), []).append(where)
+    return [
+        (first + (f" and {len(others)} more" if others else ""), kind, what)
+        for (kind, what), (first, *others) in places.items()
+    ]
+
+
 def _settings(config: Path | None, overrides: list[str] | None) -> Config:
     from asyncgrpo.config import load_config
 
     return load_config(config, overrides or [])
-
-
-def _template(settings: Config, file: str) -> TemplateSettings:
-    """The template of the table in data.train that has this path, else data.template."""
-    tables = () if isinstance(settings.data.train, str) else settings.data.train
-    own = [table.template for table in tables if table.path == file and table.template]
-    return own[0] if own else settings.data.template
 
 
 def _tokenizer(model: str | None, settings: Config | None) -> Any:
@@ -156,7 +161,7 @@ def _tokenizer(model: str | None, settings: Config | None) -> Any:
     if path is None:
         return None
     if path == "tiny":
-        from asyncgrpo.data.tiny import build_tokenizer
+        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
 
         return build_tokenizer()
     from asyncgrpo.actor.process import load_tokenizer

@@ -12,12 +12,13 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import importlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt", ".tsv")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes in a folder
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::(\w+))?")
 PLAIN = str | int | float | bytes | None
+SUSPECT = re.compile(r"\d{19}|\\u[dD][89a-fA-F]")  # JSON with perhaps a huge integer or half a pair
 
 
 def read_rows(path: str | Path) -> list[Located]:
@@ -105,15 +107,32 @@ def as_line(row: Row) -> str:
     return json.dumps(row, ensure_ascii=False, default=repr) + "\n"
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes JSONL, with the folders it needs; DataError when that is not possible."""
+def write_rows(path: Path, rows: Sequence[Row], form: str = "jsonl") -> None:
+    """Writes jsonl, parquet, or csv (with lists and objects as JSON), and makes the folder.
+
+    csv and parquet need rows with the same columns. DataError when it is not possible.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(map(as_line, rows)), encoding="utf-8")
+        if form == "parquet":
+            table = _need("pyarrow", path).Table.from_pylist(rows)
+            _need("pyarrow.parquet", path).write_table(table, path)
+        elif form == "csv":
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(rows[0])
+                writer.writerows([_cell(value) for value in row.values()] for row in rows)
+        else:
+            path.write_text("".join(map(as_line, rows)), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror}); give another place"
         ) from None
+
+
+def _cell(value: Any) -> Any:
+    nested = isinstance(value, list | dict)
+    return json.dumps(value, ensure_ascii=False) if nested else value
 
 
 def _file(path: Path) -> Iterator[Located]:
@@ -137,11 +156,30 @@ def _parse(line: str, where: str) -> Row | DataError:
     except (ValueError, RecursionError) as error:
         return DataError(f"{where} is not JSON: {error}; each line must be one object")
     if isinstance(row, dict):
-        return row
+        suspects = row.items() if SUSPECT.search(line) else ()
+        stuck = [key for key, value in suspects if not _travels([key, value])]
+        if not stuck:
+            return row
+        return DataError(
+            f"{where}: column {stuck[0]!r} holds {repr(row[stuck[0]])[:60]}, which cannot be sent "
+            "to another process: integers must fit into 64 bits, text must be whole Unicode "
+            "characters; write the number as text, or remove it"
+        )
     return DataError(
         f"{where} holds {repr(row)[:60]}, not an object; "
         'write rows like {"prompt": "...", "answer": "..."}'
     )
+
+
+def _travels(value: Any) -> bool:
+    """Whether the codec can carry it."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return all(map(_travels, value))
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**64
 
 
 def _parquet(path: Path) -> Iterator[Located]:
@@ -212,8 +250,8 @@ def _need(module: str, wanted: object) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise DataError(
-            f"{wanted}: reading it needs the package {module.partition('.')[0]}, which is not "
-            "installed; pip install 'asyncgrpo[data]', or give JSONL"
+            f"{wanted}: this needs the package {module.partition('.')[0]}, which is not "
+            "installed; pip install 'asyncgrpo[data]', or use JSONL"
         ) from None
 
 

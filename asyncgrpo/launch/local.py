@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,10 @@ from asyncgrpo.launch.plan import Plan
 from asyncgrpo.launch.verdict import Verdict, describe_exit, failure, judge_exit
 
 POLL_SECONDS = 0.05
-BACKOFF_SECONDS = 1.0  # before an actor's next life: what killed it may need a moment to pass
+# Before the next life: what killed the last one may need a moment to pass. Doubles each time.
+BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 READ_LINES, SHOWN_LINES = 100, 15
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 STOP_ORDER = (("actor", "learner"), ("buffer",))  # the buffer goes last: it takes what comes in
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -44,7 +46,8 @@ class Supervisor:
         run_dir: Path,
         *,
         grace_seconds: float,
-        max_actor_restarts: int,
+        max_restarts: int,
+        restart_window_seconds: float = 3600.0,
         on_line: Callable[[str, str], None],
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
@@ -52,12 +55,13 @@ class Supervisor:
         self._children = [Child(spec, self.run_id) for spec in plan.specs]
         self._log_file = run_dir / "logs" / "launcher.log"
         self._grace_seconds = grace_seconds
-        self._max_actor_restarts = max_actor_restarts
+        self._max_restarts, self._window = max_restarts, restart_window_seconds
         self._on_line, self._on_tick = on_line, on_tick
         self._callback_error: Exception | None = None
         self._signals: list[int] = []
         self._num_heeded = 0  # signals that the stop answers; one more means "kill now"
         self._restart_at: dict[str, float] = {}
+        self._restarts: dict[str, list[float]] = defaultdict(list)  # when; within the window
         self._early_deadline: dict[str, float] = {}
 
     def run(self) -> int:
@@ -109,20 +113,32 @@ class Supervisor:
         for child, verdict in verdicts:
             if verdict == "fail":
                 raise self._failure(child)
-            if verdict == "early":
+            if verdict == "left":
+                self._say(f"{child.spec.name} has left the run")
+            if verdict == "early" or (verdict == "left" and not self._has_actor()):
                 self._early_deadline[child.spec.name] = now + self._grace_seconds
             elif verdict == "restart":
-                self._restart_at[child.spec.name] = now + BACKOFF_SECONDS
-                self._say_restart(child)
+                self._plan_restart(child, now)
         return False
 
     def _judge(self, child: Child) -> Verdict:
-        code = child.poll() or 0
-        return judge_exit(child.spec.role, code, child.restarts, self._max_actor_restarts)
+        code, now = child.poll() or 0, time.monotonic()
+        recent = [at for at in self._restarts[child.spec.name] if now - at < self._window]
+        self._restarts[child.spec.name] = recent
+        return judge_exit(child.spec.role, code, len(recent), self._max_restarts)
 
-    def _say_restart(self, child: Child) -> None:
-        count = f"restart {child.restarts + 1} of {self._max_actor_restarts}"
-        self._say(f"{child.spec.name} {describe_exit(child.exit_code or 0)}; {count} follows")
+    def _has_actor(self) -> bool:
+        """Whether any actor runs or will run again."""
+        actors = [child for child in self._children if child.spec.role == "actor"]
+        return any(child.running or child.spec.name in self._restart_at for child in actors)
+
+    def _plan_restart(self, child: Child, now: float) -> None:
+        recent = self._restarts[child.spec.name]
+        wait = min(BACKOFF_SECONDS * 2 ** len(recent), MAX_BACKOFF_SECONDS)
+        self._restart_at[child.spec.name] = now + wait
+        recent.append(now)
+        count = f"restart {len(recent)} of {self._max_restarts} follows in {wait:g} s"
+        self._say(f"{child.spec.name} {describe_exit(child.exit_code or 0)}; {count}")
 
     def _restart_due(self) -> None:
         for child in self._children:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,34 +18,50 @@ from rich.console import Console
 
 from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
-from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.errors import EXIT_ROLE_FAILED, AbsentData, AbsentModel, DataError, ModelError
+from asyncgrpo.data.check import length_warning
+from asyncgrpo.data.prompts import PromptSource, open_prompts
+from asyncgrpo.data.templates import tokenise
+from asyncgrpo.errors import AbsentData, AbsentModel, ConfigError, DataError, ModelError
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
-from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
+from asyncgrpo.launch.preflight import check_run_dir, choose_ports, missing_extra, prepare_run_dir
+from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
 
+_promised: set[Path] = set()  # directories of this process, made or not
+
 
 def new_run_dir(config: Config) -> Path:
-    """Where a run that starts now is written: run.dir, or runs/<time>-<name>."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(config.run.dir or f"runs/{stamp}-{config.run.name}").absolute()
+    """Where a run that starts now is written: run.dir, or a new runs/<time>-<name>."""
+    if config.run.dir:
+        return Path(config.run.dir).absolute()
+    first = path = Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.run.name}").absolute()
+    count = 1
+    while path in _promised or os.path.exists(path):
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    _promised.add(path)
+    return path
 
 
 class Session:
     """One call of the launcher."""
 
-    def __init__(self, config: Config, console: Console | None = None) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, console: Console | None = None, *, resume: bool = False
+    ) -> None:
+        """resume: run.dir holds a run, go on with it."""
+        self._config, self._resume = config, resume
         self._console = console or Console(highlight=False, soft_wrap=True)
         self.run_dir = new_run_dir(config)
+        self._warnings = list(notices(config.algo))
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
@@ -54,34 +72,35 @@ class Session:
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
             host = replace(host, gpu_ids=tuple(map(str, range(gpus))))
         plan = render_plan(self._plan(self._config, host))
-        notes = [f"warning: {notice}" for notice in notices(self._config.algo)]
+        notes = [f"warning: {warning}" for warning in self._warnings]
         notes += [f"not checked: {line}" for line in absent]
         blocks = [plan, render_sizes(self._config), "\n".join(notes)]
         self._console.print("\n\n".join(filter(None, blocks)), markup=False)
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        self._check()
-        config = self._with_model()
-        plan = self._plan(config, detect_host())
-        run = self._prepare(config, plan)
-        for warning in (*plan.warnings, *notices(config.algo)):
-            self._console.print(f"warning: {warning}", style="yellow", markup=False)
-        with Progress(self.run_dir, run.config.run.max_steps, self._console) as progress:
+        with self._prepared() as (run, plan):
+            self._warn(plan)
+            code = self._supervise(run.config, plan)
+        if code == 0:
+            show_summary(self.run_dir, self._console)
+        return code
+
+    def _supervise(self, config: Config, plan: Plan) -> int:
+        shown = Progress(self.run_dir, config.run.max_steps, self._console)
+        with shown.skip() if self._resume else shown as progress:
             supervisor = Supervisor(
                 plan,
                 self.run_dir,
-                grace_seconds=run.config.launch.grace_seconds,
-                max_actor_restarts=run.config.launch.max_actor_restarts,
+                grace_seconds=config.launch.grace_seconds,
+                max_restarts=config.launch.max_restarts,
+                restart_window_seconds=config.launch.restart_window_seconds,
                 on_line=progress.line,
                 on_tick=progress.tick,
             )
             code = supervisor.run()
             progress.tick()
-        if code != EXIT_ROLE_FAILED:
-            self._end_scraping()
-        if code == 0:
-            show_summary(self.run_dir, self._console)
+        self._end_scraping()
         return code
 
     def run_serially(self) -> int:
@@ -89,14 +108,13 @@ class Session:
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        self._check()
-        config = self._with_model()
-        run = self._prepare(config, self._plan(config, detect_host()))
-        self._console.print("serial: one actor with the toy engine, one learner, no sockets")
-        from asyncgrpo.serial import run_serial  # torch
+        with self._prepared() as (run, plan):
+            self._warn(plan)
+            self._console.print("serial: one actor with the toy engine, one learner, no sockets")
+            from asyncgrpo.serial import run_serial  # torch
 
-        run_serial(run)
-        self._end_scraping()
+            run_serial(run)
+            self._end_scraping()
         show_summary(self.run_dir, self._console)
         return 0
 
@@ -111,14 +129,20 @@ class Session:
         With a list `absent`, models and data that are not on this machine are noted there instead.
         """
         config = self._config
-        check_run_dir(self.run_dir)
         check_writers(config)
+        if self._resume:
+            step = check_resumable(self.run_dir, config)
+            self._console.print(f"going on with {self.run_dir} at step {step}", markup=False)
+        else:
+            check_run_dir(self.run_dir)
         rewards = {block: load_rewards(reward) for block, reward in config.rewards.items()}
         models = [config.model.path]
         if config.algo.kl_coef and config.algo.reference.path:
             models.append(config.algo.reference.path)
-        checks: list[Callable[[], object]] = [partial(self._check_prompts, rewards)]
-        checks += [partial(check_model_folder, m, download=absent is None) for m in models]
+        checks: list[Callable[[], object]] = [
+            partial(check_model_folder, model, download=absent is None) for model in models
+        ]
+        checks.append(partial(self._check_prompts, rewards))
         for check in checks:
             try:
                 check()
@@ -126,6 +150,10 @@ class Session:
                 if absent is None:
                     raise
                 absent.append(str(error))
+        if missing := missing_extra(config):
+            if absent is None:
+                raise ConfigError(missing)
+            absent.append(missing)
         if config.algo.custom:
             from asyncgrpo.learner.objective import probe  # torch
 
@@ -139,6 +167,24 @@ class Session:
             raise DataError(f"data.train={self._config.data.train!r} holds no prompt")
         for block, its in rewards.items():
             its.check(prompts.survey(block))
+        self._check_lengths(prompts)
+
+    def _check_lengths(self, prompts: PromptSource) -> None:
+        model, data = self._config.model.path, self._config.data
+        if (tokenizer := quick_tokenizer(model)) is None:
+            return
+        for block in ("", *(block.name for block in self._config.evals)):
+            warning = length_warning(
+                list(prompts.survey(block)),
+                lambda prompt: len(tokenise(tokenizer, prompt.messages, data)),
+                data,
+                f"evaluation {block}" if block else "data.train",
+            )
+            self._warnings += [warning] if warning else []
+
+    def _warn(self, plan: Plan) -> None:
+        for warning in (*plan.warnings, *self._warnings):
+            self._console.print(f"warning: {warning}", style="yellow", markup=False)
 
     def _plan(self, config: Config, host: Host) -> Plan:
         """Chosen late, so that nobody takes a free port meanwhile."""
@@ -159,15 +205,28 @@ class Session:
         model = model.model_copy(update={"path": self._make_tiny()})
         return self._config.model_copy(update={"model": model})
 
-    def _prepare(self, config: Config, plan: Plan) -> RunDir:
-        """Writes the run directory."""
-        prepare_run_dir(self.run_dir)
-        run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
-        run.write()
-        report = json.dumps(environment_report(config), indent=2)
-        (self.run_dir / "env.json").write_text(report, encoding="utf-8")
-        self._console.print(f"run directory {self.run_dir}", markup=False)
-        return run
+    @contextmanager
+    def _prepared(self) -> Iterator[tuple[RunDir, Plan]]:
+        """Checks everything, then writes the run directory and holds it."""
+        self._check()
+        config = self._with_model()
+        lora = config.learner.lora
+        if lora is not None and lora.targets != "all-linear":
+            from asyncgrpo.learner.lora import check_targets  # torch
+
+            check_targets(config.model.path, lora.targets)
+        if not self._resume:
+            prepare_run_dir(self.run_dir)
+        with only_launcher(self.run_dir):
+            if self._resume:
+                keep_settings(self.run_dir)
+            plan = self._plan(config, detect_host())
+            run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
+            run.write()
+            report = json.dumps(environment_report(config), indent=2)
+            (self.run_dir / "env.json").write_text(report, encoding="utf-8")
+            self._console.print(f"run directory {self.run_dir}", markup=False)
+            yield run, plan
 
     def _make_tiny(self) -> str:
         """The embedded model's folder; made in a process of its own, for it needs torch."""

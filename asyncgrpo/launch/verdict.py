@@ -11,17 +11,22 @@ from asyncgrpo.errors import EXIT_BAD_INPUT, AsyncGRPOError, BadInput, RoleFaile
 from asyncgrpo.launch.error_file import RecordedError
 from asyncgrpo.launch.plan import RoleName
 
-Verdict = Literal["done", "early", "restart", "fail"]
+Verdict = Literal["done", "early", "left", "restart", "fail"]
+
+GOOD_ENDS: dict[RoleName, Verdict] = {"learner": "done", "actor": "left", "buffer": "early"}
 
 
 def judge_exit(role: RoleName, exit_code: int, restarts: int, max_restarts: int) -> Verdict:
     """done: the run is complete. early: fine if the learner ends now, too. restart, fail: as said.
 
-    Exit code 2 is bad input, which a second life would meet again.
+    left: an actor was asked to go (SIGTERM) and has handed back its work.
+
+    restarts: those within launch.restart_window_seconds. Exit code 2 is bad input, which a second
+    life would meet again.
     """
     if exit_code == 0:
-        return "done" if role == "learner" else "early"
-    if role == "actor" and exit_code != EXIT_BAD_INPUT and restarts < max_restarts:
+        return GOOD_ENDS[role]
+    if exit_code != EXIT_BAD_INPUT and restarts < max_restarts:
         return "restart"
     return "fail"
 
@@ -53,7 +58,7 @@ def failure(
     log = f"last lines of {log_file}:{shown}"
     if exit_code == EXIT_BAD_INPUT:
         return BadInput(f"{name} refused its input; {log}")
-    again = f" after {restarts} restarts (launch.max_actor_restarts)" if restarts else ""
+    again = f" after {restarts} restarts (launch.max_restarts)" if restarts else ""
     early = " before the learner was done" if exit_code == 0 else ""
     reason = f": {recorded.message}" if recorded is not None else ""
     return RoleFailed(f"{name} {describe_exit(exit_code)}{early}{again}{reason}; {log}")

@@ -25,6 +25,8 @@ OWN_TIMES = ("wait_seconds", "train_seconds", "step_seconds")  # in which ranks 
 class Updater(Protocol):
     """One rank's model and optimizer (learner/update.py)."""
 
+    advantages: Float32  # [C] of the last update's completions, rank by rank as they were dealt
+
     def update(self, shard: Shard) -> dict[str, float]:
         """One optimizer update from this rank's shard; metrics of the whole batch."""
 
@@ -37,9 +39,21 @@ class Updater(Protocol):
     def save(self) -> None:
         """Writes the model and its tokenizer for everyone to load."""
 
+    def restore(self) -> int:
+        """Goes back to the run's newest checkpoint; returns its step, 0 without any."""
+
+    def is_checkpoint_due(self, step: int) -> bool:
+        """Whether the state after `step` updates is to be saved."""
+
+    def checkpoint(self, step: int) -> None:
+        """Begins to save the state after `step` updates."""
+
 
 class Recorder(Protocol):
     """Where rank 0 writes what happened (observe/recorder.py)."""
+
+    def begin(self, step: int) -> None:
+        """The first step of this life; what is written of it and later ones is taken back."""
 
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """One step's numbers, with the buffer's summary of everyone else's."""
@@ -63,30 +77,46 @@ class Learner:
         recorder: Recorder | None,
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
         observe: Callable[[str, Int32], None] = lambda name, values: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """show, observe: get what a rank alone knows, for its metrics endpoint."""
+        """show, observe: get what a rank alone knows, for its metrics endpoint.
+
+        stopping: whether the run is to end early, with a checkpoint.
+        """
         self._config, self._rank, self._world_size = config, rank, world_size
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
-        self._show, self._observe = show, observe
+        self._show, self._observe, self._stopping = show, observe, stopping
+        self._has_asked_to_stop = False
         self._published = -1
         self._evals = config.evals
         self._evaluated: dict[str, int] = {}  # block -> version of its last evaluation
         longest = max((block.timeout_seconds for block in self._evals), default=0.0)
         self._eval_seconds = longest + CALL_SECONDS
-        self._summary: Mapping[str, Any] = {}
 
-    def run(self) -> None:
-        """All steps, with an evaluation before, in between and after."""
-        version = 0
-        self._publish(0)
-        self._evaluate(0, self._evals)
-        for step in range(self._config.run.max_steps):
+    def run(self) -> bool:
+        """All steps, with an evaluation before, in between and after; from the newest checkpoint.
+
+        False when it was stopped early: then the last step is saved and can be gone on from.
+        """
+        version = self._updater.restore()
+        self._client.call(Packet(kind="begin", fields={"step": version}), CALL_SECONDS)
+        if self._recorder is not None:
+            self._recorder.begin(version)
+        self._publish(version, is_first=True)
+        if version == 0:
+            self._evaluate(0, self._evals)
+        else:
+            self._evaluate_now_and_then(version)  # what was under way when it was stopped
+        for step in range(version, self._config.run.max_steps):
             start = time.perf_counter()
-            shard = self._take(step)
-            if shard is None:
+            answer = self._take(step)
+            if answer.kind == "stopped":
+                return self._stop(version)
+            if answer.kind == "exhausted":
                 log.info("the prompts are used up after %d steps", step)
                 break
+            shard = shard_from(answer)
             taken = time.perf_counter()
             row = self._updater.update(shard)
             row["train_seconds"] = time.perf_counter() - taken
@@ -99,20 +129,36 @@ class Learner:
             row.update(step=step, version=version)
             self._observe("token_staleness", shard.staleness)
             self._tell(step, row)
+            if self._updater.is_checkpoint_due(version):
+                self._updater.checkpoint(version)
         self._finish(version)
+        return True
 
-    def _take(self, step: int) -> Shard | None:
+    def _take(self, step: int) -> Packet:
+        """The answer to "take": a shard, exhausted, or stopped."""
         fields = {"step": step, "rank": self._rank, "world_size": self._world_size}
         seconds = self._config.buffer.take_timeout_seconds
-        answer = self._client.call(Packet(kind="take", fields=fields), seconds)
-        return None if answer.kind == "exhausted" else shard_from(answer)
+        packet = Packet(kind="take", fields=fields)
+        return self._client.call(packet, seconds, meanwhile=self._pass_on_stop)
 
-    def _publish(self, version: int) -> None:
+    def _pass_on_stop(self) -> None:
+        """The buffer, which all ranks ask for their shards, decides after which step they stop."""
+        if self._stopping() and not self._has_asked_to_stop:
+            self._has_asked_to_stop = True
+            self._client.post(Packet(kind="stop"))
+
+    def _stop(self, version: int) -> bool:
+        log.info("stopping after %d steps", version)
+        self._updater.checkpoint(version)
+        self._updater.save()
+        return False
+
+    def _publish(self, version: int, *, is_first: bool = False) -> None:
         if self._sender is None:
             return
         self._sender.publish(version, self._updater.weights(), self._updater.canary_logprobs())
         self._published = version
-        if version == 0:
+        if is_first:
             self._sender.wait_for_actors(
                 self._config.launch.actors, self._config.launch.start_timeout_seconds
             )
@@ -121,9 +167,10 @@ class Learner:
         if self._sender is None or self._recorder is None:
             self._show({name: row[name] for name in OWN_TIMES})
             return
-        answer = self._client.call(Packet(kind="trained", fields={"step": step}), CALL_SECONDS)
-        self._summary = answer.fields
-        self._recorder.row({**row, **self._sender.metrics()}, self._summary)
+        fields = {"step": step, "world_size": self._world_size}
+        packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
+        summary = self._client.call(packet, CALL_SECONDS).fields
+        self._recorder.row({**row, **self._sender.metrics()}, summary)
 
     def _evaluate_now_and_then(self, version: int) -> None:
         due = [
@@ -152,4 +199,5 @@ class Learner:
         self._sender.settle(self._eval_seconds)
         self._evaluate(version, self._evals)
         answer = self._client.call(Packet(kind="results"), self._eval_seconds)
-        self._recorder.finish(answer.fields["reports"], self._summary)
+        summary = self._client.call(Packet(kind="summary"), CALL_SECONDS).fields
+        self._recorder.finish(answer.fields["reports"], summary)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncgrpo.algorithms import find
+from asyncgrpo.algorithms import call
 from asyncgrpo.config import Config
 from asyncgrpo.learner import ranks, shaping
 from asyncgrpo.learner.advantages import Float64
@@ -19,7 +19,7 @@ from asyncgrpo.learner.inputs import LossInputs, Totals, moves_on
 from asyncgrpo.learner.model import PolicyHead, packed_row
 from asyncgrpo.learner.reference import Reference
 from asyncgrpo.observe.metrics import SEQUENCE_RULES
-from asyncgrpo.types import Group
+from asyncgrpo.types import Float32, Group
 
 Logprobs = tuple[Tensor, ...]  # float32 [S] per micro-batch
 
@@ -31,6 +31,7 @@ class OptimizerBatch:
     groups: tuple[Group, ...]
     first_group: int = 0  # how many groups the optimizer batches before this one hold
     batches: tuple[Batch, ...]  # micro-batches
+    advantages: tuple[Float32, ...]  # [G] of each group, before a KL per token is taken off
     report: PackReport
     totals: Totals
     proximal: Logprobs | None  # None: pi itself, as it is before the only optimizer step
@@ -92,13 +93,14 @@ class Preparer:
         for groups, (batches, report), ref, prox, extra, values in zip(
             parts, packed, refs, proximal, extras, kl, strict=True
         ):
-            batches = self._advantages(groups, batches, extra, values, spread)
+            advantages, batches = self._advantages(groups, batches, extra, values, spread)
             totals = self._totals(batches, report, prox)
             ready.append(
                 OptimizerBatch(
                     groups=groups,
                     first_group=sum(len(before.groups) for before in ready),
                     batches=batches,
+                    advantages=advantages,
                     report=report,
                     totals=totals,
                     proximal=prox,
@@ -142,11 +144,11 @@ class Preparer:
         algo = self._config.algo
         if ref is None or algo.kl_in == "loss":
             return None
-        estimate = find("kl", algo.kl)
         found = []
         for batch, logprobs in zip(batches, ref, strict=True):
             delta = logprobs.cpu().double() - torch.from_numpy(batch.behavior_logprobs).double()
-            found.append(kl_coef * np.where(batch.loss_mask, estimate(delta).numpy(), 0.0))
+            values = call("kl", algo.kl, delta)
+            found.append(kl_coef * np.where(batch.loss_mask, values.numpy(), 0.0))
         return found
 
     def _extras(
@@ -187,17 +189,17 @@ class Preparer:
         extras: Sequence[Float64],
         kl: list[Float64] | None,
         batch_std: float,
-    ) -> tuple[Batch, ...]:
-        values = [
+    ) -> tuple[tuple[Float32, ...], tuple[Batch, ...]]:
+        values = tuple(
             shaping.advantages(group, self._config, extra, batch_std)
             for group, extra in zip(groups, extras, strict=True)
-        ]
+        )
         flat = np.concatenate(values) if values else np.zeros(1, np.float32)
         if kl is None or self._config.algo.kl_in != "reward_token":
-            return tuple(with_advantages(batch, flat) for batch in batches)
-        return tuple(
-            with_advantages(batch, flat, -shaping.reward_to_go(values, batch.cu_seqlens))
-            for batch, values in zip(batches, kl, strict=True)
+            return values, tuple(with_advantages(batch, flat) for batch in batches)
+        return values, tuple(
+            with_advantages(batch, flat, -shaping.reward_to_go(penalty, batch.cu_seqlens))
+            for batch, penalty in zip(batches, kl, strict=True)
         )
 
     def _totals(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
+from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.observe.exporter import Exporter
@@ -23,7 +25,7 @@ from asyncgrpo.wire.sockets import DealerClient
 log = logging.getLogger(__name__)
 
 
-def run_learner(run: RunDir) -> NoReturn:
+def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     """Trains to the end as the rank that torchrun's environment names, and ends the process."""
     start = time.perf_counter()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -42,7 +44,7 @@ def run_learner(run: RunDir) -> NoReturn:
         sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store)
         recorder = RunRecorder(run, exporter)
     save_to = run.model_path if rank == 0 else None
-    updater = PolicyUpdater(run.config, save_to=save_to, log_to=run.path)
+    updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
     learner = Learner(
         run.config,
         rank=rank,
@@ -53,9 +55,10 @@ def run_learner(run: RunDir) -> NoReturn:
         recorder=recorder,
         show=exporter.show,
         observe=exporter.observe,
+        stopping=stopping,
     )
     log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)
-    learner.run()
+    is_done = learner.run()
     if sender is not None:
         sender.close()
-    leave(0)
+    leave(EXIT_DONE if is_done else EXIT_INTERRUPTED)

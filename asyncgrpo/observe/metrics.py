@@ -208,6 +208,8 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
         "groups_filtered_empty_completion": ("groups", "the engine returned nothing"),
         "groups_expired_deadline": ("groups", "actors take too long or are gone"),
         "groups_expired_actor_restarted": ("groups", "actors were restarted"),
+        "groups_expired_actor_left": ("groups", "actors left before these were through"),
+        "groups_failed_handed_back": ("groups", "actors left and gave their prompts back"),
         "groups_expired_unreachable": ("groups", "actors lose their connection"),
         "groups_evicted_stale": ("groups", "work became too old before it was trained"),
         "groups_failed_prompt_too_long": ("groups", "prompts exceed data.max_prompt_tokens"),
@@ -230,9 +232,12 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
     },
     ("gauge", "run"): {
         "rewards/generated_mean": ("reward", "all arrived groups score better, filtered included"),
-        "completions/generated_mean_length": ("tokens", "arrived completions get longer"),
+        "completions/generated_mean_length": (
+            "tokens",
+            "arrived completions get longer; above the trained ones: dropping favours short",
+        ),
         "actor_idle_share": ("share", "actors wait for the gate: the learner is the bottleneck"),
-        "tokens_per_second": ("tokens/s", "all actors together generate faster"),
+        "tokens_per_second": ("tokens/s", "completion tokens reach the buffer faster"),
         "judge/error_rate": ("share", "rewards fail more often; see reward.max_error_rate"),
         "judge/latency_seconds": ("seconds", "scoring one group takes longer"),
         "disk_free_bytes": ("bytes", "the run directory's disk gets room; at 0 the run fails"),

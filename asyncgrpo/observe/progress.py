@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,11 @@ class Progress:
             else None
         )
 
+    def skip(self) -> Progress:
+        """Leaves out what is there already: rows of the lives before a --resume."""
+        self._read_to = self._rows_file.stat().st_size if self._rows_file.exists() else 0
+        return self
+
     def __enter__(self) -> Progress:
         if self._live is not None:
             self._live.start()
@@ -60,13 +66,15 @@ class Progress:
 
     def _new_rows(self) -> list[dict[str, Any]]:
         try:
-            with self._rows_file.open(encoding="utf-8") as file:
+            with self._rows_file.open("rb") as file:
+                # A learner that goes on from a checkpoint takes rows back.
+                self._read_to = min(self._read_to, os.fstat(file.fileno()).st_size)
                 file.seek(self._read_to)
                 text = file.read()
         except FileNotFoundError:
             return []
-        whole = text[: text.rfind("\n") + 1]
-        self._read_to += len(whole.encode())
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read_to += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
 
     def _panel(self) -> Group:
@@ -75,7 +83,7 @@ class Progress:
         left = seconds / done * (self._max_steps - done) if done else 0.0
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            f"step {done}/{self._max_steps}",
+            f"{done}/{self._max_steps} steps",
             ProgressBar(total=self._max_steps, completed=done, width=40),
             f"{seconds:.0f} s, about {left:.0f} s left",
         )
@@ -100,18 +108,17 @@ class Progress:
 
 
 def step_line(row: Mapping[str, Any], max_steps: int) -> str:
-    """One bounded line of a step, for logs."""
+    """One bounded line of a step, for logs: its number as in files, and how many are done."""
     parts = [
-        f"step {row['step'] + 1}/{max_steps}",
+        f"step {row['step']} ({row['step'] + 1}/{max_steps})",
         f"reward {row['rewards/mean']:+.3f}",
         f"loss {row['loss']:+.4f}",
         f"kl {row['objective/kl']:.1e}",
         f"staleness {row['staleness/mean']:.1f}/{row['staleness/max']:.0f}",
         f"wait {row['wait_seconds']:.2f}s",
         f"train {row['train_seconds']:.2f}s",
+        f"{row['tokens_per_second']:.0f} tok/s",
     ]
-    if row.get("tokens_per_second") is not None:
-        parts.append(f"{row['tokens_per_second']:.0f} tok/s")
     parts += [f"{name} {share:.1%} at version {of:.0f}" for name, share, of in evaluations(row)]
     return "  ".join(parts)
 
@@ -136,17 +143,28 @@ def show_summary(run_dir: Path, console: Console) -> None:
         console.print(eval_table(reports["before"], reports["after"]))
     console.print(
         f"{summary['steps']:.0f} steps in {summary['seconds']:.0f} s; "
-        f"{summary['tokens_generated']:.0f} tokens generated, "
+        f"{summary['tokens_arrived']:.0f} tokens arrived, "
         f"{summary['tokens_trained']:.0f} trained; staleness at most "
         f"{summary['staleness_max']:.0f}"
     )
+    groups = {name.removeprefix("groups_"): n for name, n in summary["groups"].items() if n}
+    arrived = groups.pop("arrived", 0)
+    dropped = "".join(f", {n:.0f} {name.replace('_', ' ', 1)}" for name, n in groups.items())
+    console.print(f"{arrived:.0f} groups arrived{dropped}", highlight=False)
+    if not summary["steps"]:
+        console.print(
+            "nothing was trained, the model is as it was: look at what was dropped; then change "
+            "the prompts, sampling.temperature, or set algo.drop_uniform_groups=false"
+        )
     console.print(f"model         {summary['model']}")
     console.print(f"every step    {run_dir / 'metrics.jsonl'}")
-    console.print(f"what it said  {run_dir / 'trajectories'}")
-    console.print("next          read the last trajectories; then change one thing, for example")
-    console.print(
-        "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
-    )
+    every = "" if summary["steps"] else " --status all"
+    console.print(f"what it said  asyncgrpo traj show {run_dir}{every}")
+    if summary["steps"]:
+        console.print("next          look at what it said; then change one thing, for example")
+        console.print(
+            "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
+        )
 
 
 def eval_table(*reports: Mapping[str, Any]) -> Table:
@@ -162,6 +180,7 @@ def eval_table(*reports: Mapping[str, Any]) -> Table:
         (name, [report["accuracy_by_source"].get(name, 0.0) for report in reports])
         for name in last["accuracy_by_source"]
     ]
+    sources = len(shares)
     shares += [("all", [report["accuracy"] for report in reports])]
     shares += [(f"pass@{k}", [r["pass_at_k"][k] for r in reports]) for k in last["pass_at_k"]]
     shares += [("truncated", [report["truncated_share"] for report in reports])]
@@ -169,10 +188,13 @@ def eval_table(*reports: Mapping[str, Any]) -> Table:
         ("reward", [report["reward_mean"] for report in reports]),
         ("tokens", [report["mean_tokens"] for report in reports]),
     ]
-    for rows, form, scale, change in ((shares, ".1%", 100, "+.1f"), (means, ".2f", 1, "+.2f")):
+    parts = (shares[:sources], shares[sources:])  # by source; over all
+    kinds = [(part, ".1%", 100, "+.1f") for part in parts] + [(means, ".2f", 1, "+.2f")]
+    for rows, form, scale, change in kinds:
         for label, values in rows:
             cells = [format(value, form) for value in values]
             if len(values) > 1:
                 cells.append(format(scale * (values[-1] - values[0]), change))
             table.add_row(label, *cells, style="bold" if label == "all" else "")
+        table.add_section()
     return table

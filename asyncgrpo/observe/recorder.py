@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from asyncgrpo.observe.exporter import Exporter
@@ -23,19 +25,48 @@ class RunRecorder:
     def __init__(self, run: RunDir, exporter: Exporter) -> None:
         self._run, self._exporter = run, exporter
         self._start = time.time()
-        self._file = (run.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._evals_file = (run.path / "evals.jsonl").open("a", encoding="utf-8", buffering=1)
         self._writers = open_writers(run)
+        self._reports: list[Mapping[str, Any]] = []  # of all evaluations, oldest first
         self._reported: set[tuple[str, int]] = set()  # evaluations and versions already written
         self._last_time = self._start
         self._last_actors: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._totals = {"tokens_trained": 0.0, "staleness_max": 0.0, "steps": 0.0}
 
+    def begin(self, step: int) -> None:
+        """Opens the files; rows of steps that will be made again are taken out."""
+        path = self._run.path / "metrics.jsonl"
+        path.touch()
+        kept, size = _rows_before(path, step)
+        os.truncate(path, size)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        for row in kept:
+            self._count(row)
+        self._start -= kept[-1]["seconds"] if kept else 0.0
+        self._begin_evals(step)
+
+    def _begin_evals(self, version: int) -> None:
+        path = self._run.path / "evals.jsonl"
+        path.touch()
+        reports = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        self._reports = [report for report in reports if report["version"] <= version]
+        self._reported = {(report["name"], report["version"]) for report in self._reports}
+        draft = path.with_suffix(".part")
+        draft.write_text("".join(json.dumps(r) + "\n" for r in self._reports), encoding="utf-8")
+        draft.rename(path)
+        self._evals_file = path.open("a", encoding="utf-8", buffering=1)
+
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """Joins a step's numbers with the actors' and the buffer's, and writes the line."""
         full = {**summary["metrics"], **self._actor_metrics(summary["actors"]), **row}
-        full["seconds"] = time.time() - self._start
+        now = time.time()
+        full["seconds"] = now - self._start
+        arrived = full.get("tokens_arrived", 0.0)
+        # from what arrived: the actors' own counters come at their own pace
+        full["tokens_per_second"] = (arrived - self._last.get("tokens_arrived", 0.0)) / max(
+            now - self._last_time, 1e-9
+        )
+        self._last_time = now
         if full.get("groups_arrived"):
             arrived = full["groups_arrived"]
             full["rewards/generated_mean"] = full["reward_arrived_sum"] / arrived
@@ -43,12 +74,14 @@ class RunRecorder:
             full["completions/generated_mean_length"] = full["tokens_arrived"] / completions
         for report in summary["evaluations"]:
             full.update(self._eval_metrics(report))
-        self._totals["tokens_trained"] += full.get("tokens_trained", 0.0)
-        self._totals["staleness_max"] = max(
-            self._totals["staleness_max"], full.get("staleness/max", 0.0)
-        )
-        self._totals["steps"] += 1
+        self._count(full)
         self._write(full)
+
+    def _count(self, row: Mapping[str, float]) -> None:
+        totals = self._totals
+        totals["tokens_trained"] += row.get("tokens_trained", 0.0)
+        totals["staleness_max"] = max(totals["staleness_max"], row.get("staleness/max", 0.0))
+        totals["steps"] += 1
 
     def finish(self, reports: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         """Writes evaluations that came after the last step as rows of their own; the summary."""
@@ -64,7 +97,7 @@ class RunRecorder:
         for writer in self._writers:
             writer.close()
         by_block = {
-            block.name: [report for report in reports if report["name"] == block.name]
+            block.name: [report for report in self._reports if report["name"] == block.name]
             for block in self._run.config.evals
         }
         evals = {name: {"before": r[0], "after": r[-1]} for name, r in by_block.items() if r}
@@ -74,7 +107,7 @@ class RunRecorder:
             "evals": evals,
             "seconds": time.time() - self._start,
             **self._totals,
-            "tokens_generated": self._last.get("tokens_generated", 0.0),
+            "tokens_arrived": counts.get("tokens_arrived", 0.0),
             "leases": {name: count for name, count in counts.items() if name.startswith("leases")},
             "groups": {name: count for name, count in counts.items() if name.startswith("groups_")},
             "model": str(self._run.model_path),
@@ -87,6 +120,7 @@ class RunRecorder:
         if (key := (report["name"], report["version"])) in self._reported:
             return {}
         self._reported.add(key)
+        self._reports.append(report)
         self._evals_file.write(json.dumps(report) + "\n")
         log.info(
             "%s accuracy %.1f %% at version %d (%d of %d prompts)",
@@ -105,17 +139,14 @@ class RunRecorder:
             for name, value in status.items():
                 if name in TABLE["counter", "actor"]:
                     sums[name] = sums.get(name, 0.0) + value
-        now = time.time()
         # a restarted actor counts from zero again: never show a negative rate
         grown = {n: max(0.0, v - self._last_actors.get(n, 0.0)) for n, v in sums.items()}
         judged = grown.get("judged_groups", 0.0)
         busy, idle = grown.get("generate_seconds", 0.0), grown.get("idle_seconds", 0.0)
         rates = {}
         if busy + idle > 0:
-            elapsed = max(now - self._last_time, 1e-9)
             rates["actor_idle_share"] = idle / (busy + idle)
-            rates["tokens_per_second"] = grown.get("tokens_generated", 0.0) / elapsed
-            self._last_actors, self._last_time = sums, now
+            self._last_actors = sums
             if judged:
                 rates["judge/error_rate"] = grown["judge_errors"] / judged
                 rates["judge/latency_seconds"] = grown["judge_seconds"] / judged
@@ -131,3 +162,19 @@ class RunRecorder:
         others = () if self._exporter.role == "serial" else ("actor", "buffer")
         self._exporter.show({n: v for n, v in row.items() if metric_of(n)[0].room not in others})
         self._last.update(row)
+
+
+def _rows_before(path: Path, step: int) -> tuple[list[dict[str, float]], int]:
+    """Rows of earlier steps, and their bytes; a line that a kill cut short ends them."""
+    rows: list[dict[str, float]] = []
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or row["step"] >= step:
+            break
+        rows.append(row)
+        size += len(line)
+    return rows, size

@@ -1,57 +1,85 @@
-"""Writes what was trained on: one line per completion, one file per step."""
+"""Writes what the model said, trained and dropped: one line per completion, one file per step.
+
+`trajectories/step_<k>.jsonl` (UTF-8, text as it is) gets a group's rows when the group ends: it was
+trained in step k, or filtered or evicted while step k was next. README.md explains the fields.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from asyncgrpo.types import Completion, Group
+import numpy as np
+
+from asyncgrpo.config import Config
+from asyncgrpo.types import Completion, EndedGroup
 
 
 class TrajectoryWriter:
-    """Appends nothing: each step's file is written once, whole, by the buffer process."""
+    """Appends ended groups to the file of their step, unless observe.trajectories is off."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._folder = run_dir / "trajectories"
+    def __init__(self, run_dir: Path, config: Config) -> None:
+        self._folder, self._config = run_dir / "trajectories", config
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._step, self._num_groups = -1, 0
 
-    def __call__(self, step: int, groups: Sequence[Group]) -> None:
-        lines = [json.dumps(row, ensure_ascii=False) for g in groups for row in rows(step, g)]
-        draft = self._folder / f".step_{step}.tmp"
-        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        draft.rename(self._folder / f"step_{step}.jsonl")
+    def __call__(self, step: int, ended: Sequence[EndedGroup]) -> None:
+        if not self._config.observe.trajectories:
+            return
+        if step != self._step:
+            self._step, self._num_groups = step, 0
+        lines = [
+            json.dumps({"step": step, "group": number, **row}, ensure_ascii=False) + "\n"
+            for number, group in enumerate(ended, start=self._num_groups)
+            for row in _rows(step, group, self._config)
+        ]
+        self._num_groups += len(ended)
+        with (self._folder / f"step_{step}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
-def rows(step: int, group: Group) -> Iterator[dict[str, Any]]:
-    """The lines of one group. `staleness` is the age in versions of its oldest token."""
+def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, Any]]:
+    group, prompt, is_trained = ended.group, ended.group.lease.prompt, ended.status == "trained"
     for index, completion in enumerate(group.completions):
+        versions = completion.versions
+        oldest, newest = (
+            (int(versions.min()), int(versions.max())) if len(versions) else (None, None)
+        )
         yield {
-            "step": step,
-            "lease_id": group.lease.lease_id,
-            "prompt_id": group.lease.prompt.prompt_id,
-            "data_source": group.lease.prompt.data_source,
-            "messages": list(group.lease.prompt.messages),
-            "answer": group.lease.prompt.answer,
+            "sample": index,
+            "status": ended.status,
+            "reason": ended.reason,
+            "prompt_id": prompt.prompt_id,
+            "data_source": prompt.data_source,
+            "prompt": list(prompt.messages),
+            "answer": prompt.answer,
             "completion": completion.text,
-            "reward": float(group.rewards[index]),
-            "reward_parts": {n: float(part[index]) for n, part in group.reward_parts.items()},
+            "reward": _number(group.rewards[index]),
+            "reward_parts": {n: _number(part[index]) for n, part in group.reward_parts.items()},
+            "advantage": None if ended.advantages is None else _number(ended.advantages[index]),
             "num_prompt_tokens": len(group.prompt_token_ids),
             "num_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
-            "versions": _runs(completion),
-            "staleness": step - int(completion.versions.min()),
+            "version_min": oldest,
+            "version_max": newest,
+            "staleness": None if oldest is None else step - oldest,
+            "masked_share": _masked_share(completion, step, config) if is_trained else None,
+            "lease_id": group.lease.lease_id,
             "actor": group.actor,
         }
 
 
-def _runs(completion: Completion) -> list[list[int]]:
-    """[version, number of tokens] for each run of equal versions."""
-    runs: list[list[int]] = []
-    for version in completion.versions.tolist():
-        if runs and runs[-1][0] == version:
-            runs[-1][1] += 1
-        else:
-            runs.append([version, 1])
-    return runs
+def _number(value: np.float32) -> float | None:
+    """The shortest decimal number that is this float32; JSON has no NaN."""
+    return None if math.isnan(value) else float(str(value))
+
+
+def _masked_share(completion: Completion, step: int, config: Config) -> float:
+    """As learner/batch.py decides."""
+    is_truncated = config.algo.mask_truncated and completion.finish_reason == "length"
+    if is_truncated or not np.isfinite(completion.behavior_logprobs).all():
+        return 1.0
+    return float((step - completion.versions > config.buffer.max_staleness).mean())

@@ -33,6 +33,7 @@ class CollectiveReceiver:
         self._settings, self._actor, self._address = config.weights, actor, address
         self._flat: FlatWeights | None = None
         self._store: Any = None
+        self._life = ""  # of the learner
         self._backend, self._bucket_bytes = "gloo", 1 << 30  # the learner tells
         self._group: WeightGroup | None = None
         self._staged: int | None = None  # version that waits in the buffer, or is being loaded
@@ -124,7 +125,10 @@ class CollectiveReceiver:
         if self._flat is None or self._flat.manifest != manifest:
             device = "cuda" if self._backend == "nccl" else "cpu"
             self._flat = FlatWeights(manifest, device)
-        if self._store is None:
+        if self._life != packet.fields["life"]:
+            self._life = packet.fields["life"]
+            retire(self._group)
+            self._group = None
             host, port = packet.fields["store"]
             self._store = open_store(
                 host,

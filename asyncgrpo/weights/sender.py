@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from typing import Any
 
 from asyncgrpo.config import Config
@@ -52,6 +53,7 @@ class CollectiveSender:
         self._group: WeightGroup | None = None
         self._group_peers: tuple[str, ...] = ()
         self._generation = 0
+        self._life = uuid.uuid4().hex  # actors find out that this is another learner
         self._published_at = 0.0
         self._waiting_joins: list[tuple[str, Packet]] = []
         counted = ("evictions", "rounds", "proofs", "rejections")
@@ -65,7 +67,6 @@ class CollectiveSender:
     # -- called by the learner loop ---------------------------------------------------------
 
     def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
-        tensors = list(tensors)
         with self._changed:
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
             start = time.perf_counter()
@@ -170,6 +171,7 @@ class CollectiveSender:
                 "manifest": self._flat.manifest.as_fields(),
                 "store": list(self._store_address),
                 "backend": self._backend,
+                "life": self._life,
                 "bucket_bytes": self._settings.bucket_bytes,
             }
             answer = Packet(kind="joined", request_id=packet.request_id, fields=fields)

@@ -148,7 +148,12 @@ class DealerClient:
         self._resend()
         return arrived
 
-    def call(self, packet: Packet, timeout_seconds: float) -> Packet:
+    def call(
+        self,
+        packet: Packet,
+        timeout_seconds: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Packet:
         request = self.post(packet)
         end = self._clock() + timeout_seconds
         others: list[Packet] = []
@@ -158,6 +163,7 @@ class DealerClient:
                     self._held_back = others + self._held_back
                     return answer
                 others.append(answer)
+            meanwhile()
         self._unanswered.pop(request, None)
         self._held_back = others + self._held_back
         raise PeerTimeout(self._peer, packet.kind, timeout_seconds)

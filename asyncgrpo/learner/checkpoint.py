@@ -1,0 +1,163 @@
+"""Checkpoints of the learner: all it needs to go on after a finished step.
+
+    checkpoints/step_<k>/            the state after k updates; complete once it has this name
+      .metadata, __<rank>_<n>.distcp model, optimizer and reference (torch.distributed.checkpoint);
+                                     they load into any number of ranks
+      rng_<rank>.pt                  random number state of each rank
+      manifest.json                  step, counters, and a checksum of every other file
+
+Saving goes on in a thread while the next step runs; what is written is the state of its own step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+
+from asyncgrpo.config import CheckpointSettings
+from asyncgrpo.errors import CheckpointError
+from asyncgrpo.learner import ranks
+from asyncgrpo.learner.saved import MANIFEST, checksum, newest, read_manifest, saved, step_of
+
+log = logging.getLogger(__name__)
+# One rank needs no process group; torch warns about that at every save and load.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+State = dict[str, Any]  # tensors by name, nested
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every rank calls `save`, `load` and `wait` at the same steps."""
+
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        self._folder, self._settings = folder, settings
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        # Its own group: collectives of the saving thread must not meet those of training.
+        self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after `step` updates is to be saved."""
+        return self._settings.every > 0 and step % self._settings.every == 0
+
+    def save(self, step: int, state: State, counters: Mapping[str, float]) -> None:
+        """Begins to save a copy of the tensors. CheckpointError when the last save failed."""
+        self.wait()
+        draft = self._folder / f".step_{step}.part"
+        try:
+            if ranks.rank() == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+            self._meet()
+            torch.save(_random_state(), draft / f"rng_{ranks.rank()}.pt")
+            future = state_dict_saver.async_save(
+                state, checkpoint_id=draft, process_group=self._group, no_dist=self._group is None
+            )
+        except OSError as error:
+            raise _cannot_write(draft, error) from error
+        self._thread = threading.Thread(
+            target=self._follow, args=(future, step, draft, dict(counters)), name="checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way, if any, is complete on this rank."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files are as they were written; the log names damaged ones.
+
+        The same on every rank: rank 0 looks.
+        """
+        found = [newest(self._folder) if ranks.rank() == 0 else None]
+        if self._group is not None:
+            dist.broadcast_object_list(found, group=self._group)
+        return found[0]
+
+    def load(self, path: Path, state: State) -> dict[str, float]:
+        """Fills the tensors of `state` in place, sets random numbers; returns the counters."""
+        state_dict_loader.load(
+            state, checkpoint_id=path, process_group=self._group, no_dist=self._group is None
+        )
+        own = path / f"rng_{ranks.rank()}.pt"
+        if own.exists():  # else there are more ranks than before
+            _set_random_state(torch.load(own, weights_only=True))
+        counters: dict[str, float] = read_manifest(path)["counters"]
+        return counters
+
+    def _follow(
+        self, future: Future[Any], step: int, draft: Path, counters: dict[str, float]
+    ) -> None:
+        try:
+            future.result()  # on rank 0: every rank has written
+            if ranks.rank() == 0:
+                self._complete(step, draft, counters)
+        except Exception as error:
+            self._failure = _cannot_write(draft, error)
+
+    def _complete(self, step: int, draft: Path, counters: dict[str, float]) -> None:
+        files = {path.name: checksum(path) for path in sorted(draft.iterdir())}
+        manifest = {
+            "step": step,
+            "ranks": ranks.world_size(),
+            "counters": counters,
+            "torch": torch.__version__,
+            "files": files,
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in (*draft.iterdir(), draft):
+            _to_disk(path)
+        final = self._folder / f"step_{step}"
+        shutil.rmtree(final, ignore_errors=True)  # of a life that was rolled back
+        draft.rename(final)
+        _to_disk(self._folder)
+        log.info("checkpoint of step %d saved", step)
+        for path in saved(self._folder)[: -self._settings.keep_last]:
+            if not self._settings.keep_every or step_of(path) % self._settings.keep_every:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _meet(self) -> None:
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_state() -> State:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: State) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _cannot_write(draft: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {draft} could not be written: {error}; the one before is untouched: make "
+        "room on the disk or set checkpoint.every = 0, then go on with --resume"
+    )
