@@ -28,7 +28,13 @@ from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
-from asyncgrpo.launch.preflight import check_run_dir, choose_ports, missing_extra, prepare_run_dir
+from asyncgrpo.launch.preflight import (
+    check_run_dir,
+    choose_ports,
+    missing_extra,
+    point_latest,
+    prepare_run_dir,
+)
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
@@ -220,6 +226,8 @@ class Session:
         with only_launcher(self.run_dir):
             if self._resume:
                 keep_settings(self.run_dir)
+                self._end_scraping()  # of a life before that failed, maybe with more actors
+                point_latest(self.run_dir)
             plan = self._plan(config, detect_host())
             run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
             run.write()

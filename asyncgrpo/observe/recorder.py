@@ -25,7 +25,6 @@ class RunRecorder:
     def __init__(self, run: RunDir, exporter: Exporter) -> None:
         self._run, self._exporter = run, exporter
         self._start = time.time()
-        self._writers = open_writers(run)
         self._reports: list[Mapping[str, Any]] = []  # of all evaluations, oldest first
         self._reported: set[tuple[str, int]] = set()  # evaluations and versions already written
         self._last_time = self._start
@@ -34,7 +33,7 @@ class RunRecorder:
         self._totals = {"tokens_trained": 0.0, "staleness_max": 0.0, "steps": 0.0}
 
     def begin(self, step: int) -> None:
-        """Opens the files; rows of steps that will be made again are taken out."""
+        """Opens files and writers; rows of steps that will be made again are taken out."""
         path = self._run.path / "metrics.jsonl"
         path.touch()
         kept, size = _rows_before(path, step)
@@ -44,6 +43,7 @@ class RunRecorder:
             self._count(row)
         self._start -= kept[-1]["seconds"] if kept else 0.0
         self._begin_evals(step)
+        self._writers = open_writers(self._run, step)
 
     def _begin_evals(self, version: int) -> None:
         path = self._run.path / "evals.jsonl"
@@ -112,8 +112,9 @@ class RunRecorder:
             "groups": {name: count for name, count in counts.items() if name.startswith("groups_")},
             "model": str(self._run.model_path),
         }
-        path = self._run.path / "summary.json"
-        path.write_text(json.dumps(text, indent=2), encoding="utf-8")
+        draft = self._run.path / "summary.part"  # who watches the run sees it whole
+        draft.write_text(json.dumps(text, indent=2), encoding="utf-8")
+        draft.rename(draft.with_suffix(".json"))
 
     def _eval_metrics(self, report: Mapping[str, Any]) -> dict[str, float]:
         """Writes a report into evals.jsonl and returns its metrics; {} when that was done."""

@@ -18,10 +18,11 @@ class Writer(NamedTuple):
     close: Callable[[], None]
 
 
-def _tensorboard(run: RunDir) -> Writer:
+def _tensorboard(run: RunDir, step: int) -> Writer:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run.path / "tensorboard"))
+    # What a life before wrote from here on is hidden: it is made again.
+    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step)
 
     def write(step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
@@ -30,12 +31,14 @@ def _tensorboard(run: RunDir) -> Writer:
     return Writer(write, writer.close)
 
 
-def _wandb(run: RunDir) -> Writer:
+def _wandb(run: RunDir, step: int) -> Writer:
     import wandb
 
-    config, folder = run.config.model_dump(mode="json"), str(run.path)
+    config, folder, name = run.config.model_dump(mode="json"), str(run.path), run.path.name
+    # Steps of a W&B run cannot be taken back: every life is a run of its own, in one group.
+    life = f"{name}, from step {step}" if step else name
     try:
-        there = wandb.init(project="asyncgrpo", name=run.path.name, dir=folder, config=config)
+        there = wandb.init(project="asyncgrpo", group=name, name=life, dir=folder, config=config)
     except wandb.Error as error:
         raise ConfigError(
             f"observe.report_to has wandb, which refuses: {error}; call `wandb login`, or set "
@@ -57,6 +60,6 @@ def check_writers(config: Config) -> None:
             )
 
 
-def open_writers(run: RunDir) -> list[Writer]:
-    """Those that observe.report_to names."""
-    return [WRITERS[name](run) for name in run.config.observe.report_to]
+def open_writers(run: RunDir, step: int) -> list[Writer]:
+    """Those that observe.report_to names, for a life of the run that begins at a step."""
+    return [WRITERS[name](run, step) for name in run.config.observe.report_to]
