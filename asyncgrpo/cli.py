@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from asyncgrpo.buffer.commands import audit, ledger
 from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
@@ -36,6 +37,8 @@ app.add_typer(algo_app, name="algo")
 app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
+app.command()(audit)
+app.command()(ledger)
 app.add_typer(traj_app, name="traj")
 app.command()(chat)
 
@@ -166,11 +169,13 @@ def role(
     index: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """One process of a run; the launcher starts it."""
+    from asyncgrpo.launch.stall import answer_with_stacks
     from asyncgrpo.rundir import RunDir
 
     run = RunDir.read(run_dir)
     logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
     stopping = _stop_flag()
+    answer_with_stacks(run_dir, f"{name}-{os.environ.get('RANK', index)}")
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer
 

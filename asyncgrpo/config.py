@@ -260,7 +260,10 @@ class RewardSettings(JudgeSettings):
 
 class ActorSettings(Room):
     engine: Literal["vllm", "toy"] = Field("vllm", description="toy: a slow torch sampler")
-    concurrency: int = Field(16, ge=1, description="groups in flight per actor")
+    concurrency: int = Field(16, ge=1, description="groups in flight per actor, at most")
+    adaptive_concurrency: bool = Field(
+        False, description="find out how many by the use of the KV cache, up to concurrency"
+    )
     kv_cache_bytes: int = Field(64 << 20, ge=1 << 20, description="KV cache of one engine")
     kv_on_update: Literal["keep", "recompute"] = Field(
         "keep", description="keep keys and values across a weight update, or compute them anew"
@@ -419,6 +422,10 @@ class LaunchSettings(Room):
     share_gpus: bool = Field(False, description="more processes than GPUs; needs gloo for weights")
     grace_seconds: float = Field(5.0, gt=0, description="between SIGTERM and SIGKILL")
     start_timeout_seconds: float = Field(180.0, gt=0, description="until the first batch is there")
+    stall_seconds: float = Field(
+        600.0, gt=0, description="without a group, step or evaluation; then who waits is written"
+    )
+    on_stall: Literal["warn", "abort"] = Field("warn", description="what a stall report does")
     buffer_port: int = Field(0, ge=0, le=65535, description="0 = any free port")
     weights_port: int = Field(0, ge=0, le=65535, description="0 = any free port")
     metrics_port: int = Field(

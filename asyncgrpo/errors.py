@@ -16,7 +16,8 @@
         ├── CheckpointError     a checkpoint cannot be written, or is not as it was written
         ├── StalenessError      a token past the staleness bound reached the learner
         ├── EngineError         the inference engine refused or lost something
-        └── WeightsError        weights were not what they should be after a broadcast
+        ├── WeightsError        weights were not what they should be after a broadcast
+        └── LedgerError         the ledger cannot be kept or read, or its books do not balance
 
 Messages say what happened with the value, what is allowed, and what to change.
 """
@@ -100,3 +101,7 @@ class EngineError(RunError):
 
 class WeightsError(RunError):
     """Weights are not what they should be."""
+
+
+class LedgerError(RunError):
+    """The ledger of leases cannot be kept or read, or its books do not balance."""

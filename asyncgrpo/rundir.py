@@ -5,6 +5,8 @@ env.json        versions, hardware, seeds  logs/           one file per role
 metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what it said
 evals.jsonl     one row per evaluation     summary.json    the run in numbers
 model/          final weights, tokenizer   targets/        Prometheus file_sd targets
+flow.json       who waits for whom now     stalls/         reports of launch.stall_seconds
+stacks/         what the processes answer  ledger.sqlite   what became of every lease
 and, of a Trainer: train_dataset.jsonl, eval_dataset.jsonl, reward_funcs.pkl
 """
 
@@ -19,6 +21,8 @@ from typing import Any, NoReturn
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
+
+FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.actor.process import load_tokenizer, load_toy_engine, stop_token_ids
 from asyncgrpo.buffer.core import BufferCore, Replies
+from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import PromptSource, open_prompts
 from asyncgrpo.errors import PeerTimeout, WireError
 from asyncgrpo.learner.loop import Learner
@@ -29,8 +30,8 @@ from asyncgrpo.wire.codec import Packet, decode, encode
 class Hub:
     """Carries packets between local clients and a buffer core."""
 
-    def __init__(self, core: BufferCore, clock: Callable[[], float]) -> None:
-        self._core, self._clock = core, clock
+    def __init__(self, core: BufferCore, ledger: Ledger, clock: Callable[[], float]) -> None:
+        self._core, self._ledger, self._clock = core, ledger, clock
         self._inboxes: dict[str, deque[Packet]] = {}
 
     def inbox(self, peer: str) -> deque[Packet]:
@@ -46,6 +47,7 @@ class Hub:
         self._deliver(self._core.tick(self._clock()))
 
     def _deliver(self, replies: Replies) -> None:
+        self._ledger.commit()
         for peer, packet in replies:
             self.inbox(peer).append(decode(encode(packet)))
 
@@ -101,8 +103,10 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
     """Trains to the end in this process, with the toy engine."""
     config = run.config
     samples = TrajectoryWriter(run.path, config)
-    core = BufferCore(config, prompts or open_prompts(config), samples)
-    hub, link = Hub(core, time.monotonic), LocalLink(config)
+    ledger = Ledger(run.path)
+    core = BufferCore(config, prompts or open_prompts(config), samples, ledger, time.monotonic())
+    samples.rewind(core.step, ledger.state)
+    hub, link = Hub(core, ledger, time.monotonic), LocalLink(config)
     tokenizer = load_tokenizer(config.model.path)
     updater = PolicyUpdater(config, save_to=run.model_path, run_dir=run.path)
     exporter = Exporter("serial", 0, run.path)
@@ -128,3 +132,4 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
         observe=exporter.observe,
     )
     learner.run()
+    ledger.close()

@@ -14,13 +14,14 @@ ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
     5: (
         *("cli", "chat", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
-        *("data.commands", "observe.commands"),
+        *("data.commands", "observe.commands", "buffer.commands"),
     ),
     4: (
         "actor.loop",
         "actor.process",
         "actor.judge",
         "buffer.server",
+        "buffer.audit",
         "learner.loop",
         "learner.process",
         "learner.commands",
@@ -33,6 +34,7 @@ FLOORS = {
     ),
     3: (
         "wire.sockets",
+        "buffer.ledger",
         "actor.vllm_engine",
         "actor.toy_engine",
         "learner.model",
@@ -49,6 +51,7 @@ FLOORS = {
     2: (
         "data",
         "rewards",
+        "actor.concurrency",
         "wire.codec",
         "buffer",
         "learner",
@@ -67,6 +70,7 @@ HEAVY = {
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets",),
+    "sqlite3": ("buffer.ledger",),
     "peft": ("learner.lora",),
 }
 MODULES = {

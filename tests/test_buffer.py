@@ -205,7 +205,7 @@ class Simulation:
         self.config = config_of(**rooms)
         self.trained: dict[int, list] = {}
         self.dropped: list[tuple] = []
-        self.core = BufferCore(self.config, CountingPrompts(), self.record)
+        self.core = self.new_core()
         self.now = 0.0
         self.ids = Counter()
         self.lives = {f"actor-{i}": 0 for i in range(3)}
@@ -216,8 +216,12 @@ class Simulation:
         self.shards: dict[int, dict[int, object]] = {}
         self.take_asked: set[tuple[int, int]] = set()
         self.uniform_share = uniform_share
+        self.is_over = False
         for actor in self.lives:
             self.send(self.peer(actor), "hello", actor=actor)
+
+    def new_core(self):
+        return BufferCore(self.config, CountingPrompts(), self.record)
 
     def record(self, step, ended):
         assert step == self.core.step
@@ -257,6 +261,9 @@ class Simulation:
             rank = int(peer[-1])
             shard = shard_from(packet)
             self.shards.setdefault(shard.step, {})[rank] = shard
+
+        elif packet.kind == "exhausted":
+            self.is_over = True
 
     def check(self):
         counts = self.core.leases.counts
@@ -320,7 +327,7 @@ class Simulation:
 
     def run(self, max_actions=40_000):
         for _ in range(max_actions):
-            if self.core.step >= self.config.run.max_steps:
+            if self.is_over or self.core.step >= self.config.run.max_steps:
                 return
             self.act()
         raise AssertionError(f"stuck at step {self.core.step}: {self.core.metrics()}")
@@ -444,12 +451,13 @@ def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_ra
         takes += [reply.kind for _, reply in run.core.handle(f"rank-{rank}", request, 1.0)]
     assert takes == ["stopped", "stopped"]
     request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
-    assert run.core.handle("a.1", request, 2.0) == []
+    assert run.core.handle("actor-0.0", request, 2.0) == []
 
 
 def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     for peer in ("a.1", "b.1"):
+        core.handle(peer, Packet(kind="hello", fields={"actor": peer[0]}), 0.0)
         fields = {"version": 0, "max": 12}
         replies = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
     assert replies == []  # the first took all that the gate lets start

@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 
+from asyncgrpo.buffer.journal import Remembered
 from asyncgrpo.buffer.staleness import StalenessAction, past_bound
-from asyncgrpo.types import EndedGroup, Float32, Group
+from asyncgrpo.types import EndedGroup, Float32, Group, Shard
 
 Order = Literal["arrival", "ticket"]
 
@@ -22,6 +23,7 @@ class Stored:
     ticket: int  # lease number: the order in which work was handed out
     arrival: int
     group: Group
+    oldest_version: int  # of its tokens; kept, for it is asked for often
 
 
 class Replay:
@@ -30,25 +32,50 @@ class Replay:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._stored: dict[int, Stored] = {}  # by ticket
+        self.batches: dict[int, list[Stored]] = {}  # step -> what was taken, kept until trained
         self.groups_arrived = self.tokens_arrived = 0  # in all
         self.num_tokens = 0  # completion tokens waiting
 
     def __len__(self) -> int:
         return len(self._stored)
 
+    @property
+    def num_taken(self) -> int:
+        """Groups in batches that are not trained yet."""
+        return sum(len(batch) for batch in self.batches.values())
+
+    def restore(self, past: Remembered) -> None:
+        """Takes up the groups and batches that a former life of the buffer left."""
+        for ticket, group in past.stored:
+            self.add(ticket, group)
+        for step, batch in past.batches.items():
+            self.batches[step] = [_stored(ticket, 0, group) for ticket, group in batch]
+        self.groups_arrived, self.tokens_arrived = past.groups_stored, past.tokens_stored
+
+    def shard(self, step: int, rank: int, world_size: int) -> Shard:
+        """One rank's part of a batch, with the counts of the whole."""
+        groups = [stored.group for stored in self.batches[step]]
+        return Shard(
+            step=step,
+            groups=deal(groups, world_size)[rank],
+            num_loss_tokens_global=sum(group.num_tokens for group in groups),
+            num_completions_global=sum(len(group.completions) for group in groups),
+        )
+
     def add(self, ticket: int, group: Group) -> None:
         """Stores a group under its ticket."""
         self.groups_arrived += 1
         self.tokens_arrived += group.num_tokens
         self.num_tokens += group.num_tokens
-        self._stored[ticket] = Stored(ticket=ticket, arrival=self.groups_arrived, group=group)
+        self._stored[ticket] = _stored(ticket, self.groups_arrived, group)
 
     def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
         """Removes and returns what can no longer be trained at `step`."""
         old = [
             stored
             for stored in self._stored.values()
-            if past_bound(stored.group, step, max_staleness, action)
+            if stored.oldest_version < step - max_staleness  # then only the rule needs its tokens
+            and past_bound(stored.group, step, max_staleness, action)
         ]
         return self._remove(old)
 
@@ -84,8 +111,18 @@ class Replay:
         if self._order == "ticket":
             return sorted(self._stored.values(), key=lambda stored: stored.ticket)
         return sorted(
-            self._stored.values(), key=lambda stored: (stored.group.oldest_version, stored.arrival)
+            self._stored.values(), key=lambda stored: (stored.oldest_version, stored.arrival)
         )
+
+
+def _stored(ticket: int, arrival: int, group: Group) -> Stored:
+    oldest = group.oldest_version
+    return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest)
+
+
+def tickets(batch: Iterable[Stored]) -> list[int]:
+    """The leases of some groups."""
+    return [stored.ticket for stored in batch]
 
 
 def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
@@ -106,9 +143,14 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
 
 
 def trained(groups: Sequence[Group], world_size: int, advantages: Float32) -> list[EndedGroup]:
-    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt."""
+    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt.
+
+    ValueError when these are not as many as the batch has completions.
+    """
     dealt = [group.lease.lease_id for hand in deal(groups, world_size) for group in hand]
     sizes = {group.lease.lease_id: len(group.completions) for group in groups}
+    if advantages.shape != (sum(sizes.values()),):
+        raise ValueError(f"advantages {advantages.shape} of {sum(sizes.values())} completions")
     pieces = np.split(advantages, np.cumsum([sizes[lease_id] for lease_id in dealt])[:-1])
     values = dict(zip(dealt, pieces, strict=True))
     return [

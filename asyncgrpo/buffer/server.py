@@ -1,4 +1,7 @@
-"""The buffer process: the core behind a socket, with a clock, a metrics endpoint and files."""
+"""The buffer process: the core behind a socket, with a clock, a ledger, metrics and files.
+
+Whatever a round of packets changes is committed before any of it is answered.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import time
 from collections.abc import Callable
 
 from asyncgrpo.buffer.core import BufferCore, Replies
+from asyncgrpo.buffer.flow import FlowFile
+from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.metrics import TABLE
@@ -20,40 +25,49 @@ POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
 
 
 def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
-    """Serves until stopped."""
+    """Serves until stopped; goes on where the run directory's ledger ends."""
     config = run.config
     server = Server(run.endpoints.buffer)
-    core = BufferCore(config, open_prompts(config), TrajectoryWriter(run.path, config))
+    ledger = Ledger(run.path)
+    ledger.checkpoint_aside()
+    samples = TrajectoryWriter(run.path, config)
+    core = BufferCore(config, open_prompts(config), samples, ledger, time.monotonic())
+    samples.rewind(core.step, ledger.state)  # what a former life wrote, but did not commit
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
     exporter.show(
         {
             # A counter that begins at 0 is known before the first thing it counts.
             **dict.fromkeys(TABLE["counter", "buffer"], 0.0),
+            **core.metrics(),
             "setting/actors": config.launch.actors,
             "setting/groups_per_step": config.buffer.groups_per_step,
             "setting/max_staleness": config.buffer.max_staleness,
             "setting/max_steps": config.run.max_steps,
         }
     )
-    log.info("listening on %s", run.endpoints.buffer)
+    flow = FlowFile(run.path)
+    log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
     while not stopping():
+        replies: Replies = []
         for peer, packet in server.receive(POLL_SECONDS):
-            _send(server, core, core.handle(peer, packet, time.monotonic()))
+            replies += core.handle(peer, packet, time.monotonic())
         now = time.monotonic()
-        _send(server, core, core.tick(now))
+        send(server, core, ledger, replies + core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show({**core.metrics(), "disk_free_bytes": shutil.disk_usage(run.path).free})
+            flow.write(core, now)
             shown_at = now
+    ledger.close()
     server.close()
 
 
-def _send(server: Server, core: BufferCore, replies: Replies) -> None:
-    """Sends; work that was given to a peer that is gone goes to others."""
-    while replies:
-        peer, packet = replies.pop(0)
+def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> None:
+    """Sends what is durable; work that was given to a peer that is gone goes to others."""
+    ledger.commit()
+    for peer, packet in replies:
         reached = server.answer(peer, packet) if packet.request_id else server.push(peer, packet)
         if not reached:
             log.warning("%s is gone; its leases are handed out again", peer)
             server.forget(peer)
-            replies += core.lost(peer, time.monotonic())
+            send(server, core, ledger, core.lost(peer, time.monotonic()))

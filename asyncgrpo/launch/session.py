@@ -36,6 +36,7 @@ from asyncgrpo.launch.preflight import (
     prepare_run_dir,
 )
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
+from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
@@ -95,6 +96,11 @@ class Session:
     def _supervise(self, config: Config, plan: Plan) -> int:
         shown = Progress(self.run_dir, config.run.max_steps, self._console)
         with shown.skip() if self._resume else shown as progress:
+
+            def tick() -> None:
+                progress.tick()
+                stalls()
+
             supervisor = Supervisor(
                 plan,
                 self.run_dir,
@@ -102,8 +108,9 @@ class Session:
                 max_restarts=config.launch.max_restarts,
                 restart_window_seconds=config.launch.restart_window_seconds,
                 on_line=progress.line,
-                on_tick=progress.tick,
+                on_tick=tick,
             )
+            stalls = StallWatch(self.run_dir, config.launch, supervisor.run_id, supervisor.say)
             code = supervisor.run()
             progress.tick()
         self._end_scraping()

@@ -208,6 +208,7 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
         "groups_filtered_empty_completion": ("groups", "the engine returned nothing"),
         "groups_expired_deadline": ("groups", "actors take too long or are gone"),
         "groups_expired_actor_restarted": ("groups", "actors were restarted"),
+        "groups_expired_undelivered": ("groups", "leases were lost on the way, at a restart"),
         "groups_expired_actor_left": ("groups", "actors left before these were through"),
         "groups_failed_handed_back": ("groups", "actors left and gave their prompts back"),
         "groups_expired_unreachable": ("groups", "actors lose their connection"),

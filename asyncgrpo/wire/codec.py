@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
@@ -24,6 +24,7 @@ SCHEMA = 1
 MAX_HEADER_BYTES = 64 << 20
 MAX_ARRAYS = 1 << 16
 DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64", "bool")}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # a dtype's own name is slow to make
 ARRAYS_PER_GROUP = 7
 
 Frame = bytes | memoryview
@@ -41,10 +42,11 @@ class Packet:
 
 def encode(packet: Packet) -> list[Frame]:
     """Frames of a packet; WireError when a field or dtype cannot travel."""
-    specs = [[str(array.dtype), list(array.shape)] for array in packet.arrays]
-    for dtype, _ in specs:
-        if dtype not in DTYPES:
-            raise WireError(f"array of dtype {dtype} cannot be sent; allowed: {', '.join(DTYPES)}")
+    specs = [[NAMES.get(array.dtype), list(array.shape)] for array in packet.arrays]
+    for (name, _), array in zip(specs, packet.arrays, strict=True):
+        if name is None:
+            allowed = ", ".join(DTYPES)
+            raise WireError(f"array of dtype {array.dtype} cannot be sent; allowed: {allowed}")
     header = [SCHEMA, packet.kind, packet.request_id, packet.fields, specs]
     try:
         first = msgpack.packb(header, use_bin_type=True)
@@ -91,10 +93,23 @@ def _array(spec: Any, frame: Frame) -> np.ndarray[Any, Any]:
     return np.frombuffer(frame, dtype=DTYPES[name]).reshape(shape)
 
 
+def to_bytes(packet: Packet) -> bytes:
+    """A packet as one piece, for a file."""
+    return bytes(msgpack.packb(encode(packet)))
+
+
+def from_bytes(data: bytes) -> Packet:
+    """The packet of `to_bytes`; WireError when the bytes are damaged."""
+    try:
+        return decode(msgpack.unpackb(data))
+    except Exception as error:  # msgpack raises many kinds on garbage
+        raise WireError(f"{len(data)} stored bytes are not a packet: {error}") from None
+
+
 def lease_fields(lease: Lease) -> dict[str, Any]:
     """A lease as plain values for `Packet.fields`."""
     fields = {name: getattr(lease, name) for name in Lease.__slots__}
-    fields["sampling"] = asdict(lease.sampling)
+    fields["sampling"] = {name: getattr(lease.sampling, name) for name in Sampling.__slots__}
     fields["prompt"] = {name: getattr(lease.prompt, name) for name in Prompt.__slots__}
     return fields
 

@@ -17,10 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asyncgrpo.buffer.audit import audit
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import metric_of
+from asyncgrpo.rundir import RunDir
 
 TESTS = Path(__file__).parent.parent
 SECONDS = 240
@@ -165,6 +167,7 @@ def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
         for c in completions:
             by_group[c["group"]] = by_group.get(c["group"], 0.0) + c["advantage"]
         assert all(abs(total) < 1e-4 for total in by_group.values())
+    assert not any(audit(RunDir.read(run_dir)).wrong.values())
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["after"]["num_answered"] == summary["before"]["num_answered"] == 12
     assert summary["leases"]["leases_trained"] == 4 * steps
@@ -227,6 +230,7 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     assert len(set(leases)) == 40 * 4
     steps = [row for row in run.rows() if "loss" in row]
     assert steps[-1]["leases_expired"] >= 1
+    assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
 
 
 @pytest.mark.engine
@@ -250,6 +254,29 @@ def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     assert "learner-1" in run.targets()
     run.assert_nothing_left(started)
     assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
+
+
+@pytest.mark.slow
+def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(launch):
+    run = launch("run.max_steps=30", "launch.stall_seconds=3")
+    run.until_training()
+    ranks = [p for p in run.processes() if "learner" in p.cmdline() and not p.children()]
+    doomed = ranks[0]
+
+    def reports() -> list[str]:  # the start may have been slow enough for one, too
+        texts = [path.read_text() for path in run.run_dir.glob("stalls/*.txt")]
+        return [text for text in texts if "for the learner to train step" in text]
+
+    doomed.suspend()
+    try:
+        run.until(reports, "reported")
+    finally:
+        doomed.resume()
+    (text,) = reports()
+    assert f"(pid {doomed.pid}, stopped by a signal)\nno answer" in text
+    assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
+    assert run.wait() == 0, run.text()[-4000:]
+    assert "the run goes on after" in run.text()
 
 
 @pytest.mark.slow
