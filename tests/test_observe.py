@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import time
 import urllib.request
 
 import pytest
@@ -14,12 +16,21 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY, Counter
 from prometheus_client.utils import floatToGoString
 from rich.console import Console
+from typer.testing import CliRunner
 
+from asyncgrpo.cli import app
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.metrics import BUCKETS, METRICS, eval_metrics, metric_of
-from asyncgrpo.observe.progress import Progress, eval_table, show_summary, sparkline
+from asyncgrpo.observe.progress import (
+    Progress,
+    duration,
+    eval_table,
+    follow,
+    show_summary,
+    sparkline,
+)
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.types import Shard
@@ -420,8 +431,165 @@ def test_the_live_panel_shows_where_the_run_stands(run):
     assert "held-out 50.0% ▅   b 100.0% █" in out.getvalue()
 
 
+def write_rows(run: RunDir, *rows: dict) -> None:
+    text = "".join(json.dumps({**ROW, **row}) + "\n" for row in rows)
+    (run.path / "metrics.jsonl").write_text(text)
+
+
+def view(run: RunDir, *, once: bool = True, pause=lambda: None) -> str:
+    """What `asyncgrpo top` prints elsewhere than on a terminal."""
+    out = io.StringIO()
+    follow(run.path, 4, Console(file=out, width=200), once=once, pause=pause)
+    return out.getvalue()
+
+
+def test_the_view_has_groups_by_what_became_of_them_and_both_paces(run):
+    leases = {"open": 3, "stored": 2, "taken": 4, "trained": 8, "filtered": 1, "failed": 1}
+    leases |= {"expired": 2, "evicted": 3}
+    row = {f"leases_{state}": count for state, count in leases.items()}
+    write_rows(run, {**row, "step_seconds": 0.5, "tokens_per_second": 800.0})
+    shown = view(run)
+    assert "groups 8 done, 3 in flight, 6 buffered, 1 filtered, 6 failed" in shown
+    assert "tokens/s 800 generated, 200 trained" in shown
+
+
+@pytest.mark.parametrize(
+    ("wait", "idle", "says"),
+    [
+        (0.4, 0.3, "the learner waits for actors (learner 80%, actors 30%)"),
+        (0.1, 0.3, "actors wait for the learner (learner 20%, actors 30%)"),
+        (0.04, 0.09, "nobody waits long (learner 8%, actors 9%)"),
+    ],
+)
+def test_the_view_says_who_waits_for_whom(run, wait, idle, says):
+    write_rows(run, {"step_seconds": 0.5, "wait_seconds": wait, "actor_idle_share": idle})
+    assert says in view(run)
+
+
+def test_the_view_of_a_resumed_run_forgets_points_that_are_made_again(run):
+    progress = Progress(run.path, 9, Console(file=io.StringIO()))
+    write_rows(run, *({"step": step, "rewards/mean": 9.0 + step} for step in range(5)))
+    progress.read()
+    again = [{"step": step, "rewards/mean": 0.5, "loss": 0.123456789} for step in range(3, 9)]
+    kept = [{"step": step, "rewards/mean": 9.0 + step} for step in range(3)]
+    write_rows(run, *kept, *again)  # longer than what was read: the file did not shrink
+    progress.read()
+    assert progress.rewards == [(0, 9.0), (1, 10.0), (2, 11.0), *((s, 0.5) for s in range(3, 9))]
+
+
+def test_a_step_that_was_not_finite_is_shown_and_does_not_end_the_run(run):
+    write_rows(run, {"loss": None, "objective/kl": None})
+    out = io.StringIO()
+    with Progress(run.path, 4, Console(file=out, width=200)) as progress:
+        progress.tick()
+    assert "loss -  kl -" in out.getvalue()
+    assert "1/4 steps" in view(run)
+
+
+def test_top_says_that_there_is_no_step_yet(run):
+    assert view(run) == f"no step yet: see {run.path / 'logs'}\n"
+
+
+def test_top_says_for_how_long_nothing_happened(run):
+    write_rows(run, {"seconds": 3.0})
+    assert "no step for" not in view(run)
+    os.utime(run.path / "metrics.jsonl", (0, time.time() - 600))
+    assert "3 s, about 9 s left; no step for 10 min" in view(run)
+
+
+def test_top_follows_a_run_to_its_summary_and_tells_every_step_once(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    recorder.row(ROW, summary())
+    turns = iter(
+        [
+            lambda: recorder.row({**ROW, "step": 1, "version": 2}, summary()),
+            lambda: (
+                recorder.row({**ROW, "step": 2, "version": 3}, summary()),
+                recorder.finish([REPORT], summary()),
+            ),
+            lambda: None,
+        ]
+    )
+    shown = view(run, once=False, pause=lambda: next(turns)())
+    order = ("1/4 steps", "step 1 (2/4)", "step 2 (3/4)", "3 steps in", "faults        none")
+    assert [shown.count(part) for part in order] == [1] * len(order)
+    assert sorted(order, key=shown.index) == list(order)
+    assert next(turns, None) is None
+
+
+@pytest.mark.parametrize("options", [[], ["--once"]])
+def test_top_of_a_finished_run_is_its_summary(run, options):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    recorder.row(ROW, summary())
+    recorder.finish([REPORT], summary())
+    result = CliRunner().invoke(app, ["top", str(run.path), *options])
+    assert result.exit_code == 0
+    assert "held-out accuracy, 4 prompts" in result.output
+    assert "step 0" not in result.output
+
+
+def test_top_refuses_a_folder_without_a_run(tmp_path):
+    result = CliRunner().invoke(app, ["top", str(tmp_path)])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.exit_code == 2
+    assert "is not a run directory" in str(result.exception)
+
+
+def test_ctrl_c_ends_top_as_asked(run, monkeypatch):
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asyncgrpo.observe.progress.time.sleep", interrupted)
+    result = CliRunner().invoke(app, ["top", str(run.path)])
+    assert (result.exit_code, result.exception) == (0, None)
+
+
+def test_the_summary_has_reward_and_faults_of_all_lives(run):
+    rewards = [0.0] * 10 + [0.5] * 5 + [1.0] * 10
+    evictions = [0, 2, 2, 0, 1] + [1] * 20  # begun anew after the third
+    rows = zip(rewards, evictions, strict=True)
+    write_rows(
+        run,
+        *(
+            {"step": step, "seconds": 1.0, "rewards/mean": reward, "publish/evictions": evicted}
+            for step, (reward, evicted) in enumerate(rows)
+        ),
+    )
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(25)
+    recorder.finish([], summary())
+    (run.path / "logs").mkdir()
+    log = "10:00:01 restarted actor-0 (pid 7)\n10:00:02 actor-1 joined\n"
+    (run.path / "logs" / "launcher.log").write_text(log + log)
+    out = io.StringIO()
+    show_summary(run.path, Console(file=out, width=200))
+    found = re.search(r"reward +(\S+) (\S+) (\S+) \(first, last 10 steps\)", out.getvalue())
+    assert found is not None
+    assert found.groups() == ("+0.000", "▁" * 10 + "▅" * 5 + "█" * 10, "+1.000")
+    assert "faults        actor-0 restarted 2 times, 3 publish evictions\n" in out.getvalue()
+    assert f"model         {run.model_path}" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")]
+)
+def test_durations_are_in_the_unit_that_fits(seconds, text):
+    assert duration(seconds) == text
+
+
 def test_sparklines_rise_with_the_share():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([-2.0, 0.0, 2.0], -2.0, 2.0) == "▁▅█"
+    assert sparkline([1.0, 1.0], 1.0, 1.0) == "▁▁"
+    assert sparkline([]) == ""
+
+
+@given(st.lists(st.floats(0, 1), min_size=31, max_size=200))
+def test_a_long_sparkline_is_bounded_and_covers_everything(shares):
+    assert len(sparkline(shares)) == 30
+    assert "█" in sparkline([*shares[:-7], *[1.0] * 7])
 
 
 def test_a_resumed_run_takes_back_rows_that_are_made_again(run):

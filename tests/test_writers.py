@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from asyncgrpo.observe.writers import WRITERS, check_writers
 from asyncgrpo.rundir import Endpoints, RunDir
 
 ENDPOINTS = Endpoints(buffer="tcp://127.0.0.1:1", weights="tcp://127.0.0.1:2", store=("h", 3))
+NOTHING = {"metrics": {}, "actors": {}, "evaluations": []}
 ROWS = [{"step": 0, "rewards/mean": 0.25, "loss": 0.5}, {"step": 1, "rewards/mean": 0.75}]
 
 
@@ -33,7 +35,7 @@ def recorded(path: Path, writer: str) -> list[dict]:
     recorder = RunRecorder(run, Exporter("learner-0", 0, path))
     recorder.begin(0)
     for row in ROWS:
-        recorder.row(row, {"metrics": {}, "actors": {}, "evaluations": []})
+        recorder.row(row, NOTHING)
     recorder.finish([], {})
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
@@ -48,6 +50,24 @@ def test_tensorboard_gets_every_number_of_metrics_jsonl_under_the_same_name(tmp_
     assert set(events.Tags()["scalars"]) == {name for row in rows for name in row}
     points = [(event.step, event.value) for event in events.Scalars("rewards/mean")]
     assert points == [(0, 0.25), (1, 0.75)]
+
+
+@needs("tensorboard")
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_hides_steps_that_a_resumed_run_makes_again(tmp_path):
+    config = from_mapping({"observe": {"report_to": ["tensorboard"]}})
+    run = RunDir(path=tmp_path, config=config, endpoints=ENDPOINTS)
+    for start, stop, loss in ((0, 5, 1.0), (3, 4, 2.0)):
+        recorder = RunRecorder(run, Exporter("learner-0", 0, tmp_path))
+        recorder.begin(start)
+        for step in range(start, stop):
+            recorder.row({"step": step, "loss": loss}, NOTHING)
+        recorder.finish([], {})
+        time.sleep(1.1)  # event files are read in the order of their names, which have seconds
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(p.step, p.value) for p in points] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def _faults(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         counts = [0.0, *(row[name] for row in rows if row.get(name) is not None)]
         # less than before: a process that began anew counts from zero
         total = sum(b - a if b >= a else b for a, b in pairwise(counts))
-        parts += [f"{total:.0f} {name.replace('_', ' ')}"] if total else []
+        parts += [f"{total:.0f} {re.sub('[_/]', ' ', name)}"] if total else []
     return ", ".join(parts)
 
 

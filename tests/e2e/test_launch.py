@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -56,11 +58,18 @@ class Launch:
         self.out = base / "out.txt"
         settings = [*SMALL, f"actor.engine={engine}", f"model.path={model}", *overrides]
         command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--run-dir", str(self.run_dir)]
-        command += [part for setting in settings for part in ("--set", setting)]
+        self._start([*command, *(part for setting in settings for part in ("--set", setting))])
+
+    def _start(self, command: list[str]) -> None:
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent
             )
+
+    def resume(self, *arguments: str) -> None:
+        """Goes on after the end."""
+        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--resume", str(self.run_dir)]
+        self._start([*command, *arguments])
 
     def text(self) -> str:
         return self.out.read_text()
@@ -79,6 +88,16 @@ class Launch:
     def targets(self) -> list[str]:
         """Roles that Prometheus is to scrape."""
         return sorted(path.stem for path in (self.run_dir / "targets").glob("*.json"))
+
+    def healthy(self) -> list[str]:
+        """Those of them that answer as themselves where they are said to listen."""
+        found = []
+        for path in sorted((self.run_dir / "targets").glob("*.json")):
+            (address,) = json.loads(path.read_text())[0]["targets"]
+            url = f"http://{address}/healthz"
+            with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+                found += [json.load(answer)["role"]]
+        return found
 
     def processes(self) -> list[psutil.Process]:
         """Everything that names our run directory in its command line, and its children."""
@@ -277,6 +296,41 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
     assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
     assert run.wait() == 0, run.text()[-4000:]
     assert "the run goes on after" in run.text()
+
+
+@pytest.mark.slow
+def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path, model):
+    (tmp_path / "runs").mkdir()
+    run = Launch(tmp_path / "runs", model, "run.max_steps=5000", "checkpoint.every=1")
+    try:
+        run.until_training()
+        before = {path: path.read_text() for path in (run.run_dir / "targets").glob("*.json")}
+        assert run.healthy() == ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+        run.find("actor", "1").kill()
+        run.find("learner", "-u").kill()
+        moved = ["actor-1", "learner-0", "learner-1"]
+        run.until(
+            lambda: (
+                sorted(p.stem for p in before if p.read_text() != before[p]) == moved
+                and len(run.healthy()) == 5
+            ),
+            "listened elsewhere",
+        )
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 130
+        assert run.targets() == []
+        for path, text in before.items():  # as if that life had failed
+            path.write_text(text)
+        folder, run.run_dir = run.run_dir.name, tmp_path / "runs" / "latest"
+        steps = len(run.rows())
+        run.resume("--actors", "1")
+        run.until(lambda: len(run.rows()) > steps, "went on")
+        assert run.healthy() == run.targets() == ["actor-0", "buffer", "learner-0", "learner-1"]
+        assert os.readlink(run.run_dir) == folder  # not itself
+    finally:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGTERM)
+            run.wait()
 
 
 @pytest.mark.slow
