@@ -282,11 +282,17 @@ class BufferSettings(Room):
         None, ge=1, description="batch size in completion tokens instead: the groups that reach it"
     )
     max_staleness: int = Field(4, ge=0, description="bound in policy versions, per token")
-    order: Literal["arrival", "ticket"] = Field(
-        "arrival", description="arrival: oldest version first; ticket: strictly in lease order"
+    order: Literal["arrival", "ticket", "window"] = Field(
+        "arrival",
+        description="arrival: oldest version first; ticket: strictly in lease order; window: as "
+        "arrival, but at most `window` leases ahead of work that is still being made",
     )
-    staleness_action: Literal["drop", "mask"] = Field(
-        "drop", description="a group with tokens past the bound: drop it, or mask those tokens"
+    window: int = Field(32, ge=1, description="leases that a group may be ahead of earlier work")
+    staleness_action: Literal["drop", "mask", "downweight", "wait"] = Field(
+        "drop",
+        description="a group with tokens past the bound: drop it, mask those tokens, or halve "
+        "their weight per version (up to twice the bound); wait: a batch waits for work that "
+        "would get too old",
     )
     credit: int = Field(8, ge=1, description="unacknowledged groups an actor may have on the wire")
     lease_deadline_seconds: Unbounded = Field(600.0, gt=0, description="then a lease is taken back")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
@@ -104,8 +105,14 @@ def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
     config = run.config
     samples = TrajectoryWriter(run.path, config)
     ledger = Ledger(run.path)
-    core = BufferCore(config, prompts or open_prompts(config), samples, ledger, time.monotonic())
-    samples.rewind(core.step, ledger.state)
+    core = BufferCore(
+        config,
+        prompts or open_prompts(config),
+        samples,
+        ledger,
+        time.monotonic(),
+        rewind=partial(samples.rewind, state=ledger.state),
+    )
     hub, link = Hub(core, ledger, time.monotonic), LocalLink(config)
     tokenizer = load_tokenizer(config.model.path)
     updater = PolicyUpdater(config, save_to=run.model_path, run_dir=run.path)

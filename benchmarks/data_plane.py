@@ -184,14 +184,16 @@ def consume(address: str) -> None:
         fields = {"step": step, "rank": 0, "world_size": 1}
         socket.send_multipart(encode(Packet(kind="take", request_id=2 * step + 1, fields=fields)))
         socket.recv_multipart()
-        done = Packet(kind="trained", request_id=2 * step + 2, fields={"step": step})
+        fields = {"step": step, "world_size": 1, "covered": step}
+        arrays = (np.zeros(BATCH * COMPLETIONS, np.float32),)
+        done = Packet(kind="trained", request_id=2 * step + 2, fields=fields, arrays=arrays)
         socket.send_multipart(encode(done))
         socket.recv_multipart()
 
 
 def any_lease() -> Lease:
     config = from_mapping(SETTINGS)
-    core = BufferCore(config, open_prompts(config), lambda step, groups: None)
+    core = BufferCore(config, open_prompts(config), lambda step, ended: None)
     core.handle("a.1", Packet(kind="hello", fields={"actor": "a"}), 0.0)
     ask = Packet(kind="lease", fields={"version": 0, "max": 1})
     ((_, granted),) = core.handle("a.1", ask, 0.0)
@@ -304,7 +306,7 @@ def restart(folder: Path, leases: int) -> tuple[float, float]:
     fill(folder, leases)
     start = time.perf_counter()
     prompts = open_prompts(config)
-    core = BufferCore(config, prompts, lambda step, groups: None, Ledger(folder))
+    core = BufferCore(config, prompts, lambda step, ended: None, Ledger(folder))
     seconds = time.perf_counter() - start
     assert core.leases.counts["trained"] == leases // BATCH * BATCH
     size = (folder / "ledger.sqlite").stat().st_size / 2**20

@@ -62,7 +62,7 @@ FLOORS = {
         "observe",
     ),
     1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "packing", "room"),
+    0: ("errors", "types", "imports", "packing", "room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

@@ -20,13 +20,20 @@ from asyncgrpo.rundir import Endpoints, RunDir
 
 @pytest.fixture(scope="module")
 def halted(tmp_path_factory):
-    """The directory of a run that was killed with groups stored and a batch taken."""
+    """The directory of a run that was rolled back once, from step 5 to step 3, and was killed with
+    groups stored and a batch taken.
+    """
     folder = tmp_path_factory.mktemp("halted")
     run = Killed(5, folder, kill_share=0.004, run={"max_steps": 8}, data={"epochs": 20})
     endpoints = Endpoints(buffer="", weights="", store=("", 0))
     RunDir(path=folder, config=run.config, endpoints=endpoints).write()
     run.record = TrajectoryWriter(folder, run.config)
+    run.rewind = lambda step: run.record.rewind(step, run.ledger.state)
     run.core = run.new_core()
+    run.restart_learner = lambda step: None
+    while run.core.step < 5:
+        run.act()
+    Killed.restart_learner(run, 3)
     while run.core.step < 6 or len(run.core.replay) < 3:
         run.act()
         run.shards = {step: ranks for step, ranks in run.shards.items() if step < 6}
@@ -65,6 +72,12 @@ LIES = {
         f"INSERT INTO changes (ticket, state, reason, time) VALUES ({SOME}, 'trained', '', 0)",
         {"one state", "trained once"},
     ),
+    "a roll-back that nobody noted": ("DELETE FROM rollbacks", {"one state"}),
+    "a roll-back of fewer groups": (
+        "UPDATE rollbacks SET num_groups = num_groups - 1",
+        {"one state"},
+    ),
+    "a roll-back to a later step": ("UPDATE rollbacks SET step = step + 1", {"one state"}),
     "in two batches": (
         f"UPDATE steps SET tickets = json_insert(tickets, '$[#]', {SOME}) WHERE step = 4",
         {"trained once", "steps"},
@@ -125,6 +138,7 @@ def test_the_audit_of_a_killed_run_is_green_and_shows_what_is_open(halted):
     assert result.exit_code == 0, result.output
     assert "WRONG" not in result.output
     assert "6 steps trained" in result.output
+    assert "2 steps rolled back and given again, in 1 roll-backs" in result.output
     for state in ("open", "stored", "trained", "filtered"):
         assert f" {state}" in result.output
     assert re.search(r"filtered completions are \d+% (short|long)er than trained", result.output)
@@ -173,7 +187,7 @@ def test_without_a_question_the_tables_are_shown_with_their_meaning(halted):
     shown = ask(halted).output
     tables = "SELECT name FROM sqlite_master WHERE type = 'table'"
     names = {name for (name,) in LedgerReader(halted).query(tables)[1]}
-    assert names == {"leases", "changes", "steps", "payloads", "evaluations", "lives"}
+    assert names == {"leases", "changes", "steps", "payloads", "evaluations", "rollbacks", "lives"}
     assert all(f"CREATE TABLE {name} (" in shown for name in names)
     assert "-- policy version that the actor held then" in shown
 

@@ -15,9 +15,9 @@ from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.gate import Gate, TokenGate
 from asyncgrpo.buffer.leases import STATES, lease_seed
 from asyncgrpo.buffer.replay import Replay, deal
-from asyncgrpo.buffer.staleness import past_bound
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.staleness import past_bound
 from asyncgrpo.wire.codec import Packet, group_packet, groups_from, lease_from, shard_from
 
 
@@ -148,9 +148,9 @@ def test_ticket_order_waits_for_earlier_open_work():
     replay = Replay("ticket")
     for ticket in (2, 3, 5):
         replay.add(ticket, make_group(make_lease(ticket)))
-    assert not replay.ready(2, open_tickets=[1, 4])
-    assert replay.ready(2, open_tickets=[4])
-    assert [stored.ticket for stored in replay.take(2)] == [2, 3]
+    assert not replay.ready(2, oldest_open=1)
+    assert replay.ready(2, oldest_open=4)
+    assert [stored.ticket for stored in replay.take(2, oldest_open=4)] == [2, 3]
 
 
 def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_the_store():
@@ -187,12 +187,12 @@ def number_of(group):
     return int(group.lease.lease_id[1:])
 
 
-def trained_packet(step, groups, world_size=2):
+def trained_packet(step, groups, world_size=2, covered=0):
     """What rank 0 tells: advantages by which a group and its completions can be recognised."""
     values = [number_of(group) + sample for group in groups for sample in range(2)]
     return Packet(
         kind="trained",
-        fields={"step": step, "world_size": world_size},
+        fields={"step": step, "world_size": world_size, "covered": covered},
         arrays=(np.array(values, np.float32),),
     )
 
@@ -213,6 +213,7 @@ class Simulation:
         self.work: dict[str, list] = {}
         self.asked: set[str] = set()
         self.published = 0
+        self.covered = 0  # the learner's newest checkpoint
         self.shards: dict[int, dict[int, object]] = {}
         self.take_asked: set[tuple[int, int]] = set()
         self.uniform_share = uniform_share
@@ -321,7 +322,8 @@ class Simulation:
             before = [g.lease.lease_id for g in shards[0].groups]
             self.send("learner-0", "take", step=step, rank=0, world_size=2)
             assert [g.lease.lease_id for g in self.shards[step][0].groups] == before
-            self.post("learner-0", trained_packet(step, shards[0].groups + shards[1].groups))
+            groups = shards[0].groups + shards[1].groups
+            self.post("learner-0", trained_packet(step, groups, covered=self.covered))
             if (step + 1) % self.config.weights.publish_every == 0:
                 self.published = step + 1
 
@@ -337,6 +339,10 @@ SCHEDULES = {
     "arrival": {},
     "ticket": {"buffer": {"order": "ticket"}},
     "mask": {"buffer": {"staleness_action": "mask"}},
+    "downweight": {"buffer": {"staleness_action": "downweight", "max_staleness": 1}},
+    "wait": {"buffer": {"staleness_action": "wait"}},
+    "window": {"buffer": {"order": "window", "window": 5}},
+    "narrow_window": {"buffer": {"order": "window", "window": 1, "staleness_action": "wait"}},
     "on_policy": {"buffer": {"max_staleness": 0}},
     "rare_publish": {"weights": {"publish_every": 3}},
     **{
@@ -376,7 +382,8 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
             used[group.lease.lease_id] += 1
             oldest = [step - int(c.versions.min()) for c in group.completions]
             newest = [step - int(c.versions.max()) for c in group.completions]
-            assert (max(oldest) if action == "drop" else min(newest)) <= bound
+            age = min(newest) if action == "mask" else max(oldest)
+            assert age <= (2 * bound if action == "downweight" else bound)
     assert run.core.replay.num_tokens == sum(
         stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
     )
@@ -386,6 +393,24 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     expected = {r: n for r, n in reasons.items() if r.startswith(("filtered", "evicted"))}
     assert Counter(f"{status}/{reason}" for _, status, reason in run.dropped) == expected
     assert sorted(run.trained) == list(range(run.config.run.max_steps))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_buffer_that_waits_never_evicts(seed):
+    run = Simulation(seed, buffer={"staleness_action": "wait"})
+    run.run()
+    assert run.core.leases.counts["evicted"] == 0
+
+
+def test_a_group_is_at_most_a_window_ahead_of_earlier_work():
+    replay = Replay("window", window=3)
+    for ticket in (4, 5, 6):
+        replay.add(ticket, group_of(ticket, 5))
+    assert not replay.ready(1, oldest_open=1)
+    assert not replay.ready(3, oldest_open=3)
+    assert [stored.ticket for stored in replay.take(9, oldest_open=3)] == [4, 5]
+    assert replay.ready(1, oldest_open=None)
 
 
 def assert_batch_size(groups, config):
@@ -610,7 +635,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
     assert exam.ask("learner-0", "results") == []
     assert exam.answer("greedy", [0.4], now=2.0) == []  # correct above 0, the run's own bound
-    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary")
     assert [report["name"] for report in noted.fields["evaluations"]] == ["greedy"]
     answers = exam.answer("sampled", [0.4, 0.6], now=3.0)  # correct above 0.5
     assert [answer.kind for answer in answers] == ["evaluating", "reports"]
@@ -618,7 +643,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     assert (greedy["accuracy"], greedy["pass_at_k"], greedy["seconds"]) == (1.0, {}, 2.0)
     assert (sampled["accuracy"], sampled["pass_at_k"]) == (0.5, {"2": 1.0})
     assert (sampled["num_prompts"], sampled["seconds"], sampled["version"]) == (4, 3.0, 5)
-    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary")
     assert [report["name"] for report in noted.fields["evaluations"]] == ["sampled"]
     assert exam.core.leases.num_training_leases() == 0
 
@@ -641,11 +666,11 @@ def test_a_block_that_nobody_answers_ends_at_its_own_timeout():
     exam = Exam()
     exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
     exam.core.tick(51.0)
-    (noted,) = exam.ask("learner-0", "trained", now=52.0, step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary", now=52.0)
     (report,) = noted.fields["evaluations"]
     assert (report["name"], report["num_answered"], report["num_prompts"]) == ("greedy", 0, 3)
     exam.answer("sampled", [1.0, 1.0], now=199.0)
-    (noted,) = exam.ask("learner-0", "trained", now=199.0, step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary", now=199.0)
     assert [r["num_answered"] for r in noted.fields["evaluations"]] == [4]
 
 
@@ -665,6 +690,29 @@ def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
     (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
     (report,) = answer.fields["reports"]
     assert (report["num_answered"], report["num_prompts"]) == (0, 5)
+
+
+def test_advantages_that_do_not_fit_the_batch_change_nothing():
+    run = Simulation(3)
+    while len(run.shards.get(0, {})) < 2 and not run.trained:
+        run.act()
+        run.core.step or run.send("learner-0", "take", step=0, rank=0, world_size=2)
+        run.core.step or run.send("learner-1", "take", step=0, rank=1, world_size=2)
+    before = run.core.metrics()
+    good = trained_packet(0, run.shards[0][0].groups + run.shards[0][1].groups)
+    for arrays in ((), (good.arrays[0][1:],), good.arrays * 2):
+        bad = Packet(kind="trained", request_id=9, fields=good.fields, arrays=arrays)
+        (_, answer), *_ = run.core.handle("learner-0", bad, run.now)
+        assert (answer.kind, "ValueError" in answer.fields["reason"]) == ("refused", True)
+    assert (run.core.metrics(), run.core.step) == (before, 0)
+    run.post("learner-0", good)
+    assert (run.core.step, run.core.metrics()["leases_trained"]) == (1, 4)
+
+
+def test_an_unknown_evaluation_block_is_refused():
+    request = Packet(kind="evaluate", request_id=1, fields={"version": 0, "blocks": ["no"]})
+    (_, answer), *_ = Exam().core.handle("learner-0", request, 0.0)
+    assert "no evaluation block is called no" in answer.fields["reason"]
 
 
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason():

@@ -111,6 +111,18 @@ def test_the_newest_and_every_nth_checkpoint_stay(folder, shard, tmp_path):
     assert [step_of(path) for path in saved(tmp_path / "checkpoints")] == [6, 12, 14]
 
 
+def test_covered_is_the_newest_checkpoint_that_is_complete_or_was_loaded(folder, tmp_path):
+    updater = PolicyUpdater(settings(folder), run_dir=tmp_path)
+    assert updater.covered == PolicyUpdater(settings(folder)).covered == 0
+    for step in (3, 5):
+        updater.checkpoint(step)
+        updater.save()
+        assert updater.covered == step
+    (tmp_path / "checkpoints" / "step_5" / "rng_0.pt").unlink()
+    again = PolicyUpdater(settings(folder), run_dir=tmp_path)
+    assert (again.restore(), again.covered) == (3, 3)
+
+
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

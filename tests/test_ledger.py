@@ -17,7 +17,7 @@ from test_buffer import BLOCKS, SCHEDULES, Simulation, config_of, trained_packet
 
 from asyncgrpo.buffer import ledger as ledger_module
 from asyncgrpo.buffer.audit import audit
-from asyncgrpo.buffer.core import KEPT_STEPS, BufferCore
+from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
 from asyncgrpo.buffer.server import send
 from asyncgrpo.data.prompts import PromptSource
@@ -44,6 +44,7 @@ def same_groups(first, second):
 class Killed(Simulation):
     """The buffer is killed at random moments: before a commit, before sending, halfway through.
 
+    The learner is killed, too, and begins at its newest checkpoint.
     Everybody repeats what is unanswered, as DealerClient does; actors say hello as ActorLoop does.
     """
 
@@ -54,6 +55,9 @@ class Killed(Simulation):
         self.known_life: dict[str, int] = {}
         self.mail: deque = deque()
         self.acknowledged: dict[str, str] = {}  # lease -> what the buffer said
+        self.seen: dict[tuple[int, int], object] = {}  # the first shard of each step and rank
+        self.rewind = lambda step: None
+        self.num_rollbacks = 0
         super().__init__(seed, **rooms)
 
     def new_core(self):
@@ -63,7 +67,20 @@ class Killed(Simulation):
         prompts = PromptSource.from_prompts(
             [make_prompt(i) for i in range(NUM_PROMPTS)], epochs=self.config.data.epochs, seed=3
         )
-        return BufferCore(self.config, prompts, self.record, self.ledger, self.now)
+        return BufferCore(
+            self.config, prompts, self.record, self.ledger, self.now, lambda step: self.rewind(step)
+        )
+
+    def restart_learner(self, step):
+        """Another life of both ranks, which begin at a step."""
+        self.num_rollbacks += step < self.core.step
+        for rank in (0, 1):
+            self.unanswered.pop(f"learner-{rank}", None)
+        self.shards, self.take_asked = {}, set()
+        self.covered = self.published = step
+        for rank in (0, 1):
+            self.send(f"learner-{rank}", "begin", step=step)
+        assert self.core.step == step
 
     def record(self, step, ended):
         """What was killed between its record and the commit comes again as it was."""
@@ -121,11 +138,10 @@ class Killed(Simulation):
         elif packet.kind == "stored":
             self.acknowledged.setdefault(packet.fields["lease_id"], packet.fields["state"])
         elif packet.kind == "shard":
-            before = self.shards.get(packet.fields["step"], {}).get(int(peer[-1]))
             super().arrive(peer, packet)
-            if before is not None:
-                after = self.shards[packet.fields["step"]][int(peer[-1])]
-                same_groups(before.groups, after.groups)
+            step, rank = packet.fields["step"], int(peer[-1])
+            shard = self.shards[step][rank]
+            same_groups(self.seen.setdefault((step, rank), shard).groups, shard.groups)
         else:
             super().arrive(peer, packet)
 
@@ -147,6 +163,10 @@ class Killed(Simulation):
         for peer in list(self.unanswered):
             if peer.startswith("actor") and peer != self.peer(peer.rpartition(".")[0]):
                 del self.unanswered[peer]  # killed: it repeats nothing
+        if self.random.random() < 3 * self.kill_share:
+            self.restart_learner(self.random.randint(self.covered, self.core.step))
+        elif self.random.random() < 0.05:
+            self.covered = self.random.randint(self.covered, self.core.step)
         super().act()
 
     def audited(self):
@@ -173,6 +193,7 @@ def check_killed_run(seed, rooms, folder):
     assert sorted(run.trained) == list(range(run.core.step))
     found = run.audited()
     assert not any(found.wrong.values()), found.wrong
+    assert len(found.rollbacks) == run.num_rollbacks
     reader = LedgerReader(run.folder)
     rows = reader.query("SELECT lease_id, state, epoch, prompt_id FROM leases")[1]
     kept = reader.query("SELECT DISTINCT state FROM payloads LEFT JOIN leases USING (ticket)")[1]
@@ -205,11 +226,13 @@ def test_a_buffer_killed_at_random_moments_loses_nothing_and_trains_nothing_twic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SCHEDULES, "two_epochs"])
 def test_ten_thousand_schedules_with_kills(name):
-    kills = 0
-    for seed in range(10_000 // 6):
+    kills = rollbacks = 0
+    for seed in range(10_000 // (len(SCHEDULES) + 1)):
         with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as folder:
-            kills += check_killed_run(seed, SCHEDULES.get(name, EPOCHS), folder).num_kills
-    assert kills > 1000
+            run = check_killed_run(seed, SCHEDULES.get(name, EPOCHS), folder)
+        kills, rollbacks = kills + run.num_kills, rollbacks + run.num_rollbacks
+    assert kills > 500
+    assert rollbacks > 50
 
 
 # -- restart ------------------------------------------------------------------------------------
@@ -319,7 +342,7 @@ def test_waiting_groups_keep_the_order_in_which_they_came(peer):
     assert taken == [leases[number].lease_id for number in (5, 2, 4, 0)]
 
 
-def train(peer, step):
+def train(peer, step, covered=0):
     """One step in which the buffer is killed between the batch and its end."""
     for lease in peer.lease("actor-0.7", 4):
         peer.tell("actor-0.7", group_packet("put", [make_group(lease)]))
@@ -329,30 +352,100 @@ def train(peer, step):
     peer.ask("actor-0.7", "hello", actor="actor-0", version=step, leases=[])
     (again,) = peer.ask("learner-0", "take", **take)
     same_groups(shard_from(answer).groups, shard_from(again).groups)
-    told = trained_packet(step, shard_from(again).groups, world_size=1)
+    told = trained_packet(step, shard_from(again).groups, world_size=1, covered=covered)
     first, second = (peer.tell("learner-0", replace(told, request_id=1))[0] for _ in range(2))
     assert first.fields["metrics"] == second.fields["metrics"]
     peer.ask("actor-0.7", "held", version=step + 1)
     return first.fields["metrics"]
 
 
-def test_batches_counters_and_numbers_go_on_and_old_groups_are_let_go(tmp_path):
-    peer = Peer(tmp_path)
-    peer.ask("actor-0.7", "hello", actor="actor-0")
-    peer.lease = lambda name, count: [
-        replace(lease, version=peer.core.step) for lease in Peer.lease(peer, name, count)
-    ]
-    for step in range(KEPT_STEPS + 4):
-        metrics = train(peer, step)
+def test_batches_counters_and_numbers_go_on_and_covered_groups_are_let_go(peer):
+    peer.config = config_of()
+    for step in range(8):
+        metrics = train(peer, step, covered=4 if step > 5 else 0)
         assert metrics["leases"] == metrics["leases_trained"] == 4 * (step + 1)
         assert metrics["groups_arrived"] == 4 * (step + 1)
         assert metrics["tokens_arrived"] == 20 * (step + 1)
-    reader = LedgerReader(tmp_path)
+    reader = LedgerReader(peer.folder)
     kept = reader.query("SELECT DISTINCT step FROM payloads JOIN leases USING (ticket)")[1]
-    assert [step for (step,) in kept] == list(range(4, KEPT_STEPS + 4))
+    assert [step for (step,) in kept] == list(range(4, 8))
     lives = reader.query("SELECT life, count(*) FROM leases GROUP BY life")[1]
-    assert lives == [(life, 4) for life in range(1, KEPT_STEPS + 5)]
-    peer.ledger.close()
+    assert lives == [(life, 4) for life in range(1, 9)]
+
+
+def test_a_learner_that_begins_at_its_checkpoint_gets_the_same_batches_again(peer):
+    for step in range(5):
+        train(peer, step, covered=2 * (step == 4))
+    before = peer.core.metrics()
+    taken = {}
+    (noted,) = peer.ask("learner-0", "begin", step=2)
+    assert noted.kind == "noted"
+    after = peer.core.metrics()
+    assert (after["leases_trained"], after["leases_taken"], after["leases"]) == (8, 12, 20)
+    for step in (2, 3, 4):
+        peer.restart()
+        (answer,) = peer.ask("learner-0", "take", step=step, rank=0, world_size=1)
+        taken[step] = shard_from(answer).groups
+        early = trained_packet(4, taken[step], world_size=1)
+        if step < 4:  # of a learner that is gone
+            peer.tell("learner-0", early)
+        assert peer.core.step == step
+        peer.tell("learner-0", trained_packet(step, taken[step], world_size=1, covered=2))
+    sql = "SELECT step, lease_id FROM leases ORDER BY ticket"
+    rows = LedgerReader(peer.folder).query(sql)[1]
+    assert [(step, g.lease.lease_id) for step in taken for g in taken[step]] == rows[8:]
+    assert peer.core.metrics() == before
+    noted = "SELECT life, step, former_step, num_groups FROM rollbacks"
+    assert LedgerReader(peer.folder).query(noted)[1] == [(6, 2, 5, 12)]
+
+
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (1, "begins at step 1, but the groups of step 1 are gone: a newer checkpoint covered them"),
+        (4, "begins at step 4, but the buffer knows of 3 trained steps: ledger.sqlite is missing"),
+        (-1, "the groups of step -1 are gone"),
+    ],
+)
+def test_a_learner_that_begins_where_it_cannot_is_told_so_and_nothing_changes(step, why, peer):
+    for each in range(3):
+        train(peer, each, covered=2 * (each == 2))
+    before = peer.core.metrics()
+    (answer,) = peer.ask("learner-0", "begin", step=step)
+    assert answer.kind == "refused"
+    assert why in answer.fields["reason"]
+    assert (peer.core.metrics(), peer.core.step) == (before, 3)
+
+
+def test_evaluations_of_policies_that_were_rolled_back_are_made_again(peer):
+    def evaluate(version):
+        fields = {"version": version, "blocks": ["held-out"]}
+        packet = Packet(kind="evaluate", request_id=2, fields=fields)
+        return [p for to, p in peer.core.handle("learner-0", packet, 0.0) if to == "actor-0.7"]
+
+    def answer(push, score):
+        for lease in map(lease_from, push.fields["leases"]):
+            group = make_group(lease, versions=[[lease.version]], scores=[score])
+            peer.tell("actor-0.7", group_packet("put", [group]))
+
+    def results():
+        (found,) = peer.ask("learner-0", "results")
+        return {r["version"]: r["accuracy"] for r in found.fields["reports"]}
+
+    answer(*evaluate(0), 1.0)
+    train(peer, 0)
+    answer(*evaluate(1), 1.0)
+    (unanswered,) = evaluate(2)
+    assert peer.ask("learner-0", "begin", step=0)[0].kind == "noted"
+    assert results() == {0: 1.0}
+    answer(unanswered, 1.0)  # comes too late
+    peer.restart()
+    peer.ask("actor-0.7", "hello", actor="actor-0")
+    assert evaluate(0) == []
+    (push,) = evaluate(1)
+    assert not {f["lease_id"] for f in push.fields["leases"]} & {f"e{i}" for i in range(20)}
+    answer(push, -1.0)
+    assert results() == {0: 1.0, 1: 0.0}
 
 
 def test_a_finished_block_is_remembered_and_an_unfinished_one_begins_anew(tmp_path):

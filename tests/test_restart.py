@@ -80,7 +80,7 @@ class Ranks:
         if all((self.step, r) in self.batches for r in (0, 1)) and not self.telling:
             self.telling = True
             sizes = 3 * sum(len(self.batches[self.step, r]) for r in (0, 1))
-            fields = {"step": self.step, "world_size": 2}
+            fields = {"step": self.step, "world_size": 2, "covered": 0}
             arrays = (np.zeros(sizes, np.float32),)
             self.clients[0].post(Packet(kind="trained", fields=fields, arrays=arrays))
 

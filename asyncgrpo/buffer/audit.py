@@ -11,6 +11,7 @@ from typing import Any
 from asyncgrpo.buffer.leases import STATES
 from asyncgrpo.buffer.ledger import LedgerReader
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.staleness import bound_of
 
 # name -> the promise, and SQL for (ticket, what is wrong). `samples` are the trajectories.
 CHECKS = {
@@ -18,13 +19,16 @@ CHECKS = {
         "each lease is in one state, which its history leads to",
         """
         WITH history AS (
-            SELECT ticket, state, lag(state, 1, '') OVER (PARTITION BY ticket ORDER BY seq)
-            AS before FROM changes
+            SELECT seq, ticket, state, step,
+            lag(state, 1, '') OVER (PARTITION BY ticket ORDER BY seq) AS before FROM changes
         ), last AS (SELECT ticket, state, max(seq) FROM changes GROUP BY ticket)
         SELECT ticket, 'went from ' || before || ' to ' || state FROM history
         WHERE (before, state) NOT IN (VALUES ('', 'open'), ('open', 'stored'), ('open', 'filtered'),
             ('open', 'expired'), ('open', 'failed'), ('stored', 'evicted'), ('stored', 'taken'),
             ('taken', 'trained'))
+        AND NOT (before = 'trained' AND state = 'taken' AND EXISTS (SELECT * FROM rollbacks r
+            WHERE history.seq BETWEEN r.seq + 1 AND r.seq + r.num_groups
+            AND history.step BETWEEN r.step AND r.former_step - 1))
         UNION ALL SELECT ticket, 'is ' || leases.state || ', and ' || ifnull(last.state, 'nothing')
             || ' in its history' FROM leases LEFT JOIN last USING (ticket)
         WHERE leases.state IS NOT last.state
@@ -33,10 +37,10 @@ CHECKS = {
         """,
     ),
     "trained once": (
-        "no group is trained twice",
+        "no group is trained twice, but for steps that were rolled back",
         """
-        SELECT ticket, 'was trained ' || count(*) || ' times' FROM changes
-        WHERE state = 'trained' GROUP BY ticket HAVING count(*) > 1
+        SELECT ticket, 'was trained ' || total(state = 'trained') || ' times' FROM changes
+        GROUP BY ticket HAVING total(state = 'trained') > max(1, total(state = 'taken'))
         UNION ALL SELECT value, 'is in the batches of steps ' || group_concat(step)
         FROM steps, json_each(tickets) GROUP BY value HAVING count(*) > 1
         UNION ALL SELECT ticket, 'is in the trajectories of steps ' || group_concat(step)
@@ -44,7 +48,7 @@ CHECKS = {
         """,
     ),
     "staleness": (
-        "no trained token is older than buffer.max_staleness versions",
+        "no trained token is older than buffer.max_staleness versions (twice that with downweight)",
         """
         SELECT ticket, 'is trained at step ' || step || ' with tokens of version ' || oldest FROM
         (SELECT *, iif(:mask, newest_version, oldest_version) AS oldest FROM leases)
@@ -124,6 +128,7 @@ class Audit:
     """What was found."""
 
     next_step: int  # the steps before it are trained and committed
+    rollbacks: list[tuple[int, int]]  # the step where a learner began, the next one until then
     wrong: dict[str, list[tuple[int | None, str]]]  # by check: ticket, and what is wrong with it
     groups: list[dict[str, Any]]  # state, reason, leases, completions, tokens, reward_mean
 
@@ -137,16 +142,18 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
 
     Trajectories are checked up to the last step that is committed as trained.
     """
+    buffer = run.config.buffer
     files = {int(f.stem[5:]): f for f in (run.path / "trajectories").glob("step_*.jsonl")}
     reader = LedgerReader(run.path, timeout_seconds)  # after the look at the files
     _, ((next_step,),) = reader.query("SELECT ifnull(max(step) + 1, 0) FROM steps WHERE trained_at")
+    rollbacks = reader.query("SELECT step, former_step FROM rollbacks ORDER BY seq")[1]
     reader.add_table(
         "samples (step, ticket, lease_id, status, num_completions, num_tokens, staleness)",
         (row for step in files if step < next_step for row in _samples(step, files[step])),
     )
     values = {
-        "max_staleness": run.config.buffer.max_staleness,
-        "mask": run.config.buffer.staleness_action == "mask",
+        "max_staleness": bound_of(buffer.max_staleness, buffer.staleness_action),
+        "mask": buffer.staleness_action == "mask",
         "epochs": run.config.data.epochs,
         "trajectories": run.config.observe.trajectories,
     }
@@ -154,7 +161,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
     wrong["trajectories"] += [
         (None, f"{files[step]} is there, but the next step is {next_step}")
         for step in sorted(files)
-        if step > next_step
+        if step > max([next_step, *(former for _, former in rollbacks)])
     ]
     columns, rows = reader.query(
         "SELECT state, reason, count(*) AS leases, total(num_completions) AS completions,"
@@ -164,7 +171,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
     reader.close()
     groups = [dict(zip(columns, row, strict=True)) for row in rows]
     groups.sort(key=lambda group: STATES.index(group["state"]))
-    return Audit(next_step=next_step, wrong=wrong, groups=groups)
+    return Audit(next_step=next_step, rollbacks=rollbacks, wrong=wrong, groups=groups)
 
 
 def _samples(step: int, file: Path) -> Iterator[tuple[Any, ...]]:

@@ -26,7 +26,8 @@ def audit(run: Run, as_json: AsJson = False) -> None:
     lengths = {state: tokens[state] / sizes[state] for state in tokens if sizes[state]}
     wrong = {name: rows for name, rows in found.wrong.items() if rows}
     if as_json:
-        shown = {"next_step": found.next_step, "leases": leases, "mean_tokens": lengths}
+        shown = {"next_step": found.next_step, "rollbacks": found.rollbacks}
+        shown |= {"leases": leases, "mean_tokens": lengths}
         print(json.dumps({**shown, "groups": found.groups, "wrong": wrong}))
         raise typer.Exit(1 if wrong else 0)
     _show(
@@ -42,6 +43,9 @@ def audit(run: Run, as_json: AsJson = False) -> None:
     )
     terms = " + ".join(f"{count} {state}" for state, count in leases.items() if count)
     print(f"\n{sum(leases.values())} leased = {terms or 0}; {found.next_step} steps trained")
+    if found.rollbacks:
+        again = sum(former - step for step, former in found.rollbacks)
+        print(f"{again} steps rolled back and given again, in {len(found.rollbacks)} roll-backs")
     for state in ("filtered", "evicted", "expired"):
         if state in lengths and "trained" in lengths:
             bias = lengths[state] / lengths["trained"] - 1

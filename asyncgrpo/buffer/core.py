@@ -12,10 +12,12 @@
     (who has not said hello to this life of the buffer gets `introduce {life}`, and says it)
 
     from learner ranks
-    begin    {step}                     noted: the first step of a learner's life
+    begin    {step}                     noted: the first step of a learner's life; later ones that
+                                        a former life made are given again, of the same groups
     take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
     stop     {}                         noted: no batch is formed from now on
-    trained  {step, world_size}         noted {counters, actors, evaluations}
+    trained  {step, world_size, covered} noted {counters, actors, evaluations}; no learner will
+                                        begin before step `covered` any more
     evaluate {version, blocks}          evaluating, once the actors hold back their weights
     results  {}                         all reports, once no evaluation is on its way
     summary  {}                         noted {counters, actors, evaluations}
@@ -35,7 +37,7 @@ import numpy as np
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.filters import filter_reason
 from asyncgrpo.buffer.gate import make_gate
-from asyncgrpo.buffer.journal import Journal, NoJournal
+from asyncgrpo.buffer.journal import Batches, Journal, NoJournal
 from asyncgrpo.buffer.leases import STATES, LeaseBook
 from asyncgrpo.buffer.queue import PromptQueue
 from asyncgrpo.buffer.replay import Replay, tickets, trained
@@ -51,7 +53,6 @@ Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
 EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
-KEPT_STEPS = 4  # trained steps whose groups stay in the journal until a checkpoint covers them
 
 
 class BufferCore:
@@ -64,12 +65,16 @@ class BufferCore:
         record: Record,
         journal: Journal | None = None,
         now: float = 0.0,
+        rewind: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """Goes on where the journal ends; without one nothing survives the process."""
-        self._config, self._record = config, record
+        """Goes on where the journal ends; without one nothing survives the process.
+
+        rewind: takes back what was recorded of this step and later ones and is no longer true.
+        """
+        self._config, self._record, self._rewind = config, record, rewind
         self._journal = journal or NoJournal()
         buffer = config.buffer
-        self.replay = Replay(buffer.order)
+        self.replay = Replay(buffer.order, buffer.window)
         self.gate = make_gate(config, self.replay)
         self.leases = LeaseBook(config, self._journal)
         self.events = 0  # packets that brought the run on; see EVENTS
@@ -82,6 +87,7 @@ class BufferCore:
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
         self._evaluations = Evaluations(config, prompts.held_out, self.leases, self._journal)
         self._is_stopped = False
+        self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
         self._restore(now)
 
@@ -96,6 +102,7 @@ class BufferCore:
         in_batches = past.counts["taken"] + past.counts["trained"]
         self.gate.restore(self.leases.num_live, past.num_formed, in_batches)
         self._evaluations.restore(past)
+        self._rewind(self.step)
         self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -269,9 +276,34 @@ class BufferCore:
     # -- learner --------------------------------------------------------------------------
 
     def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
-        if packet.fields["step"] != self.step:
-            raise ValueError(f"the learner begins at step {packet.fields['step']}, not {self.step}")
+        step = packet.fields["step"]
+        if step > self.step:
+            raise ValueError(
+                f"the learner begins at step {step}, but the buffer knows of {self.step} trained "
+                "steps: ledger.sqlite is missing or older than the checkpoint; put it back, or "
+                "start another run with model.path set to the last model"
+            )
+        again = self._journal.batches(step) if step < self.step else {}
+        gone = [former for former in range(step, self.step) if former not in again]
+        if gone:
+            raise ValueError(
+                f"the learner begins at step {step}, but the groups of step {gone[0]} are gone: a "
+                f"newer checkpoint covered them; put it back, or start another run"
+            )
+        self._journal.began(step)
+        self._evaluations.forget(step)
+        if again:
+            self._roll_back(step, again)
         return [(peer, _answer(packet, "noted"))]
+
+    def _roll_back(self, step: int, batches: Batches) -> None:
+        for former, batch in batches.items():
+            self.replay.hold(former, batch)
+            self.leases.move([ticket for ticket, _ in batch], "trained", "taken", step=former)
+        self.step = step
+        self._waiting_takes.clear()  # of the learner's former life
+        self._rewind(step)
+        self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
         self._is_stopped = True
@@ -303,17 +335,36 @@ class BufferCore:
 
     def _form_batch(self) -> None:
         self._evict()
-        buffer = self._config.buffer
+        buffer, oldest_open = self._config.buffer, min(self.leases.open_tickets(), default=None)
         count = buffer.groups_per_step
         if buffer.tokens_per_step:
-            count = self.replay.count_for(buffer.tokens_per_step, self._config.min_groups)
+            fewest = self._config.min_groups
+            count = self.replay.count_for(buffer.tokens_per_step, fewest, oldest_open)
         if self._exhausted() and len(self.replay) >= self._config.launch.learners:
             count = min(count, len(self.replay))  # the last, smaller batch
-        if not self.replay.ready(count, self.leases.open_tickets()):
+        if not self.replay.ready(count, oldest_open) or self._waits_for_old_work(
+            count, oldest_open
+        ):
             return
-        batch = self.replay.batches[self.step] = self.replay.take(count)
+        batch = self.replay.batches[self.step] = self.replay.take(count, oldest_open)
         self.gate.formed(count)
         self.leases.move(tickets(batch), "stored", "taken", step=self.step)
+
+    def _waits_for_old_work(self, count: int, oldest_open: int | None) -> bool:
+        """Whether, with a batch of `count` now, work that is being made would get too old.
+
+        What has version v must be in the batch of step v + max_staleness at the latest, and no step
+        takes more than one batch: the rule of deadline scheduling for what is left over.
+        """
+        buffer, being_made = self._config.buffer, self.leases.open_versions()
+        if buffer.staleness_action != "wait" or not being_made:
+            return False
+        left = sorted([*being_made, *self.replay.versions_left(count, oldest_open)])
+        return any(
+            number > count * (version + buffer.max_staleness - self.step)
+            for number, version in enumerate(left, 1)
+            if version >= min(being_made)  # else waiting would not help
+        )
 
     def _evict(self) -> None:
         buffer = self._config.buffer
@@ -327,9 +378,9 @@ class BufferCore:
         return not self.leases.counts["open"] and not self._queue
 
     def _on_trained(self, peer: str, packet: Packet, now: float) -> Replies:
-        step, world_size = packet.fields["step"], packet.fields["world_size"]
+        step, world_size, covered = (packet.fields[n] for n in ("step", "world_size", "covered"))
         batch = self.replay.batches.get(step)
-        if batch is not None:
+        if batch is not None and step == self.step:
             (advantages,) = packet.arrays
             ended = trained([stored.group for stored in batch], world_size, advantages)
             del self.replay.batches[step]
@@ -337,7 +388,9 @@ class BufferCore:
             self._record(step, ended)
             self.step = step + 1
             self._evict()
-            self._journal.covered(step - KEPT_STEPS)
+            if covered > self._covered:
+                self._covered = covered
+                self._journal.covered(covered)
             self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
         return [(peer, _answer(packet, "noted", **self._summary()))]
 

@@ -88,6 +88,15 @@ class Evaluations:
             ]
         return pushes
 
+    def forget(self, version: int) -> None:
+        """A learner begins at this version: newer ones will be other policies."""
+        for key in [key for key in self._jobs if key[0] > version]:
+            for lease_id in self._jobs.pop(key).unanswered:
+                self._leases.close(lease_id, "expired")
+        self._reports = {key: r for key, r in self._reports.items() if key[0] <= version}
+        self._untold = [report for report in self._untold if report["version"] <= version]
+        self._wanted = {key for key in self._wanted if key[0] <= version}
+
     def wait(self, peer: str, request: Packet) -> None:
         """Keeps a request until `replies` has its answer."""
         self._waiting.append((peer, request))

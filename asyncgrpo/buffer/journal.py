@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from asyncgrpo.buffer.leases import OpenLease
 
 
+Batches = Mapping[int, Sequence[tuple[int, Group]]]  # step -> tickets and groups, in order
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
     """Everything that outlives a buffer process; by default nothing has happened yet."""
@@ -29,7 +32,7 @@ class Remembered:
     held: Sequence[tuple[int, int, str, str, int]] = ()  # ticket, position, prompt, peer, version
     again: Sequence[tuple[int, str, int]] = ()  # position, prompt, ticket: to be handed out again
     stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
-    batches: Mapping[int, Sequence[tuple[int, Group]]] = field(default_factory=dict)  # by step
+    batches: Batches = field(default_factory=dict)
     # by version and block; None: not done
     reports: Mapping[tuple[int, str], Mapping[str, Any] | None] = field(default_factory=dict)
 
@@ -56,7 +59,13 @@ class Journal(Protocol):
         """Leases changed their state. step: of taken and trained; again: the prompt comes back."""
 
     def covered(self, step: int) -> None:
-        """Groups trained up to this step will never be asked for again."""
+        """Groups trained before this step will never be asked for again."""
+
+    def batches(self, step: int) -> Batches:
+        """The batches that were trained at this step and later, as far as their groups are kept."""
+
+    def began(self, step: int) -> None:
+        """A learner begins at this step: what was made of it and later ones will be made again."""
 
     def evaluating(self, version: int, name: str, last_number: int) -> None:
         """An evaluation began; last_number: of the newest lease, those of evaluations included."""
@@ -78,4 +87,7 @@ class NoJournal:
 
     def _nothing(self, *notes: Any, **more: Any) -> None: ...
 
-    leased = arrived = moved = covered = evaluating = evaluated = counts = commit = _nothing
+    def batches(self, step: int) -> Batches:
+        return {}
+
+    leased = arrived = moved = covered = began = evaluating = evaluated = counts = commit = _nothing

@@ -173,6 +173,10 @@ class LeaseBook:
         """Tickets of the open training leases."""
         return [o.ticket for o in self._open.values() if o.lease.purpose == "train"]
 
+    def open_versions(self) -> list[int]:
+        """For each open training lease the oldest policy version that may sample its tokens."""
+        return [o.lease.version for o in self._open.values() if o.lease.purpose == "train"]
+
     def overdue(self, now: float) -> list[OpenLease]:
         """Open leases past their deadline."""
         return [

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from asyncgrpo.buffer.journal import Remembered
+from asyncgrpo.buffer.journal import Batches, Remembered
 from asyncgrpo.buffer.leases import OpenLease
 from asyncgrpo.errors import ConfigError, LedgerError, WireError
 from asyncgrpo.types import Group
@@ -83,7 +83,16 @@ CREATE TABLE evaluations (
     name TEXT NOT NULL,         -- of the block
     last_number INTEGER NOT NULL, -- of any lease when it began
     report TEXT,                -- JSON; null: not done
+    is_lost INTEGER NOT NULL DEFAULT 0, -- 1: of a policy that a roll-back took away
     PRIMARY KEY (version, name)
+);
+CREATE TABLE rollbacks (        -- every time that a learner began at a step before the last
+    seq INTEGER PRIMARY KEY,    -- of the last change before
+    life INTEGER NOT NULL,
+    time REAL NOT NULL,
+    step INTEGER NOT NULL,      -- where it began
+    former_step INTEGER NOT NULL, -- the next step until then
+    num_groups INTEGER NOT NULL -- taken again: the next changes
 );
 CREATE TABLE lives (            -- every start of the buffer process
     life INTEGER PRIMARY KEY,
@@ -171,7 +180,7 @@ class Ledger:
         now, time_of = self._clock(), TIME_OF[state]
         lease = (
             "UPDATE leases SET state = ?, reason = ?, step = coalesce(?, step), again = ?,"
-            f" {time_of} = ? WHERE ticket = ?"
+            f" ended_at = NULL, {time_of} = ? WHERE ticket = ?"
         )
         for ticket in tickets:
             self._write(CHANGE, ticket, state, reason, step, now)
@@ -182,7 +191,8 @@ class Ledger:
             batch = json.dumps(tickets)
             self._write(
                 "INSERT INTO steps (step, formed_at, num_tokens, tickets) SELECT ?, ?,"
-                " sum(num_tokens), ? FROM leases JOIN json_each(?) ON ticket = value",
+                " sum(num_tokens), ? FROM leases JOIN json_each(?) ON ticket = value WHERE true"
+                " ON CONFLICT (step) DO UPDATE SET trained_at = NULL",
                 *(step, now, batch, batch),
             )
         elif state == "trained":
@@ -191,12 +201,30 @@ class Ledger:
     def covered(self, step: int) -> None:
         self._write(
             "DELETE FROM payloads WHERE ticket IN (SELECT ticket FROM payloads JOIN leases"
-            " USING (ticket) WHERE state = 'trained' AND step <= ?)",
+            " USING (ticket) WHERE state = 'trained' AND step < ?)",
             step,
         )
 
+    def batches(self, step: int) -> Batches:
+        with _explained(self._path):
+            return _batches(
+                self._db,
+                "trained_at AND step >= ? AND NOT EXISTS (SELECT * FROM json_each(tickets)"
+                " LEFT JOIN payloads ON ticket = value WHERE packet IS NULL)",
+                step,
+            )
+
+    def began(self, step: int) -> None:
+        self._write("UPDATE evaluations SET is_lost = 1 WHERE version > ?", step)
+        self._write(
+            "INSERT INTO rollbacks SELECT (SELECT max(seq) FROM changes), ?, ?, ?, former, num FROM"
+            " (SELECT max(step) + 1 AS former, sum(json_array_length(tickets)) AS num FROM steps"
+            " WHERE trained_at AND step >= ?) WHERE num",
+            *(self.life, self._clock(), step, step),
+        )
+
     def evaluating(self, version: int, name: str, last_number: int) -> None:
-        begun = "REPLACE INTO evaluations VALUES (?, ?, ?, NULL)"
+        begun = "REPLACE INTO evaluations (version, name, last_number) VALUES (?, ?, ?)"
         self._write(begun, version, name, last_number)
 
     def evaluated(self, report: Mapping[str, Any]) -> None:
@@ -321,15 +349,13 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             past.update(groups=groups, tokens=tokens, reward=reward)
         if state not in ("expired", "failed", "filtered"):
             past.update(groups_stored=groups, tokens_stored=tokens)
-    evaluations = db.execute(
-        "SELECT version, name, last_number, report FROM evaluations"
-    ).fetchall()
+    evaluations = db.execute("SELECT * FROM evaluations").fetchall()
     trained = "SELECT coalesce(max(step) + 1, 0) FROM steps WHERE trained_at IS NOT NULL"
     return Remembered(
         counts=counts,
         reasons=reasons,
         arrived={name: past[name] for name in ("groups", "tokens", "reward")},
-        last_number=max([past["number"], *(number for _, _, number, _ in evaluations)]),
+        last_number=max([past["number"], *(number for _, _, number, *_ in evaluations)]),
         position=past["position"],
         step=db.execute(trained).fetchone()[0],
         num_formed=db.execute("SELECT count(*) FROM steps").fetchone()[0],
@@ -348,22 +374,21 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             "SELECT ticket, packet FROM leases LEFT JOIN payloads USING (ticket)"
             " WHERE state = 'stored' ORDER BY arrival",
         ),
-        batches={
-            step: _groups(
-                db,
-                "SELECT value, packet FROM json_each(?) LEFT JOIN payloads ON ticket = value"
-                " ORDER BY key",
-                batch,
-            )
-            for step, batch in db.execute(
-                "SELECT step, tickets FROM steps WHERE trained_at IS NULL"
-            )
-        },
+        batches=_batches(db, "trained_at IS NULL"),
         reports={
             (version, name): report and json.loads(report)
-            for version, name, _, report in evaluations
+            for version, name, _, report, is_lost in evaluations
+            if not is_lost
         },
     )
+
+
+def _batches(db: sqlite3.Connection, which: str, *values: Any) -> Batches:
+    batch = (
+        "SELECT value, packet FROM json_each(?) LEFT JOIN payloads ON ticket = value ORDER BY key"
+    )
+    rows = db.execute(f"SELECT step, tickets FROM steps WHERE {which} ORDER BY step", values)
+    return {step: _groups(db, batch, tickets) for step, tickets in rows.fetchall()}
 
 
 def _groups(db: sqlite3.Connection, sql: str, *values: Any) -> list[tuple[int, Group]]:

@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 
 from asyncgrpo.buffer.core import BufferCore, Replies
 from asyncgrpo.buffer.flow import FlowFile
@@ -31,8 +32,14 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     ledger = Ledger(run.path)
     ledger.checkpoint_aside()
     samples = TrajectoryWriter(run.path, config)
-    core = BufferCore(config, open_prompts(config), samples, ledger, time.monotonic())
-    samples.rewind(core.step, ledger.state)  # what a former life wrote, but did not commit
+    core = BufferCore(
+        config,
+        open_prompts(config),
+        samples,
+        ledger,
+        time.monotonic(),
+        rewind=partial(samples.rewind, state=ledger.state),
+    )
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
     exporter.show(
         {

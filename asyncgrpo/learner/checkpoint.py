@@ -44,6 +44,7 @@ class Checkpoints:
         self._folder, self._settings = folder, settings
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self.covered = 0  # on rank 0: the newest that this process completed, or was loaded
         # Its own group: collectives of the saving thread must not meet those of training.
         self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
 
@@ -98,6 +99,7 @@ class Checkpoints:
         own = path / f"rng_{ranks.rank()}.pt"
         if own.exists():  # else there are more ranks than before
             _set_random_state(torch.load(own, weights_only=True))
+        self.covered = step_of(path)
         counters: dict[str, float] = read_manifest(path)["counters"]
         return counters
 
@@ -127,6 +129,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)  # of a life that was rolled back
         draft.rename(final)
         _to_disk(self._folder)
+        self.covered = step
         log.info("checkpoint of step %d saved", step)
         for path in saved(self._folder)[: -self._settings.keep_last]:
             if not self._settings.keep_every or step_of(path) % self._settings.keep_every:

@@ -27,6 +27,10 @@ class Updater(Protocol):
 
     advantages: Float32  # [C] of the last update's completions, rank by rank as they were dealt
 
+    @property
+    def covered(self) -> int:
+        """The step of the newest complete checkpoint; 0 without any."""
+
     def update(self, shard: Shard) -> dict[str, float]:
         """One optimizer update from this rank's shard; metrics of the whole batch."""
 
@@ -167,7 +171,8 @@ class Learner:
         if self._sender is None or self._recorder is None:
             self._show({name: row[name] for name in OWN_TIMES})
             return
-        fields = {"step": step, "world_size": self._world_size}
+        covered = self._updater.covered
+        fields = {"step": step, "world_size": self._world_size, "covered": covered}
         packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
         summary = self._client.call(packet, CALL_SECONDS).fields
         self._recorder.row({**row, **self._sender.metrics()}, summary)

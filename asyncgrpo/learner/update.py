@@ -162,6 +162,11 @@ class PolicyUpdater:
         """Whether the state after `step` updates is to be saved."""
         return self._checkpoints is not None and self._checkpoints.is_due(step)
 
+    @property
+    def covered(self) -> int:
+        """The step of the newest complete checkpoint (on rank 0); 0 without any."""
+        return self._checkpoints.covered if self._checkpoints is not None else 0
+
     def checkpoint(self, step: int) -> None:
         """Begins to save the state after `step` updates."""
         if self._checkpoints is not None:

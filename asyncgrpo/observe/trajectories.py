@@ -110,4 +110,6 @@ def _masked_share(completion: Completion, step: int, config: Config) -> float:
     is_truncated = config.algo.mask_truncated and completion.finish_reason == "length"
     if is_truncated or not np.isfinite(completion.behavior_logprobs).all():
         return 1.0
+    if config.buffer.staleness_action != "mask":
+        return 0.0
     return float((step - completion.versions > config.buffer.max_staleness).mean())

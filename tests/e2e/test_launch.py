@@ -53,23 +53,19 @@ TWO_BLOCKS = (
 class Launch:
     """An `asyncgrpo launch` of ours, in its own folder."""
 
-    def __init__(self, base: Path, model: Path, *overrides: str, engine: str = "toy") -> None:
+    def __init__(
+        self, base: Path, model: Path, *overrides: str, engine: str = "toy", resume: bool = False
+    ) -> None:
         self.run_dir = base / "run"
         self.out = base / "out.txt"
         settings = [*SMALL, f"actor.engine={engine}", f"model.path={model}", *overrides]
         command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--run-dir", str(self.run_dir)]
-        self._start([*command, *(part for setting in settings for part in ("--set", setting))])
-
-    def _start(self, command: list[str]) -> None:
+        command += ["--resume", str(self.run_dir)] if resume else []
+        command += [part for setting in settings for part in ("--set", setting)]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parent.parent
             )
-
-    def resume(self, *arguments: str) -> None:
-        """Goes on after the end."""
-        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--resume", str(self.run_dir)]
-        self._start([*command, *arguments])
 
     def text(self) -> str:
         return self.out.read_text()
@@ -144,8 +140,8 @@ def model(tmp_path_factory) -> Path:
 def launch(tmp_path, model):
     started: list[Launch] = []
 
-    def start(*overrides: str, engine: str = "toy") -> Launch:
-        started.append(Launch(tmp_path, model, *overrides, engine=engine))
+    def start(*overrides: str, engine: str = "toy", resume: bool = False) -> Launch:
+        started.append(Launch(tmp_path, model, *overrides, engine=engine, resume=resume))
         return started[-1]
 
     yield start
@@ -264,7 +260,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
 
 @pytest.mark.slow
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
-    run = launch("run.max_steps=5000")
+    run = launch("run.max_steps=5000", "launch.max_restarts=0")
     started = run.until_training()
     ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
     assert len(ranks) == 2
@@ -273,6 +269,60 @@ def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     assert "learner-1" in run.targets()
     run.assert_nothing_left(started)
     assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
+
+
+def check_made_again(run: Launch, steps: int) -> None:
+    """After roll-backs: every step is there once, of groups that were trained nowhere else."""
+    found = audit(RunDir.read(run.run_dir))
+    assert not any(found.wrong.values()), found.wrong
+    assert found.next_step == steps
+    assert found.rollbacks
+    assert all(step in (0, 4, 8) and step < former for step, former in found.rollbacks)
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(steps))
+    rows = [row for step in range(steps) for row in trained_rows(run.run_dir, step)]
+    names = [(row["lease_id"], row["sample"]) for row in rows]
+    assert len(set(names)) == len(names) == 16 * steps
+
+
+def until_step(run: Launch, step: int) -> None:
+    checkpoint = run.run_dir / f"checkpoints/step_{step // 4 * 4}"
+    run.until(checkpoint.exists, "saved")
+    run.until(lambda: [row for row in run.rows() if row["step"] >= step], "trained")
+
+
+@pytest.mark.slow
+def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(launch):
+    run = launch("run.max_steps=12", "checkpoint.every=4")
+    until_step(run, 5)
+    started = run.processes()
+    before = {step: trained_rows(run.run_dir, step) for step in range(5)}
+    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
+    ranks[-1].kill()
+    assert run.wait() == 0, run.text()[-4000:]
+    run.assert_nothing_left(started)
+    check_made_again(run, 12)
+    again = [row["lease_id"] for row in trained_rows(run.run_dir, 4)]
+    assert again == [row["lease_id"] for row in before[4]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
+    settings = ("run.max_steps=12", "checkpoint.every=4")
+    run = launch(*settings)
+    until_step(run, 5)
+    started = run.processes()
+    os.kill(run.process.pid, number)
+    run.wait()
+    run.assert_nothing_left(started)
+    resumed = launch(*settings, resume=True)
+    assert resumed.wait() == 0, resumed.text()[-4000:]
+    if number == signal.SIGKILL:
+        check_made_again(resumed, 12)
+    found = audit(RunDir.read(run.run_dir))
+    assert not any(found.wrong.values()), found.wrong
+    assert found.next_step == 12
+    assert [row["step"] for row in resumed.rows() if "loss" in row] == list(range(12))
 
 
 @pytest.mark.slow
@@ -301,7 +351,8 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
 @pytest.mark.slow
 def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path, model):
     (tmp_path / "runs").mkdir()
-    run = Launch(tmp_path / "runs", model, "run.max_steps=5000", "checkpoint.every=1")
+    settings = ["run.max_steps=5000", "checkpoint.every=1"]
+    run = Launch(tmp_path / "runs", model, *settings)
     try:
         run.until_training()
         before = {path: path.read_text() for path in (run.run_dir / "targets").glob("*.json")}
@@ -321,12 +372,14 @@ def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path,
         assert run.targets() == []
         for path, text in before.items():  # as if that life had failed
             path.write_text(text)
-        folder, run.run_dir = run.run_dir.name, tmp_path / "runs" / "latest"
         steps = len(run.rows())
-        run.resume("--actors", "1")
+        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--dry-run", "--resume"]
+        command.append(str(tmp_path / "runs" / "latest"))
+        said = subprocess.check_output(command, text=True, cwd=TESTS)
+        assert f"going on with {run.run_dir} at" in said
+        run = Launch(tmp_path / "runs", model, *settings, "launch.actors=1", resume=True)
         run.until(lambda: len(run.rows()) > steps, "went on")
         assert run.healthy() == run.targets() == ["actor-0", "buffer", "learner-0", "learner-1"]
-        assert os.readlink(run.run_dir) == folder  # not itself
     finally:
         if run.process.poll() is None:
             run.process.send_signal(signal.SIGTERM)
