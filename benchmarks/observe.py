@@ -2,17 +2,20 @@
 
     python benchmarks/observe.py [--steps 120] [--seed 0] [--report-to tensorboard wandb]
 
-One serial run of the tiny task in which every other step is observed as always, and the others
-not at all: no row, no writer, no histogram. Something reads /metrics once per second all the
-time. CPU time, because other work on the machine does not count in it. Prints the calls' own
-milliseconds per observed step, also as a share of a step without, and the medians of both kinds
-of steps, which hold the same plus noise.
+One serial run of the tiny task in which a coin decides for each step whether it is observed as
+always or not at all: no row, no writer, no histogram. Something reads /metrics once per second all
+the time. CPU time, because other work on the machine counts less in it. Prints the calls' own
+milliseconds per observed step, also as a share of a step without, and how both kinds of steps
+differ in seconds per generated token, which is the same with the noise of the steps themselves.
+vLLM's own counting is not in it: the engine of a serial run is the toy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import statistics
 import sys
 import tempfile
@@ -33,11 +36,14 @@ WARM_UP = 4  # steps that compile and fill caches
 
 
 class Watch:
-    """Times the calls of observation, and lets them happen in every other step only."""
+    """Times the calls of observation, and lets them happen in the steps that a coin chooses."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
         self.is_on = True
-        self.steps: dict[bool, list[float]] = {True: [], False: []}  # CPU seconds, by is_on
+        self._coin, self._num_rows = random.Random(seed), 0
+        # By is_on: CPU seconds and generated tokens of each step.
+        self.steps: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+        self._tokens = 0
         self.calls = self.scrapes = 0.0  # CPU seconds in observed steps, and of all scrapes
         self.num_scrapes = 0
         self._depth, self._since = 0, time.process_time()
@@ -46,6 +52,8 @@ class Watch:
         """The call when it is on; calls within calls count once."""
 
         def wrapped(*arguments: Any) -> None:
+            if "completion/tokens" in arguments[1:2]:
+                self._tokens += sum(arguments[2])
             if not self.is_on:
                 return
             start, self._depth = time.thread_time(), self._depth + 1
@@ -57,14 +65,16 @@ class Watch:
         return wrapped
 
     def ending_step(self, row: Callable[..., None]) -> Callable[..., None]:
-        """Where one step ends and the next begins, with the other kind of observation."""
+        """Where one step ends and the next begins, observed or not."""
 
         def wrapped(*arguments: Any) -> None:
             row(*arguments)
             now = time.process_time()
-            self.steps[self.is_on].append(now - self._since)
-            self.is_on, self._since = not self.is_on, now
-            if len(self.steps[False]) == WARM_UP:  # begins anew
+            self.steps[self.is_on].append((now - self._since, self._tokens))
+            self._tokens = 0
+            self.is_on, self._since = self._coin.random() < 0.5, now
+            self._num_rows += 1
+            if self._num_rows == WARM_UP:
                 self.steps, self.calls = {True: [], False: []}, 0.0
 
         return wrapped
@@ -90,20 +100,27 @@ class Watch:
         return wrapped
 
 
+def pace(steps: list[tuple[float, int]]) -> tuple[float, float]:
+    """CPU seconds per token, and the standard error of this ratio of sums."""
+    ratio = sum(seconds for seconds, _ in steps) / sum(tokens for _, tokens in steps)
+    spread = statistics.stdev(seconds - ratio * tokens for seconds, tokens in steps)
+    return ratio, spread / statistics.fmean(tokens for _, tokens in steps) / len(steps) ** 0.5
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-to", nargs="*", default=[])
     asked = parser.parse_args()
-    watch = Watch()
+    watch = Watch(asked.seed)
     RunRecorder.row = watch.ending_step(watch.timed(RunRecorder.row))
     exporter.Exporter.observe = watch.timed(exporter.Exporter.observe)
     exporter.generate_latest = watch.timed_page(exporter.generate_latest)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "run.dir": json.dumps(f"{folder}/run"),
-            "run.max_steps": 2 * WARM_UP + asked.steps,
+            "run.max_steps": WARM_UP + asked.steps,
             "run.seed": asked.seed,
             "eval": "[]",  # its answers would count as work of some steps only
             "observe.report_to": json.dumps(asked.report_to),
@@ -111,11 +128,15 @@ def main() -> None:
         overrides = [f"{name}={value}" for name, value in settings.items()]
         threading.Thread(target=watch.scrape, args=[Path(folder, "run")], daemon=True).start()
         Session(load_config(CONFIG, overrides)).run_serially()
-    on, off = (statistics.median(watch.steps[kind]) for kind in (True, False))
+    (on, on_error), (off, off_error) = (pace(watch.steps[kind]) for kind in (True, False))
+    step = statistics.fmean(seconds for seconds, _ in watch.steps[False])
     calls, scrape = watch.calls / len(watch.steps[True]), watch.scrapes / watch.num_scrapes
-    print(f"calls {1000 * calls:.2f} ms of a step of {1000 * off:.0f} ms: {calls / off:.2%}")
+    print(f"calls {1000 * calls:.2f} ms of a step of {1000 * step:.0f} ms: {calls / step:.2%}")
     print(f"a scrape {1000 * scrape:.2f} ms; every second of one core: {scrape:.2%}")
-    print(f"steps with {1000 * on:.1f} ms, without {1000 * off:.1f} ms: {on / off - 1:+.2%}")
+    print(
+        f"{len(watch.steps[True])} steps with, {len(watch.steps[False])} without: "
+        f"{on / off - 1:+.2%} per token, standard error {math.hypot(on_error, off_error) / off:.2%}"
+    )
 
 
 if __name__ == "__main__":
