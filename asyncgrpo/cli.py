@@ -6,10 +6,8 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -64,6 +62,7 @@ def launch(
     from asyncgrpo.config import load_config
     from asyncgrpo.launch.resume import find_run
     from asyncgrpo.launch.session import Session
+    from asyncgrpo.rundir import stop_flag
 
     flags = {
         "launch.actors": actors,
@@ -83,7 +82,7 @@ def launch(
     if dry_run:
         session.show_plan()
     else:
-        raise typer.Exit(session.run_serially() if serial else session.run())
+        raise typer.Exit(session.run_serially(stop_flag()) if serial else session.run())
 
 
 @app.command()
@@ -170,11 +169,11 @@ def role(
 ) -> None:
     """One process of a run; the launcher starts it."""
     from asyncgrpo.launch.stall import answer_with_stacks
-    from asyncgrpo.rundir import RunDir
+    from asyncgrpo.rundir import RunDir, stop_flag
 
     run = RunDir.read(run_dir)
     logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
-    stopping = _stop_flag()
+    stopping = stop_flag()
     answer_with_stacks(run_dir, f"{name}-{os.environ.get('RANK', index)}")
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer
@@ -190,14 +189,6 @@ def role(
         run_learner(run, stopping)
     else:
         raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
-
-
-def _stop_flag() -> Callable[[], bool]:
-    """A flag that SIGTERM sets; loops look at it between two turns."""
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: asked.append(number))
-    return lambda: bool(asked)
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,6 +87,14 @@ def _broken(file: Path, error: Exception) -> ConfigError:
         f"{file} is not whole ({type(error).__name__}: {error}): the run was killed while it "
         "started, or the file was changed; put it back, or name another run directory"
     )
+
+
+def stop_flag() -> Callable[[], bool]:
+    """A flag that SIGTERM and SIGUSR2 set; loops look at it between two turns."""
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    return lambda: bool(asked)
 
 
 def leave(exit_code: int) -> NoReturn:

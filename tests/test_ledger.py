@@ -382,6 +382,8 @@ def test_a_learner_that_begins_at_its_checkpoint_gets_the_same_batches_again(pee
     assert noted.kind == "noted"
     after = peer.core.metrics()
     assert (after["leases_trained"], after["leases_taken"], after["leases"]) == (8, 12, 20)
+    ended = "SELECT count(*) FROM leases WHERE ended_at IS NOT NULL"
+    assert LedgerReader(peer.folder).query(ended)[1] == [(8,)]
     for step in (2, 3, 4):
         peer.restart()
         (answer,) = peer.ask("learner-0", "take", step=step, rank=0, world_size=1)

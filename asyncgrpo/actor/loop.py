@@ -113,6 +113,12 @@ class ActorLoop:
         self._deliver()
         self._report()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is sampled, scored, sent or proven."""
+        held = (self._sampling, self._scoring, self._outbox, self._unacked, self._next_eval)
+        return not any(held) and not self._proving
+
     def leave(self, seconds: float) -> None:
         """Hands back leases whose completions are not sampled, delivers the others, says goodbye.
 

@@ -301,7 +301,6 @@ class BufferCore:
             self.replay.hold(former, batch)
             self.leases.move([ticket for ticket, _ in batch], "trained", "taken", step=former)
         self.step = step
-        self._waiting_takes.clear()  # of the learner's former life
         self._rewind(step)
         self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 

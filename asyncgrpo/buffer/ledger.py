@@ -8,6 +8,7 @@ the write-ahead log before anything about them is sent: `kill -9` loses nothing 
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import time
 from collections import Counter
@@ -252,6 +253,11 @@ class Ledger:
             with _explained(self._path):
                 self._db.execute("COMMIT")
 
+    def copy_to(self, path: Path) -> None:
+        """Writes all that is committed into another file."""
+        with _explained(path), closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
+
     def close(self) -> None:
         """Leaves a single file that can be read anywhere. What is not committed is lost."""
         self._closing.set()
@@ -271,6 +277,13 @@ class Ledger:
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
             self._db.execute(sql, values)
+
+
+def put_back(copy: Path, run_dir: Path) -> None:
+    """Makes a copy that `copy_to` wrote the ledger of a run directory again."""
+    for end in ("-wal", "-shm"):  # the log of the file that goes would be read into the copy
+        (run_dir / f"{FILE}{end}").unlink(missing_ok=True)
+    shutil.copy(copy, run_dir / FILE)
 
 
 class LedgerReader:

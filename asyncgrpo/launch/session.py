@@ -21,7 +21,15 @@ from asyncgrpo.config import Config
 from asyncgrpo.data.check import length_warning
 from asyncgrpo.data.prompts import PromptSource, open_prompts
 from asyncgrpo.data.templates import tokenise
-from asyncgrpo.errors import AbsentData, AbsentModel, ConfigError, DataError, ModelError
+from asyncgrpo.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    AbsentData,
+    AbsentModel,
+    ConfigError,
+    DataError,
+    ModelError,
+)
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
@@ -116,8 +124,8 @@ class Session:
         self._end_scraping()
         return code
 
-    def run_serially(self) -> int:
-        """All roles in this process (`--serial`)."""
+    def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
+        """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
@@ -126,10 +134,11 @@ class Session:
             self._console.print("serial: one actor with the toy engine, one learner, no sockets")
             from asyncgrpo.serial import run_serial  # torch
 
-            run_serial(run)
+            is_done = run_serial(run, stopping=stopping)
             self._end_scraping()
-        show_summary(self.run_dir, self._console)
-        return 0
+        if is_done:
+            show_summary(self.run_dir, self._console)
+        return EXIT_DONE if is_done else EXIT_INTERRUPTED
 
     def _end_scraping(self) -> None:
         """Takes the run off Prometheus: what is still a target and gone has failed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from asyncgrpo.config import Config, EvalSettings
@@ -49,8 +50,8 @@ class Updater(Protocol):
     def is_checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` updates is to be saved."""
 
-    def checkpoint(self, step: int) -> None:
-        """Begins to save the state after `step` updates."""
+    def checkpoint(self, step: int, add: Callable[[Path], None]) -> None:
+        """Begins to save the state after `step` updates, with what `add` puts into its folder."""
 
 
 class Recorder(Protocol):
@@ -82,15 +83,18 @@ class Learner:
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
         observe: Callable[[str, Int32], None] = lambda name, values: None,
         stopping: Callable[[], bool] = lambda: False,
+        add_to_checkpoint: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         """show, observe: get what a rank alone knows, for its metrics endpoint.
 
-        stopping: whether the run is to end early, with a checkpoint.
+        stopping: whether the run is to end early, with a checkpoint. add_to_checkpoint: puts more
+        files into the folder of each.
         """
         self._config, self._rank, self._world_size = config, rank, world_size
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
         self._show, self._observe, self._stopping = show, observe, stopping
+        self._add_to_checkpoint = add_to_checkpoint
         self._has_asked_to_stop = False
         self._published = -1
         self._evals = config.evals
@@ -110,8 +114,8 @@ class Learner:
         self._publish(version, is_first=True)
         if version == 0:
             self._evaluate(0, self._evals)
-        else:
-            self._evaluate_now_and_then(version)  # what was under way when it was stopped
+        # those of the checkpoint's version were asked for before it was made: the buffer knows
+        self._evaluated = {block.name: version for block in self._evals}
         for step in range(version, self._config.run.max_steps):
             start = time.perf_counter()
             answer = self._take(step)
@@ -134,7 +138,7 @@ class Learner:
             self._observe("token_staleness", shard.staleness)
             self._tell(step, row)
             if self._updater.is_checkpoint_due(version):
-                self._updater.checkpoint(version)
+                self._updater.checkpoint(version, self._add_to_checkpoint)
         self._finish(version)
         return True
 
@@ -153,7 +157,7 @@ class Learner:
 
     def _stop(self, version: int) -> bool:
         log.info("stopping after %d steps", version)
-        self._updater.checkpoint(version)
+        self._updater.checkpoint(version, self._add_to_checkpoint)
         self._updater.save()
         return False
 

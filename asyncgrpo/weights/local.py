@@ -70,6 +70,10 @@ class LocalLink:
             "publish/bytes": float(len(self._flat.bytes)),
         }
 
+    def forget(self) -> None:
+        """Another engine takes the place of the one that holds weights."""
+        self._held, self._busy = -1, False
+
     def set_busy(self, busy: bool) -> None:
         self._busy = busy
 
