@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -74,7 +75,8 @@ def launch(
     }
     found = find_run(resume, run_dir) if resume else None
     if found is not None:  # its settings, unless others are given
-        flags["run.dir"] = f'"{found}"'
+        # not by a link such as runs/latest, which moves on to the next run
+        flags["run.dir"] = json.dumps(str(found.resolve()), ensure_ascii=False)
         config = config or found / "config.json"
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(set_ or []), *overrides])
@@ -83,6 +85,22 @@ def launch(
         session.show_plan()
     else:
         raise typer.Exit(session.run_serially(stop_flag()) if serial else session.run())
+
+
+@app.command()
+def top(
+    run: Annotated[Path, typer.Argument(help="run directory; the run may be going on elsewhere")],
+    once: Annotated[bool, typer.Option("--once", help="show it once, do not wait")] = False,
+) -> None:
+    """Shows how far a run is, every second until it is done; Ctrl-C ends only the view."""
+    from rich.console import Console
+
+    from asyncgrpo.observe.progress import follow
+    from asyncgrpo.rundir import RunDir
+
+    max_steps = RunDir.read(run).config.run.max_steps
+    with suppress(KeyboardInterrupt):
+        follow(run, max_steps, Console(highlight=False, soft_wrap=True), once=once)
 
 
 @app.command("eval")

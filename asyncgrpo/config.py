@@ -490,6 +490,9 @@ class ObserveSettings(Room):
     token_log: bool = Field(
         False, description="write tokens/step_<k>.rank<r>.npz: every log-prob, version and mask"
     )
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="who gets the rows of metrics.jsonl too; optional installs"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING"] = Field("INFO", description="of all roles")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -110,8 +110,10 @@ class Others:
     that was stopped and one that was not make the same steps to the last bit.
     """
 
-    def __init__(self, run: RunDir, prompts: PromptSource) -> None:
-        self._run, self._prompts = run, prompts
+    def __init__(
+        self, run: RunDir, prompts: PromptSource, observe: Callable[[str, Sequence[float]], None]
+    ) -> None:
+        self._run, self._prompts, self._observe = run, prompts, observe
         self._samples = TrajectoryWriter(run.path, run.config)
         self._ledger = Ledger(run.path)
         self._tokenizer = load_tokenizer(run.config.model.path)
@@ -140,6 +142,7 @@ class Others:
             client=LocalClient(lambda: self.hub, "actor-0", lambda: None),
             receiver=self.link,
             judge=InlineJudge(config.rewards),
+            observe=self._observe,
         )
 
     def take_turns(self) -> None:
@@ -172,7 +175,8 @@ def run_serial(
     checkpoint = newest(run.path / FOLDER)
     if checkpoint is not None and (checkpoint / LEDGER_FILE).exists():
         put_back(checkpoint / LEDGER_FILE, run.path)
-    others = Others(run, prompts or open_prompts(config))
+    exporter = Exporter("serial", 0, run.path)
+    others = Others(run, prompts or open_prompts(config), exporter.observe)
     learner = Learner(
         config,
         rank=0,
@@ -180,7 +184,8 @@ def run_serial(
         updater=PolicyUpdater(config, save_to=run.model_path, run_dir=run.path),
         client=LocalClient(lambda: others.hub, "learner-0", others.take_turns),
         sender=others.link,
-        recorder=RunRecorder(run, Exporter("serial", 0, run.path)),
+        recorder=RunRecorder(run, exporter),
+        observe=exporter.observe,
         stopping=stopping,
         add_to_checkpoint=others.add_to_checkpoint,
     )

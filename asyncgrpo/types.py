@@ -124,3 +124,9 @@ class Shard:
     groups: tuple[Group, ...]
     num_loss_tokens_global: int  # completion tokens of the whole batch, all ranks
     num_completions_global: int
+
+    @property
+    def staleness(self) -> Int32:
+        """[tokens] age in versions of every completion token, at this step."""
+        spans = [c.versions for group in self.groups for c in group.completions]
+        return self.step - np.concatenate(spans or [np.zeros(0, np.int32)])

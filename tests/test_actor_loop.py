@@ -13,6 +13,7 @@ from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.config import RewardSettings, from_mapping
 from asyncgrpo.errors import DataError, RewardError
+from asyncgrpo.observe.metrics import METRICS
 from asyncgrpo.types import Completion, Sampled
 from asyncgrpo.weights.proof import NUM_CANARIES
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields
@@ -129,6 +130,7 @@ class Stage:
         )
         self.engine, self.client, self.receiver = FakeEngine(steps), FakeClient(), FakeReceiver()
         self.time = 0.0
+        self.observed: dict[str, list[float]] = {}
         rewards = {"functions": [{"use": use}], **rooms.get("reward", {})}
         judge = InlineJudge({"": RewardSettings.model_validate(rewards)})
         self.loop = ActorLoop(
@@ -141,6 +143,7 @@ class Stage:
             receiver=self.receiver,
             judge=judge,
             clock=lambda: self.time,
+            observe=lambda name, values: self.observed.setdefault(name, []).extend(values),
         )
         self.client.inbox.append(Packet(kind="welcome", fields={"credit": 2, "life": 1}))
 
@@ -181,6 +184,25 @@ def test_weights_of_the_same_version_are_loaded_and_proven_again_when_they_are_s
     stage.receiver.waiting = 2  # the learner evicted this actor and does not know what it holds
     stage.tick(3)
     assert stage.receiver.proofs == [(2, NUM_CANARIES)] * 2
+
+
+def test_histograms_see_each_trained_completion_and_swap_and_no_evaluation():
+    stage = Stage(steps=3).with_version(0)
+    stage.client.grant(make_lease(1), make_lease(2, purpose="eval"))
+    stage.tick(5)
+    trained = next(
+        group
+        for packet in stage.client.of("put")
+        for group in groups_from(packet)
+        if group.lease.purpose == "train"
+    )
+    lengths = [len(completion.token_ids) for completion in trained.completions]
+    assert stage.observed["completion/tokens"] == lengths
+    assert stage.observed["completion/reward"] == trained.rewards.tolist()
+    assert stage.observed["group/generate_seconds"] == [pytest.approx(0.2)]
+    assert len(stage.observed["group/judge_seconds"]) == 1
+    assert sum(stage.observed["swap/stall_seconds"]) == stage.loop.counters["swap_seconds"]
+    assert set(stage.observed) <= set(METRICS)
 
 
 def test_one_swap_is_proven_before_the_next_begins():

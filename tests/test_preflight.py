@@ -22,6 +22,7 @@ from asyncgrpo.launch.preflight import (
     check_run_dir,
     choose_ports,
     pick_free_ports,
+    point_latest,
     prepare_run_dir,
 )
 
@@ -56,6 +57,17 @@ def refusal(path: Path | str) -> str:
 def test_a_complete_model_folder_passes_and_the_embedded_model_needs_none(model: Path) -> None:
     assert check_model_folder(str(model)) == model
     assert check_model_folder("tiny") is None
+
+
+def test_runs_latest_is_the_newest_run_of_the_folder_runs(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        prepare_run_dir(tmp_path / "runs" / name)
+        assert os.readlink(tmp_path / "runs" / "latest") == name
+    point_latest(tmp_path / "runs" / "one")  # which goes on
+    assert os.readlink(tmp_path / "runs" / "latest") == "one"
+    prepare_run_dir(tmp_path / "elsewhere" / "three")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["three"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["latest", "one", "two"]
 
 
 def test_a_folder_that_does_not_exist_names_its_nearest_neighbour(model: Path) -> None:

@@ -321,6 +321,8 @@ def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network
     assert "does not compute with it" in bad.next_line()
     assert [good.next_line() for _ in range(2)] == ["live 0", "live 1"]
     assert sender.metrics()["publish/actors"] == 1
+    assert sender.metrics()["publish/proofs"] == 3
+    assert sender.metrics()["publish/rejections"] == 1
 
 
 def test_wrong_bytes_are_found_and_the_tensor_is_named(network):

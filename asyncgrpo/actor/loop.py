@@ -54,8 +54,11 @@ class ActorLoop:
         receiver: WeightReceiver,
         judge: Judge,
         clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[str, Sequence[float]], None] = lambda name, values: None,
     ) -> None:
+        """observe: gets the values that histograms of observe/metrics.py count."""
         self._name, self._config, self._clock = name, config, clock
+        self._observe = observe
         self._engine, self._tokenizer = engine, tokenizer
         self._client, self._receiver, self._judge = client, receiver, judge
         self._canary_prompts = canary_prompts(vocab_size)
@@ -252,6 +255,7 @@ class ActorLoop:
         self._swap_seconds = time.perf_counter() - start
         self.counters["swap_seconds"] += self._swap_seconds
         self.counters["swaps"] += 1
+        self._observe("swap/stall_seconds", [self._swap_seconds])
         self._canaries, self._proving = {}, True
         for row, prompt in enumerate(self._canary_prompts):
             self._engine.add(f"canary-{version}-{row}", prompt, CANARY_SAMPLING, 1, seed=row)
@@ -343,14 +347,18 @@ class ActorLoop:
         if verdict.scores is None:
             self._fail(verdict.lease_id, "reward_contract" if verdict.contract else "reward_lost")
             return
-        self._outbox.append(
-            Group(
-                lease=scoring.lease,
-                prompt_token_ids=scoring.sampled.prompt_token_ids,
-                completions=scoring.sampled.completions,
-                rewards=verdict.scores.rewards,
-                reward_parts=verdict.scores.parts,
-                actor=self._name,
-                timings={"generate": scoring.generate_seconds, "judge": verdict.seconds},
-            )
+        group = Group(
+            lease=scoring.lease,
+            prompt_token_ids=scoring.sampled.prompt_token_ids,
+            completions=scoring.sampled.completions,
+            rewards=verdict.scores.rewards,
+            reward_parts=verdict.scores.parts,
+            actor=self._name,
+            timings={"generate": scoring.generate_seconds, "judge": verdict.seconds},
         )
+        self._outbox.append(group)
+        if group.lease.purpose == "train":
+            self._observe("completion/tokens", [len(c.token_ids) for c in group.completions])
+            self._observe("completion/reward", group.rewards.tolist())
+            self._observe("group/generate_seconds", [group.timings["generate"]])
+            self._observe("group/judge_seconds", [group.timings["judge"]])

@@ -37,6 +37,8 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
 
     keys = read_keys(run, "client")
     receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys)
+    metrics_host = run.config.observe.metrics_host
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     loop = ActorLoop(
         name,
         run.config,
@@ -46,9 +48,8 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
         client=DealerClient(run.endpoints.buffer, name, "the buffer", keys),
         receiver=receiver,
         judge=judge,
+        observe=exporter.observe,
     )
-    metrics_host = run.config.observe.metrics_host
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     log.info("ready after %.1f s, pid %d", time.perf_counter() - start, os.getpid())
     shown_at = 0.0
     while not stopping():
@@ -58,6 +59,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
             shown_at = time.monotonic()
     loop.leave(run.config.launch.grace_seconds / 2)  # the launcher waits as long as its grace
     judge.close()
+    exporter.close()
     leave(0)
 
 

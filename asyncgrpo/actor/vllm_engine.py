@@ -45,7 +45,7 @@ class VllmEngine:
             async_scheduling=False,  # else a batch is in flight at the swap, wrongly labelled
             enable_prefix_caching=False,  # else old keys and values could serve new requests
             skip_tokenizer_init=True,
-            disable_log_stats=True,
+            disable_log_stats=False,  # its own metrics, served by observe/exporter.py
             use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",  # of the distribution that is really sampled
         )

@@ -162,6 +162,8 @@ class BufferCore:
             "tokens_arrived": self._sums["tokens"],
             "reward_arrived_sum": self._sums["reward"],
             "refused_messages": self.num_refused,
+            "gate_open": self.gate.open_for(max(self._held.values(), default=0)),
+            "actors_waiting": len(self._waiting_actors),
         }
 
     # -- actors ---------------------------------------------------------------------------

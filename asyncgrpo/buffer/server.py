@@ -6,6 +6,7 @@ Whatever a round of packets changes is committed before any of it is answered.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from asyncgrpo.buffer.flow import FlowFile
 from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.metrics import TABLE
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.keys import read_keys
@@ -41,6 +43,17 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     )
     metrics_host = config.observe.metrics_host
     exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path, metrics_host)
+    exporter.show(
+        {
+            # A counter that begins at 0 is known before the first thing it counts.
+            **dict.fromkeys(TABLE["counter", "buffer"], 0.0),
+            **core.metrics(),
+            "setting/actors": config.launch.actors,
+            "setting/groups_per_step": config.buffer.groups_per_step,
+            "setting/max_staleness": config.buffer.max_staleness,
+            "setting/max_steps": config.run.max_steps,
+        }
+    )
     flow = FlowFile(run.path)
     log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
@@ -52,7 +65,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
         core.num_refused = server.num_refused
         send(server, core, ledger, replies + core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
-            exporter.show(core.metrics())
+            exporter.show({**core.metrics(), "disk_free_bytes": shutil.disk_usage(run.path).free})
             flow.write(core, now)
             shown_at = now
     ledger.close()

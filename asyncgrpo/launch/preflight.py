@@ -108,6 +108,7 @@ def prepare_run_dir(path: Path) -> None:
     try:
         for name in RUN_FOLDERS:
             (path / name).mkdir(parents=True, exist_ok=True)
+        point_latest(path)
     except OSError as error:
         raise ConfigError(
             f"run directory {path} cannot be written ({error.strerror}: {error.filename}); "
@@ -123,6 +124,15 @@ def _check_own_address(host: str, setting: str) -> None:
             f"{setting}={host} cannot be listened on ({error.strerror}); set it to an address of "
             "this machine, such as 127.0.0.1"
         ) from None
+
+
+def point_latest(path: Path) -> None:
+    """Makes runs/latest, where grafana/prometheus.yml looks, a link to a run directory of runs/."""
+    if path.parent.name == "runs":
+        draft = path.with_name(".latest")
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(path.name)
+        draft.replace(path.with_name("latest"))
 
 
 def _bind(host: str, port: int) -> socket.socket:

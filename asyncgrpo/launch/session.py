@@ -36,10 +36,17 @@ from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
-from asyncgrpo.launch.preflight import check_run_dir, choose_ports, missing_extra, prepare_run_dir
+from asyncgrpo.launch.preflight import (
+    check_run_dir,
+    choose_ports,
+    missing_extra,
+    point_latest,
+    prepare_run_dir,
+)
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.observe.progress import Progress, show_summary
+from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.keys import make_keys
@@ -117,6 +124,7 @@ class Session:
             stalls = StallWatch(self.run_dir, config.launch, supervisor.run_id, supervisor.say)
             code = supervisor.run()
             progress.tick()
+        self._end_scraping()
         return code
 
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
@@ -130,9 +138,15 @@ class Session:
             from asyncgrpo.serial import run_serial  # torch
 
             is_done = run_serial(run, stopping=stopping)
+            self._end_scraping()
         if is_done:
             show_summary(self.run_dir, self._console)
         return EXIT_DONE if is_done else EXIT_INTERRUPTED
+
+    def _end_scraping(self) -> None:
+        """Takes the run off Prometheus: what is still a target and gone has failed."""
+        for target in (self.run_dir / "targets").glob("*.json"):
+            target.unlink()
 
     def _check(self, absent: list[str] | None = None) -> None:
         """Refuses what cannot work. Starts nothing, writes nothing.
@@ -140,6 +154,7 @@ class Session:
         With a list `absent`, models and data that are not on this machine are noted there instead.
         """
         config = self._config
+        check_writers(config)
         if self._resume:
             step = check_resumable(self.run_dir, config)
             self._console.print(f"going on with {self.run_dir} at step {step}", markup=False)
@@ -230,6 +245,8 @@ class Session:
         with only_launcher(self.run_dir):
             if self._resume:
                 keep_settings(self.run_dir)
+                self._end_scraping()  # of a life before that failed, maybe with more actors
+                point_latest(self.run_dir)
             plan = self._plan(config, detect_host())
             run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
             run.write()

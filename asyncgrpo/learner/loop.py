@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.protocols import Client, NamedTensors, WeightSender
-from asyncgrpo.types import Float32, Shard
+from asyncgrpo.types import Float32, Int32, Shard
 from asyncgrpo.wire.codec import Packet, shard_from
 
 log = logging.getLogger(__name__)
 CALL_SECONDS = 60.0  # for answers that the buffer gives at once
+OWN_TIMES = ("wait_seconds", "train_seconds", "step_seconds")  # in which ranks differ
 
 
 class Updater(Protocol):
@@ -80,10 +81,11 @@ class Learner:
         sender: WeightSender | None,
         recorder: Recorder | None,
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
+        observe: Callable[[str, Int32], None] = lambda name, values: None,
         stopping: Callable[[], bool] = lambda: False,
         add_to_checkpoint: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """show: gets this rank's row of every step, for its metrics endpoint.
+        """show, observe: get what a rank alone knows, for its metrics endpoint.
 
         stopping: whether the run is to end early, with a checkpoint. add_to_checkpoint: puts more
         files into the folder of each.
@@ -91,7 +93,7 @@ class Learner:
         self._config, self._rank, self._world_size = config, rank, world_size
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
-        self._show, self._stopping = show, stopping
+        self._show, self._observe, self._stopping = show, observe, stopping
         self._add_to_checkpoint = add_to_checkpoint
         self._has_asked_to_stop = False
         self._published = -1
@@ -133,7 +135,7 @@ class Learner:
                 self._evaluate_now_and_then(version)
             row["step_seconds"] = time.perf_counter() - start
             row.update(step=step, version=version)
-            self._show(row)
+            self._observe("token_staleness", shard.staleness)
             self._tell(step, row)
             if self._updater.is_checkpoint_due(version):
                 self._updater.checkpoint(version, self._add_to_checkpoint)
@@ -171,6 +173,7 @@ class Learner:
 
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:
+            self._show({name: row[name] for name in OWN_TIMES})
             return
         covered = self._updater.covered
         fields = {"step": step, "world_size": self._world_size, "covered": covered}

@@ -57,6 +57,7 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         sender=sender,
         recorder=recorder,
         show=exporter.show,
+        observe=exporter.observe,
         stopping=stopping,
     )
     log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)

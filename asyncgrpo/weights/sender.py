@@ -63,7 +63,8 @@ class CollectiveSender:
         self._life = uuid.uuid4().hex  # actors find out that this is another learner
         self._published_at = 0.0
         self._waiting_joins: list[tuple[str, Packet]] = []
-        self._metrics = {"publish/evictions": 0.0, "publish/rounds": 0.0}
+        counted = ("evictions", "rounds", "proofs", "rejections")
+        self._metrics = {f"publish/{name}": 0.0 for name in counted}
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._failure: Exception | None = None
@@ -229,7 +230,9 @@ class CollectiveSender:
                 logprobs=logprobs,
                 tolerance=self._config.canary_tolerance,
             )
+            self._metrics["publish/proofs"] += 1
         except WeightsError as error:
+            self._metrics["publish/rejections"] += 1
             self._server.push(peer, Packet(kind="reject", fields={"reason": str(error)}))
             self._evict(packet.fields["actor"], str(error))
 

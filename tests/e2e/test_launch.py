@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -83,6 +84,20 @@ class Launch:
     def rows(self) -> list[dict]:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def targets(self) -> list[str]:
+        """Roles that Prometheus is to scrape."""
+        return sorted(path.stem for path in (self.run_dir / "targets").glob("*.json"))
+
+    def healthy(self) -> list[str]:
+        """Those of them that answer as themselves where they are said to listen."""
+        found = []
+        for path in sorted((self.run_dir / "targets").glob("*.json")):
+            (address,) = json.loads(path.read_text())[0]["targets"]
+            url = f"http://{address}/healthz"
+            with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+                found += [json.load(answer)["role"]]
+        return found
 
     def processes(self) -> list[psutil.Process]:
         """Everything that names our run directory in its command line, and its children."""
@@ -195,8 +210,11 @@ def check_model(folder: Path, start: Path) -> None:
 def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch, model):
     run = launch("launch.max_restarts=1", f"eval={TWO_BLOCKS}", engine="vllm")
     started = run.until_training()
+    roles = ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+    assert run.targets() == roles
     assert run.wait() == 0, run.text()[-4000:]
     run.assert_nothing_left(started)
+    assert run.targets() == []
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
     check_model(run.run_dir / "model", model)
     assert "held-out accuracy, 12 prompts" in run.text()
@@ -252,6 +270,7 @@ def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     assert len(ranks) == 2
     ranks[-1].kill()
     assert run.wait() == 3
+    assert "learner-1" in run.targets()
     run.assert_nothing_left(started)
     assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
 
@@ -334,11 +353,50 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
 
 
 @pytest.mark.slow
+def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path, model):
+    (tmp_path / "runs").mkdir()
+    settings = ["run.max_steps=5000", "checkpoint.every=1"]
+    run = Launch(tmp_path / "runs", model, *settings)
+    try:
+        run.until_training()
+        before = {path: path.read_text() for path in (run.run_dir / "targets").glob("*.json")}
+        assert run.healthy() == ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+        run.find("actor", "1").kill()
+        run.find("learner", "-u").kill()
+        moved = ["actor-1", "learner-0", "learner-1"]
+        run.until(
+            lambda: (
+                sorted(p.stem for p in before if p.read_text() != before[p]) == moved
+                and len(run.healthy()) == 5
+            ),
+            "listened elsewhere",
+        )
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 130
+        assert run.targets() == []
+        for path, text in before.items():  # as if that life had failed
+            path.write_text(text)
+        steps = len(run.rows())
+        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--dry-run", "--resume"]
+        command.append(str(tmp_path / "runs" / "latest"))
+        said = subprocess.check_output(command, text=True, cwd=TESTS)
+        assert f"going on with {run.run_dir} at" in said
+        run = Launch(tmp_path / "runs", model, *settings, "launch.actors=1", resume=True)
+        run.until(lambda: len(run.rows()) > steps, "went on")
+        assert run.healthy() == run.targets() == ["actor-0", "buffer", "learner-0", "learner-1"]
+    finally:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGTERM)
+            run.wait()
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_everything_in_order(launch):
     run = launch("run.max_steps=5000")
     started = run.until_training()
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait() == 130
+    assert run.targets() == []
     run.assert_nothing_left(started)
     steps = [row["step"] for row in run.rows() if "loss" in row]
     assert steps == list(range(len(steps)))
