@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -284,16 +283,6 @@ def _vespo(its: Foreign, ours: _Ours) -> Pairs:
         yield f"algo.vespo.{sign}", [its.get(n, d) for n, d in zip(names, default, strict=True)]
 
 
-def _warmup(its: Foreign, ours: _Ours) -> Pairs:
-    ratio = its["warmup_ratio"]
-    if ratio and ours.given("run.max_steps") is None:
-        raise ConfigError(
-            f"warmup_ratio={ratio} is a share of run.max_steps, which is not set; set it, or "
-            f"learner.warmup_steps = {ratio} x the steps of your run"
-        )
-    yield "learner.warmup_steps", math.ceil(ratio * ours.get("run.max_steps"))
-
-
 def _min_lr(its: Foreign, ours: _Ours) -> Pairs:
     yield "learner.min_lr_ratio", its["lr_min"] / ours.get("learner.lr")
 
@@ -352,5 +341,4 @@ _TRANSLATORS: Mapping[str, Callable[[Foreign, _Ours], Pairs]] = {
     "reward.functions": _reward_weights,
     **dict.fromkeys(("use_kl_loss", "kl_loss_coef"), _kl_coef),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _betas),
-    "warmup_ratio": _warmup,
 }
