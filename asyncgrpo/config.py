@@ -308,6 +308,10 @@ class LoraSettings(Room):
     )
 
 
+def _as_interval(value: Any) -> Any:
+    return {"none": 0, "full": 1}.get(value, value) if isinstance(value, str) else value
+
+
 class LearnerSettings(Room):
     lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="of AdamW")
@@ -347,8 +351,8 @@ class LearnerSettings(Room):
     float32_head: bool = Field(
         False, description="with dtype = 'bfloat16': logits in float32 all the same"
     )
-    checkpoint_activations: Literal["none", "full"] | Annotated[int, Field(ge=2)] = Field(
-        "none", description="blocks computed again in the backward pass: full = all, n = each nth"
+    checkpoint_activations: Annotated[int, BeforeValidator(_as_interval)] = Field(
+        0, ge=0, description="blocks computed again in the backward pass: none, full, or each nth"
     )
     compile: bool = Field(False, description="each block by torch.compile; CUDA only")
     lora: LoraSettings | None = Field(

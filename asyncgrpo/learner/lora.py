@@ -104,7 +104,9 @@ def _merged_forward(layer: LoraLayer, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def merged_weight(layer: LoraLayer) -> Tensor:
     """W + alpha / r B A [out, in] in a tensor of its own; the layer stays as it is."""
-    a, b = (ranks.whole(cast(Tensor, each[ADAPTER].weight)) for each in (layer.lora_A, layer.lora_B))
+    a, b = (
+        ranks.whole(cast(Tensor, each[ADAPTER].weight)) for each in (layer.lora_A, layer.lora_B)
+    )
     base = ranks.whole(dequantize_module_weight(layer.get_base_layer()))
     return base + layer.scaling[ADAPTER] * (b @ a)
 

@@ -32,8 +32,7 @@ from asyncgrpo.protocols import NamedTensors
 
 def set_up_blocks(policy: nn.Module, settings: LearnerSettings) -> None:
     """Makes the blocks that are to be compiled or computed again in the backward pass so."""
-    every = {"none": 0, "full": 1}.get(str(settings.checkpoint_activations))
-    every = int(settings.checkpoint_activations) if every is None else every
+    every = settings.checkpoint_activations
     if settings.compile:
         # Its loop over the sequences of a row would be compiled anew for each row.
         AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
