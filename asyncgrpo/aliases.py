@@ -283,6 +283,12 @@ def _vespo(its: Foreign, ours: _Ours) -> Pairs:
         yield f"algo.vespo.{sign}", [its.get(n, d) for n, d in zip(names, default, strict=True)]
 
 
+def _warmup(its: Foreign, ours: _Ours) -> Pairs:
+    if (steps := ours.given("learner.warmup_steps")) is not None:
+        raise ConfigError(f"{_shown(its)}, but learner.warmup_steps={steps}: keep one of the two")
+    yield "learner.warmup_ratio", its["warmup_ratio"]
+
+
 def _min_lr(its: Foreign, ours: _Ours) -> Pairs:
     yield "learner.min_lr_ratio", its["lr_min"] / ours.get("learner.lr")
 
@@ -338,6 +344,7 @@ _TRANSLATORS: Mapping[str, Callable[[Foreign, _Ours], Pairs]] = {
     "buffer.completions_per_step": _batch,
     "data.epochs": _epochs,
     "learner.min_lr_ratio": _min_lr,
+    "learner.warmup_ratio": _warmup,
     "reward.functions": _reward_weights,
     **dict.fromkeys(("use_kl_loss", "kl_loss_coef"), _kl_coef),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _betas),

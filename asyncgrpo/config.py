@@ -591,38 +591,30 @@ class Config(Room):
             )
 
     def _parallel_problems(self) -> Iterable[str]:
-        learner, count, gpus = self.learner, self.launch.learners, self.launch.gpus
-        if learner.parallel != "fsdp":
-            for name in ("shard_ranks", "cpu_offload"):
-                if value := getattr(learner, name):
-                    yield (
-                        f"learner.{name}={value} with learner.parallel='ddp', where each rank "
-                        "holds the whole model; set learner.parallel = 'fsdp', or leave it out"
-                    )
-        elif count % max(learner.shard_ranks, 1):
-            fitting = [n for n in range(1, count + 1) if count % n == 0]
+        learner, count = self.learner, self.launch.learners
+        is_8bit = learner.optimizer == "adamw_8bit"
+        only_fsdp = {"shard_ranks": learner.shard_ranks, "cpu_offload": learner.cpu_offload}
+        only_ddp = {
+            "lora.quantize": learner.lora and learner.lora.quantize,
+            "optimizer": is_8bit and learner.optimizer,
+        }
+        only_cuda = {"compile": learner.compile, "cpu_offload": learner.cpu_offload}
+        if learner.parallel == "fsdp" and count % max(learner.shard_ranks, 1):
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             yield (
                 f"learner.shard_ranks={learner.shard_ranks} must divide launch.learners={count}: "
-                f"use one of {', '.join(map(str, fitting))}, or 0 (all ranks share one copy)"
+                f"use one of {fitting}, or 0 (all ranks share one copy)"
             )
-        elif learner.lora and learner.lora.quantize:
-            yield (
-                "learner.parallel='fsdp' with learner.lora.quantize: packed 4-bit weights cannot "
-                "be sharded; set learner.parallel = 'ddp', where they are small on every rank"
-            )
-        elif learner.optimizer != "adamw":
-            yield (
-                f"learner.parallel='fsdp' with learner.optimizer={learner.optimizer!r}: its "
-                "kernels know no sharded weights; set learner.optimizer = 'adamw' (each rank "
-                "holds the states of its part only) or learner.parallel = 'ddp'"
-            )
-        needs_cuda = {
-            "cpu_offload": learner.cpu_offload,
-            "compile": learner.compile,
-            "optimizer": learner.optimizer == "adamw_8bit" and learner.optimizer,
-        }
-        for name, value in needs_cuda.items():
-            if value and not gpus:
+        for name, value in (only_fsdp if learner.parallel == "ddp" else only_ddp).items():
+            if value:
+                other = "fsdp" if learner.parallel == "ddp" else "ddp"
+                why = "has no parts of a model" if other == "fsdp" else "knows no 8- or 4-bit parts"
+                yield (
+                    f"learner.{name}={value!r} with learner.parallel={learner.parallel!r}, which "
+                    f"{why}; set learner.parallel = {other!r}, or leave it out"
+                )
+        for name, value in {**only_cuda, "optimizer": only_ddp["optimizer"]}.items():
+            if value and not self.launch.gpus:
                 yield (
                     f"learner.{name}={value!r} needs CUDA, but launch.gpus=0 is a CPU run; set "
                     "launch.gpus, or leave it out"

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from asyncgrpo.config import Config, RunSettings, from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.launch import preflight
 from asyncgrpo.learner.batch import pack
 from asyncgrpo.learner.model import packed_row
 from asyncgrpo.learner.saved import newest
@@ -356,12 +357,12 @@ def test_the_padding_share_counts_what_attention_computes_for_nothing(folder, gr
         (
             {**FSDP, "optimizer": "adamw_8bit"},
             {"gpus": 4},
-            "learner.parallel='fsdp' with learner.optimizer='adamw_8bit'",
+            "learner.optimizer='adamw_8bit' with learner.parallel='fsdp', which knows no 8- or 4-bit",
         ),
         (
             {**FSDP, "lora": {"quantize": "4bit"}},
             {"gpus": 4},
-            "learner.parallel='fsdp' with learner.lora.quantize",
+            "learner.lora.quantize='4bit' with learner.parallel='fsdp', which knows no 8- or 4-bit",
         ),
         ({"checkpoint_activations": -1}, {}, "checkpoint_activations=-1 is not allowed"),
         ({"checkpoint_activations": "half"}, {}, "checkpoint_activations='half' is not allowed"),
@@ -372,6 +373,15 @@ def test_what_cannot_work_is_refused_with_the_reason(learner, launch, said):
     with pytest.raises(ConfigError) as error:
         from_mapping({"learner": learner, "launch": launch})
     assert said in str(error.value)
+
+
+def test_an_8bit_optimizer_that_is_not_installed_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    config = from_mapping({"learner": {"optimizer": "adamw_8bit"}, "launch": {"gpus": 4}})
+    assert preflight.missing_extra(config) == (
+        "learner.optimizer='adamw_8bit' needs bitsandbytes: pip install 'asyncgrpo[qlora]'"
+    )
+    assert preflight.missing_extra(from_mapping({})) == ""
 
 
 @pytest.mark.gpu

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError, RunError
@@ -24,6 +24,7 @@ from asyncgrpo.learner import parallel, ranks
 from asyncgrpo.learner.attention import has_kernel, num_slots
 from asyncgrpo.learner.checkpoint import Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
+from asyncgrpo.learner.export import whole_or_not, write_model
 from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
     PolicyHead,
@@ -231,26 +232,12 @@ class PolicyUpdater:
         every = self._config.checkpoint.export_every
         if self._run_dir is None or not every or step % every:
             return
-        final = self._run_dir / "exports" / f"step_{step}"
-        draft = final.with_name(f".{final.name}.part")
-        self._write(draft if ranks.rank() == 0 else None)
-        if ranks.rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)  # of a life that was rolled back
-            draft.rename(final)
+        with whole_or_not(self._run_dir / "exports" / f"step_{step}") as folder:
+            self._write(folder)
 
     def _write(self, folder: Path | None) -> None:
-        """Ranks without a folder only help to gather."""
-        if folder is None and not self._sharded:
-            return
-        if self._adapter is not None:
-            self._adapter.save(folder)
-        else:
-            named = PublishedParameters(self._policy)
-            tensors = {name: weight.cpu() for name, weight in named if folder is not None}
-            if folder is not None:
-                self._policy.save_pretrained(folder, state_dict=tensors)
-        if folder is not None:
-            AutoTokenizer.from_pretrained(self._config.model.path).save_pretrained(folder)
+        if self._sharded or folder is not None:
+            write_model(self._policy, self._adapter, self._config.model.path, folder)
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
         """One optimizer update."""
@@ -259,7 +246,7 @@ class PolicyUpdater:
         for index, last in self._microbatches(batch):
             dropping = self._adapter.dropping() if self._adapter else contextlib.nullcontext()
             with contextlib.nullcontext() if last else self._without_sync(), dropping:
-                inputs, found = self._objective(batch, index)
+                inputs, found = self._objective(batch, index, self._head)
                 (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
             update.add(*measure(inputs, found, self._config.algo))
             if is_last and self._config.observe.token_log:
@@ -284,9 +271,11 @@ class PolicyUpdater:
         for index in range(len(batch.batches)):
             yield index, index == len(batch.batches) - 1
 
-    def _objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
+    def _objective(
+        self, batch: OptimizerBatch, index: int, head: nn.Module
+    ) -> tuple[LossInputs, Objective]:
         row = packed_row(batch.batches[index], self._device)
-        logprobs, entropy = self._head(row)
+        logprobs, entropy = head(row)
         inputs = batch.inputs(index, logprobs, entropy, self._config)
         kl_coef = self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
         return inputs, objective(inputs, self._config.algo, kl_coef)
@@ -326,7 +315,10 @@ class PolicyUpdater:
     @torch.no_grad()
     def _culprit(self, batch: OptimizerBatch) -> str:
         """The first token of this rank whose loss is not finite, by its group."""
-        losses = [self._plain_objective(batch, index)[1] for index in range(len(batch.batches))]
+        losses = [
+            self._objective(batch, index, self._plain_head)[1]
+            for index in range(len(batch.batches))
+        ]
         for micro, found in zip(batch.batches, losses, strict=True):
             bad = (~torch.isfinite(found.per_token)).nonzero().flatten().tolist()
             if bad:
@@ -340,14 +332,6 @@ class PolicyUpdater:
                     f"completion {sample}, token {place} (id {int(micro.target_ids[bad[0]])})"
                 )
         return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
-
-    def _plain_objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
-        """As `_objective`, without the other ranks (all do it, when they hold parts)."""
-        wrapped, self._head = self._head, self._plain_head
-        try:
-            return self._objective(batch, index)
-        finally:
-            self._head = wrapped
 
     def _after(self, shard: Shard, metrics: dict[str, float]) -> None:
         """What the reference and the KL coefficient learn from the step."""
