@@ -6,22 +6,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel
 
 from asyncgrpo.learner import ranks
 
-
-class Saver(Protocol):
-    """What is written in place of the policy (lora.Adapter)."""
-
-    def save(self, folder: Path | None) -> None:
-        """As `write_model`, without the tokenizer."""
+if TYPE_CHECKING:
+    from asyncgrpo.learner.lora import Adapter  # peft: an extra
 
 
 def write_model(
-    policy: PreTrainedModel, adapter: Saver | None, origin: str, folder: Path | None
+    policy: PreTrainedModel, adapter: Adapter | None, origin: str, folder: Path | None
 ) -> None:
     """Writes the policy, or its adapter, and the tokenizer of `origin`; for from_pretrained.
 

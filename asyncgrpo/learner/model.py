@@ -151,9 +151,16 @@ class PolicyHead(nn.Module):
         on_row = zeros.index_copy(0, row.loss_places, logprobs)
         return on_row, zeros.index_copy(0, row.loss_places, entropy)
 
+    @torch.no_grad()
     def next_logprobs(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """As the function `next_logprobs`, for a policy that other ranks hold parts of."""
-        return next_logprobs(self.policy, prompts)
+        """float32 [N, V] on the CPU: log-probs of the token after each prompt, temperature 1."""
+        lengths = [len(prompt) for prompt in prompts]
+        packing = packing_of(np.cumsum([0, *lengths], dtype=np.int32), self.policy.device)
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+        positions = torch.tensor([[place for length in lengths for place in range(length)]])
+        hidden = _hidden_states(self.policy, ids, positions, packing)
+        last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
+        return self._logits(hidden[last]).float().log_softmax(-1).cpu()
 
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, width], targets [n] -> log-probs and entropies, float32 [n]."""
@@ -209,15 +216,3 @@ class PublishedParameters:
             yield from (
                 (n, ranks.whole(tensor.detach())) for n, tensor in module.named_parameters()
             )
-
-
-@torch.no_grad()
-def next_logprobs(policy: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """float32 [N, V] on the CPU: log-probs of the token after each prompt, at temperature 1."""
-    lengths = [len(prompt) for prompt in prompts]
-    packing = packing_of(np.cumsum([0, *lengths], dtype=np.int32), policy.device)
-    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-    positions = torch.tensor([[place for length in lengths for place in range(length)]])
-    hidden = _hidden_states(policy, ids, positions, packing)
-    last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-    return policy.get_output_embeddings()(hidden[last]).float().log_softmax(-1).cpu()
