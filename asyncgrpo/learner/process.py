@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED
+from asyncgrpo.learner import ranks
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.observe.exporter import Exporter
@@ -34,10 +35,11 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     cores = run.endpoints.cores.get(name)
     if cores:
         os.sched_setaffinity(0, cores)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if world_size > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
         seconds = run.config.buffer.take_timeout_seconds + run.config.launch.start_timeout_seconds
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        dist.init_process_group(ranks.backend(), timeout=timedelta(seconds=seconds))
     transformers_logging.disable_progress_bar()
     sender = recorder = None
     metrics_host = run.config.observe.metrics_host
