@@ -214,13 +214,27 @@ def test_the_sizes_of_a_known_model_are_right(half_b: Path) -> None:
     assert shape.parameters == 494_032_768  # "0.49B" on its model card
     assert shape.kv_bytes(config) == 12_288 * 640
     assert shape.chunk_tokens == 441
-    assert [name for name in shape.linears if name.endswith("_proj")] == list(shape.linears)
     assert estimated(config, "gradients") == 4 * 16 * 24 * (
         2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864)
     )
     text = MemoryReport(config).all_devices(8 * GIB)
     assert text.startswith("GPU 0: fits, 7.75 of 8.00 GiB\n")  # the preset's comment has the table
-    assert "136" not in text
+
+
+def test_ranks_and_a_reference_hold_copies_of_their_own(
+    half_b: Path, models: dict[str, Path]
+) -> None:
+    def text(kl_coef: float = 0.1, **rooms: Any) -> str:
+        algo = {"kl_coef": kl_coef, "reference": {"path": rooms.pop("path", None)}}
+        return MemoryReport(settings(half_b, algo=algo, **rooms)).all_devices(None)
+
+    config = settings(half_b, algo={"kl_coef": 0.1}, launch={"learners": 2})
+    for name in ("weights", "gradients", "DDP buckets", "reference model"):
+        assert estimated(config, name) == 4 * 494_032_768
+    assert "DDP" not in text()
+    assert "reference" not in text(kl_coef=0.0)
+    assert "reference" not in text(learner={"lora": {}})  # its base serves
+    assert re.search(r"reference model +0\.00 +4 bytes x 3\.32e", text(path=str(models["qwen3"])))
 
 
 def test_4bit_weights_take_a_half_byte_and_their_scales(half_b: Path) -> None:
