@@ -601,6 +601,11 @@ class Config(Room):
                 f"launch.share_gpus=true with weights.backend={self.weights.backend!r}: NCCL "
                 "refuses two processes on one GPU; set weights.backend = 'gloo'"
             )
+        if self.weights.backend == "nccl" and not self.launch.gpus:
+            yield (
+                "weights.backend='nccl' needs CUDA, but launch.gpus=0 is a CPU run; set "
+                "weights.backend = 'gloo' (or 'auto'), or launch.gpus"
+            )
         if self.buffer.groups_per_step < self.launch.learners:
             yield (
                 f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "

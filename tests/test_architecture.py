@@ -65,6 +65,8 @@ FLOORS = {
         "reference",
         "rundir",
         "observe",
+        "launch.memory",
+        "launch.memory_report",
     ),
     1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
     0: ("errors", "types", "imports", "packing", "room", "staleness"),

@@ -73,7 +73,7 @@ def load_policy(
         policy.eval().to(torch.device(device))
         _check_separation(policy, path)
     except Exception as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError | torch.OutOfMemoryError):
             raise
         raise ModelError(
             f"model {path!r} cannot be loaded: {type(error).__name__}: {error}; set model.path to "
