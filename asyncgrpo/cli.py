@@ -23,6 +23,7 @@ from asyncgrpo.launch.commands import plan_app
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
+from asyncgrpo.replay import replay
 from asyncgrpo.rewards.commands import reward_app
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 app.command()(audit)
 app.command()(ledger)
+app.command()(replay)
 app.add_typer(traj_app, name="traj")
 app.command()(chat)
 

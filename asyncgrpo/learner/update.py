@@ -205,13 +205,17 @@ class PolicyUpdater:
         path = self._checkpoints.newest() if self._checkpoints is not None else None
         if self._checkpoints is None or path is None:
             return 0
+        self.go_to(self._checkpoints, path)
+        return step_of(path)
+
+    def go_to(self, checkpoints: Checkpoints, path: Path) -> None:
+        """Takes up the state of one checkpoint, also of another run with the same model."""
         state = self._state()
-        counters = self._checkpoints.load(path, state)
+        counters = checkpoints.load(path, state)
         states.set_optimizer_state_dict(self._policy, self._optimizer, state["optimizer"])
         self._kl_coef = counters["kl_coef"]
         self._num_skipped, self._num_syncs = int(counters["skipped"]), int(counters["syncs"])
         log.info("restored %s", path)
-        return step_of(path)
 
     def _state(self) -> dict[str, Any]:
         """What is trained and its optimizer; the weights are the policy's own, filled in place."""
