@@ -372,7 +372,9 @@ class LearnerSettings(Room):
 
 class WeightSettings(Room):
     publish_every: int = Field(1, ge=1, description="optimizer updates between two publishes")
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on CUDA")
+    transport: Literal["auto", "nccl", "gloo", "cuda_ipc", "disk"] = Field(
+        "auto", description="auto: gloo on CPU, nccl between GPUs, cuda_ipc on a shared one"
+    )
     bucket_bytes: int = Field(64 << 20, ge=1 << 10, description="largest piece of one broadcast")
     ready_timeout_seconds: float = Field(10.0, gt=0, description="offer -> ready, per actor")
     transfer_timeout_seconds: float = Field(60.0, gt=0, description="one broadcast")
@@ -595,16 +597,6 @@ class Config(Room):
                 f"buffer.max_staleness + 1 = {staleness + 1}: the gate would wait for weights that "
                 "are published only after a batch that the gate does not let start (deadlock); "
                 f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
-            )
-        if self.launch.share_gpus and self.weights.backend != "gloo":
-            yield (
-                f"launch.share_gpus=true with weights.backend={self.weights.backend!r}: NCCL "
-                "refuses two processes on one GPU; set weights.backend = 'gloo'"
-            )
-        if self.weights.backend == "nccl" and not self.launch.gpus:
-            yield (
-                "weights.backend='nccl' needs CUDA, but launch.gpus=0 is a CPU run; set "
-                "weights.backend = 'gloo' (or 'auto'), or launch.gpus"
             )
         if self.buffer.groups_per_step < self.launch.learners:
             yield (

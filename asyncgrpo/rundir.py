@@ -37,6 +37,7 @@ class Endpoints:
     store: tuple[str, int]
     cores: dict[str, tuple[int, ...]] = field(default_factory=dict)  # "actor-0" -> cores
     metrics: dict[str, int] = field(default_factory=dict)  # role -> port; 0 = any
+    transport: str = "gloo"  # of the weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

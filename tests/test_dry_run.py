@@ -14,6 +14,7 @@ from asyncgrpo.config import from_mapping, load_config, preset_files
 from asyncgrpo.errors import AsyncGRPOError, ConfigError, DataError, ModelError
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.plan import Host, Ports, make_plan
+from asyncgrpo.launch.transport import choose_transport
 
 ROOT = Path(__file__).parent.parent
 HUGE = {"gsm8k-qwen3-8b-8gpu": (4, 4, 8), "math-long": (6, 2, 8)}  # actors, learners, GPUs
@@ -151,7 +152,7 @@ PORTS = Ports(buffer=1, weights=2, store=3, rendezvous=4)
 
 def places(actors: int, learners: int, gpus: int, *present: str) -> dict[str, tuple[str, ...]]:
     launch = {"actors": actors, "learners": learners, "gpus": gpus, "share_gpus": True}
-    config = from_mapping({"launch": launch, "weights": {"backend": "gloo"}})
+    config = from_mapping({"launch": launch, "weights": {"transport": "gloo"}})
     plan = make_plan(config, Host(cores=(0,), gpu_ids=present), PORTS, Path("/r"), "python")
     return {spec.name: spec.gpus for spec in plan.specs if spec.name != "buffer"}
 
@@ -165,9 +166,36 @@ def test_processes_may_share_gpus_but_learner_ranks_never_one() -> None:
         places(1, 2, 1, "0")
 
 
-def test_shared_gpus_need_a_backend_that_can_serve_them() -> None:
-    with pytest.raises(ConfigError, match=r"weights.backend='auto': NCCL refuses two processes"):
-        from_mapping({"launch": {"share_gpus": True}})
+@pytest.mark.parametrize(
+    ("gpus", "best", "refused"),
+    [
+        ([], "gloo", ("nccl", "cuda_ipc")),
+        (["a0 0", "a1 1", "l0 2"], "nccl", ("cuda_ipc",)),
+        (["a0 0", "a1 0", "l0 0"], "cuda_ipc", ("nccl",)),
+        (["a0 1", "a1 0", "l0 0"], "gloo", ("nccl", "cuda_ipc")),
+        (["a0 0", "a1 2", "l0 1", "l1 3"], "nccl", ("cuda_ipc",)),
+    ],
+)
+def test_weights_take_the_fastest_way_that_the_places_allow(gpus, best, refused) -> None:
+    roles = {"a": "actor-", "l": "learner-"}
+    placed = {roles[p[0]] + p[1]: p[3] for p in gpus}
+    for asked in ("auto", "gloo", "disk", "nccl", "cuda_ipc"):
+        settings = {"launch": {"actors": 2}, "weights": {"transport": asked}}
+        config = from_mapping(settings)
+        if asked in refused:
+            with pytest.raises(
+                ConfigError, match=rf"'{asked}' needs .* set .*transport = '{best}'"
+            ):
+                choose_transport(config, placed)
+        else:
+            assert choose_transport(config, placed)[0] == (best if asked == "auto" else asked)
+
+
+def test_the_plan_says_how_weights_travel_and_why() -> None:
+    assert ", by gloo: launch.gpus=0 is a CPU run" in dry_run()
+    assert ", by disk: as weights.transport says" in dry_run("--set", "weights.transport=disk")
+    with pytest.raises(ConfigError, match=r"'nccl' needs CUDA.* is a CPU run; set .* = 'gloo'"):
+        dry_run("--set", "weights.transport=nccl")
 
 
 def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(elsewhere: Path) -> None:

@@ -287,7 +287,7 @@ def test_what_fits_ends_with_0_and_what_does_not_with_1(half_b: Path) -> None:
             "gsm8k-qwen3-8b-8gpu",
             5,
             (
-                *("learner.max_tokens_per_microbatch", "weights.backend", "learner.lora.r"),
+                *("learner.max_tokens_per_microbatch", "weights.transport", "learner.lora.r"),
                 "sampling.max_completion_tokens",
             ),
         ),
@@ -334,7 +334,7 @@ def test_gpus_that_hold_the_same_share_a_table_and_only_one_rank_publishes(half_
         line.split("publishing")[0].strip() for line in text.splitlines() if "flat" in line
     ]
     assert publishing == ["learner-0", "actor-0, actor-1, actor-2, actor-3"]
-    assert "flat" not in plan(*arguments, "--gpu-gib", 80, "--set", "weights.backend=gloo")[1]
+    assert "flat" not in plan(*arguments, "--gpu-gib", 80, "--set", "weights.transport=gloo")[1]
 
 
 def test_without_a_gpu_the_estimate_is_shown_without_a_verdict(
@@ -376,11 +376,6 @@ def test_a_kv_cache_that_holds_no_sequence_is_refused(half_b: Path) -> None:
             "--set",
             "actor.kv_cache_bytes=1048576",
         )
-
-
-def test_nccl_on_a_cpu_run_is_refused_with_what_works() -> None:
-    with pytest.raises(ConfigError, match=r"'nccl' needs CUDA.*weights.backend = 'gloo'"):
-        from_mapping({"weights": {"backend": "nccl"}})
 
 
 def run_of(config: Config, tmp_path: Path) -> RunDir:

@@ -175,7 +175,7 @@ def _process_lines(
     config: Config, shape: ModelShape, kind: str, *, publishes: bool
 ) -> Iterator[Line]:
     on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
-    if publishes and (not on_gpu or config.weights.backend != "gloo"):
+    if publishes and (not on_gpu or config.weights.transport not in ("gloo", "disk")):
         how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
         yield "publishing", size * shape.parameters, how
     yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else (ON_CPU[kind], "Python"))
@@ -225,7 +225,7 @@ def _changes(config: Config, shape: ModelShape) -> Iterator[tuple[str, object, C
     yield from changed("learner", "max_tokens_per_microbatch", *_halves(tokens, longest))
     yield from changed("actor", "kv_cache_bytes", *_halves(cache, least))
     yield from changed("model", "dtype", "bfloat16")
-    yield from changed("weights", "backend", "gloo")
+    yield from changed("weights", "transport", "gloo")
     lora = config.learner.lora
     if lora is None:
         adapter = LoraSettings()

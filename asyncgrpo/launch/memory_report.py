@@ -17,6 +17,7 @@ from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.memory import GIB, Device, ModelShape, estimate, remedies
 from asyncgrpo.launch.model_folder import EMBEDDED, config_folder
 from asyncgrpo.launch.plan import Host, Ports, make_plan, role_names
+from asyncgrpo.launch.transport import choose_transport
 
 MACHINE, WIDTH = "this machine (CPU run)", 120
 
@@ -75,10 +76,14 @@ class MemoryReport:
 
     def __init__(self, config: Config) -> None:
         """ModelError when a model is not here; ConfigError when the engine could not start."""
+        places = _places(config)
+        transport, _ = choose_transport(config, places if config.launch.gpus else {})
+        weights = config.weights.model_copy(update={"transport": transport})
+        config = config.model_copy(update={"weights": weights})
         self._config, self._shape = config, model_shape(config.model.path)
         path = config.algo.reference.path if config.algo.kl_coef else None
         self._reference = (model_shape(path) if path else self._shape).parameters
-        self._devices = estimate(config, self._shape, _places(config), self._reference)
+        self._devices = estimate(config, self._shape, places, self._reference)
         least = self._shape.kv_bytes(config)
         if config.actor.engine == "vllm" and config.actor.kv_cache_bytes < least:
             raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Literal
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.cores import Cores, assign_cores, core_sharers
+from asyncgrpo.launch.transport import choose_transport
 from asyncgrpo.rundir import Endpoints
 
 LOOPBACK, LOOPBACK_DEVICE = "127.0.0.1", "lo"
@@ -69,6 +70,7 @@ class Plan:
     specs: tuple[ProcessSpec, ...]
     warnings: tuple[str, ...]
     endpoints: Endpoints
+    transport_reason: str = ""
 
 
 def role_names(num_actors: int, num_learners: int) -> tuple[str, ...]:
@@ -89,10 +91,11 @@ def make_plan(
     """The processes of one run on one machine, their cores or GPUs, and warnings worth reading.
 
     With `model_is_local` the actors are kept off the model hub. ConfigError: more GPUs than the
-    host has, or more roles than GPUs.
+    host has, more roles than GPUs, or weights that cannot travel as they should.
     """
     actors, learners = config.launch.actors, config.launch.learners
     gpus = _assign_gpus(config, host)
+    transport, reason = choose_transport(config, gpus)
     cores = {} if gpus else assign_cores(host.cores, actors, learners, config.actor.threads)
     draft = _Draft(config, run_dir, python, cores, gpus, core_sharers(cores))
     offline = model_is_local or config.model.path == "tiny"
@@ -104,7 +107,10 @@ def make_plan(
     return Plan(
         specs=specs,
         warnings=(*_core_warnings(config, host, cores), *_door_warnings(config)),
-        endpoints=_endpoints(config.launch.host, ports, cores, role_names(actors, learners)),
+        endpoints=_endpoints(
+            config.launch.host, ports, cores, role_names(actors, learners), transport
+        ),
+        transport_reason=reason,
     )
 
 
@@ -126,7 +132,8 @@ def render_plan(plan: Plan) -> str:
     blocks = [_render_spec(spec) for spec in plan.specs]
     addresses = [
         f"buffer   {plan.endpoints.buffer}",
-        f"weights  {plan.endpoints.weights}",
+        f"weights  {plan.endpoints.weights}, by {plan.endpoints.transport}: "
+        f"{plan.transport_reason}",
         f"store    {plan.endpoints.store[0]}:{plan.endpoints.store[1]}",
     ]
     return "\n\n".join(
@@ -291,7 +298,7 @@ def _door_warnings(config: Config) -> list[str]:
 
 
 def _endpoints(
-    host: str, ports: Ports, cores: Mapping[str, Cores], names: Sequence[str]
+    host: str, ports: Ports, cores: Mapping[str, Cores], names: Sequence[str], transport: str
 ) -> Endpoints:
     metrics = {name: ports.metrics and ports.metrics + place for place, name in enumerate(names)}
     return Endpoints(
@@ -300,6 +307,7 @@ def _endpoints(
         store=(host, ports.store),
         cores=dict(cores),
         metrics=metrics,
+        transport=transport,
     )
 
 

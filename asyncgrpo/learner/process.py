@@ -47,7 +47,8 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     if rank == 0:
         keys = read_keys(run, "server")
-        sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store, keys)
+        at = run.endpoints
+        sender = CollectiveSender(run.config, at.weights, at.store, keys, transport=at.transport)
         recorder = RunRecorder(run, exporter)
     save_to = run.model_path if rank == 0 else None
     with memory_explained(run.config, name):

@@ -48,15 +48,6 @@ def _own_address(store: Any) -> str:
         return str(probe.getsockname()[0])
 
 
-def choose_backend(setting: str) -> str:
-    """Resolves "auto": NCCL where CUDA is, gloo elsewhere; WeightsError when it cannot work."""
-    if setting == "auto":
-        return "nccl" if torch.cuda.is_available() else "gloo"
-    if setting == "nccl" and not torch.cuda.is_available():
-        raise WeightsError("weights.backend='nccl' needs CUDA, which is not here; use 'gloo'")
-    return setting
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightGroup:
     """One generation of the broadcast group."""

@@ -20,7 +20,6 @@ from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32
 from asyncgrpo.weights.collective import (
     WeightGroup,
-    choose_backend,
     open_group,
     open_store,
     retire,
@@ -42,12 +41,19 @@ class CollectiveSender:
     """A protocols.WeightSender over ZeroMQ (who and when) and a process group (the bytes)."""
 
     def __init__(
-        self, config: Config, address: str, store: tuple[str, int], keys: Keys | None = None
+        self,
+        config: Config,
+        address: str,
+        store: tuple[str, int],
+        keys: Keys | None = None,
+        *,
+        transport: str = "gloo",
     ) -> None:
+        """transport: weights.transport, "auto" resolved."""
         self._config, self._store_address = config, store
         self._settings = config.weights
         self._server = Server(address, keys)
-        self._backend = choose_backend(self._settings.backend)
+        self._backend = transport
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
         self._handshake = Handshake(
