@@ -375,6 +375,7 @@ class WeightSettings(Room):
     transport: Literal["auto", "nccl", "gloo", "cuda_ipc", "disk"] = Field(
         "auto", description="auto: gloo on CPU, nccl between GPUs, cuda_ipc on a shared one"
     )
+    overlap: bool = Field(True, description="send while the next forward and backward pass runs")
     bucket_bytes: int = Field(64 << 20, ge=1 << 10, description="largest piece of one broadcast")
     ready_timeout_seconds: float = Field(10.0, gt=0, description="offer -> ready, per actor")
     transfer_timeout_seconds: float = Field(60.0, gt=0, description="one broadcast")

@@ -87,11 +87,15 @@ class WeightSender(Protocol):
     """The learner's side of publishing; only rank 0 has one."""
 
     def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
-        """Copies the weights and lets them travel to every actor in the background.
+        """Lets the weights travel to every actor in the background.
 
-        canary_logprobs: float32 [NUM_CANARIES, V], the learner's own at this version.
-        Blocks only while the last version is still on its way, within the deadlines.
+        They may be read until `release`. canary_logprobs: float32 [NUM_CANARIES, V], the learner's
+        own at this version. Blocks only while the last version is still on its way, within the
+        deadlines.
         """
+
+    def release(self) -> None:
+        """Before the weights change: waits until they were read, within the deadlines."""
 
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         """Waits until `count` actors proved the newest version; PeerTimeout if none ever did."""

@@ -35,11 +35,16 @@ def tampered(broadcast):
     """Somebody on the way changes one bit of every version but the first."""
     received = []
 
-    def changed(group, buckets):
+    def changed(group, buckets, then):
         pieces = list(buckets)
-        broadcast(group, pieces)
         received.append(pieces)
-        pieces[-1][-1] ^= len(received) > 1
+
+        def bad(bucket):
+            if bucket is pieces[-1]:
+                bucket[-1] ^= len(received) > 1
+            then(bucket)
+
+        broadcast(group, pieces, bad)
 
     return changed
 
@@ -52,7 +57,7 @@ def keys_of_the_environment() -> Keys | None:
 
 def main(name: str, address: str, fault: str) -> None:
     if fault == "die_in_broadcast":
-        WeightGroup.broadcast = lambda group, buckets: os.kill(os.getpid(), signal.SIGKILL)
+        WeightGroup.broadcast = lambda group, buckets, then: os.kill(os.getpid(), signal.SIGKILL)
     if fault == "tampered":
         WeightGroup.broadcast = tampered(WeightGroup.broadcast)
     receiver = CollectiveReceiver(Config(), name, address, keys_of_the_environment())

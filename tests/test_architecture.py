@@ -55,6 +55,7 @@ FLOORS = {
         "learner.reference",
         "learner.torchrun",
         "weights.flat",
+        "weights.disk",
         "weights.local",
         "weights.collective",
         "observe.exporter",

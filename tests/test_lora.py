@@ -128,7 +128,7 @@ class Here:
         self._sender.close()
 
     def staged(self) -> Any:
-        return self._sender._handshake.newest, self._sender._flat.views()
+        return self._sender._handshake.newest, self._sender._tensors
 
 
 @pytest.mark.parametrize("kind", [LocalLink, Here])

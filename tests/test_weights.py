@@ -18,12 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from receiver_process import VOCAB, logprobs
+from safetensors.torch import load_file
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WeightsError
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.weights import flat as flat_module
-from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
+from asyncgrpo.weights.disk import open_version, prune, write_version
+from asyncgrpo.weights.flat import ALIGNMENT, Digester, FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
 from asyncgrpo.weights.proof import check_proof
 from asyncgrpo.weights.sender import CollectiveSender
@@ -64,11 +66,69 @@ def test_bfloat16_buffers_hold_rounded_values_and_odd_sizes_are_aligned():
     )
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=6),
+    st.integers(1, 40),
+    st.sampled_from(["float32", "bfloat16"]),
+)
+def test_two_small_buckets_in_turn_carry_the_same_bytes_and_digests_as_one_copy(
+    shapes, size, dtype
+):
+    named = [(str(i), torch.randn(shape)) for i, shape in enumerate(shapes)]
+    manifest = Manifest.of(named, dtype)
+    flat = FlatWeights(manifest)
+    flat.fill(named)
+    staging = [torch.full((size * ALIGNMENT,), 255, dtype=torch.uint8) for _ in range(2)]
+    digester, came = Digester(manifest, 3), []
+    for piece in manifest.pieces(iter(named), staging):
+        assert piece.data_ptr() == staging[len(came) % 2].data_ptr()
+        digester.add(piece)
+        came.append(piece.clone())
+    assert torch.equal(torch.cat(came), flat.bytes)
+    assert digester.values == flat.digests(3) == slow_digests(flat, 3)
+
+
+def test_a_sender_reads_no_further_than_the_names_it_promised():
+    manifest = Manifest.of(tensors(1), "float32")
+    staging = [torch.zeros(64, dtype=torch.uint8) for _ in range(2)]
+    with pytest.raises(WeightsError, match="1 parameters came, 2 are expected"):
+        list(manifest.pieces(tensors(1)[:1], staging))
+    with pytest.raises(WeightsError, match=r"more \(32, 8\) came, not nothing more"):
+        list(manifest.pieces([*tensors(1), ("more", torch.zeros(VOCAB, 8))], staging))
+
+
+def test_a_version_on_disk_is_a_safetensors_file_and_is_mapped_as_it_was(tmp_path):
+    odd = [("a", torch.randn(3)), ("b", torch.randn(5, 3)), ("c", torch.randn(64, 8))]
+    flat = FlatWeights(Manifest.of(odd, "bfloat16"))
+    flat.fill(odd)
+    seen = []
+    path = write_version(tmp_path / "v7", flat.manifest, flat.bytes.split(48), seen.append)
+    assert torch.equal(torch.cat(seen), flat.bytes)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["v7"]
+    mapped = open_version(str(path), flat.manifest)
+    assert torch.equal(mapped.bytes, flat.bytes)
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], view) for name, view in mapped.views())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"model.safetensors has \d+ bytes, not \d+"):
+        open_version(str(path), flat.manifest)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        open_version(str(tmp_path / "v8"), flat.manifest)
+
+
+def test_the_newest_versions_on_disk_stay_and_those_that_are_still_owed(tmp_path):
+    for version in (8, 9, 10, 11):
+        (tmp_path / f"v{version}").mkdir()
+    prune(tmp_path, {8, 11})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["v10", "v11", "v8"]
+
+
 def slow_digests(flat: FlatWeights, seed: int) -> list[int]:
     """The formula word by word: one random factor per place, one per tensor."""
     bits = np.random.PCG64(seed)
-    words = [tensor.flatten().view(torch.int32).tolist() for _, tensor in flat.views()]
-    factors = [int(bits.random_raw()) | 1 for _ in range(4 * max(map(len, words)))]
+    data = [tensor.flatten().view(torch.uint8) for _, tensor in flat.views()]
+    words = [(x if len(x) % 4 else x.view(torch.int32)).tolist() for x in data]
+    factors = [int(bits.random_raw()) | 1 for _ in range(max(map(len, data)))]
     return [
         sum(word * factor for word, factor in zip(row, factors, strict=False))
         * (int(bits.random_raw()) | 1)
@@ -157,7 +217,7 @@ def handshake(*names: str) -> Handshake:
 
 def test_a_round_asks_those_who_are_behind_and_counts_only_proofs():
     state = handshake("a", "b")
-    state.newest = 3
+    state.publish(3)
     opened = state.open_round(now=0.0)
     assert opened is not None
     assert opened.asked == {"a", "b"}
@@ -176,7 +236,7 @@ def test_a_round_asks_those_who_are_behind_and_counts_only_proofs():
 
 def test_a_failed_broadcast_counts_as_not_applied():
     state = handshake("a")
-    state.newest = 1
+    state.publish(1)
     opened = state.open_round(0.0)
     state.answer("a", opened.number, ready=True)
     state.close_round(0.0, sent=False)
@@ -186,7 +246,7 @@ def test_a_failed_broadcast_counts_as_not_applied():
 
 def test_silence_past_a_deadline_is_overdue():
     state = handshake("a", "b")
-    state.newest = 0
+    state.publish(0)
     opened = state.open_round(0.0)
     state.answer("a", opened.number, ready=True)
     assert state.overdue(0.9) == []
@@ -200,22 +260,51 @@ def test_silence_past_a_deadline_is_overdue():
 
 def test_answers_to_a_round_that_is_over_are_ignored():
     state = handshake("a")
-    state.newest = 0
+    state.publish(0)
     opened = state.open_round(0.0)
     state.answer("a", opened.number, ready=True)
     state.close_round(0.0, sent=True)
     assert not state.answer("a", opened.number, ready=True)
 
 
+def test_weights_that_may_change_are_offered_to_nobody_until_the_next_publish():
+    state = handshake("a")
+    assert state.open_round(0.0) is None
+    state.publish(0)
+    assert not state.at_rest()  # "a" is to get it first
+    opened = state.open_round(0.0)
+    state.answer("a", opened.number, ready=True)
+    assert not state.at_rest()
+    state.close_round(0.0, sent=True)
+    assert state.at_rest()
+    state.hold()
+    state.join("b", "b.1")
+    assert state.at_rest()
+    assert state.open_round(1.0) is None
+    state.publish(1)
+    assert state.open_round(1.0).asked == {"b"}  # "a" owes a proof
+
+
+def test_after_a_failed_broadcast_nobody_is_waited_for():
+    state = handshake("a")
+    state.publish(0)
+    opened = state.open_round(0.0)
+    state.answer("a", opened.number, ready=True)
+    state.close_round(0.0, sent=False)
+    assert state.at_rest()
+    state.publish(1)
+    assert not state.at_rest()
+
+
 @given(st.integers(0, 2**32))
 def test_no_schedule_lets_a_member_hold_what_it_did_not_prove(seed):
     rng = random.Random(seed)
-    state, proven, sent = handshake("a", "b", "c"), {}, {}
+    state, proven, sent, held = handshake("a", "b", "c"), {}, {}, set()
     for now in range(200):
         name = rng.choice("abc")
-        match rng.randrange(7):
+        match rng.randrange(8):
             case 0:
-                state.newest += 1
+                state.publish(state.newest + 1)
             case 1:
                 state.join(name, f"{name}.{now}")
                 proven.pop(name, None)
@@ -226,6 +315,7 @@ def test_no_schedule_lets_a_member_hold_what_it_did_not_prove(seed):
                 state.answer(name, state.round.number, ready=rng.random() < 0.8)
             case 4 if state.decided():
                 version, ok = state.round.version, rng.random() < 0.8
+                assert state.newest not in held
                 for receiver in state.close_round(now, sent=ok):
                     if ok:
                         sent[receiver] = version
@@ -233,6 +323,9 @@ def test_no_schedule_lets_a_member_hold_what_it_did_not_prove(seed):
                 proven[name] = sent.pop(name)
             case 6:
                 state.free(name)
+            case 7 if not state.round:
+                state.hold()
+                held.add(state.newest)
         for member in state.members.values():
             assert member.held == proven.get(member.name, -1)
             assert member.held <= state.newest
@@ -265,25 +358,51 @@ class Actor:
         return self.lines.get(timeout=30)
 
 
+class Network:
+    """A sender and the actors that were started."""
+
+    def __init__(self, folder: Path, transport: str = "gloo", **weights) -> None:
+        settings = {"ready_timeout_seconds": 2.0, "bucket_bytes": 1024, **weights}
+        self.address, self._actors = f"tcp://127.0.0.1:{free_port()}", []
+        self.sender = CollectiveSender(
+            from_mapping({"weights": settings, "buffer": {"max_staleness": 4}}),
+            self.address,
+            ("127.0.0.1", free_port()),
+            transport=transport,
+            folder=folder,
+        )
+
+    def start(self, name: str, fault: str = "none") -> Actor:
+        self._actors.append(Actor(name, self.address, fault))
+        return self._actors[-1]
+
+    def stop(self) -> None:
+        self.sender.close()
+        for actor in self._actors:
+            actor.process.kill()
+            actor.process.wait()
+            actor.process.stdout.close()
+
+
 @pytest.fixture
-def network():
-    """A sender and a function that starts actors; everything is stopped afterwards."""
-    config = from_mapping({"weights": {"ready_timeout_seconds": 2.0, "bucket_bytes": 1024}})
-    address = f"tcp://127.0.0.1:{free_port()}"
-    sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
-    actors: list[Actor] = []
+def make_network(tmp_path):
+    """Makes networks; everything is stopped afterwards."""
+    networks = []
 
-    def start(name: str, fault: str = "none") -> Actor:
-        actors.append(Actor(name, address, fault))
-        return actors[-1]
+    def make(**how) -> Network:
+        networks.append(Network(tmp_path / "weights", **how))
+        return networks[-1]
 
-    start.address = address
-    yield sender, start
-    sender.close()
-    for actor in actors:
-        actor.process.kill()
-        actor.process.wait()
-        actor.process.stdout.close()
+    yield make
+    for network in networks:
+        network.stop()
+
+
+@pytest.fixture
+def network(make_network):
+    """A sender and a function that starts actors."""
+    both = make_network()
+    return both.sender, both.start
 
 
 def publish(sender: CollectiveSender, version: int) -> None:
@@ -350,7 +469,7 @@ def test_bytes_that_somebody_changed_on_the_way_never_reach_the_engine(network):
 def test_senseless_requests_are_refused_and_publishing_goes_on(network):
     sender, start = network
     actor = start("actor-0")
-    stranger = DealerClient(start.address, "actor-0", "the learner")
+    stranger = DealerClient(start.__self__.address, "actor-0", "the learner")
     stranger._socket.send(b"garbage")
     for kind in (*WEIGHTS_REQUESTS, "dance"):
         stranger.tell(Packet(kind=kind))
@@ -426,3 +545,88 @@ def test_an_actor_that_was_evicted_without_a_word_is_asked_to_join_again(network
         sender._evict("actor-0", "its connection was lost for a moment")
     sender.wait_for_actors(1, 30)
     assert [actor.next_line() for _ in range(2)] == ["live 0", "live 0"]
+
+
+def test_actors_load_every_version_from_disk_and_late_ones_the_newest(make_network, tmp_path):
+    network = make_network(transport="disk")
+    sender, first = network.sender, network.start("actor-0")
+    publish(sender, 0)
+    sender.wait_for_actors(1, 30)
+    for version in (1, 2):
+        publish(sender, version)
+        sender.settle(30)
+        sender.release()
+    assert [first.next_line() for _ in range(3)] == [f"live {v}" for v in range(3)]
+    late = network.start("actor-1")  # nothing is read from the learner's parameters any more
+    assert late.next_line() == "live 2"
+    folders = sorted(path.name for path in (tmp_path / "weights").iterdir())
+    assert folders == ["v1", "v2"]
+    assert sender.metrics()["publish/evictions"] == 0
+
+
+def test_a_file_that_somebody_changed_never_reaches_the_engine(make_network, tmp_path):
+    network = make_network(transport="disk")
+    publish(network.sender, 0)
+    (path,) = (tmp_path / "weights").glob("v0/*")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    victim = network.start("actor-0")
+    assert "version 0 intact: 1 tensors differ, first head" in victim.next_line()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_parameters_are_read_between_publish_and_release_only(make_network, overlap):
+    network = make_network(overlap=overlap)
+    sender, first = network.sender, network.start("actor-0")
+    readers = []
+
+    class Live:
+        """Parameters that say when they are read; of version 9 after the release."""
+
+        version = 0
+
+        def __iter__(self):
+            readers.append(self.version)
+            yield from tensors(self.version)
+
+    live = Live()
+
+    def publish_live(version: int) -> None:
+        live.version = version
+        sender.publish(version, live, logprobs(dict(tensors(version))).numpy())
+
+    publish_live(0)
+    sender.wait_for_actors(1, 30)
+    assert first.next_line() == "live 0"
+    for version in (1, 2):
+        publish_live(version)
+        if not overlap:
+            assert readers[-1] == version
+        sender.release()
+        live.version = 9
+        sender.release()  # as each optimizer step of an update does
+        assert readers[-1] == version
+        sender.settle(30)
+        assert first.next_line() == f"live {version}"
+    late = network.start("actor-1")
+    with sender._changed:
+        sender._wait(lambda: len(sender._handshake.members) == 2, "joining", 30)
+    with pytest.raises(queue.Empty):
+        late.lines.get(timeout=0.3)
+    publish_live(3)
+    sender.wait_for_actors(2, 30)
+    assert late.next_line() == "live 3"
+    assert 9 not in readers
+
+
+def test_weights_that_change_before_the_next_publish_are_copied(make_network):
+    network = make_network(publish_every=2)
+    live = [(name, tensor.clone()) for name, tensor in tensors(1)]
+    network.sender.publish(1, live, logprobs(dict(tensors(1))).numpy())
+    network.sender.release()
+    for _, tensor in live:
+        tensor.zero_()
+    assert network.start("actor-0").next_line() == "live 1"
+    network.sender.settle(30)
+    assert network.sender.metrics()["publish/proofs"] == 1

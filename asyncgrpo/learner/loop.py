@@ -32,8 +32,11 @@ class Updater(Protocol):
     def covered(self) -> int:
         """The step of the newest complete checkpoint; 0 without any."""
 
-    def update(self, shard: Shard) -> dict[str, float]:
-        """One optimizer update from this rank's shard; metrics of the whole batch."""
+    def update(self, shard: Shard, before_change: Callable[[], None]) -> dict[str, float]:
+        """One optimizer update from this rank's shard; metrics of the whole batch.
+
+        before_change: called before the weights change.
+        """
 
     def weights(self) -> NamedTensors:
         """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
@@ -132,7 +135,7 @@ class Learner:
                 break
             shard = shard_from(answer)
             taken = time.perf_counter()
-            row = self._updater.update(shard)
+            row = self._updater.update(shard, self._release)
             row["train_seconds"] = time.perf_counter() - taken
             row["wait_seconds"] = taken - start
             version = step + 1
@@ -178,6 +181,10 @@ class Learner:
             self._sender.wait_for_actors(
                 self._config.launch.actors, self._config.launch.start_timeout_seconds
             )
+
+    def _release(self) -> None:
+        if self._sender is not None:
+            self._sender.release()
 
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:

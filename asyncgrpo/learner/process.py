@@ -48,7 +48,14 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     if rank == 0:
         keys = read_keys(run, "server")
         at = run.endpoints
-        sender = CollectiveSender(run.config, at.weights, at.store, keys, transport=at.transport)
+        sender = CollectiveSender(
+            run.config,
+            at.weights,
+            at.store,
+            keys,
+            transport=at.transport,
+            folder=run.path / "weights",
+        )
         recorder = RunRecorder(run, exporter)
     save_to = run.model_path if rank == 0 else None
     with memory_explained(run.config, name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,14 +137,18 @@ class PolicyUpdater:
         """Rows of the output layer."""
         return int(self._policy.get_output_embeddings().weight.shape[0])
 
-    def update(self, shard: Shard) -> dict[str, float]:
+    def update(
+        self, shard: Shard, before_change: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """The optimizer updates of one learner step, algo.minibatches times algo.passes of them.
 
-        Returns the metrics of the whole batch, all ranks. An update whose loss or gradient is not
-        finite is skipped; RunError after more than algo.max_nonfinite of these in the run.
-        AlgorithmError, with the step, when a user's own function breaks its contract.
+        before_change: called before each change of the weights. Returns the metrics of the whole
+        batch, all ranks. An update whose loss or gradient is not finite is skipped; RunError after
+        more than algo.max_nonfinite of these in the run. AlgorithmError, with the step, when a
+        user's own function breaks its contract.
         """
         try:
+            self._before_change = before_change
             return self._update(shard)
         except AlgorithmError as error:
             raise AlgorithmError(f"at step {shard.step}: {error}") from error
@@ -271,6 +275,7 @@ class PolicyUpdater:
         record.rate = self._learning_rate(step, update.sums)
         for group in self._optimizer.param_groups:
             group["lr"] = record.rate
+        self._before_change()
         self._optimizer.step()
         record.add(update.sums, update.maxima)
         record.norms.append(norm)

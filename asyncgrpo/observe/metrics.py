@@ -172,13 +172,14 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
         "eval/truncated_share": ("share", "more held-out answers hit their token limit"),
     },
     ("gauge", "weights"): {
-        "publish/flatten_seconds": ("seconds", "copying weights into the send buffer takes longer"),
+        "publish/blocked_seconds": ("seconds", "training waits longer for weights to be read"),
+        "publish/digest_seconds": ("seconds", "digests take longer at the learner"),
         "publish/broadcast_seconds": ("seconds", "the broadcast takes longer at the learner"),
         "publish/copy_seconds": ("seconds", "the broadcast takes longer at the actor"),
         "publish/stall_seconds": ("seconds", "generation stands still longer at the swap"),
         "publish/live_seconds": ("seconds", "from publish to the last actor's proof takes longer"),
         "publish/canary_difference": ("nats", "engine and learner compute less alike"),
-        "publish/bytes": ("bytes", "the model grew"),
+        "publish/bytes": ("bytes", "more is sent per broadcast"),
         "publish/actors": ("actors", "more actors take part"),
     },
     ("counter", "weights"): {

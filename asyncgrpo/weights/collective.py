@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from asyncgrpo.errors import WeightsError
 
+ON_DEVICE = ("nccl", "cuda_ipc")  # transports whose buckets lie on the GPU
 RETIRED_SECONDS = 60.0
 LISTEN_BACKLOG = 1024
 _retired: deque[tuple[float, object]] = deque()
@@ -55,13 +56,26 @@ class WeightGroup:
     generation: int
     handle: Any
 
-    def broadcast(self, buckets: Iterable[torch.Tensor]) -> None:
-        """Sends (rank 0) or receives all buckets; WeightsError when a member is lost."""
+    def broadcast(
+        self, buckets: Iterable[torch.Tensor], then: Callable[[torch.Tensor], None]
+    ) -> None:
+        """Sends (rank 0) or receives all buckets; WeightsError when a member is lost.
+
+        `then` gets each bucket when it is through, while the next one is on its way.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
+        last: tuple[torch.Tensor, Any] | None = None
         try:
             for bucket in buckets:
-                self.handle.broadcast([bucket], options).wait()
+                work = self.handle.broadcast([bucket], options)
+                if last is not None:
+                    last[1].wait()
+                    then(last[0])
+                last = bucket, work
+            if last is not None:
+                last[1].wait()
+                then(last[0])
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         except RuntimeError as error:
@@ -69,13 +83,13 @@ class WeightGroup:
 
 
 def open_group(
-    store: Any, *, backend: str, generation: int, rank: int, world_size: int, seconds: float
+    store: Any, *, transport: str, generation: int, rank: int, world_size: int, seconds: float
 ) -> WeightGroup:
     """Joins a generation; blocks until all its members did, `seconds` at most."""
     prefixed = dist.PrefixStore(f"weights-{generation}", store)  # type: ignore[attr-defined]
     timeout = timedelta(seconds=seconds)
     try:
-        if backend == "nccl":
+        if transport == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             handle: Any = dist.ProcessGroupNCCL(prefixed, rank, world_size, options)

@@ -1,10 +1,12 @@
-"""All weights of one version in one buffer: its manifest, its views by name, its digests."""
+"""The bytes of all weights of one version, whole or piece by piece, and their digests."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from asyncgrpo.errors import WeightsError
 from asyncgrpo.protocols import NamedTensors
 
 ALIGNMENT = 16  # bytes; every tensor starts on a multiple, so that any dtype can view it
-DIGEST_CHUNK = 1 << 20  # elements; bounds the int64 copies that a digest makes
+DIGEST_CHUNK = 1 << 18  # elements; their int64 products stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +64,58 @@ class Manifest:
         """Size of the buffer, gaps included."""
         return max((-(-end // ALIGNMENT) * ALIGNMENT for *_, end in self.spans()), default=0)
 
+    def check(self, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors as they come; WeightsError when names or shapes differ."""
+        expected = zip(self.names, self.shapes, strict=True)
+        count = 0
+        for name, tensor in tensors:
+            wanted, shape = next(expected, ("nothing more", ()))
+            if name != wanted or tensor.shape != shape:
+                raise WeightsError(f"parameter {name} {tuple(tensor.shape)} came, not {wanted}")
+            yield name, tensor
+            count += 1
+        if count != len(self.names):
+            raise WeightsError(f"{count} parameters came, {len(self.names)} are expected")
+
+    @torch.no_grad()
+    def pieces(
+        self, tensors: NamedTensors, staging: Sequence[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """The buffer's bytes, each piece in the next of `staging`, cast as it is copied there.
+
+        staging: uint8, all of one size, a multiple of ALIGNMENT. A piece is good until as many
+        more are asked for as there are; only the last one is shorter.
+        """
+        turns = cycle(staging)
+        bucket, used = next(turns), 0
+        for (_, tensor), dtype_name in zip(self.check(tensors), self.dtypes, strict=False):
+            dtype = getattr(torch, dtype_name)
+            rest = tensor.detach().reshape(-1)
+            while len(rest):
+                count = min(len(rest), (len(bucket) - used) // dtype.itemsize)
+                end = used + count * dtype.itemsize
+                bucket[used:end].view(dtype).copy_(rest[:count])
+                rest = rest[count:]
+                used = -(-end // ALIGNMENT) * ALIGNMENT
+                bucket[end:used] = 0
+                if used == len(bucket):
+                    yield bucket
+                    bucket, used = next(turns), 0
+        if used:
+            yield bucket[:used]
+
 
 class FlatWeights:
     """One preallocated buffer, filled again for each version (allocating anew costs seconds)."""
 
-    def __init__(self, manifest: Manifest, device: str = "cpu") -> None:
+    def __init__(
+        self, manifest: Manifest, device: str = "cpu", data: torch.Tensor | None = None
+    ) -> None:
+        """data: a buffer that is there already, uint8."""
         self.manifest = manifest
-        self.bytes = torch.zeros(manifest.num_bytes, dtype=torch.uint8, device=device)
+        if data is None:
+            data = torch.zeros(manifest.num_bytes, dtype=torch.uint8, device=device)
+        self.bytes = data
 
     def views(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in manifest order; tensors share the buffer's memory."""
@@ -79,45 +126,67 @@ class FlatWeights:
     def fill(self, tensors: NamedTensors) -> None:
         """Copies tensors in, cast to the manifest's dtypes; WeightsError when names differ."""
         views = self.views()
-        count = 0
-        for name, tensor in tensors:
-            expected, view = next(views, ("nothing more", None))
-            if name != expected or view is None or view.shape != tensor.shape:
-                raise WeightsError(f"parameter {name} {tuple(tensor.shape)} came, not {expected}")
-            view.copy_(tensor)
-            count += 1
-        if count != len(self.manifest.names):
-            raise WeightsError(f"{count} parameters came, {len(self.manifest.names)} are expected")
-
-    def buckets(self, bucket_bytes: int) -> tuple[torch.Tensor, ...]:
-        """The buffer in pieces of at most bucket_bytes."""
-        return self.bytes.split(bucket_bytes)
+        for _, tensor in self.manifest.check(tensors):
+            next(views)[1].copy_(tensor)
 
     def digests(self, seed: int) -> list[int]:
-        """One 64-bit number per tensor; the same bytes give the same number on any device.
-
-        Who does not know the seed cannot change a tensor so that its number stays: one attempt
-        succeeds with a probability of about 2^-32.
-        """
-        bits = np.random.PCG64(seed)
-        longest = max((end - start for *_, start, end in self.manifest.spans()), default=0)
-        factors = (bits.random_raw(min(longest, DIGEST_CHUNK)) | 1).view(np.int64)
-        on_device = torch.from_numpy(factors).to(self.bytes.device)
-        return [_digest(self.bytes[i:end], on_device, bits) for *_, i, end in self.manifest.spans()]
+        """Those of a Digester that got the whole buffer."""
+        digester = Digester(self.manifest, seed)
+        digester.add(self.bytes)
+        return digester.values
 
 
-def _digest(data: torch.Tensor, factors: torch.Tensor, bits: np.random.PCG64) -> int:
-    """sum over chunks c: s_c sum_i x_ci r_i, modulo 2^64; x: the bytes taken as int32.
+class Digester:
+    """One 64-bit number per tensor; the same bytes give the same number on any device.
 
-    r_i and s_c are odd random numbers, so a single changed word always shows. A multilinear hash
-    (Lemire and Kaser, "Strongly universal string hashing is fast", 2014) that draws r only once.
+    Who does not know the seed cannot change a tensor so that its number stays: one attempt
+    succeeds with a probability of about 2^-32. Per tensor: the sum over chunks c of
+    s_c sum_i x_ci r_i, modulo 2^64; x: the bytes taken as int32. r_i and s_c are odd random
+    numbers, so a single changed word always shows. A multilinear hash (Lemire and Kaser, "Strongly
+    universal string hashing is fast", 2014) that draws r only once.
     """
-    words = data.view(torch.int32) if len(data) % 4 == 0 else data
-    total = 0
-    for chunk in words.split(len(factors)) if len(words) else ():
-        part = int((chunk.to(torch.int64) * factors[: len(chunk)]).sum())  # int64 wraps around
-        total += part * (bits.random_raw() | 1)
-    return total % (1 << 64)
+
+    def __init__(self, manifest: Manifest, seed: int) -> None:
+        self._spans = [(start, end) for *_, start, end in manifest.spans()]
+        self._bits = np.random.PCG64(seed)
+        longest = max((end - start for start, end in self._spans), default=0)
+        raw = self._bits.random_raw(min(longest, DIGEST_CHUNK)) | 1
+        self._factors = torch.from_numpy(raw.view(np.int64))
+        self._products = torch.empty_like(self._factors)
+        self._outer = self._place = self._tensor = 0
+        self.values = [0] * len(self._spans)  # complete once all bytes were added
+        self.seconds = 0.0
+
+    def add(self, piece: torch.Tensor) -> None:
+        """The next bytes of the buffer, uint8; a multiple of ALIGNMENT of them."""
+        began = time.perf_counter()
+        if self._factors.device != piece.device:
+            self._factors = self._factors.to(piece.device)
+            self._products = self._products.to(piece.device)
+        first, last = self._place, self._place + len(piece)
+        while self._tensor < len(self._spans) and self._spans[self._tensor][0] < last:
+            start, end = self._spans[self._tensor]
+            inner = piece[max(start - first, 0) : end - first]
+            self._add_part(inner, max(first - start, 0), is_whole=(end - start) % 4 == 0)
+            if end > last:
+                break
+            self._tensor += 1
+        self._place = last
+        self.seconds += time.perf_counter() - began
+
+    def _add_part(self, data: torch.Tensor, offset: int, *, is_whole: bool) -> None:
+        """offset: bytes of the tensor that came before; is_whole: it consists of whole words."""
+        words, place = (data.view(torch.int32), offset // 4) if is_whole else (data, offset)
+        while len(words):
+            inside = place % len(self._factors)
+            if not inside:
+                self._outer = self._bits.random_raw() | 1
+            part = words[: len(self._factors) - inside]
+            factors = self._factors[inside : inside + len(part)]
+            products = torch.mul(part, factors, out=self._products[: len(part)])
+            value = self.values[self._tensor] + int(products.sum()) * self._outer  # int64 wraps
+            self.values[self._tensor] = value % (1 << 64)
+            words, place = words[len(part) :], place + len(part)
 
 
 def differing(manifest: Manifest, ours: list[int], theirs: list[int]) -> list[str]:

@@ -1,6 +1,7 @@
 """The bookkeeping of publishes: who holds what, who is asked, who is too late. Pure.
 
     join ──▶ member, holds nothing proven
+    publish ──▶ there is a newer version, to be read until hold
     offer(round) ──▶ each free member that is behind      answers: ready | later (busy)
     go(round, rank) ──▶ those that were ready             answers: loaded(version, proof)
 
@@ -44,8 +45,28 @@ class Handshake:
         self._loaded_timeout = loaded_timeout_seconds
         self.members: dict[str, Member] = {}
         self.newest = -1  # version that members should hold
+        self._is_readable = False
+        self._has_failed = False
         self.round: Round | None = None
         self._rounds = 0
+
+    def publish(self, version: int) -> None:
+        """There is something newer to hold, and it can be read until `hold`."""
+        self.newest = version
+        self._is_readable, self._has_failed = True, False
+
+    def hold(self) -> None:
+        """The newest weights are about to change: no round until the next publish."""
+        assert self.round is None, "a round is open"
+        self._is_readable = False
+
+    def at_rest(self) -> bool:
+        """Whether nobody has to wait for the newest weights any more: `hold` does no harm.
+
+        After a failed broadcast nobody is waited for: who missed it gets the next version.
+        """
+        waits_for_nobody = self._has_failed or not self._is_readable or not self.behind()
+        return self.round is None and waits_for_nobody
 
     def join(self, name: str, peer: str) -> None:
         """A new actor, or a new life of one; it holds nothing until it proves it."""
@@ -68,9 +89,12 @@ class Handshake:
         ]
 
     def open_round(self, now: float) -> Round | None:
-        """Starts a round with everyone who is behind; None when nobody is, or one is open."""
+        """Starts a round with everyone who is behind; None when nobody is, or one is open.
+
+        None too while the newest weights cannot be read.
+        """
         candidates = self.behind()
-        if self.round is not None or not candidates:
+        if self.round is not None or not candidates or not self._is_readable:
             return None
         self._rounds += 1
         self.round = Round(
@@ -105,6 +129,7 @@ class Handshake:
         """Ends the round; those that were ready now owe a proof (if it was really sent)."""
         assert self.round is not None, "no round is open"
         receivers = sorted(self.round.ready)
+        self._has_failed |= bool(receivers) and not sent
         if sent:
             for name in receivers:
                 self.members[name].pending = self.round.version

@@ -31,6 +31,9 @@ class LocalLink:
         self._digests = self._flat.digests(version)
         self._canary_logprobs, self._newest = canary_logprobs, version
 
+    def release(self) -> None:
+        """The weights were copied."""
+
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         """The one actor is here."""
 

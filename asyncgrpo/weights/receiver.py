@@ -1,6 +1,6 @@
 """The actor's side of publishing: a thread that receives into a staging buffer.
 
-Consumes: offer, go, reject, rejoin of the learner; loaded() and set_busy() of the actor loop.
+Consumes: offer, go, sent, reject, rejoin of the learner; loaded() and set_busy() of the actor loop.
 Produces: join, ready, later, free, loaded; a complete version for staged().
 Generation goes on meanwhile: the thread waits inside the broadcast without the interpreter lock.
 """
@@ -17,8 +17,9 @@ from typing import Any
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AsyncGRPOError, WeightsError
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.weights.collective import WeightGroup, open_group, open_store, retire
-from asyncgrpo.weights.flat import FlatWeights, Manifest
+from asyncgrpo.weights.collective import ON_DEVICE, WeightGroup, open_group, open_store, retire
+from asyncgrpo.weights.disk import open_version
+from asyncgrpo.weights.flat import Digester, FlatWeights, Manifest
 from asyncgrpo.wire.codec import Packet
 from asyncgrpo.wire.keys import Keys
 from asyncgrpo.wire.sockets import DealerClient
@@ -36,7 +37,9 @@ class CollectiveReceiver:
         self._flat: FlatWeights | None = None
         self._store: Any = None
         self._life = ""  # of the learner
-        self._backend, self._bucket_bytes = "gloo", 1 << 30  # the learner tells
+        self._transport, self._bucket_bytes = "gloo", 1 << 30  # the learner tells
+        self._manifest: Manifest | None = None
+        self._received: int | None = None  # version that is here, not yet compared
         self._group: WeightGroup | None = None
         self._staged: int | None = None  # version that waits in the buffer, or is being loaded
         self._digests: list[int] = []
@@ -92,6 +95,7 @@ class CollectiveReceiver:
             "joined": self._on_joined,
             "offer": self._on_offer,
             "go": self._on_go,
+            "sent": self._on_sent,
             "rejoin": self._on_rejoin,
             "reject": self._on_reject,
         }
@@ -113,7 +117,7 @@ class CollectiveReceiver:
     def _show_life(self, client: DealerClient) -> None:
         """Lets the learner say "rejoin" to an actor that does not know that it was evicted."""
         now = time.monotonic()
-        if self._flat is not None and now - self._alive_at > ALIVE_SECONDS:
+        if self._manifest is not None and now - self._alive_at > ALIVE_SECONDS:
             self._alive_at = now
             client.tell(Packet(kind="alive", fields={"actor": self._actor}))
 
@@ -122,11 +126,12 @@ class CollectiveReceiver:
 
     def _on_joined(self, client: DealerClient, packet: Packet) -> None:
         manifest = Manifest.from_fields(packet.fields["manifest"])
-        self._backend = packet.fields["backend"]
+        self._transport = packet.fields["transport"]
         self._bucket_bytes = packet.fields["bucket_bytes"]
-        if self._flat is None or self._flat.manifest != manifest:
-            device = "cuda" if self._backend == "nccl" else "cpu"
+        if self._manifest != manifest and self._transport != "disk":
+            device = "cuda" if self._transport in ON_DEVICE else "cpu"
             self._flat = FlatWeights(manifest, device)
+        self._manifest = manifest
         if self._life != packet.fields["life"]:
             self._life = packet.fields["life"]
             retire(self._group)
@@ -140,7 +145,7 @@ class CollectiveReceiver:
             )
 
     def _on_offer(self, client: DealerClient, packet: Packet) -> None:
-        can = not self._busy and self._staged is None and self._flat is not None
+        can = not self._busy and self._staged is None and self._manifest is not None
         fields = {"actor": self._actor, "round": packet.fields["round"]}
         client.tell(Packet(kind="ready" if can else "later", fields=fields))
         if not can and not self._busy:
@@ -149,6 +154,7 @@ class CollectiveReceiver:
     def _on_go(self, client: DealerClient, packet: Packet) -> None:
         assert self._flat is not None, "go comes after joined"
         fields = packet.fields
+        digester = Digester(self._flat.manifest, fields["seed"])
         start = time.perf_counter()
         try:
             if self._group is None or self._group.generation != fields["generation"]:
@@ -156,24 +162,43 @@ class CollectiveReceiver:
                 self._group = None
                 self._group = open_group(
                     self._store,
-                    backend=self._backend,
+                    transport=self._transport,
                     generation=fields["generation"],
                     rank=fields["rank"],
                     world_size=fields["world_size"],
                     seconds=self._settings.transfer_timeout_seconds,
                 )
-            self._group.broadcast(self._flat.buckets(self._bucket_bytes))
+            self._group.broadcast(self._flat.bytes.split(self._bucket_bytes), digester.add)
         except WeightsError as error:
             log.warning("version %d did not arrive: %s", fields["version"], error)
             retire(self._group)
             self._group = None
             return
         self._copy_seconds = time.perf_counter() - start
-        self._digests = self._flat.digests(fields["seed"])
+        self._digests, self._received = digester.values, fields["version"]
+
+    def _on_sent(self, client: DealerClient, packet: Packet) -> None:
+        fields = packet.fields
+        if "path" in fields:
+            self._read(fields["path"], fields["version"], fields["seed"])
+        if self._received != fields["version"]:
+            return  # a part of it did not arrive
+        self._received = None
         if self._digests == fields["digests"]:
             self._staged = fields["version"]
         else:  # never shown to the engine; the learner names the tensors and rejects this actor
             self.loaded(fields["version"], 0.0, [])
+
+    def _read(self, path: str, version: int, seed: int) -> None:
+        assert self._manifest is not None, "sent comes after joined"
+        start = time.perf_counter()
+        try:
+            self._flat = open_version(path, self._manifest)
+        except WeightsError as error:
+            log.warning("version %d did not arrive: %s", version, error)
+            return
+        self._digests, self._received = self._flat.digests(seed), version
+        self._copy_seconds = time.perf_counter() - start
 
     def _on_rejoin(self, client: DealerClient, packet: Packet) -> None:
         log.warning("evicted from publishing; joining again")

@@ -1,8 +1,12 @@
 """The learner's side of publishing: a thread that offers, broadcasts and checks proofs.
 
-Consumes: publish() of the learner loop; join, ready, later, free, loaded of the actors.
-Produces: offer, go, reject to the actors; a broadcast over the group.
+Consumes: publish() and release() of the learner loop; join, ready, later, free, loaded of actors.
+Produces: offer, go, sent, reject to the actors; a broadcast over the group, or a file.
 Waits for: answers until a deadline; then it goes on without the late ones.
+
+Weights are read from the learner's own parameters while they stand still, from publish to release,
+two buckets at a time. Where they cannot be (they lie on several ranks, or change before the next
+publish) there is one copy in host memory.
 """
 
 from __future__ import annotations
@@ -12,19 +16,21 @@ import secrets
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import PeerTimeout, WeightsError, WireError
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32
-from asyncgrpo.weights.collective import (
-    WeightGroup,
-    open_group,
-    open_store,
-    retire,
-)
-from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
+from asyncgrpo.weights.collective import ON_DEVICE, WeightGroup, open_group, open_store, retire
+from asyncgrpo.weights.disk import prune, write_version
+from asyncgrpo.weights.flat import ALIGNMENT, Digester, FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
 from asyncgrpo.weights.proof import check_proof
 from asyncgrpo.wire.codec import Packet
@@ -35,6 +41,15 @@ from asyncgrpo.wire.sockets import Server
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.003
 SEED_BITS = 62
+
+
+@dataclass(slots=True)
+class Proof:
+    """What must come back for a version."""
+
+    seed: int  # what digests are made with
+    canary_logprobs: Float32
+    digests: list[int] = field(default_factory=list)  # known once all bytes were read
 
 
 class CollectiveSender:
@@ -48,21 +63,28 @@ class CollectiveSender:
         keys: Keys | None = None,
         *,
         transport: str = "gloo",
+        folder: Path | None = None,
     ) -> None:
-        """transport: weights.transport, "auto" resolved."""
+        """transport: weights.transport, "auto" resolved. folder: where "disk" writes versions."""
         self._config, self._store_address = config, store
         self._settings = config.weights
         self._server = Server(address, keys)
-        self._backend = transport
+        self._transport, self._folder = transport, folder
+        sharded = config.learner.parallel == "fsdp"
+        self._keeps_copy = sharded or self._settings.publish_every > 1
+        self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
         self._handshake = Handshake(
             ready_timeout_seconds=self._settings.ready_timeout_seconds,
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
         )
-        self._flat: FlatWeights | None = None
-        # version -> (what digests are made with, digests, canaries) that must come back
-        self._proofs: dict[int, tuple[int, list[int], Float32]] = {}
+        self._manifest: Manifest | None = None
+        self._staging: list[torch.Tensor] = []
+        self._copy: FlatWeights | None = None
+        self._tensors: NamedTensors = ()
+        self._file = ""
+        self._proofs: dict[int, Proof] = {}
         self._group: WeightGroup | None = None
         self._group_peers: tuple[str, ...] = ()
         self._generation = 0
@@ -81,25 +103,68 @@ class CollectiveSender:
 
     def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
         with self._changed:
-            self._wait(lambda: self._handshake.round is None, "end of a broadcast")
             start = time.perf_counter()
-            if self._flat is None:
-                manifest = Manifest.of(tensors, self._config.model.dtype)
-                device = "cuda" if self._backend == "nccl" else "cpu"
-                self._flat = FlatWeights(manifest, device)
-            self._flat.fill(tensors)
+            self._wait(lambda: self._handshake.round is None, "end of a broadcast")
+            if self._manifest is None:
+                self._manifest = Manifest.of(tensors, self._config.model.dtype)
+                device = "cuda" if self._transport in ON_DEVICE else "cpu"
+                size = min(self._bucket_bytes, max(self._manifest.num_bytes, ALIGNMENT))
+                self._staging = [
+                    torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)
+                ]
             self._remember(version, canary_logprobs)
-            self._handshake.newest = version
+            self._take(version, tensors)
+            self._handshake.publish(version)
             self._published_at = time.perf_counter()
-            self._metrics["publish/flatten_seconds"] = self._published_at - start
-            self._metrics["publish/bytes"] = float(len(self._flat.bytes))
+            if not self._settings.overlap:
+                self._wait(self._handshake.at_rest, "end of a broadcast")
+            self._metrics["publish/blocked_seconds"] = time.perf_counter() - start
 
     def _remember(self, version: int, canary_logprobs: Float32) -> None:
-        assert self._flat is not None, "nothing was published"
-        seed = secrets.randbits(SEED_BITS)
-        self._proofs[version] = (seed, self._flat.digests(seed), canary_logprobs)
+        self._proofs[version] = Proof(secrets.randbits(SEED_BITS), canary_logprobs)
         owed = {m.pending for m in self._handshake.members.values()} | {version}
         self._proofs = {v: proof for v, proof in self._proofs.items() if v in owed}
+
+    def _take(self, version: int, tensors: NamedTensors) -> None:
+        """Makes the weights readable for the thread."""
+        assert self._manifest is not None, "its sizes are known"
+        if self._transport == "disk":
+            assert self._folder is not None, "the disk needs a folder"
+            place = self._folder / f"v{version}"
+            pieces = self._manifest.pieces(tensors, self._staging)
+            with self._digesting(version) as add:
+                self._file = str(write_version(place, self._manifest, pieces, add))
+            prune(self._folder, self._proofs)
+        elif self._keeps_copy:
+            if self._copy is None:
+                self._copy = FlatWeights(self._manifest)
+            self._copy.fill(tensors)
+            self._tensors = list(self._copy.views())
+        else:
+            self._tensors = tensors
+
+    def release(self) -> None:
+        """Waits until nobody reads the learner's parameters, and lets nobody until `publish`."""
+        if self._keeps_copy or self._transport == "disk":
+            return
+        start = time.perf_counter()
+        with self._changed:
+            self._wait(self._handshake.at_rest, "end of a broadcast")
+            self._handshake.hold()
+            self._tensors = ()
+            self._metrics["publish/blocked_seconds"] += time.perf_counter() - start
+
+    @contextmanager
+    def _digesting(self, version: int) -> Iterator[Callable[[torch.Tensor], None]]:
+        """A function that takes each piece; at the end the version's digests are known."""
+        assert self._manifest is not None, "its sizes are known"
+        proof = self._proofs[version]
+        digester = Digester(self._manifest, proof.seed)
+        yield digester.add
+        assert proof.digests in ([], digester.values), "weights changed before their release"
+        proof.digests = digester.values
+        self._metrics["publish/digest_seconds"] = digester.seconds
+        self._metrics["publish/bytes"] = float(self._manifest.num_bytes)
 
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         def proven() -> int:
@@ -181,17 +246,17 @@ class CollectiveSender:
 
     def _welcome(self) -> None:
         """Lets actors in once there is something to hold."""
-        if self._flat is None:
+        if self._manifest is None:
             return
         for peer, packet in self._waiting_joins:
             name = packet.fields["actor"]
             self._handshake.join(name, peer)
             fields = {
-                "manifest": self._flat.manifest.as_fields(),
+                "manifest": self._manifest.as_fields(),
                 "store": list(self._store_address),
-                "backend": self._backend,
+                "transport": self._transport,
                 "life": self._life,
-                "bucket_bytes": self._settings.bucket_bytes,
+                "bucket_bytes": self._bucket_bytes,
             }
             answer = Packet(kind="joined", request_id=packet.request_id, fields=fields)
             self._server.answer(peer, answer)
@@ -225,15 +290,15 @@ class CollectiveSender:
         self._metrics["publish/live_seconds"] = time.perf_counter() - self._published_at
 
     def _check(self, peer: str, packet: Packet) -> None:
-        assert self._flat is not None, "nothing was published"
-        _, digests, logprobs = self._proofs[packet.fields["version"]]
-        wrong = differing(self._flat.manifest, digests, packet.fields["digests"])
+        assert self._manifest is not None, "nothing was published"
+        proof = self._proofs[packet.fields["version"]]
+        wrong = differing(self._manifest, proof.digests, packet.fields["digests"])
         try:
             self._metrics["publish/canary_difference"] = check_proof(
                 packet.fields,
                 version=packet.fields["version"],
                 wrong_tensors=wrong,
-                logprobs=logprobs,
+                logprobs=proof.canary_logprobs,
                 tolerance=self._config.canary_tolerance,
             )
             self._metrics["publish/proofs"] += 1
@@ -262,16 +327,14 @@ class CollectiveSender:
 
     def _broadcast(self) -> None:
         assert self._handshake.round is not None, "nothing to send"
-        assert self._flat is not None, "nothing to send"
-        number, version = self._handshake.round.number, self._handshake.round.version
-        names = sorted(self._handshake.round.ready)
+        version, names = self._handshake.round.version, sorted(self._handshake.round.ready)
         sent = False
         if names:
             start = time.perf_counter()
             try:
-                self._form_group(names, number, version)
-                assert self._group is not None, "no group was formed"
-                self._group.broadcast(self._flat.buckets(self._settings.bucket_bytes))
+                if self._transport != "disk":
+                    self._send(names, version)
+                self._tell_sent(names, version)
                 sent = True
                 self._metrics["publish/broadcast_seconds"] = time.perf_counter() - start
                 self._metrics["publish/rounds"] += 1
@@ -281,28 +344,41 @@ class CollectiveSender:
                 self._group, self._group_peers = None, ()
         self._handshake.close_round(time.monotonic(), sent=sent)
 
-    def _form_group(self, names: list[str], number: int, version: int) -> None:
+    def _send(self, names: list[str], version: int) -> None:
+        assert self._manifest is not None, "nothing to send"
+        self._form_group(names, version)
+        assert self._group is not None, "no group was formed"
+        with self._digesting(version) as add:
+            self._group.broadcast(self._manifest.pieces(self._tensors, self._staging), add)
+
+    def _tell_sent(self, names: list[str], version: int) -> None:
+        proof = self._proofs[version]
+        fields = {"version": version, "digests": proof.digests}
+        if self._transport == "disk":
+            fields |= {"seed": proof.seed, "path": self._file}
+        for name in names:
+            peer = self._handshake.members[name].peer
+            self._server.push(peer, Packet(kind="sent", fields=fields))
+
+    def _form_group(self, names: list[str], version: int) -> None:
         """Tells the members their ranks, and makes a new group if they are not the last ones."""
         peers = tuple(self._handshake.members[name].peer for name in names)
         fresh = peers != self._group_peers or self._group is None
         self._generation += fresh
-        seed, digests, _ = self._proofs[version]
         for rank, peer in enumerate(peers, start=1):
             fields = {
-                "round": number,
                 "version": version,
                 "generation": self._generation,
                 "rank": rank,
                 "world_size": len(peers) + 1,
-                "seed": seed,
-                "digests": digests,
+                "seed": self._proofs[version].seed,
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
         if fresh:
             retire(self._group)
             self._group = open_group(
                 self._store,
-                backend=self._backend,
+                transport=self._transport,
                 generation=self._generation,
                 rank=0,
                 world_size=len(peers) + 1,
