@@ -24,6 +24,7 @@ from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WeightsError
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.weights import flat as flat_module
+from asyncgrpo.weights.collective import open_group, open_store
 from asyncgrpo.weights.disk import open_version, prune, write_version
 from asyncgrpo.weights.flat import ALIGNMENT, Digester, FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
@@ -618,6 +619,58 @@ def test_parameters_are_read_between_publish_and_release_only(make_network, over
     sender.wait_for_actors(2, 30)
     assert late.next_line() == "live 3"
     assert 9 not in readers
+
+
+def test_actors_copy_out_of_two_buckets_that_the_learner_fills_in_turn():
+    """The meetings of CUDA IPC, with threads that share the buckets' memory."""
+    named = [(str(i), torch.randn(300)) for i in range(20)]
+    manifest = Manifest.of(named, "float32")
+    staging = [torch.zeros(256, dtype=torch.uint8) for _ in range(2)]
+    port, received = free_port(), [FlatWeights(manifest) for _ in range(2)]
+
+    def member(rank: int) -> None:
+        store = open_store("127.0.0.1", port, is_master=rank == 0, timeout_seconds=20)
+        group = open_group(
+            store,
+            transport="cuda_ipc",
+            generation=1,
+            rank=rank,
+            world_size=3,
+            seconds=20,
+            opened=tuple(staging) if rank else (),
+        )
+        mine = received[rank - 1].bytes.split(256) if rank else manifest.pieces(named, staging)
+        digester = Digester(manifest, 5)
+        group.broadcast(mine, digester.add)
+        digests[rank] = digester.values
+
+    digests: dict[int, list[int]] = {}
+    members = [threading.Thread(target=member, args=(rank,)) for rank in range(3)]
+    for thread in members:
+        thread.start()
+    for thread in members:
+        thread.join(30)
+    flat = FlatWeights(manifest)
+    flat.fill(named)
+    assert all(torch.equal(each.bytes, flat.bytes) for each in received)
+    assert digests == dict.fromkeys(range(3), flat.digests(5))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_actors_on_the_learners_gpu_copy_out_of_its_buckets(make_network):
+    network = make_network(transport="cuda_ipc")
+    first, second = network.start("actor-0"), network.start("actor-1")
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(2, 60)
+    for version in (1, 2):
+        publish(network.sender, version)
+        network.sender.settle(30)
+    for actor in (first, second):
+        assert [actor.next_line() for _ in range(3)] == [f"live {v}" for v in range(3)]
+    late = network.start("actor-2")
+    assert late.next_line() == "live 2"
+    assert network.sender.metrics()["publish/evictions"] == 0
 
 
 def test_weights_that_change_before_the_next_publish_are_copied(make_network):

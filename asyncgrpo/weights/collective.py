@@ -1,5 +1,7 @@
 """Process groups of our own for weights: gloo on CPU, NCCL on CUDA, apart from the learner's.
 
+On a shared GPU gloo only says when a bucket is full: its bytes never leave the GPU (CUDA IPC).
+
 Each change of membership makes a new generation of the group on the same store. Rank 0 is the
 learner, ranks 1.. are the actors of this generation. torch neither encrypts nor authenticates any
 of this: what came is compared with what the learner says over its own, protected connection.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -76,16 +78,68 @@ class WeightGroup:
             if last is not None:
                 last[1].wait()
                 then(last[0])
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _wait_for_copies()
         except RuntimeError as error:
             raise WeightsError(f"broadcast of generation {self.generation}: {error}") from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedGroup(WeightGroup):
+    """Members on one GPU: actors copy out of the learner's own two buckets."""
+
+    opened: tuple[torch.Tensor, ...]  # the learner's buckets as this actor sees them; () there
+
+    def broadcast(
+        self, buckets: Iterable[torch.Tensor], then: Callable[[torch.Tensor], None]
+    ) -> None:
+        """As WeightGroup's. The learner fills one bucket while actors copy the other.
+
+        All meet once per bucket: then it is filled, and everybody is done with the one before.
+        """
+        try:
+            for number, bucket in enumerate(buckets):
+                _wait_for_copies()
+                self.handle.barrier().wait()
+                if self.opened:
+                    bucket.copy_(self.opened[number % len(self.opened)][: len(bucket)])
+                then(bucket)
+            _wait_for_copies()
+            self.handle.barrier().wait()
+        except RuntimeError as error:
+            raise WeightsError(f"copy of generation {self.generation}: {error}") from error
+
+
+def _wait_for_copies() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def share_bucket(bucket: torch.Tensor) -> list[Any]:
+    """What one other process on this GPU needs to open the bucket: numbers and bytes."""
+    return list(bucket.untyped_storage()._share_cuda_())
+
+
+def open_bucket(handle: Sequence[Any]) -> torch.Tensor:
+    """A bucket of another process, uint8; it must outlive this one."""
+    _, *rest = handle  # its number of the GPU there; here it may have another
+    storage = torch.UntypedStorage._new_shared_cuda(torch.cuda.current_device(), *rest)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 def open_group(
-    store: Any, *, transport: str, generation: int, rank: int, world_size: int, seconds: float
+    store: Any,
+    *,
+    transport: str,
+    generation: int,
+    rank: int,
+    world_size: int,
+    seconds: float,
+    opened: tuple[torch.Tensor, ...] = (),
 ) -> WeightGroup:
-    """Joins a generation; blocks until all its members did, `seconds` at most."""
+    """Joins a generation; blocks until all its members did, `seconds` at most.
+
+    opened: on actors, with cuda_ipc, the learner's buckets.
+    """
     prefixed = dist.PrefixStore(f"weights-{generation}", store)  # type: ignore[attr-defined]
     timeout = timedelta(seconds=seconds)
     try:
@@ -100,6 +154,8 @@ def open_group(
             handle = dist.ProcessGroupGloo(prefixed, rank, world_size, gloo)
     except RuntimeError as error:
         raise WeightsError(f"group of generation {generation} did not form: {error}") from error
+    if transport == "cuda_ipc":
+        return SharedGroup(generation=generation, handle=handle, opened=opened)
     return WeightGroup(generation=generation, handle=handle)
 
 

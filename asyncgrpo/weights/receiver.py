@@ -14,10 +14,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AsyncGRPOError, WeightsError
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.weights.collective import ON_DEVICE, WeightGroup, open_group, open_store, retire
+from asyncgrpo.weights.collective import (
+    ON_DEVICE,
+    WeightGroup,
+    open_bucket,
+    open_group,
+    open_store,
+    retire,
+)
 from asyncgrpo.weights.disk import open_version
 from asyncgrpo.weights.flat import Digester, FlatWeights, Manifest
 from asyncgrpo.wire.codec import Packet
@@ -39,6 +48,7 @@ class CollectiveReceiver:
         self._life = ""  # of the learner
         self._transport, self._bucket_bytes = "gloo", 1 << 30  # the learner tells
         self._manifest: Manifest | None = None
+        self._opened: tuple[torch.Tensor, ...] = ()  # the learner's buckets, on a shared GPU
         self._received: int | None = None  # version that is here, not yet compared
         self._group: WeightGroup | None = None
         self._staged: int | None = None  # version that waits in the buffer, or is being loaded
@@ -132,6 +142,7 @@ class CollectiveReceiver:
             device = "cuda" if self._transport in ON_DEVICE else "cpu"
             self._flat = FlatWeights(manifest, device)
         self._manifest = manifest
+        self._opened = tuple(map(open_bucket, packet.fields.get("shared", ())))
         if self._life != packet.fields["life"]:
             self._life = packet.fields["life"]
             retire(self._group)
@@ -167,6 +178,7 @@ class CollectiveReceiver:
                     rank=fields["rank"],
                     world_size=fields["world_size"],
                     seconds=self._settings.transfer_timeout_seconds,
+                    opened=self._opened,
                 )
             self._group.broadcast(self._flat.bytes.split(self._bucket_bytes), digester.add)
         except WeightsError as error:

@@ -28,7 +28,14 @@ from asyncgrpo.config import Config
 from asyncgrpo.errors import PeerTimeout, WeightsError, WireError
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32
-from asyncgrpo.weights.collective import ON_DEVICE, WeightGroup, open_group, open_store, retire
+from asyncgrpo.weights.collective import (
+    ON_DEVICE,
+    WeightGroup,
+    open_group,
+    open_store,
+    retire,
+    share_bucket,
+)
 from asyncgrpo.weights.disk import prune, write_version
 from asyncgrpo.weights.flat import ALIGNMENT, Digester, FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
@@ -258,6 +265,8 @@ class CollectiveSender:
                 "life": self._life,
                 "bucket_bytes": self._bucket_bytes,
             }
+            if self._transport == "cuda_ipc":  # exported anew for each: opening one uses it up
+                fields["shared"] = [share_bucket(bucket) for bucket in self._staging]
             answer = Packet(kind="joined", request_id=packet.request_id, fields=fields)
             self._server.answer(peer, answer)
             log.info("%s joined", name)

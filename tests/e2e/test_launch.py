@@ -390,6 +390,21 @@ def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path,
             run.wait()
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("toy", marks=pytest.mark.slow), pytest.param("vllm", marks=pytest.mark.engine)],
+)
+def test_engines_load_the_weights_from_disk(engine, launch):
+    run = launch("weights.transport=disk", "run.max_steps=4", engine=engine)
+    assert run.wait() == 0, run.text()[-4000:]
+    check_run_directory(run.run_dir, steps=4, max_staleness=2)
+    folders = (run.run_dir / "weights").iterdir()
+    assert sorted(folder.name for folder in folders) == ["v3", "v4"]
+    last = [row for row in run.rows() if "publish/proofs" in row][-1]
+    assert last["publish/proofs"] >= 8  # two actors
+    assert last["publish/rejections"] == last["publish/evictions"] == 0
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_everything_in_order(launch):
     run = launch("run.max_steps=5000")
