@@ -331,10 +331,12 @@ def test_gpus_that_hold_the_same_share_a_table_and_only_one_rank_publishes(half_
         "GPU 0, GPU 1, GPU 2, GPU 3",
     ]
     publishing = [
-        line.split("publishing")[0].strip() for line in text.splitlines() if "flat" in line
+        line.split("publishing")[0].strip() for line in text.splitlines() if "publishing" in line
     ]
     assert publishing == ["learner-0", "actor-0, actor-1, actor-2, actor-3"]
-    assert "flat" not in plan(*arguments, "--gpu-gib", 80, "--set", "weights.transport=gloo")[1]
+    assert text.count("two buckets") == text.count("flat") == 1
+    text = plan(*arguments, "--gpu-gib", 80, "--set", "weights.transport=gloo")[1]
+    assert "publishing" not in text
 
 
 def test_without_a_gpu_the_estimate_is_shown_without_a_verdict(

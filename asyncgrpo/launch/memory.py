@@ -175,9 +175,13 @@ def _process_lines(
     config: Config, shape: ModelShape, kind: str, *, publishes: bool
 ) -> Iterator[Line]:
     on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
-    if publishes and (not on_gpu or config.weights.transport not in ("gloo", "disk")):
+    is_here = not on_gpu or config.weights.transport not in ("gloo", "disk")
+    if publishes and is_here and kind == "actor":
         how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
         yield "publishing", size * shape.parameters, how
+    elif publishes and is_here:
+        buckets = 2 * min(config.weights.bucket_bytes, size * shape.parameters)
+        yield "publishing", buckets, "two buckets of weights.bucket_bytes"
     yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else (ON_CPU[kind], "Python"))
 
 

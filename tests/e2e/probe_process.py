@@ -1,0 +1,70 @@
+"""An actor that answers one probe with each version it loads; run by test_published.py.
+
+usage: probe_process.py MODEL_FOLDER WEIGHTS_ADDRESS
+Prints {"version", "prompt", "token_ids", "logprobs"} as JSON, a line for each version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    TORCHDYNAMO_DISABLE="1",
+    OMP_NUM_THREADS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_PLUGINS="",
+    HF_HUB_OFFLINE="1",
+)
+
+from asyncgrpo.actor.vllm_engine import VllmEngine
+from asyncgrpo.config import from_mapping
+from asyncgrpo.types import Completion, Sampling
+from asyncgrpo.weights.proof import CANARY_SAMPLING, canary_prompts
+from asyncgrpo.weights.receiver import CollectiveReceiver
+
+VOCAB, NUM_TOKENS = 96, 24
+PROBE = [(5 + 17 * place) % VOCAB for place in range(12)]
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=NUM_TOKENS)
+
+
+def answers(
+    engine: VllmEngine, prompts: list[list[int]], sampling: Sampling, version: int
+) -> list[Completion]:
+    for row, prompt in enumerate(prompts):
+        engine.add(f"{version}-{row:02}", prompt, sampling, 1, seed=row)
+    done = []
+    while engine.num_requests:
+        done += engine.step()
+    return [each.completions[0] for each in sorted(done, key=lambda each: each.lease_id)]
+
+
+def main(folder: str, address: str) -> None:
+    config = from_mapping(
+        {"sampling": {"max_completion_tokens": NUM_TOKENS}, "data": {"max_prompt_tokens": 24}}
+    )
+    engine = VllmEngine(config, folder, 1, stop_token_ids=[])
+    receiver = CollectiveReceiver(config, "actor-0", address)
+    while True:
+        receiver.check()
+        staged = receiver.staged()
+        if staged is None:
+            time.sleep(0.001)
+            continue
+        version, tensors = staged
+        engine.load_weights(version, tensors)
+        canaries = answers(engine, canary_prompts(VOCAB), CANARY_SAMPLING, version)
+        pairs = [(int(c.token_ids[0]), float(c.behavior_logprobs[0])) for c in canaries]
+        receiver.loaded(version, 0.0, pairs)
+        (probe,) = answers(engine, [PROBE], SAMPLING, version)
+        row = {"version": version, "prompt": PROBE, "token_ids": probe.token_ids.tolist()}
+        row["logprobs"] = probe.behavior_logprobs.tolist()
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
