@@ -376,7 +376,7 @@ class WeightSettings(Room):
         "auto", description="auto: gloo on CPU, nccl between GPUs, cuda_ipc on a shared one"
     )
     overlap: bool = Field(True, description="send while the next forward and backward pass runs")
-    bucket_bytes: int = Field(64 << 20, ge=1 << 10, description="largest piece of one broadcast")
+    bucket_bytes: int = Field(8 << 20, ge=1 << 10, description="largest piece of one broadcast")
     ready_timeout_seconds: float = Field(10.0, gt=0, description="offer -> ready, per actor")
     transfer_timeout_seconds: float = Field(60.0, gt=0, description="one broadcast")
     loaded_timeout_seconds: float = Field(60.0, gt=0, description="broadcast -> live and proven")

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from asyncgrpo.errors import WeightsError
 
 ON_DEVICE = ("nccl", "cuda_ipc")  # transports whose buckets lie on the GPU
+NUM_POSTED = 8  # buckets that an actor is ready to take while it looks at an earlier one
 RETIRED_SECONDS = 60.0
 LISTEN_BACKLOG = 1024
 _retired: deque[tuple[float, object]] = deque()
@@ -63,21 +64,29 @@ class WeightGroup:
     ) -> None:
         """Sends (rank 0) or receives all buckets; WeightsError when a member is lost.
 
-        `then` gets each bucket when it is through, while the next one is on its way.
+        `then` gets each bucket, to be read only: while it is sent, or once it has come. Rank 0 asks
+        for the next bucket when the one before the last is through.
         """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        last: tuple[torch.Tensor, Any] | None = None
+        is_root = self.handle.rank() == 0
+        waiting: deque[tuple[torch.Tensor, Any]] = deque()
+
+        def end_one() -> None:
+            bucket, work = waiting.popleft()
+            work.wait()
+            if not is_root:
+                then(bucket)
+
         try:
             for bucket in buckets:
-                work = self.handle.broadcast([bucket], options)
-                if last is not None:
-                    last[1].wait()
-                    then(last[0])
-                last = bucket, work
-            if last is not None:
-                last[1].wait()
-                then(last[0])
+                waiting.append((bucket, self.handle.broadcast([bucket], options)))
+                if is_root:
+                    then(bucket)
+                if len(waiting) > (1 if is_root else NUM_POSTED):
+                    end_one()
+            while waiting:
+                end_one()
             _wait_for_copies()
         except RuntimeError as error:
             raise WeightsError(f"broadcast of generation {self.generation}: {error}") from error

@@ -16,7 +16,7 @@ from asyncgrpo.errors import WeightsError
 from asyncgrpo.protocols import NamedTensors
 
 ALIGNMENT = 16  # bytes; every tensor starts on a multiple, so that any dtype can view it
-DIGEST_CHUNK = 1 << 18  # elements; their int64 products stay in a core's cache
+DIGEST_CHUNK = 1 << 17  # elements; their int64 products stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

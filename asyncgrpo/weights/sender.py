@@ -97,6 +97,7 @@ class CollectiveSender:
         self._generation = 0
         self._life = uuid.uuid4().hex  # actors find out that this is another learner
         self._published_at = 0.0
+        self._blocked_seconds = 0.0  # the learner's, in `release` since the last publish
         self._waiting_joins: list[tuple[str, Packet]] = []
         counted = ("evictions", "rounds", "proofs", "rejections")
         self._metrics = {f"publish/{name}": 0.0 for name in counted}
@@ -125,7 +126,8 @@ class CollectiveSender:
             self._published_at = time.perf_counter()
             if not self._settings.overlap:
                 self._wait(self._handshake.at_rest, "end of a broadcast")
-            self._metrics["publish/blocked_seconds"] = time.perf_counter() - start
+            blocked = self._blocked_seconds + time.perf_counter() - start
+            self._metrics["publish/blocked_seconds"], self._blocked_seconds = blocked, 0.0
 
     def _remember(self, version: int, canary_logprobs: Float32) -> None:
         self._proofs[version] = Proof(secrets.randbits(SEED_BITS), canary_logprobs)
@@ -159,7 +161,7 @@ class CollectiveSender:
             self._wait(self._handshake.at_rest, "end of a broadcast")
             self._handshake.hold()
             self._tensors = ()
-            self._metrics["publish/blocked_seconds"] += time.perf_counter() - start
+            self._blocked_seconds += time.perf_counter() - start
 
     @contextmanager
     def _digesting(self, version: int) -> Iterator[Callable[[torch.Tensor], None]]:
