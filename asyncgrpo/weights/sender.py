@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import shutil
 import threading
 import time
 import uuid
@@ -77,6 +78,8 @@ class CollectiveSender:
         self._settings = config.weights
         self._server = Server(address, keys)
         self._transport, self._folder = transport, folder
+        if transport == "disk" and folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # versions of an earlier life
         sharded = config.learner.parallel == "fsdp"
         self._keeps_copy = sharded or self._settings.publish_every > 1
         self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
