@@ -80,8 +80,7 @@ class CollectiveSender:
         self._transport, self._folder = transport, folder
         if transport == "disk" and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)  # versions of an earlier life
-        sharded = config.learner.parallel == "fsdp"
-        self._keeps_copy = sharded or self._settings.publish_every > 1
+        self._keeps_copy = config.learner.parallel == "fsdp" or self._settings.publish_every > 1
         self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
