@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from receiver_process import VOCAB, logprobs
 from safetensors.torch import load_file
@@ -67,6 +67,7 @@ def test_bfloat16_buffers_hold_rounded_values_and_odd_sizes_are_aligned():
     )
 
 
+@settings(deadline=None)  # a busy machine
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=6),
     st.integers(1, 40),
