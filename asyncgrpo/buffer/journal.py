@@ -35,6 +35,7 @@ class Remembered:
     stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
     batches: Batches = field(default_factory=dict)
     replays: Batches = field(default_factory=dict)  # what these batches hold besides
+    uses: Mapping[int, int] = field(default_factory=dict)  # ticket -> how often it was replayed
     # by version and block; None: not done
     reports: Mapping[tuple[int, str], Mapping[str, Any] | None] = field(default_factory=dict)
 

@@ -418,6 +418,11 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
         ),
         batches=_batches(db, "trained_at IS NULL"),
         replays=_replays(db, step),
+        uses=dict(
+            db.execute(
+                "SELECT ticket, count(*) FROM replays JOIN payloads USING (ticket) GROUP BY ticket"
+            ).fetchall()
+        ),
         reports={
             (version, name): report and json.loads(report)
             for version, name, _, report, is_lost in evaluations

@@ -66,6 +66,7 @@ class Replay:
         for step, batch in past.batches.items():
             self.hold(step, batch)
         self.hold_again(past.replays)
+        self._uses.update(past.uses)
         self.groups_arrived, self.tokens_arrived = past.groups_stored, past.tokens_stored
 
     def hold(self, step: int, batch: Iterable[tuple[int, Group]]) -> None:
