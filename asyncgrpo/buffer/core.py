@@ -237,6 +237,9 @@ class BufferCore:
     # -- learner --------------------------------------------------------------------------
 
     def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
+        if not self.gate.issued:  # a fresh buffer; until there is a ledger it starts where
+            self.step = packet.fields["step"]  # the learner does, with other prompts
+            self._position = self.gate.issued = self.step * self._config.buffer.groups_per_step
         if packet.fields["step"] != self.step:
             raise ValueError(f"the learner begins at step {packet.fields['step']}, not {self.step}")
         return [(peer, _answer(packet, "noted"))]
