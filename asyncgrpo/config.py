@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import logging
 import tomllib
@@ -379,7 +380,24 @@ else:  # a single [eval] table is one block
     ]
 
 
+def _reachable(text: str) -> str:
+    """One IPv4 address: it is listened on, and told to others."""
+    try:
+        if not ipaddress.IPv4Address(text).is_unspecified:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(
+        f"{text!r} must be the IPv4 address of this machine that the others reach; use 127.0.0.1 "
+        "when all runs on this one"
+    )
+
+
+Address = Annotated[str, AfterValidator(_reachable)]
+
+
 class LaunchSettings(Room):
+    host: Address = Field("127.0.0.1", description="address of buffer, weights and their store")
     actors: int = Field(2, ge=1, description="processes that generate, one engine each")
     learners: int = Field(2, ge=1, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from asyncgrpo.actor.judge import JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
 from asyncgrpo.config import Config
-from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.exporter import Exporter, own_address
 from asyncgrpo.protocols import Engine
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.wire.sockets import DealerClient
@@ -45,7 +45,8 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
         receiver=receiver,
         judge=judge,
     )
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
+    metrics_host = own_address(run.endpoints.buffer)
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     log.info("ready after %.1f s, pid %d", time.perf_counter() - start, os.getpid())
     shown_at = 0.0
     while not stopping():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from asyncgrpo.buffer.core import BufferCore, Replies
 from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.exporter import Exporter, own_address
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.sockets import Server
@@ -22,7 +22,8 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     config = run.config
     server = Server(run.endpoints.buffer)
     core = BufferCore(config, open_prompts(config), TrajectoryWriter(run.path, config))
-    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path)
+    metrics_host = own_address(run.endpoints.buffer)
+    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path, metrics_host)
     log.info("listening on %s", run.endpoints.buffer)
     shown_at = 0.0
     while not stopping():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.plan import ADDRESS, Ports, role_names
+from asyncgrpo.launch.plan import LOOPBACK, Ports, role_names
 
 LAST_PORT = 65535
 RUN_FOLDERS = ("logs", "trajectories")
@@ -26,12 +26,14 @@ def check_port_free(host: str, port: int, setting: str) -> None:
         ) from None
 
 
-def pick_free_ports(count: int, besides: frozenset[int] = frozenset()) -> list[int]:
-    """Distinct ports of this machine that nobody uses now, none of them in `besides`."""
+def pick_free_ports(
+    count: int, besides: frozenset[int] = frozenset(), host: str = LOOPBACK
+) -> list[int]:
+    """Distinct ports of an address that nobody uses now, none of them in `besides`."""
     picked: list[int] = []
     with ExitStack() as open_until_done:  # held together, so that no port is picked twice
         while len(picked) < count:
-            port = open_until_done.enter_context(_bind(ADDRESS, 0)).getsockname()[1]
+            port = open_until_done.enter_context(_bind(host, 0)).getsockname()[1]
             if port not in besides:
                 picked.append(port)
     return picked
@@ -44,9 +46,10 @@ def choose_ports(config: Config) -> Ports:
     asked = [(setting, port) for setting, port in fixed.items() if port]
     asked += [("launch.metrics_port", port) for port in _metrics_ports(config)]
     _check_distinct(asked)
+    _check_own_address(launch.host, "launch.host")
     for setting, port in asked:
-        check_port_free(ADDRESS, port, setting)
-    free = pick_free_ports(4, frozenset(port for _, port in asked))
+        check_port_free(launch.host, port, setting)
+    free = pick_free_ports(4, frozenset(port for _, port in asked), launch.host)
     return Ports(
         buffer=launch.buffer_port or free[0],
         weights=launch.weights_port or free[1],
@@ -88,6 +91,16 @@ def prepare_run_dir(path: Path) -> None:
         raise ConfigError(
             f"run directory {path} cannot be written ({error.strerror}: {error.filename}); "
             "give another --run-dir"
+        ) from None
+
+
+def _check_own_address(host: str, setting: str) -> None:
+    try:
+        _bind(host, 0).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}={host} cannot be listened on ({error.strerror}); set it to an address of "
+            "this machine, such as 127.0.0.1"
         ) from None
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.exporter import Exporter, own_address
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.weights.sender import CollectiveSender
@@ -39,7 +39,8 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     transformers_logging.disable_progress_bar()
     sender = recorder = None
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path)
+    metrics_host = own_address(run.endpoints.buffer)
+    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     if rank == 0:
         sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store)
         recorder = RunRecorder(run, exporter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,22 +15,30 @@ from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.metrics import metric_of
 
 
-class Exporter(Collector):
-    """Serves the last values that `show` was given at http://127.0.0.1:PORT/metrics."""
+def own_address(endpoint: str) -> str:
+    """This machine's address on the way to "tcp://HOST:PORT"; nothing is sent."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))
+        return str(probe.getsockname()[0])
 
-    def __init__(self, role: str, port: int, run_dir: Path) -> None:
+
+class Exporter(Collector):
+    """Serves the last values that `show` was given at http://HOST:PORT/metrics: numbers only."""
+
+    def __init__(self, role: str, port: int, run_dir: Path, host: str = "127.0.0.1") -> None:
         self._role = role
         self._values: dict[str, float] = {}
         registry = CollectorRegistry()
         registry.register(self)
         try:
-            server, _ = start_http_server(port, addr="127.0.0.1", registry=registry)
+            server, _ = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
             raise ConfigError(
                 f"metrics port {port} of {role} cannot be used: {error}; choose another "
                 "launch.metrics_port, or 0 for any free port"
             ) from None
-        self._announce(run_dir / "targets", server.server_port)
+        self._announce(run_dir / "targets", f"{host}:{server.server_port}")
 
     def show(self, values: Mapping[str, float]) -> None:
         """Replaces values by name; names that are not in the table are an error (KeyError)."""
@@ -51,10 +60,10 @@ class Exporter(Collector):
             shown[metric.name].add_metric(list(labels.values()), value)
         yield from shown.values()
 
-    def _announce(self, folder: Path, port: int) -> None:
+    def _announce(self, folder: Path, address: str) -> None:
         """Writes a Prometheus file_sd target, whole or not at all."""
         folder.mkdir(exist_ok=True)
-        target = [{"targets": [f"127.0.0.1:{port}"], "labels": {"role": self._role}}]
+        target = [{"targets": [address], "labels": {"role": self._role}}]
         draft = folder / f".{self._role}.tmp"
         draft.write_text(json.dumps(target))
         draft.rename(folder / f"{self._role}.json")
