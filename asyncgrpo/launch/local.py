@@ -13,14 +13,13 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
-from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
+from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, NoRoom, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
 from asyncgrpo.launch.logs import before_torchrun_report, last_lines
-from asyncgrpo.launch.plan import Plan
+from asyncgrpo.launch.plan import Plan, ProcessSpec
 from asyncgrpo.launch.verdict import Verdict, describe_exit, failure, judge_exit
 
 POLL_SECONDS = 0.05
@@ -43,17 +42,17 @@ class Supervisor:
     def __init__(
         self,
         plan: Plan,
-        run_dir: Path,
         *,
         grace_seconds: float,
         max_restarts: int,
         restart_window_seconds: float = 3600.0,
         on_line: Callable[[str, str], None],
         on_tick: Callable[[], None] = lambda: None,
+        new_child: Callable[[ProcessSpec, str], Child] = Child,
     ) -> None:
         self.run_id = uuid.uuid4().hex
-        self._children = [Child(spec, self.run_id) for spec in plan.specs]
-        self._log_file = run_dir / "logs" / "launcher.log"
+        self._children = [new_child(spec, self.run_id) for spec in plan.specs]
+        self._log_file = plan.specs[0].log_file.with_name("launcher.log")
         self._grace_seconds = grace_seconds
         self._max_restarts, self._window = max_restarts, restart_window_seconds
         self._on_line, self._on_tick = on_line, on_tick
@@ -80,6 +79,11 @@ class Supervisor:
                 say_goodbye()
         self._raise_callback_error()
         return code
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended the run, if one did."""
+        return self._signals[0] if self._signals else None
 
     def _start(self) -> None:
         for child in self._children:
@@ -145,8 +149,17 @@ class Supervisor:
             if time.monotonic() >= self._restart_at.get(child.spec.name, float("inf")):
                 del self._restart_at[child.spec.name]
                 child.restarts += 1
-                child.start()
-                self._say(f"restarted {child.spec.name} (pid {child.pid})")
+                self._restart(child)
+
+    def _restart(self, child: Child) -> None:
+        try:
+            child.start()
+        except NoRoom as error:
+            if child.spec.role != "actor" or not self._has_actor():
+                raise
+            self._say(f"going on without {child.spec.name}: {error}")
+        else:
+            self._say(f"restarted {child.spec.name} (pid {child.pid})")
 
     def _refuse_early_ends(self) -> None:
         """A role may end a moment before torchrun is through with ending, but not go missing."""

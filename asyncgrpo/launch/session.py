@@ -20,11 +20,12 @@ from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.errors import AbsentData, AbsentModel, DataError, ModelError
 from asyncgrpo.launch.arithmetic import render_sizes
-from asyncgrpo.launch.child import with_prelude
+from asyncgrpo.launch.child import Child, with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
-from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
+from asyncgrpo.launch.nodes import Seat
+from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
 from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
@@ -42,17 +43,25 @@ class Session:
     """One call of the launcher."""
 
     def __init__(
-        self, config: Config, console: Console | None = None, *, resume: bool = False
+        self,
+        config: Config,
+        console: Console | None = None,
+        *,
+        resume: bool = False,
+        seats: Mapping[str, Seat] | None = None,
     ) -> None:
-        """resume: run.dir holds a run, go on with it."""
-        self._config, self._resume = config, resume
+        """resume: run.dir holds a run, go on with it. seats: as of make_plan."""
+        self._config, self._resume, self._seats = config, resume, seats
         self._console = console or Console(highlight=False, soft_wrap=True)
         self.run_dir = new_run_dir(config)
+        self.stopped_by: int | None = None  # the signal that ended the run
+        self._log_dir = self.run_dir / "logs"
+        self._ports: Ports | None = None  # None: any free ones
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
         absent: list[str] = []
-        self._check(absent)
+        self.check(absent)
         host, gpus = detect_host(), self._config.launch.gpus
         if gpus > len(host.gpu_ids):
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
@@ -65,7 +74,7 @@ class Session:
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        with self._prepared() as (run, plan):
+        with self.prepared() as (run, plan):
             for warning in (*plan.warnings, *notices(run.config.algo)):
                 self._console.print(f"warning: {warning}", style="yellow", markup=False)
             code = self._supervise(run.config, plan)
@@ -74,27 +83,32 @@ class Session:
         return code
 
     def _supervise(self, config: Config, plan: Plan) -> int:
+        plan.specs[0].log_file.parent.mkdir(parents=True, exist_ok=True)
         shown = Progress(self.run_dir, config.run.max_steps, self._console)
         with shown.skip() if self._resume else shown as progress:
             supervisor = Supervisor(
                 plan,
-                self.run_dir,
                 grace_seconds=config.launch.grace_seconds,
                 max_restarts=config.launch.max_restarts,
                 restart_window_seconds=config.launch.restart_window_seconds,
                 on_line=progress.line,
                 on_tick=progress.tick,
+                new_child=self._new_child,
             )
             code = supervisor.run()
             progress.tick()
+        self.stopped_by = supervisor.stopped_by
         return code
+
+    def _new_child(self, spec: ProcessSpec, run_id: str) -> Child:
+        return Child(spec, run_id)
 
     def run_serially(self) -> int:
         """All roles in this process (`--serial`)."""
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        with self._prepared() as (run, _):
+        with self.prepared() as (run, _):
             self._console.print("serial: one actor with the toy engine, one learner, no sockets")
             from asyncgrpo.serial import run_serial  # torch
 
@@ -102,7 +116,7 @@ class Session:
         show_summary(self.run_dir, self._console)
         return 0
 
-    def _check(self, absent: list[str] | None = None) -> None:
+    def check(self, absent: list[str] | None = None) -> None:
         """Refuses what cannot work. Starts nothing, writes nothing.
 
         With a list `absent`, models and data that are not on this machine are noted there instead.
@@ -141,14 +155,16 @@ class Session:
             its.check(prompts.survey(block))
 
     def _plan(self, config: Config, host: Host) -> Plan:
-        """Chosen late, so that nobody takes a free port meanwhile."""
+        """Ports are chosen late, so that nobody takes one meanwhile."""
         return make_plan(
             config,
             host,
-            choose_ports(config),
+            self._ports or choose_ports(config),
             self.run_dir,
             sys.executable,
             model_is_local=Path(config.model.path).is_dir(),
+            seats=self._seats,
+            log_dir=self._log_dir,
         )
 
     def _with_model(self) -> Config:
@@ -160,9 +176,9 @@ class Session:
         return self._config.model_copy(update={"model": model})
 
     @contextmanager
-    def _prepared(self) -> Iterator[tuple[RunDir, Plan]]:
+    def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
         """Checks everything, then writes the run directory and holds it."""
-        self._check()
+        self.check()
         config = self._with_model()
         if not self._resume:
             prepare_run_dir(self.run_dir)
