@@ -19,6 +19,14 @@ from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
 from asyncgrpo.launch.error_file import record_error
+from asyncgrpo.launch.slurm_commands import (
+    Actors,
+    ConfigFile,
+    Learners,
+    NewFolder,
+    Overrides,
+    slurm_app,
+)
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
 from asyncgrpo.rewards.commands import reward_app
@@ -35,19 +43,18 @@ app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 app.add_typer(traj_app, name="traj")
+app.add_typer(slurm_app, name="slurm")
 app.command()(chat)
 
 
 @app.command()
 def launch(
-    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
-    actors: Annotated[int | None, typer.Option(help="actor processes, one engine each")] = None,
-    learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
+    config: ConfigFile = None,
+    actors: Actors = None,
+    learners: Learners = None,
     max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="new folder for everything written")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
-    ] = None,
+    run_dir: NewFolder = None,
+    set_: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
     resume: Annotated[
         str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
@@ -138,6 +145,55 @@ def evaluate(
         console.print(f"every completion  {out}")
 
 
+Join = Annotated[Path, typer.Option(help="the run directory that `asyncgrpo buffer` made")]
+
+
+@app.command()
+def buffer(
+    config: ConfigFile = None,
+    run_dir: NewFolder = None,
+    set_: Overrides = None,
+    join: Annotated[Path | None, typer.Option(help="go on with the run in this folder")] = None,
+) -> None:
+    """The first process of a run that is started by hand; set launch.host to this machine."""
+    from asyncgrpo.config import load_config
+    from asyncgrpo.launch.session import Session
+
+    folder = join or run_dir
+    place = [f"run.dir={json.dumps(str(folder.absolute()))}"] if folder else []
+    settings = load_config(config or (join and join / "config.json"), [*(set_ or []), *place])
+    with Session(settings, resume=join is not None, seats={}).prepared() as (run, _):
+        print(f"then  asyncgrpo learner --join {run.path}   on this machine")
+        print(f"and   asyncgrpo actor --join {run.path} --index 0   (1, 2 ..) anywhere", flush=True)
+        role("buffer", run.path)
+
+
+@app.command()
+def learner(join: Join) -> None:
+    """All learner ranks of a run that is started by hand, on the machine of the buffer."""
+    _become("learner", join)
+
+
+@app.command()
+def actor(
+    join: Join, index: Annotated[int, typer.Option(min=0, help="no two actors share one")] = 0
+) -> None:
+    """One actor of a run that is started by hand, on any machine that sees the run directory."""
+    _become(f"actor-{index}", join)
+
+
+def _become(name: str, join: Path) -> NoReturn:
+    """Goes over to the process of a role, whose environment must be there when it begins."""
+    from asyncgrpo.launch.plan import hand_started
+    from asyncgrpo.launch.preflight import pick_free_ports
+    from asyncgrpo.rundir import RunDir
+
+    run = RunDir.read(join.absolute())
+    port = pick_free_ports(1)[0] if name == "learner" else 0
+    spec = hand_started(name, run.config, run.path, sys.executable, port)
+    os.execvpe(spec.argv[0], spec.argv, {**os.environ, **spec.environment})
+
+
 @app.command(hidden=True)
 def role(
     name: Annotated[str, typer.Argument(help="buffer, actor or learner")],
@@ -167,10 +223,12 @@ def role(
 
 
 def _stop_flag() -> Callable[[], bool]:
-    """A flag that SIGTERM sets; loops look at it between two turns."""
+    """A flag that the launcher's signal sets; loops look at it between two turns."""
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: asked.append(number))
+    if int(os.environ.get("ASYNCGRPO_STOP_SIGNAL", signal.SIGTERM)) != signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return lambda: bool(asked)
 
 

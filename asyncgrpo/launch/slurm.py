@@ -1,0 +1,76 @@
+"""A run inside a Slurm job: its roles are steps on the job's nodes, this process watches them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from asyncgrpo.config import Config
+from asyncgrpo.errors import EXIT_INTERRUPTED, ConfigError, NoRoom, RoleFailed
+from asyncgrpo.launch.child import Child
+from asyncgrpo.launch.nodes import Places
+from asyncgrpo.launch.plan import LOOPBACK, Host, ProcessSpec
+from asyncgrpo.launch.preflight import choose_ports
+from asyncgrpo.launch.session import Session
+from asyncgrpo.launch.steps import Job, StepChild, ask
+from asyncgrpo.learner.saved import FOLDER, saved
+from asyncgrpo.observe.exporter import own_address
+
+
+class SlurmSession(Session):
+    """A session whose learner and actors are steps; it requeues the job when its time is up."""
+
+    def __init__(self, config: Config, job: Job, *, resume: bool) -> None:
+        if config.launch.share_gpus:
+            raise ConfigError(
+                "launch.share_gpus=true: Slurm gives each role a GPU of its own; leave it out"
+            )
+        self._job, self._nodes = job, job.nodes()
+        self._places = Places(config, self._nodes)
+        others = [node.address for node in self._nodes[1:]]
+        host = own_address(f"tcp://{others[0]}:1") if others else LOOPBACK  # as the others see it
+        launch = config.launch.model_copy(update={"host": host})
+        config = config.model_copy(update={"launch": launch})
+        super().__init__(config, resume=resume, seats=self._places.seats)
+        self._ports = choose_ports(config)
+        self._log_dir = self.run_dir / "logs" / job.attempt
+
+    def run(self) -> int:
+        """As Session's. A job that must go before the run is done is put back into the queue."""
+        before = self._newest()
+        try:
+            code = super().run()
+        except (RoleFailed, NoRoom) as error:
+            if set(self._nodes) == set(self._job.nodes()) and not self._job.is_preempted():
+                raise
+            self._console.print(f"error: {error}", markup=False)
+            return self._requeue()
+        if self.stopped_by is None:
+            return code
+        time_is_up = self.stopped_by == signal.SIGUSR2
+        if time_is_up and self._newest() == before:
+            raise RoleFailed(
+                "the job's time was up before a step was saved, so it is not requeued: it would "
+                "go on like that for ever; give it more --time"
+            )
+        return self._requeue() if time_is_up or self._job.is_preempted() else code
+
+    def _requeue(self) -> int:
+        self._console.print("requeued; the next attempt goes on with the newest checkpoint")
+        ask("scontrol", "requeue", self._job.id)  # which ends this process, too
+        return EXIT_INTERRUPTED
+
+    def _newest(self) -> list[Path]:
+        return saved(self.run_dir / FOLDER)[-1:]
+
+    def _new_child(self, spec: ProcessSpec, run_id: str) -> Child:
+        if spec.nodes:
+            return StepChild(spec, run_id, self._job, self._place)
+        # Slurm sends SIGTERM to every process of a job that must go; the buffer goes last.
+        return Child(spec, run_id, stop_signal=signal.SIGUSR2)
+
+    def _place(self, name: str) -> ProcessSpec:
+        self._places.nodes = self._job.nodes()
+        self._places.seat(name)
+        plan = self._plan(self._config, Host(cores=()))
+        return next(spec for spec in plan.specs if spec.name == name)
