@@ -27,7 +27,8 @@ POLL_SECONDS = 0.05
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 READ_LINES, SHOWN_LINES = 100, 15
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-STOP_ORDER = (("actor", "learner"), ("buffer",))  # the buffer goes last: it takes what comes in
+# The learner needs actors to finish a publish; the buffer takes what comes in from both.
+STOP_ORDER = ("learner", "actor", "buffer")
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -177,9 +178,8 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Ends all that is left, in order. Nothing a callback does can keep it from that."""
-        for roles in STOP_ORDER:
-            stage = [c for role in roles for c in self._children if c.spec.role == role]
-            self._stop_stage(stage)
+        for role in STOP_ORDER:
+            self._stop_stage([child for child in self._children if child.spec.role == role])
         if strays := kill_strays(self.run_id):
             self._say(f"killed processes that the roles left behind: {strays}")
         self._forward_lines(at_end=True)

@@ -53,7 +53,9 @@ class SlurmSession(Session):
                 "the job's time was up before a step was saved, so it is not requeued: it would "
                 "go on like that for ever; give it more --time"
             )
-        return self._requeue() if time_is_up or self._job.is_preempted() else code
+        is_done = (self.run_dir / "summary.json").exists()  # by chance, meanwhile
+        must_go = time_is_up or self._job.is_preempted()
+        return self._requeue() if must_go and not is_done else code
 
     def _requeue(self) -> int:
         self._console.print("requeued; the next attempt goes on with the newest checkpoint")
@@ -64,10 +66,11 @@ class SlurmSession(Session):
         return saved(self.run_dir / FOLDER)[-1:]
 
     def _new_child(self, spec: ProcessSpec, run_id: str) -> Child:
+        # Of a job that must go Slurm sends every process a SIGTERM; the learner must be the first.
+        stop_signal = signal.SIGTERM if spec.role == "learner" else signal.SIGUSR2
         if spec.nodes:
-            return StepChild(spec, run_id, self._job, self._place)
-        # Slurm sends SIGTERM to every process of a job that must go; the buffer goes last.
-        return Child(spec, run_id, stop_signal=signal.SIGUSR2)
+            return StepChild(spec, run_id, stop_signal, self._job, self._place)
+        return Child(spec, run_id, stop_signal)
 
     def _place(self, name: str) -> ProcessSpec:
         self._places.nodes = self._job.nodes()

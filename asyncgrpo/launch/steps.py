@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from signal import Signals
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import EXIT_ROLE_FAILED, ConfigError, RoleFailed
@@ -39,14 +40,14 @@ class Job:
         """Whether Slurm lets the job go on for its grace time only."""
         return bool(re.search(r"PreemptTime=\d", self._describe()))
 
-    def signal(self, step: str, name: str) -> None:
+    def signal(self, step: str, number: Signals) -> None:
         """Signals every process of the job's own steps of that name, if it can."""
         with suppress(RoleFailed):  # the caller sees whether they end; 22.05 fails after success
             ids = ",".join(re.findall(r"(?<!\S)JobId=(\d+)", self._describe()))
             steps = ask("squeue", "--steps", "--noheader", f"--jobs={ids}", "--format=%i %j")
             for step_id, _, found in (line.partition(" ") for line in steps.splitlines()):
                 if found == step:
-                    ask("scancel", f"--signal={name}", step_id)
+                    ask("scancel", f"--signal={int(number)}", step_id)
 
     def _describe(self) -> str:
         return ask("scontrol", "-o", "-d", "show", "job", self.id)
@@ -56,10 +57,15 @@ class StepChild(Child):
     """A role as an srun here, whose tasks are on the nodes; signals go to these through Slurm."""
 
     def __init__(
-        self, spec: ProcessSpec, run_id: str, job: Job, place: Callable[[str], ProcessSpec]
+        self,
+        spec: ProcessSpec,
+        run_id: str,
+        stop_signal: Signals,
+        job: Job,
+        place: Callable[[str], ProcessSpec],
     ) -> None:
         """place: where a role of that name starts again, on the nodes that are left."""
-        super().__init__(spec, run_id)
+        super().__init__(spec, run_id, stop_signal)
         self._job, self._place = job, place
 
     def start(self) -> None:
@@ -76,11 +82,11 @@ class StepChild(Child):
 
     def terminate(self) -> None:
         if self.running:
-            self._job.signal(self.spec.name, "TERM")
+            self._job.signal(self.spec.name, self._stop_signal)
 
     def kill(self) -> None:
         if self.running:
-            self._job.signal(self.spec.name, "KILL")
+            self._job.signal(self.spec.name, Signals.SIGKILL)
         super().kill()
 
     def _has_lost_nodes(self) -> bool:

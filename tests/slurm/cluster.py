@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,8 @@ def missing() -> str:
 class Cluster:
     """Nodes n0, n1 .. that are all this machine; each has CPUs and two GPUs that are none."""
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4) -> None:
+    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short, and open to munge's eyes
         self.folder, self.nodes = folder, [f"n{i}" for i in range(nodes)]
         for name in ("munge", "state", "log", "sock", *(f"spool/{node}" for node in self.nodes)):
             (folder / name).mkdir(parents=True)
@@ -84,7 +86,8 @@ class Cluster:
         self.conf = folder / "slurm.conf"
         self.conf.write_text("\n".join(lines) + "\n")
         (folder / "gres.conf").write_text("\n".join(gpus) + "\n")
-        self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}
+        checkout = str(Path(__file__).parent.parent.parent)
+        self.environment = {**os.environ, "SLURM_CONF": str(self.conf), "PYTHONPATH": checkout}
         self._start()
 
     def _start(self) -> None:
@@ -116,6 +119,7 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         self.until(lambda: not any(map(is_alive, pids)), "daemons ended")
+        shutil.rmtree(self.folder)
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(
