@@ -158,13 +158,17 @@ class Cluster:
 
     def start_now(self, job: str) -> None:
         """A requeued job waits for two minutes, unless it is told otherwise."""
-        self.until(lambda: self.state(job) in ("PENDING", "RUNNING"), "requeued")
-        for part in [job, *(self._parts(job))]:
+
+        self.until(lambda: self.state(job) == "PENDING", "requeued")
+        self.until(lambda: "idle" in self.states().values(), "nodes idle")
+        time.sleep(2)  # Slurm sets the waiting time when it has cleaned up
+        for part in self._parts(job):
             self.call("scontrol", "update", f"jobid={part}", "starttime=now")
+        self.until(lambda: self.state(job) == "RUNNING", "started again")
 
     def _parts(self, job: str) -> list[str]:
         text = self.call("scontrol", "-o", "show", "job", job)
-        return [part for part in re.findall(r"(?<!\S)JobId=(\d+)", text) if part != job]
+        return re.findall(r"(?<!\S)JobId=(\d+)", text)
 
 
 def free_ports(count: int) -> list[int]:

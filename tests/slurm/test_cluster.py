@@ -169,6 +169,7 @@ def test_before_its_time_is_up_a_job_is_saved_requeued_and_goes_on(submit, form)
 def test_slurms_own_time_limit_requeues_a_job_and_loses_no_step(submit):
     # The least limit is a minute; Slurm looks every 30 s.
     run = submit("--set", "run.max_steps=100000", "--time=1", "--sbatch", "signal=B:USR2@30")
+    run.until_trained(1)
     run.until_state("PENDING")
     saved = run.checkpoints()[-1]
     assert len(run.rows()) == saved
