@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from asyncgrpo.algorithms import PRESETS, check_name
-from asyncgrpo.room import Room
+from asyncgrpo.room import Room, Unbounded
 
 WEIGHTS = ("decoupled", "tis", "tis_sequence")
 MASKS = ("icepop", "geometric_mask", "opsm", "m2po")
@@ -18,7 +18,7 @@ RATIO_LOSSES = ("gspo", "gspo_token", "sapo")
 
 
 class CispoSettings(Room):
-    cap: float = Field(5.0, ge=1, description="largest weight pi / mu (1 + epsilon_high)")
+    cap: Unbounded = Field(5.0, ge=1, description="largest weight pi / mu (1 + epsilon_high)")
     floor: float | None = Field(None, gt=0, le=1, description="smallest weight; none: no floor")
 
 
@@ -34,7 +34,7 @@ class SapoSettings(Room):
 
 class DppoTvSettings(Room):
     delta: float = Field(0.2, gt=0, le=1, description="largest move of one token's probability")
-    cap: float = Field(20.0, ge=1, description="cap of the ratio pi / mu")
+    cap: Unbounded = Field(20.0, ge=1, description="cap of the ratio pi / mu")
 
 
 class VespoSettings(Room):
@@ -53,17 +53,17 @@ class ToprSettings(Room):
 
 
 class TisSequenceSettings(Room):
-    cap: float = Field(8.0, gt=0, description="cap of the sequence's importance weight")
+    cap: Unbounded = Field(8.0, gt=0, description="cap of the sequence's importance weight")
 
 
 class IcepopSettings(Room):
     low: float = Field(0.5, gt=0, description="tokens with a smaller weight are masked")
-    high: float = Field(5.0, gt=0, description="tokens with a larger weight are masked")
+    high: Unbounded = Field(5.0, gt=0, description="tokens with a larger weight are masked")
 
 
 class GeometricMaskSettings(Room):
     low: float = Field(0.99, gt=0, description="sequences with a smaller mean are masked")
-    high: float = Field(1.01, gt=0, description="sequences with a larger mean are masked")
+    high: Unbounded = Field(1.01, gt=0, description="sequences with a larger mean are masked")
 
 
 class OpsmSettings(Room):
@@ -98,7 +98,7 @@ class AlgoSettings(Room):
     )
     loss: str = Field("ppo_clip", description="of one token")
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratios are clipped at 1 - this")
-    clip_high: float = Field(0.28, gt=0, description="and at 1 + this")
+    clip_high: Unbounded = Field(0.28, gt=0, description="and at 1 + this")
     dual_clip: float | None = Field(None, gt=1, description="lower bound of r A for A < 0; e.g. 3")
     cispo: CispoSettings = CispoSettings()
     gspo: GspoSettings = GspoSettings()
@@ -109,7 +109,7 @@ class AlgoSettings(Room):
     correction: tuple[str, ...] = Field(
         ("decoupled",), min_length=1, description="one name or several: masks, and one weight"
     )
-    correction_cap: float = Field(2.0, gt=0, description="cap of the token importance weight")
+    correction_cap: Unbounded = Field(2.0, gt=0, description="cap of the token importance weight")
     tis_sequence: TisSequenceSettings = TisSequenceSettings()
     icepop: IcepopSettings = IcepopSettings()
     geometric_mask: GeometricMaskSettings = GeometricMaskSettings()
@@ -306,7 +306,8 @@ def notices(algo: AlgoSettings) -> Iterator[str]:
     if is_one and clips and algo.loss == "ppo_clip" and "bypass" not in algo.correction:
         yield (
             f"{' and '.join(f'algo.{name}' for name in sorted(clips))} cannot act: with one "
-            "optimizer step per batch r = pi / p is 1; algo.correction_cap bounds the weights"
+            "optimizer step per batch r = pi / p is 1; set algo.minibatches = 2, or "
+            "algo.correction = bypass; as it is only algo.correction_cap bounds a token's weight"
         )
     if algo.aggregation == "bnpo":
         yield "algo.aggregation=bnpo depends on learner.max_tokens_per_microbatch"

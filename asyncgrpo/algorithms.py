@@ -9,14 +9,14 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from asyncgrpo.errors import ConfigError
-from asyncgrpo.imports import find_function
+from asyncgrpo.errors import AlgorithmError, BadInput, ConfigError
+from asyncgrpo.imports import find_function, last_place
 
 MODULES = {
     "advantage": "advantages",
@@ -73,12 +73,20 @@ def check_name(kind: str, name: str) -> None:
     known = catalogue(kind)
     if name in known or ":" in name:
         return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, known)
+    hint = f"did you mean {near!r}? " if near else ""
     raise ValueError(
         f"there is no {kind} {name!r}; {hint}built in are: {', '.join(known)}; write your own as "
         "'package.module:function'"
     )
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that begins with `name`, or else is spelled most like it."""
+    names = list(known)
+    longer = [candidate for candidate in names if name and candidate.startswith(name)]
+    near = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return near[0] if near else None
 
 
 @cache
@@ -88,6 +96,19 @@ def find(kind: str, name: str) -> Callable[..., Any]:
         return find_function(name, f"algo.{kind}", ConfigError)
     module = importlib.import_module(f"asyncgrpo.learner.{MODULES[kind]}")
     return getattr(module, name)
+
+
+def call(kind: str, name: str, *arguments: Any) -> Any:
+    """What the function of an algorithm returns; AlgorithmError when a user's own one raises."""
+    try:
+        return find(kind, name)(*arguments)
+    except Exception as error:  # a user's function may raise anything
+        if ":" not in name or isinstance(error, BadInput):
+            raise
+        raise AlgorithmError(
+            f"algo.{kind} {name!r} raised {type(error).__name__}: {error} at {last_place(error)}; "
+            "repair it; see asyncgrpo/learner/inputs.py and advantages.py for what it gets"
+        ) from error
 
 
 def _entry(kind: str, name: str, docstring: str) -> Algorithm:

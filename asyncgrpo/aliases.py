@@ -33,6 +33,10 @@ class Entry(NamedTuple):
         """All foreign names, each once."""
         return list(dict.fromkeys(self.trl + self.xtuner))
 
+    def keys_of(self, name: str) -> list[str]:
+        """Our keys that one of the names sets."""
+        return [_table()["sets"][name]] if name in _table()["sets"] else self.ours
+
 
 @cache
 def entries() -> tuple[Entry, ...]:
@@ -311,7 +315,14 @@ def _epochs(its: Foreign, ours: _Ours) -> Pairs:
 def _reward_weights(its: Foreign, ours: _Ours) -> Pairs:
     """The functions anew, each with its weight: those that were given are taken out first."""
     weights, given = its["reward_weights"], ours.get("reward.functions")
-    functions = [f.model_dump(exclude_unset=True) if isinstance(f, Room) else f for f in given]
+    functions = [
+        f.model_dump(exclude_unset=True)
+        if isinstance(f, Room)
+        else {"use": f}
+        if isinstance(f, str)
+        else f
+        for f in given
+    ]
     if len(weights) != len(functions):
         raise ConfigError(
             f"reward_weights={weights} are {len(weights)} numbers for {len(functions)} functions "

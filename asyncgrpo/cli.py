@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import typer
 from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
-from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError
+from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.launch.slurm_commands import (
     Actors,
@@ -52,7 +53,7 @@ def launch(
     config: ConfigFile = None,
     actors: Actors = None,
     learners: Learners = None,
-    max_steps: Annotated[int | None, typer.Option(help="optimizer updates")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
     run_dir: NewFolder = None,
     set_: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
@@ -71,7 +72,7 @@ def launch(
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,
-        "run.dir": f'"{run_dir}"' if run_dir else None,
+        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
     }
     found = find_run(resume, run_dir) if resume else None
@@ -119,6 +120,8 @@ def evaluate(
     from asyncgrpo.evaluate_model import Desk, run
     from asyncgrpo.observe.progress import eval_table
 
+    if not data:
+        raise ConfigError("--data '' names nothing; give a file, folder, hub name, or 'tasks'")
     samples = num_samples or max(k or [1])
     flags = {
         "model.path": json.dumps(model, ensure_ascii=False),
@@ -160,7 +163,7 @@ def buffer(
     from asyncgrpo.launch.session import Session
 
     folder = join or run_dir
-    place = [f"run.dir={json.dumps(str(folder.absolute()))}"] if folder else []
+    place = [f"run.dir={json.dumps(str(folder.absolute()), ensure_ascii=False)}"] if folder else []
     settings = load_config(config or (join and join / "config.json"), [*(set_ or []), *place])
     with Session(settings, resume=join is not None, seats={}).prepared() as (run, _):
         print(f"then  asyncgrpo learner --join {run.path}   on this machine")
@@ -243,6 +246,15 @@ def main() -> None:
         record_error(error)
         print(f"error: {error}", file=sys.stderr)
         _end(error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(
+            f"error: {str(error.filename)[:60]}... is longer than a path may be here; give a "
+            "shorter one",
+            file=sys.stderr,
+        )
+        _end(EXIT_BAD_INPUT)
     except typer.Abort:
         _end(EXIT_INTERRUPTED)
     except Exception as error:

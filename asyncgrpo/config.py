@@ -25,7 +25,7 @@ from pydantic import (
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.aliases import translate
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.room import Room
+from asyncgrpo.room import Room, Unbounded
 
 log = logging.getLogger(__name__)
 HELD_OUT = "held-out"  # the evaluation that nobody gave a name
@@ -66,7 +66,10 @@ class TaskSettings(Room):
     letters: int = Field(12, ge=2, le=26, description="alphabet size of palindrome and reverse")
     modulus: int = Field(4, ge=2, le=10, description="check: sum modulo this")
     long_tail: float = Field(
-        0.0, ge=0, description="0 = uniform sizes; else sigma of lognormal item counts (median 6)"
+        0.0,
+        ge=0,
+        le=5,
+        description="0 = uniform sizes; else sigma of lognormal item counts (median 6)",
     )
 
 
@@ -92,11 +95,9 @@ class SourceSettings(Room):
 
     path: str = Field(..., min_length=1, description="file, glob, folder or hub name")
     name: str = Field("", description="part of the prompt ids; default: the file's name")
-    weight: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="share in the mix; default: its size"
-    )
+    weight: float | None = Field(None, gt=0, description="share in the mix; default: its size")
     sample_ratio: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="0.1: a tenth of its prompts; 2: each twice"
+        1.0, gt=0, le=1000, description="0.1: a tenth of its prompts; 2: each twice"
     )
     template: TemplateSettings | None = Field(None, description="default: data.template")
 
@@ -108,7 +109,8 @@ def _kind_of_train(value: object) -> str:
 # Which form of data.train or eval an error is about.
 TEXT, TABLE, TABLES = "<text>", "<table>", "<tables>"
 Train = Annotated[
-    Annotated[str, Tag(TEXT)] | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
+    Annotated[str, Field(min_length=1), Tag(TEXT)]
+    | Annotated[tuple[SourceSettings, ...], Tag(TABLES)],
     Discriminator(_kind_of_train),
 ]
 
@@ -129,6 +131,12 @@ class DataSettings(Room):
     overlong_prompt: Literal["drop", "truncate_left", "error"] = Field(
         "drop", description="drop and count it, keep its last max_prompt_tokens tokens, or stop"
     )
+
+    def template_of(self, path: str) -> TemplateSettings:
+        """The template of the table in train that has this path, else the one for all."""
+        tables = () if isinstance(self.train, str) else self.train
+        own = [table.template for table in tables if table.path == path and table.template]
+        return own[0] if own else self.template
 
     @model_validator(mode="after")
     def _weights_for_all_or_none(self) -> DataSettings:
@@ -189,7 +197,7 @@ Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions), Fi
 class JudgeSettings(Room):
     """What completions are scored by, and which of them are correct."""
 
-    functions: tuple[RewardFunction, ...] = Field(
+    functions: Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions)] = Field(
         (RewardFunction(use="task"), RewardFunction(use="length_penalty")),
         description="score every record; default: task and length_penalty, or none with routes",
     )
@@ -230,9 +238,7 @@ class RewardSettings(JudgeSettings):
         description="when a function raises, returns junk, hangs or dies: drop the group, or let "
         "the call score zero or error_value",
     )
-    error_value: float | None = Field(
-        None, allow_inf_nan=False, description="with on_error = 'value'"
-    )
+    error_value: float | None = Field(None, description="with on_error = 'value'")
     max_error_rate: float = Field(
         0.25, ge=0, le=1, description="the run stops above this share of the last error_window"
     )
@@ -281,13 +287,31 @@ class BufferSettings(Room):
         "drop", description="a group with tokens past the bound: drop it, or mask those tokens"
     )
     credit: int = Field(8, ge=1, description="unacknowledged groups an actor may have on the wire")
-    lease_deadline_seconds: float = Field(600.0, gt=0, description="then a lease is taken back")
+    lease_deadline_seconds: Unbounded = Field(600.0, gt=0, description="then a lease is taken back")
     take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LoraSettings(Room):
+    r: int = Field(16, ge=1, description="rank of the trained matrices A and B")
+    alpha: int = Field(32, ge=1, description="W + alpha / r B A takes the place of W")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of A's inputs, in training only")
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear", description="names of layers; all-linear: all of attention and MLP"
+    )
+    quantize: Literal["4bit"] | None = Field(
+        None, description="4bit: the frozen weights as NF4 (QLoRA); CUDA only"
+    )
+    save_merged: bool = Field(
+        True, description="false: RUN/model/adapter alone, without the merged RUN/model"
+    )
 
 
 class LearnerSettings(Room):
     lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="of AdamW")
     adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     warmup_steps: int = Field(5, ge=0, description="steps over which lr rises from 0")
@@ -297,12 +321,15 @@ class LearnerSettings(Room):
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="floor of the schedule, as share of lr"
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down")
+    max_grad_norm: Unbounded = Field(1.0, gt=0, description="longer gradients are scaled down")
     ess_scaled_lr: bool = Field(
         False, description="lr times the square root of the effective share of samples"
     )
     max_tokens_per_microbatch: int = Field(8192, ge=16, description="prompt and completion tokens")
     threads: int = Field(1, ge=1, description="torch threads of one rank")
+    lora: LoraSettings | None = Field(
+        None, description="train an adapter only (LoRA); none = all weights"
+    )
 
 
 class WeightSettings(Room):
@@ -340,7 +367,9 @@ class EvalSettings(Room):
     name: str = Field(HELD_OUT, pattern=r"^[\w.-]+$", description="in evals.jsonl and metrics")
     data: str | None = Field(None, description="held-out prompts; default: data.eval")
     every: int = Field(10, ge=0, description="steps between evaluations; 0 = only before and after")
-    num_prompts: int = Field(318, ge=1, description="held-out prompts, at most")
+    num_prompts: int = Field(
+        318, ge=1, description="held-out prompts, at most; of more records a sample by run.seed"
+    )
     num_samples: int = Field(1, ge=1, description="completions per prompt")
     k: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
         (), description="a number or a list: pass@k, the chance that one of k samples is correct"
@@ -398,8 +427,8 @@ Address = Annotated[str, AfterValidator(_reachable)]
 
 class LaunchSettings(Room):
     host: Address = Field("127.0.0.1", description="address of buffer, weights and their store")
-    actors: int = Field(2, ge=1, description="processes that generate, one engine each")
-    learners: int = Field(2, ge=1, description="ranks that train")
+    actors: int = Field(2, ge=1, le=1024, description="processes that generate, one engine each")
+    learners: int = Field(2, ge=1, le=1024, description="ranks that train")
     gpus: int = Field(0, ge=0, description="GPUs to use; 0 = CPU run")
     max_restarts: int = Field(
         3, ge=0, description="of one process within restart_window_seconds; then the run stops"
@@ -448,12 +477,15 @@ class Config(Room):
     @classmethod
     def _completions_to_groups(cls, raw: Any) -> Any:
         """Resolves buffer.completions_per_step into buffer.groups_per_step."""
-        if not isinstance(raw, dict):
-            return raw
-        completions = (raw.get("buffer") or {}).get("completions_per_step")
-        group_size = (raw.get("algo") or {}).get("group_size", AlgoSettings().group_size)
-        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
+        rooms = (
+            [raw.get(room) or {} for room in ("buffer", "algo")] if isinstance(raw, dict) else []
+        )
+        if not rooms or not all(isinstance(room, dict) for room in rooms):
             return raw  # wrong types are reported by the field itself
+        completions = rooms[0].get("completions_per_step")
+        group_size = rooms[1].get("group_size", AlgoSettings().group_size)
+        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
+            return raw
         if completions % group_size:
             down = completions // group_size * group_size
             raise ValueError(
@@ -518,6 +550,17 @@ class Config(Room):
                 f"learner.max_tokens_per_microbatch={self.learner.max_tokens_per_microbatch} must "
                 f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
                 f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
+            )
+        lora, every = self.learner.lora, self.algo.reference.sync_every
+        if lora and lora.quantize and not self.launch.gpus:
+            yield (
+                f"learner.lora.quantize={lora.quantize!r} needs CUDA, but launch.gpus=0 is a CPU "
+                "run; set launch.gpus, or leave it out (LoRA on the weights as they are)"
+            )
+        if lora and every:
+            yield (
+                f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
+                "of its own that a reference could take over; set algo.reference.sync_every = 0"
             )
         names = [block.name for block in self.eval]
         for name in names:
@@ -619,7 +662,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     place: Any = raw
     while len(keys) > 1:
         name = keys.pop(0)
-        place = place.setdefault(name, {})
+        if place.get(name) is None:  # none in a config.json: a section that is not set
+            place[name] = {}
+        place = place[name]
         if isinstance(place, list):
             if len(keys) < 2 or keys[0] not in map(str, range(len(place))):
                 raise ConfigError(
@@ -667,10 +712,16 @@ def _explain(item: Any) -> str:
             hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
+    field = _fields_at(location[:-1]).get(location[-1]) if location else None
+    if item["type"] == "tuple_type":
+        tables = field is not None and _rooms_in(field.annotation)
+        message = "Input should be a list" + " of tables" * bool(tables)
     if not location:
         return str(message)
+    if item["type"] == "model_type":
+        message = "it must be a section with settings, such as {name = value}"
     if item["type"] == "value_error":
         return f"{key}: {message}"
-    described = getattr(_fields_at(location[:-1]).get(location[-1]), "description", None)
+    described = getattr(field, "description", None)
     about = f" ({key} is: {described})" if described else ""
     return f"{key}={item['input']!r} is not allowed: {message}{about}"

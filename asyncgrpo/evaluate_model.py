@@ -20,10 +20,10 @@ from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import held_out_sets
-from asyncgrpo.errors import ConfigError, RunError
+from asyncgrpo.errors import ConfigError, RewardError, RunError
 from asyncgrpo.evaluate import is_correct
 from asyncgrpo.launch.environment import detect_host
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.plan import lone_actor
 from asyncgrpo.rewards.registry import load_rewards
 from asyncgrpo.types import Group
@@ -42,8 +42,19 @@ class Desk:
             raise ConfigError("--data names nothing; give a file, folder, hub name, or 'tasks'")
         ((name, prompts),) = held_out_sets(config).items()
         self._reward = config.rewards[name]
-        load_rewards(self._reward).check(prompts)
+        try:
+            load_rewards(self._reward).check(prompts)
+        except RewardError as error:
+            if config.evals[0].reward or {"functions", "routes"} & config.reward.model_fields_set:
+                raise
+            raise RewardError(
+                "these records need a reward: give --config with reward.functions or "
+                "reward.routes, or --set reward.functions='[\"math\"]' (the default is for "
+                f"generated tasks: {error})"
+            ) from None
+        quick_tokenizer(config.model.path)  # can it be read?
         self.num_prompts, self._max_prompt_tokens = len(prompts), config.data.max_prompt_tokens
+        self._timeout_seconds = config.reward.timeout_seconds
         leases = LeaseBook(run_seed=config.run.seed, deadline_seconds=math.inf)
         self._evaluations = Evaluations(config, lambda num, block: prompts, leases)
         request = Packet(kind="evaluate", fields={"version": UNPUBLISHED, "blocks": [name]})
@@ -89,9 +100,18 @@ class Desk:
 
     def unanswered(self) -> list[str]:
         """Why prompts were not answered, a line per reason."""
-        causes = {"prompt_too_long": f"data.max_prompt_tokens={self._max_prompt_tokens}"}
+        causes = {
+            "prompt_too_long": f"not answered: data.max_prompt_tokens={self._max_prompt_tokens} is "
+            "too small for them",
+            "refused_by_engine": "not answered: the engine refused them (see the warnings above)",
+            "reward_contract": "answered, but not scored: a reward function failed (see the "
+            "warnings above); repair it, or set reward.on_error",
+            "reward_lost": "answered, but not scored: their reward function took more than "
+            f"reward.timeout_seconds={self._timeout_seconds:g} or ended its process; make it "
+            "quicker, raise the limit, or set reward.on_error",
+        }
         return [
-            f"{count} of {self.num_prompts} prompts were not answered: {causes.get(reason, reason)}"
+            f"{count} of {self.num_prompts} prompts were {causes.get(reason, reason)}"
             for reason, count in self.failed.items()
         ]
 

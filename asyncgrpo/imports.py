@@ -14,6 +14,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
@@ -55,9 +56,26 @@ def last_place(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
 
 
+def described(error: BaseException) -> str:
+    """An error's type and text."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # a user's error may be unable to say anything
+        return f"{type(error).__name__} (its text cannot be shown)"
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """It is Ctrl-C, which reaches the main thread alone, and no fault of the user's code."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return isinstance(error, KeyboardInterrupt) and in_main
+
+
 def shown(value: object) -> str:
-    """A short repr."""
-    text = repr(value)
+    """A short repr; the type's name for what has none."""
+    try:
+        text = repr(value)
+    except Exception:  # a user's object, or a number with too many digits
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -75,13 +93,14 @@ def _import(place: str, who: str, error: type[BadInput]) -> Any:
             f"{who}: there is no module {missing.name!r}; install it, or start from the "
             f"folder that holds it (now {os.getcwd()})"
         ) from missing
-    except Exception as broken:  # a user's module may raise anything
+    except BaseException as broken:  # a user's module may raise anything, also SystemExit
+        if is_interrupt(broken):
+            raise
         remedy = "repair the module"
         if place.endswith(PACKED):
             remedy = "it needs the Python and the packages that it was packed with"
         raise error(
-            f"{who}: importing {place} raised {type(broken).__name__}: {broken} at "
-            f"{last_place(broken)}; {remedy}"
+            f"{who}: importing {place} raised {described(broken)} at {last_place(broken)}; {remedy}"
         ) from broken
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # f(prompt, completion, **columns) -> one float or None. May be async; rewards/function.py has all.
 Reward = Callable[..., Any]
 
-# (name as in Hugging Face's named_parameters, tensor); consumed once, in manifest order
+# (name as in Hugging Face's named_parameters, tensor), in manifest order each time they are asked
+# for; a tensor may be made on the way, so hold one at a time
 NamedTensors = Iterable[tuple[str, "torch.Tensor"]]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,15 +80,19 @@ def changed(config: Config) -> dict[str, Any]:
     return found
 
 
-def as_toml(table: Mapping[str, Any], prefix: str = "") -> str:
-    """Nested settings as TOML. None is left out: it is what an unset setting is."""
-    plain = {key: v for key, v in table.items() if v is not None and not (_is_table(v) and v)}
-    lines = [f"[{prefix}]"] if prefix and plain else []
+def as_toml(table: Mapping[str, Any], prefix: str = "", header: str = "") -> str:
+    """Nested settings as TOML. None is left out: it is what an unset setting is.
+
+    header: of the table itself, if it is one of a list.
+    """
+    plain = {key: v for key, v in table.items() if v is not None and not _tables(v)}
+    lines = [header or f"[{prefix}]"] if prefix and (plain or header) else []
     lines += [f"{_key(key)} = {_toml(value)}" for key, value in plain.items()]
     blocks = ["\n".join(lines)] if lines else []
     for key, value in table.items():
-        if _is_table(value) and value:
-            blocks.append(as_toml(value, f"{prefix}.{_key(key)}" if prefix else _key(key)))
+        name = f"{prefix}.{_key(key)}" if prefix else _key(key)
+        header = "" if _is_table(value) else f"[[{name}]]"
+        blocks += [as_toml(part, name, header) for part in _tables(value)]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -105,13 +109,16 @@ def _walk(node: Any, models: Any, prefix: str, seen: set[str]) -> Iterator[Setti
             kind = f"{', '.join(catalogue(name))}, or 'package.module:function'"
         default = field.get("default", ...)
         shown = "" if default is ... else "none" if default is None else _toml(default)
-        aliases = tuple(n for entry in entries() if key in entry.ours for n in entry.names)
+        aliases = tuple(n for entry in entries() for n in entry.names if key in entry.keys_of(n))
         yield Setting(key, kind, shown, field.get("description", ""), aliases)
         for part in (field, *field.get("oneOf", ()), *field.get("anyOf", ())):
             inner = part.get("items", part.get("additionalProperties", {}))
+            below = f"{key}[]."
+            if "$ref" in part and "[]" not in prefix:  # a table that may be left out
+                inner, below = part, f"{key}."
             if isinstance(inner, dict) and "$ref" in inner and inner["$ref"] not in seen:
                 seen.add(inner["$ref"])
-                yield from _walk(_model(inner, models), models, f"{key}[].", seen)
+                yield from _walk(_model(inner, models), models, below, seen)
 
 
 def _model(field: Any, models: Any) -> Any:
@@ -119,8 +126,8 @@ def _model(field: Any, models: Any) -> Any:
 
 
 def _kind(field: Any) -> str:
-    if "enum" in field:
-        return ", ".join(map(str, field["enum"]))
+    if "enum" in field or "const" in field:
+        return ", ".join(map(str, field.get("enum", [field.get("const")])))
     if options := field.get("anyOf", field.get("oneOf")):
         return " or ".join(map(_kind, options))
     if "prefixItems" in field:
@@ -150,7 +157,7 @@ def _foreign(name: str) -> str:
     entry = by_name()[name]
     trainers = [t for t, names in (("TRL", entry.trl), ("XTuner", entry.xtuner)) if name in names]
     said = {"not_needed": "not needed", "not_yet": "not offered yet", "refused": "refused if on"}
-    meaning = said.get(entry.kind) or f"is {', '.join(entry.ours)} here"
+    meaning = said.get(entry.kind) or f"is {', '.join(entry.keys_of(name))} here"
     return f"{name} ({', '.join(trainers)}): {meaning}" + (f"; {entry.note}" if entry.note else "")
 
 
@@ -164,6 +171,14 @@ def _difference(value: Any, default: Any) -> Any:
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping)
+
+
+def _tables(value: Any) -> Sequence[Any]:
+    """What gets headers of its own: a table that is not empty, or a list of tables."""
+    if _is_table(value):
+        return [value] if value else []
+    is_list = isinstance(value, list | tuple) and all(map(_is_table, value))
+    return value if is_list else []
 
 
 def _last(key: str) -> str:

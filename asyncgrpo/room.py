@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Unbounded = Annotated[float, Field(allow_inf_nan=True)]  # inf is no bound; limits refuse nan
 
 
 class Room(BaseModel):
-    """Base of every section: unknown keys are errors, values are frozen once read."""
+    """Base of every section: frozen once read; unknown keys and inf are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )

@@ -15,7 +15,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
@@ -42,16 +42,14 @@ class RunDir:
 
     @classmethod
     def read(cls, path: Path) -> RunDir:
-        """Reads what `write` wrote; ConfigError when this is no run directory."""
+        """Reads what `write` wrote; ConfigError when this is no run directory, or a broken one."""
+        config = _read_object(path, "config.json")
+        endpoints = _read_object(path, "endpoints.json")
         try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            endpoints = json.loads((path / "endpoints.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError(
-                f"{path} is not a run directory: {error.filename} is missing"
-            ) from None
-        endpoints["store"] = tuple(endpoints["store"])
-        return cls(path=path, config=from_mapping(config), endpoints=Endpoints(**endpoints))
+            found = Endpoints(**{**endpoints, "store": tuple(endpoints["store"])})
+        except (KeyError, TypeError) as error:
+            raise _broken(path / "endpoints.json", error) from None
+        return cls(path=path, config=from_mapping(config), endpoints=found)
 
     def write(self) -> None:
         """Writes config.json and endpoints.json."""
@@ -64,6 +62,25 @@ class RunDir:
     def model_path(self) -> Path:
         """Where the trained model is saved."""
         return self.path / "model"
+
+
+def _read_object(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads((path / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{path} is not a run directory: {path / name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise _broken(path / name, error) from None
+    if not isinstance(found, dict):
+        raise _broken(path / name, TypeError(f"it holds a {type(found).__name__}, not an object"))
+    return found
+
+
+def _broken(file: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{file} is not whole ({type(error).__name__}: {error}): the run was killed while it "
+        "started, or the file was changed; put it back, or name another run directory"
+    )
 
 
 def leave(exit_code: int) -> NoReturn:

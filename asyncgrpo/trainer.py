@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +15,7 @@ from typing import Any
 from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.files import as_jsonl
 from asyncgrpo.errors import EXIT_INTERRUPTED, ConfigError
+from asyncgrpo.imports import shown
 from asyncgrpo.launch.local import check_main_thread
 from asyncgrpo.launch.preflight import check_run_dir
 from asyncgrpo.launch.session import Session, new_run_dir
@@ -69,6 +72,10 @@ class Trainer:
     ) -> None:
         if isinstance(config, Mapping):
             config = from_mapping(config)
+        if not isinstance(config, Config | str | Path | None):
+            raise ConfigError(
+                f"config={shown(config)} must be a Config, a dict of dicts, or the path of a file"
+            )
         base = config if isinstance(config, Config) else load_config(config)
         self.run_dir = Path(run_dir).absolute() if run_dir else new_run_dir(base)
         self._files: dict[Path, bytes] = {}  # that the run directory is given
@@ -110,17 +117,25 @@ class Trainer:
 
     def _run(self, serial: bool) -> int:
         """The exit code. A run that is refused before it has begun leaves no directory."""
-        is_new = not self.run_dir.exists()
+        is_new = not os.path.exists(self.run_dir)
         try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            for file, content in self._files.items():
-                file.write_bytes(content)
+            self._write_files()
             session = Session(self.config)
             return session.run_serially() if serial else session.run()
         finally:
             _busy.release()
-            if is_new and not (self.run_dir / "config.json").exists():
+            if is_new and not os.path.exists(self.run_dir / "config.json"):
                 shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def _write_files(self) -> None:
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            for file, content in self._files.items():
+                file.write_bytes(content)
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            raise ConfigError(
+                f"run directory {self.run_dir} cannot be written ({error}); give another run_dir"
+            ) from None
 
     def _data(self, name: str, dataset: Dataset | None) -> str | None:
         """What data.train or data.eval is set to; rows in memory become a file of the run."""
@@ -141,7 +156,10 @@ class Trainer:
             if callable(function := table.get("use")):
                 table["use"] = importable_name(function)
                 if table["use"] is None:
-                    name = str(table.get("name") or own_name(function)).replace(".", "_")
+                    table["name"] = table.get("name") or own_name(function)
+                    name = re.sub(r"\W", "_", str(table["name"]))
+                    while name in packed:
+                        name += "_"
                     table["use"], packed[name] = f"{file}:{name}", function
             tables.append(table)
         if packed:

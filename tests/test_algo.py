@@ -95,6 +95,7 @@ def test_presets_are_the_papers() -> None:
     [
         ({"loss": "gspo", "correction": "bypass"}, "the paper takes sequence_mean"),
         ({"clip_low": 0.1}, "algo.clip_low cannot act"),
+        ({"preset": "dapo"}, "set algo.minibatches = 2, or algo.correction = bypass"),
         ({"aggregation": "bnpo"}, "max_tokens_per_microbatch"),
     ],
 )

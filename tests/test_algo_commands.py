@@ -41,8 +41,17 @@ def test_a_name_of_two_kinds_shows_both() -> None:
     assert "algo.aggregation = dr_grpo" in output
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_shows_the_keys_that_it_sets(name: str) -> None:
+    output = shown("show", name)
+    assert f"algo.preset = {name}" in output
+    for key, value in PRESETS[name].items():
+        assert [f"algo.{key}", str(value)] in [line.split() for line in output.splitlines()]
+
+
 def test_an_unknown_name_is_refused_with_the_nearest() -> None:
-    result = CliRunner().invoke(app, ["algo", "show", "icepo"])
-    assert isinstance(result.exception, ConfigError)
-    with pytest.raises(ConfigError, match="did you mean 'icepop'"):
-        raise result.exception
+    for wrong, right in (("icepo", "icepop"), ("ppo", "ppo_clip"), ("dpao", "dapo")):
+        result = CliRunner().invoke(app, ["algo", "show", wrong])
+        assert isinstance(result.exception, ConfigError)
+        with pytest.raises(ConfigError, match=f"did you mean '{right}'"):
+            raise result.exception

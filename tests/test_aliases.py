@@ -37,6 +37,7 @@ CALLED: dict[str, tuple[Any, str, Any]] = {
     "top_k": (50, "sampling.top_k", 50),
     "log_completions": (True, "observe.trajectories", True),
     "pack_max_length": (32768, "learner.max_tokens_per_microbatch", 32768),
+    "num_generations_eval": (1, "eval.num_samples", 1),
     "evaluate_step": (5, "eval.every", 5),
     "eval_steps": (5, "eval.every", 5),
     "learning_rate": (1e-6, "learner.lr", 1e-6),

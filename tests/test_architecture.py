@@ -37,6 +37,7 @@ FLOORS = {
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
+        "learner.lora",
         "learner.reference",
         "weights.flat",
         "weights.local",
@@ -66,6 +67,7 @@ HEAVY = {
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets",),
+    "peft": ("learner.lora",),
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

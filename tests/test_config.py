@@ -19,6 +19,19 @@ WRONG = {
     "data.tasks.modulos=3": ["unknown setting data.tasks.modulos", "data.tasks.modulus?"],
     "reward.functions=[{use='task', wieght=2}]": ["wieght", "did you mean", "weight?"],
     "learner.lr=fast": ["learner.lr='fast'", "valid number"],
+    "learner.lr=inf": ["learner.lr=inf", "finite number"],
+    "algo.entropy_coef=inf": ["algo.entropy_coef=inf", "finite number"],
+    "algo.correction_cap=nan": ["algo.correction_cap=nan", "greater than 0"],
+    "reward.correct_above=nan": ["reward.correct_above=nan", "finite number"],
+    "reward.functions=[{use='task', weight=nan}]": ["functions.0.weight=nan", "finite number"],
+    "learner.betas=[0.9, 1]": ["learner.betas.1=1", "less than 1"],
+    "data.tasks.long_tail=1000": ["long_tail=1000", "less than or equal to 5"],
+    "data.train=[{path='a', sample_ratio=1e308}]": ["sample_ratio=1e+308", "equal to 1000"],
+    "data.train=''": ["data.train=''", "at least 1 character"],
+    "launch.actors=1000000": ["launch.actors=1000000", "less than or equal to 1024"],
+    "data.train={path='a'}": ["data.train=", "a list of tables"],
+    "reward.functions=[3]": ["reward.functions.0=3"],
+    "algo.vespo.positive=3": ["algo.vespo.positive=3", "a list ("],
     "launch.actors=0": ["launch.actors=0", "greater than or equal to 1"],
     "launch.actors=two": ["launch.actors='two'", "valid integer"],
     "buffer.max_staleness=-1": ["buffer.max_staleness=-1", "greater than or equal to 0"],
@@ -216,3 +229,14 @@ def test_blocks_without_data_are_left_out_but_those_with_their_own_stay(nothing)
     own = load_config(None, [f"data.eval='{nothing}'", "eval=[{}, {name='a', data='tasks'}]"])
     assert [(block.name, block.data) for block in own.evals] == [("a", "tasks")]
     assert load_config(None, ["eval=[]"]).evals == ()
+
+
+def test_reward_functions_may_be_names():
+    for text in ("'task'", "['task']", "{use='task'}", "[{use='task'}]"):
+        config = load_config(None, [f"reward.functions={text}"])
+        assert [function.use for function in config.reward.functions] == ["task"]
+
+
+def test_what_bounds_something_may_be_infinite():
+    config = load_config(None, ["learner.max_grad_norm=inf", "algo.correction_cap=inf"])
+    assert config.learner.max_grad_norm == config.algo.correction_cap == float("inf")

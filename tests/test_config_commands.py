@@ -88,9 +88,10 @@ def test_every_setting_is_explained_with_its_meaning_limits_and_default() -> Non
 
 
 def test_the_explained_default_is_the_default() -> None:
+    tables = from_mapping({"learner": {"lora": {}}, "eval": {"reward": {}}})  # that may be left out
     for key, setting in all_settings().items():
         if "[]" not in key and setting.default != "none":
-            found: Any = Config().model_dump(mode="json")
+            found: Any = tables.model_dump(mode="json")
             for part in key.split("."):
                 found = found[part]
             shown = tomllib.loads(f"value = {setting.default}")["value"]
@@ -102,7 +103,7 @@ def test_limits_and_choices_are_shown_as_they_are_checked() -> None:
     assert all_settings()["data.epochs"].kind == "integer >= 1 or none"
     assert all_settings()["actor.engine"].kind == "vllm, toy"
     assert all_settings()["algo.kl"].kind.startswith("k1, k2, k3, ")
-    assert all_settings()["learner.betas"].kind == "[number, number]"
+    assert all_settings()["learner.betas"].kind == f"[{', '.join(['number >= 0 and < 1'] * 2)}]"
 
 
 def test_a_room_shows_its_settings_and_a_last_part_all_that_end_so() -> None:
@@ -153,3 +154,24 @@ def run(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["config", *arguments])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_lists_of_tables_are_blocks_that_load_as_the_same_settings(tmp_path):
+    tables = ["data.train=[{path='a', template={suffix='x'}}, {path='b'}]"]
+    config = load_config(
+        None, [*tables, "eval=[{name='p'}, {name='q', reward={functions=['math']}}]"]
+    )
+    text = as_toml(config.model_dump(mode="json"))
+    assert text.count("[[data.train]]") == text.count("[[eval]]") == 2
+    assert max(map(len, text.splitlines())) < 200
+    (tmp_path / "all.toml").write_text(text)
+    assert load_config(tmp_path / "all.toml") == config
+
+
+def test_a_foreign_name_stands_only_at_the_settings_it_sets():
+    low, high = (all_settings()[f"algo.clip_{end}"].aliases for end in ("low", "high"))
+    assert "epsilon" in low
+    assert "epsilon" in high
+    assert "epsilon_high" in high
+    assert "epsilon_high" not in low
+    assert "algo.clip_low" not in explain("epsilon_high").partition(";")[0]

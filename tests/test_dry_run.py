@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,12 @@ from asyncgrpo.launch.plan import Host, Ports, make_plan
 
 ROOT = Path(__file__).parent.parent
 HUGE = {"gsm8k-qwen3-8b-8gpu": (4, 4, 8), "math-long": (6, 2, 8)}  # actors, learners, GPUs
-SMALL = {"gsm8k-qwen2.5-0.5b-1gpu": (1, 1, 1), "tags-zh": (1, 1, 1), "tiny": (2, 2, 0)}
+SMALL = {
+    "gsm8k-qwen2.5-0.5b-1gpu": (1, 1, 1),
+    "lora-8gb": (1, 1, 1),
+    "tags-zh": (1, 1, 1),
+    "tiny": (2, 2, 0),
+}
 
 
 def dry_run(*arguments: str) -> str:
@@ -161,3 +168,56 @@ def test_processes_may_share_gpus_but_learner_ranks_never_one() -> None:
 def test_shared_gpus_need_a_backend_that_can_serve_them() -> None:
     with pytest.raises(ConfigError, match=r"weights.backend='auto': NCCL refuses two processes"):
         from_mapping({"launch": {"share_gpus": True}})
+
+
+def test_prompts_that_are_all_too_long_are_refused_with_their_lengths(elsewhere: Path) -> None:
+    file = elsewhere / "train.jsonl"
+    file.write_text(
+        "".join(f'{{"prompt": "{"x" * n}", "answer": "1", "kind": "add"}}\n' for n in (40, 50, 90))
+    )
+    settings = ("--set", f"data.train={file}", "--set", "learner.max_tokens_per_microbatch=4096")
+    with pytest.raises(DataError, match=r"=30: all 3 .* shortest has 42 tokens.* 52; set .* to 92"):
+        dry_run(*settings, "--set", "data.max_prompt_tokens=30", "--set", "data.eval=none")
+    output = dry_run(*settings, "--set", "data.max_prompt_tokens=60")
+    assert "warning: data.train: 33% of the prompts are longer" in output
+    assert "are longer" not in dry_run(*settings)
+
+
+def test_evaluations_whose_prompts_are_all_too_long_are_refused(elsewhere: Path) -> None:
+    file = elsewhere / "eval.jsonl"
+    file.write_text(f'{{"prompt": "{"x" * 300}", "answer": "1", "kind": "add"}}\n')
+    with pytest.raises(DataError, match="all 1 prompts of evaluation held-out are longer"):
+        dry_run("--set", f"data.eval={file}")
+
+
+def test_a_run_directory_is_taken_literally(elsewhere: Path) -> None:
+    assert f'{elsewhere}/a"b' in dry_run("--run-dir", 'a"b').replace("\\", "")
+
+
+def eval_error(*arguments: str) -> AsyncGRPOError:
+    result = CliRunner().invoke(app, ["eval", "--model", "tiny", "--engine", "toy", *arguments])
+    assert isinstance(result.exception, AsyncGRPOError)
+    return result.exception
+
+
+def test_records_without_a_reward_are_told_how_to_give_one(elsewhere: Path) -> None:
+    file = elsewhere / "eval.jsonl"
+    file.write_text('{"prompt": "a", "answer": "1"}\n')
+    assert str(eval_error("--data", str(file))).startswith("these records need a reward: give")
+    named = eval_error("--data", str(file), "--set", "reward.functions=['task']")
+    assert "these records" not in str(named)
+
+
+def test_an_evaluation_of_nothing_is_refused() -> None:
+    assert "--data '' names nothing" in str(eval_error("--data", ""))
+
+
+@pytest.mark.parametrize("option", ["--config", "--run-dir", "model.path", "data.train"])
+def test_paths_that_are_too_long_are_one_message(option: str) -> None:
+    path = "x" * 5000
+    arguments = [option, path] if option.startswith("--") else ["--set", f"{option}={path}"]
+    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--dry-run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "longer than a path may be" in done.stderr
+    assert "Traceback" not in done.stderr

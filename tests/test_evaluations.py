@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncgrpo.cli import app
-from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import AsyncGRPOError, RunError
 from asyncgrpo.evaluate_model import Desk, run
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.serial import run_serial
+from asyncgrpo.wire.codec import Packet
 
 LENIENT = {"use": "reward_functions:vowels"}
 SETTINGS = {
@@ -170,6 +171,20 @@ def test_eval_says_which_prompts_were_not_answered(model, tmp_path):
     none = evaluate(model, *reward, "--set", "data.max_prompt_tokens=2")
     assert isinstance(none.exception, RunError)
     assert "2 of 2 prompts" in str(none.exception)
+
+
+def test_eval_says_which_answers_were_not_scored_and_what_to_do(model):
+    sets = [f"model.path={model}", "eval={}", "eval.data=tasks", "eval.num_prompts=2"]
+    desk = Desk(load_config(None, [*sets, "reward.timeout_seconds=7"]))
+    for lease_id, reason in (("e1", "reward_lost"), ("e2", "reward_contract")):
+        desk.post(Packet(kind="fail", fields={"lease_id": lease_id, "reason": reason}))
+    lost, broken = desk.unanswered()
+    assert lost == (
+        "1 of 2 prompts were answered, but not scored: their reward function took more than "
+        "reward.timeout_seconds=7 or ended its process; make it quicker, raise the limit, or set "
+        "reward.on_error"
+    )
+    assert "1 of 2 prompts were answered, but not scored: a reward function failed" in broken
 
 
 BAD = {

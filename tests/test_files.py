@@ -208,3 +208,22 @@ def test_what_cannot_be_read_is_named_with_the_remedy(tmp_path):
     }.items():
         with pytest.raises(DataError, match=message):
             read_rows(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "value", ["18446744073709551616", '[{"a": -9223372036854775809}]', '"\\ud83d"']
+)
+def test_values_that_no_process_could_be_sent_are_named_with_their_place(tmp_path, value):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "odd": ' + value + "}\n")
+    (_, first), (_, second) = read_rows(file)
+    assert first == {"prompt": "a"}
+    assert isinstance(second, DataError)
+    assert f"{file}:2: column 'odd' holds" in str(second)
+
+
+def test_values_at_the_edge_of_what_can_be_sent_are_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 18446744073709551615, "b": -9223372036854775808, "c": "\\ud83d\\ude00"}')
+    ((_, row),) = read_rows(file)
+    assert row == {"a": 2**64 - 1, "b": -(2**63), "c": "\U0001f600"}

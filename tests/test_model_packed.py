@@ -20,9 +20,9 @@ from asyncgrpo.learner.batch import Batch, pack, with_advantages
 from asyncgrpo.learner.inputs import Totals
 from asyncgrpo.learner.model import (
     PolicyHead,
+    PublishedParameters,
     load_policy,
     packed_row,
-    published_parameters,
 )
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import OptimizerBatch
@@ -283,7 +283,7 @@ def test_gradient_hooks_fire_when_the_head_is_wrapped_for_several_ranks(
         count.__annotations__ = {}  # torch compares them with types, not with their names
         wrapped.register_comm_hook(None, count)
         found = gradients(wrapped, batches, shard.num_loss_tokens_global)
-        names = [name for name, _ in published_parameters(wrapped)]
+        names = [name for name, _ in PublishedParameters(wrapped)]
     finally:
         dist.destroy_process_group()
     assert sum(seen) == len(list(policy.parameters()))
@@ -294,11 +294,11 @@ def test_gradient_hooks_fire_when_the_head_is_wrapped_for_several_ranks(
 def test_published_names_are_those_of_hugging_face_without_the_tied_output_layer(
     policy: PreTrainedModel,
 ) -> None:
-    published = dict(published_parameters(PolicyHead(policy)))
+    published = dict(PublishedParameters(PolicyHead(policy)))
     assert published.keys() == dict(policy.named_parameters()).keys()
     assert "model.embed_tokens.weight" in published
     assert "lm_head.weight" not in published
-    assert published["model.norm.weight"] is policy.model.norm.weight
+    assert published["model.norm.weight"].data_ptr() == policy.model.norm.weight.data_ptr()
 
 
 def test_bfloat16_weights_still_give_float32_scores(folder: Path) -> None:

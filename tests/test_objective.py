@@ -16,7 +16,9 @@ from packed_case import as_inputs, as_rows, assert_rows_equal, totals
 from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import catalogue
 from asyncgrpo.errors import AlgorithmError, ConfigError
+from asyncgrpo.learner.corrections import Correction
 from asyncgrpo.learner.inputs import Totals
+from asyncgrpo.learner.losses import TokenLoss
 from asyncgrpo.learner.objective import objective, probe
 from asyncgrpo.learner.prepare import decile_edges
 
@@ -226,8 +228,39 @@ def broken_loss(inputs: Any, algo: Any) -> torch.Tensor:
     raise ZeroDivisionError("gone")
 
 
+def leaving_loss(inputs: Any, algo: Any) -> torch.Tensor:
+    raise SystemExit(0)
+
+
 def infinite_loss(inputs: Any, algo: Any) -> torch.Tensor:
     return own_loss(inputs, algo) * float("inf")
+
+
+def short_parts(inputs: Any, algo: Any) -> TokenLoss:
+    nowhere = torch.zeros_like(inputs.mask, dtype=torch.bool)
+    return TokenLoss(
+        loss=own_loss(inputs, algo), is_clipped_low=nowhere[:1], is_clipped_high=nowhere
+    )
+
+
+def short_correction(inputs: Any, algo: Any) -> Correction:
+    return Correction(weight=inputs.mask[:-1])
+
+
+def detached_loss(inputs: Any, algo: Any) -> torch.Tensor:
+    return own_loss(inputs, algo).detach()
+
+
+def steep_loss(inputs: Any, algo: Any) -> torch.Tensor:
+    return (inputs.logprobs - inputs.logprobs).sqrt()
+
+
+def not_numbers(group: Any, algo: Any) -> list[str]:
+    return ["high"] * len(group.rewards)
+
+
+def broken_advantage(group: Any, algo: Any) -> None:
+    raise KeyError("gone")
 
 
 def half(inputs: Any, algo: Any) -> torch.Tensor:
@@ -250,12 +283,30 @@ def test_a_users_own_loss_and_weight_are_used() -> None:
         ("short_loss", r"'test_objective:short_loss' returned shape \(3,\).*shape \(4,\)"),
         ("no_loss", "returned NoneType"),
         ("broken_loss", "ZeroDivisionError: gone at .*test_objective.py"),
+        ("leaving_loss", "SystemExit: 0 at .*test_objective.py"),
         ("infinite_loss", "gave a loss of (nan|inf|-inf).*must be finite"),
+        ("short_parts", r"TokenLoss.is_clipped_low of shape \(1,\).*shape \(4,\)"),
+        ("detached_loss", "'test_objective:detached_loss' returned a loss without gradient"),
+        ("steep_loss", r"gave a gradient of \[nan|gave a gradient of \[inf"),
     ],
 )
 def test_a_broken_loss_is_refused_before_anything_starts(name: str, message: str) -> None:
     with pytest.raises(AlgorithmError, match=message):
         probe(AlgoSettings(loss=f"test_objective:{name}"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("correction:short_correction", r"short_correction' returned Correction.weight of .*3,"),
+        ("advantage:not_numbers", r"not_numbers' returned \['high'.*one finite number"),
+        ("advantage:broken_advantage", "broken_advantage' raised KeyError: 'gone' at .*repair"),
+    ],
+)
+def test_any_other_broken_function_is_refused_too(setting: str, message: str) -> None:
+    kind, name = setting.split(":")
+    with pytest.raises(AlgorithmError, match=message):
+        probe(AlgoSettings(**{kind: f"test_objective:{name}"}))
 
 
 def test_a_loss_that_cannot_be_found_is_refused() -> None:

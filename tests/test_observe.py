@@ -45,6 +45,7 @@ ROW = {
     "wait_seconds": 0.1,
     "train_seconds": 0.2,
     "tokens_trained": 100.0,
+    "tokens_per_second": 40.0,
 }
 
 
@@ -52,12 +53,13 @@ def counters(tokens: float, busy: float, idle: float) -> dict:
     return {"tokens_generated": tokens, "generate_seconds": busy, "idle_seconds": idle}
 
 
-def summary(actors=None, evaluations=()) -> dict:
+def summary(actors=None, evaluations=(), **more) -> dict:
     metrics = {
         "groups_arrived": 4.0,
         "tokens_arrived": 320.0,
         "reward_arrived_sum": 2.0,
         "leases_trained": 4,
+        **more,
     }
     return {"metrics": metrics, "actors": actors or {}, "evaluations": list(evaluations)}
 
@@ -166,8 +168,37 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     assert (one["eval/accuracy"], one["eval/version"]) == (0.5, 0)
     assert "eval/accuracy" not in two
     assert two["actor_idle_share"] == pytest.approx(0.0)
-    assert two["tokens_per_second"] >= 0
     assert two["grad_norm"] is None
+
+
+def test_tokens_per_second_and_the_total_are_of_what_arrived(run, monkeypatch):
+    clock = iter([100.0, 104.0, 106.0, 107.0])
+    monkeypatch.setattr("asyncgrpo.observe.recorder.time.time", lambda: next(clock))
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    row = {name: value for name, value in ROW.items() if name != "tokens_per_second"}
+    recorder.row(row, summary({}))  # no actor has told its counters yet
+    recorder.row(row, summary({}, tokens_arrived=480))
+    recorder.finish([], summary({"actor-0": counters(150, 1.0, 1.0)}, tokens_arrived=500))
+    rows = list(map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines()))
+    assert [row["tokens_per_second"] for row in rows] == [80.0, 80.0]
+    assert json.loads((run.path / "summary.json").read_text())["tokens_arrived"] == 500
+
+
+def test_a_run_without_a_step_says_why_nothing_was_trained(run):
+    counts = {"groups_filtered_all_wrong": 3, "groups_filtered_empty_completion": 1}
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    recorder.finish([], summary(**counts))
+    out = io.StringIO()
+    show_summary(run.path, Console(file=out, width=200))
+    for part in (
+        "0 steps",
+        "4 groups arrived, 3 filtered all_wrong, 1 filtered empty_completion",
+        "nothing was trained",
+        f"traj show {run.path} --status all",
+    ):
+        assert part in out.getvalue()
 
 
 def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run):
@@ -201,7 +232,7 @@ def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     assert (written["steps"], written["tokens_trained"], written["staleness_max"]) == (1, 100, 1)
     out = io.StringIO()
     show_summary(run.path, Console(file=out, width=100))
-    for part in ("task/add", "25.0%", "80.0%", "+55.0", "+40.0", "100 tokens generated", "model"):
+    for part in ("task/add", "25.0%", "80.0%", "+55.0", "+40.0", "320 tokens arrived", "model"):
         assert part in out.getvalue()
     assert "held-out accuracy, 4 prompts, greedy" in out.getvalue()
 
@@ -229,7 +260,7 @@ def test_progress_without_a_terminal_is_one_line_per_step_and_only_whole_rows(ru
         progress.line("actor-0", "a [bracketed] word")
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("step 1/5  reward +0.200")
+    assert lines[0].startswith("step 0 (1/5)  reward +0.200")
     assert lines[0].endswith("held-out 50.0% at version 0  b 25.0% at version 0")
     assert lines[1] == "[actor-0] a [bracketed] word"
 
@@ -241,7 +272,7 @@ def test_the_live_panel_shows_where_the_run_stands(run):
     console = Console(file=out, width=120, force_terminal=True)
     with Progress(run.path, 4, console) as progress:
         progress.tick()
-    assert "step 1/4" in out.getvalue()
+    assert "1/4 steps" in out.getvalue()
     assert "about 9 s left" in out.getvalue()
     assert "held-out 50.0% ▅   b 100.0% █" in out.getvalue()
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.data.templates import tokenise
+from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError, ModelError
 from asyncgrpo.launch.environment import detect_host, environment_report, git_state
-from asyncgrpo.launch.model_folder import check_model_folder
+from asyncgrpo.launch.model_folder import check_model_folder, quick_tokenizer
 from asyncgrpo.launch.preflight import (
     check_port_free,
     check_run_dir,
@@ -239,3 +241,33 @@ def test_git_state_knows_clean_from_dirty_and_tolerates_no_checkout(tmp_path: Pa
     assert state["dirty"] is False
     (tmp_path / "new").touch()
     assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+
+
+@pytest.mark.parametrize("named", [5, "Qwen3ForCausalLM"])
+def test_architectures_must_be_a_list(model: Path, named: Any) -> None:
+    write_json(model / "config.json", {"architectures": named})
+    assert f"architectures={named!r} must be a list" in refusal(model)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_settings_of_another_model_than_the_weights_are_refused(tmp_path: Path, key: str) -> None:
+    model = build_untrained(tmp_path / "real")
+    assert check_model_folder(str(model)) == model
+    settings = json.loads((model / "config.json").read_text())
+    write_json(model / "config.json", {**settings, key: settings[key] + 1})
+    expected = f"{key}={settings[key] + 1}, but the weights have {settings[key]};"
+    assert expected in refusal(model)
+
+
+def test_a_broken_tokenizer_is_refused(model: Path) -> None:
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        quick_tokenizer(str(model))
+
+
+def test_the_quick_tokenizer_counts_as_the_model_does(tmp_path: Path) -> None:
+    model = build_untrained(tmp_path / "real")
+    messages = [{"role": "user", "content": "Sort: 3 1"}]
+    data = Config().data
+    assert tokenise(quick_tokenizer(str(model)), messages, data) == tokenise(
+        quick_tokenizer("tiny"), messages, data
+    )

@@ -201,7 +201,7 @@ def test_each_table_may_have_a_template_of_its_own(tmp_path):
     )
     contents = {source.get(i).messages[0]["content"] for i in range(2)}
     assert contents == {"a 0? Think.", "b 0? Go."}
-    assert source.held_out(1)[0].messages[0]["content"] == "a 0? Go."
+    assert source.held_out(1)[0].messages[0]["content"] == "a 0? Think."
 
 
 def test_generated_tasks_take_the_template_too():
@@ -225,3 +225,20 @@ def test_a_table_that_is_held_out_as_well_is_warned_about(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         mixed({"path": path}, {"path": table(tmp_path, "b", 3)}, eval=path)
     assert "3 of 3 held-out prompts are training prompts too" in caplog.text
+
+
+def test_an_evaluation_of_a_part_of_its_records_takes_a_sample_by_the_seed(tmp_path):
+    path = table(tmp_path, "a", 100)
+
+    def chosen(seed: int, name: str = "x", num: int = 10) -> list[str]:
+        block = {"name": name, "num_prompts": num, "data": path}
+        source = open_prompts(from_mapping({"run": {"seed": seed}, "eval": block}))
+        return [prompt.prompt_id for prompt in source.held_out(num, name)]
+
+    everything = [f"a:{i}" for i in range(100)]
+    assert chosen(0, num=200) == everything
+    assert chosen(0) == sorted(chosen(0), key=everything.index) != everything[:10]
+    assert len(set(chosen(0))) == 10
+    assert chosen(0) == chosen(0)
+    assert chosen(0) != chosen(1)
+    assert chosen(0) != chosen(0, name="y")

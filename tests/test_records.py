@@ -153,6 +153,10 @@ GOOD = {"prompt": "Hi", "answer": "7"}
         ),
         ({"prompt": "Ho"}, "rows.jsonl:2 has no answer; it has the columns prompt; add one of"),
         ({"prompt": "Ho", "answer": None}, "rows.jsonl:2: answer=None must be a number or text"),
+        *(
+            ({"prompt": "Ho", "answer": float(n)}, rf"rows.jsonl:2: answer={n} must .* nor NaN")
+            for n in ("nan", "inf", "-inf")
+        ),
         ({"prompt": "Ho", "answer": ""}, "rows.jsonl:2: answer='' must be a number or text"),
         (
             {"prompt": "Ho", "reward_model": {"ground_truth": ["7"]}},

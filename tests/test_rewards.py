@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import math
 import re
+import signal
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +89,26 @@ def test_columns_arrive_as_lists_of_equal_values():
     }
 
 
+def test_what_a_function_changes_stays_with_it():
+    def spoil(prompts, tests, **columns):
+        for its in prompts:
+            its[0]["content"] += "!"
+        tests[0].append("x")
+        return [float(len(its[0]["content"])) for its in prompts]
+
+    def spoil_one(prompt, completion, tests):
+        prompt[0]["content"] += "!"
+        tests.append("x")
+        return float(len(tests))
+
+    prompt = replace(PROMPT, columns={"tests": ["a"]})
+    scores = RewardSet([bind("g", spoil), bind("s", spoil_one)]).score(prompt, ["a", "b"])
+    assert scores.parts["g"].tolist() == [len("Compute: 3 + 4!")] * 2
+    assert scores.parts["s"].tolist() == [2.0, 2.0]
+    assert prompt.messages[0]["content"] == "Compute: 3 + 4"
+    assert prompt.columns == {"tests": ["a"]}
+
+
 def test_a_function_gets_only_what_it_names_and_may_have_defaults():
     def brief(completions, level, bonus=0.5):
         return [float(number) + bonus for number in level]
@@ -114,6 +138,87 @@ def test_none_leaves_the_weighted_sum_and_shows_as_nan():
     assert math.isnan(scores.parts["half"][1])
 
 
+class Shy:
+    def __repr__(self) -> str:
+        raise ValueError("no")
+
+
+class ShyError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), ShyError(), asyncio.CancelledError()])
+@pytest.mark.parametrize("kind", ["plain", "async", "lazy"])
+def test_whatever_a_function_raises_is_its_own_error_or_the_error_score(error, kind):
+    def plain(completions):
+        raise error
+
+    async def waiting(completions):
+        raise error
+
+    def lazy(completions):
+        yield from plain(completions)
+
+    function = bind("f", {"plain": plain, "async": waiting, "lazy": lazy}[kind])
+    match = f"reward function 'f' raised {type(error).__name__}.* at .*test_rewards.py"
+    with pytest.raises(RewardError, match=match):
+        RewardSet([function]).probe(PROMPT)
+    assert RewardSet([function], 0.5).score(PROMPT, ["a"]).rewards.tolist() == [0.5]
+
+
+def hang(completions):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(0.01)
+
+
+async def hang_waiting(completions):
+    await asyncio.Event().wait()
+
+
+def hang_lazily(completions):
+    while True:
+        yield from hang(completions)
+
+
+@pytest.mark.parametrize("function", [hang, hang_waiting, hang_lazily])
+def test_a_function_that_hangs_is_found_before_the_run(function):
+    before = signal.getsignal(signal.SIGVTALRM)
+    reward_set = RewardSet([bind("quick", score_all), bind("f", function)], timeout_seconds=0.1)
+    match = r"reward function 'f' gave no score within reward.timeout_seconds=0.1; let it end"
+    with pytest.raises(RewardError, match=match):
+        reward_set.probe(PROMPT)
+    assert signal.getsignal(signal.SIGVTALRM) == before
+
+
+def score_all(completions):
+    """In the main thread, or setting the signal's handler fails."""
+    signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+    return [1.0 for _ in completions]
+
+
+def test_the_limit_of_a_check_is_that_of_the_settings(module):
+    name = module("import time\ndef f(completions):\n    time.sleep(9)\n")
+    settings = {"functions": [{"use": f"{name}:f"}], "timeout_seconds": 0.05}
+    with pytest.raises(RewardError, match=r"'f' gave no score within .*=0.05"):
+        load_rewards(RewardSettings.model_validate(settings)).check([PROMPT])
+
+
+def test_ctrl_c_is_no_error_of_the_function_but_in_the_thread_of_async_ones_it_is():
+    def interrupted(completions):
+        raise KeyboardInterrupt
+
+    async def waiting(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        RewardSet([bind("f", interrupted)]).probe(PROMPT)
+    for _ in range(2):  # their loop lives on
+        error = RewardSet([bind("f", waiting)], 0.5).score(PROMPT, ["a"]).errors[0]
+        assert "'f' raised KeyboardInterrupt" in error
+
+
 def test_a_completion_that_no_function_applies_to_is_an_error_but_not_when_probing():
     reward_set = RewardSet([bind("shy", lambda completions: [1.0, None])])
     reward_set.probe(PROMPT)
@@ -131,6 +236,13 @@ def test_a_completion_that_no_function_applies_to_is_an_error_but_not_when_probi
         ([1.0, "7"], r"'f' returned '7' \(str\) for completion 1"),
         ([1.0, float("nan")], "'f' returned nan for completion 1"),
         ([float("-inf"), 1.0], "'f' returned -inf for completion 0"),
+        (range(9), "'f' returned more than 2 values for 2 completions"),
+        (itertools.count(), "'f' returned more than 2 values for 2 completions"),
+        ([1.0, 10**400], "'f' returned inf for completion 1"),
+        (np.array(1.0), "'f' raised TypeError: .*0-d array"),
+        ((1 / n for n in (1, 0)), "'f' raised ZeroDivisionError"),
+        (Shy(), "'f' returned <Shy> for 2 completions"),
+        ([1.0, Shy()], r"'f' returned <Shy> \(Shy\) for completion 1"),
         ([1.0, 1e300], r"'f' returned 1e\+300 for completion 1"),
     ],
 )
@@ -387,6 +499,7 @@ def test_functions_of_the_present_folder_are_found(module):
         ("", "no_such_module:f", "no module 'no_such_module'; install it, or start from"),
         ("import no_such_thing", "my_rewards:f", "no module 'no_such_thing'; install it"),
         ("def f(:", "my_rewards:f", r"raised SyntaxError: .* at .*my_rewards.py:1; repair"),
+        ("raise SystemExit", "my_rewards:f", r"raised SystemExit: .* at .*my_rewards.py:1; repair"),
         ("x = 1 / 0", "my_rewards:f", r"raised ZeroDivisionError: .* at .*my_rewards.py:1"),
         ("def score(): 0", "my_rewards:scores", r"'scores' is not defined .* mean 'score'\?"),
         ("score = 3", "my_rewards:score", r"is 3 \(int\), not a function"),

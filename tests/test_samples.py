@@ -212,9 +212,10 @@ def test_diff_shows_answers_side_by_side_with_the_largest_change_first(run, traj
     first, second = out.split("[user] ")[1:]
     assert first.startswith("0 + 1?\nanswer 1 · sums · p0 · mean reward +1.000\n")
     assert second.startswith("1 + 1?\nanswer 2 · other · p1 · mean reward -1.000\n")
-    lines = [line.split() for line in first.split("\n")[2:5]]
+    lines = [line.split() for line in first.split("\n")[2:6]]
     assert lines == [
-        ["step", "0:", "2", "trained", "step", "3:", "2", "trained"],
+        ["left", "step", "0:", "2", "trained"],
+        ["right", "step", "3:", "2", "trained"],
         ["1x", "+0.900", "eins", "2x", "+0.900", "1"],
         ["1x", "-1.100", "two"],
     ]
@@ -302,7 +303,12 @@ def test_parquet_without_its_package_is_refused_with_the_remedy(tmp_path, run, t
     assert "pip install 'asyncgrpo[data]', or use JSONL" in err
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 3, "gro', b'{"completion": "\xe7\xad', b"[1]", b"{}"])
+PARTIAL = json.dumps({n: v for n, v in STEPS[3][0].items() if n != "reward"}).encode()
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 3, "gro', b'{"answer": "\xe7\xad', b"[1]", b"{}", PARTIAL]
+)
 @pytest.mark.parametrize("command", ["show", "stats", "diff"])
 def test_a_torn_last_line_is_left_out_and_said_once(run, traj, command, torn):
     path = run / "trajectories" / "step_3.jsonl"
@@ -332,6 +338,7 @@ REFUSED = {
     "diff 0 1 --other nowhere": "nowhere is not a run directory",
     "export": "Missing option",
     "export --out x --format xml": "'xml' is not one of",
+    "export --out y.xlsx": "'xlsx' is not one of jsonl, csv, parquet; take one of these endings",
     "export --out x --best 0": "Invalid value for '--best'",
     "export --out /dev/null/x": "/dev/null/x cannot be written",
 }
@@ -353,3 +360,30 @@ def test_what_is_no_run_directory_or_has_no_rows_is_refused(tmp_path, run, traj)
     code, _, err = traj("stats", write_run(tmp_path / "young", {}))
     assert code == 2
     assert "holds no step_<k>.jsonl: no group has ended yet" in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "endpoints.json"])
+@pytest.mark.parametrize("text", ['{"run": {', "[]", '{"store": 3}'])
+def test_a_run_directory_with_a_broken_file_is_refused_with_its_name(run, traj, name, text):
+    if (name, text) == ("config.json", '{"store": 3}'):
+        text = '"x"'
+    (run / name).write_text(text)
+    code, _, err = traj("show", run)
+    assert code == 2
+    assert f"{run / name} is not whole" in err
+
+
+def test_a_step_without_a_whole_row_is_refused(run, traj):
+    (run / "trajectories" / "step_3.jsonl").write_text("")
+    code, out, err = traj("show", run, "--step", 3)
+    assert (code, out) == (2, "")
+    assert "there is not one whole row" in err
+
+
+def test_an_export_never_overwrites_the_runs_own_files(run, traj):
+    own = run / "trajectories" / "step_0.jsonl"
+    before = own.read_bytes()
+    code, _, err = traj("export", run, "--out", own)
+    assert code == 2
+    assert "the run's own trajectories/" in err
+    assert own.read_bytes() == before

@@ -162,7 +162,6 @@ def test_weights_choose_how_often_a_kind_is_drawn():
     [
         ({"sorted": 1.0}, r"no task kind 'sorted'; did you mean 'sort'\? kinds are: add"),
         ({"add": -1.0}, r"kinds.add=-1.0 must be a finite number >= 0"),
-        ({"add": float("inf")}, r"kinds.add=inf must be a finite number"),
         ({"add": 0.0}, r"no kind has a weight > 0"),
         ({}, r"no kind has a weight > 0"),
     ],

@@ -63,6 +63,21 @@ def test_settings_come_as_a_dict_a_config_a_file_or_not_at_all(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (5, "config=5 must be a Config, a dict of dicts, or the path of a file"),
+        ([1], r"config=\[1\] must be a Config"),
+        ({"buffer": "x"}, "buffer='x' is not allowed: it must be a section"),
+        ({"algo": [1]}, r"algo=\[1\] is not allowed: it must be a section"),
+        ({"algo": [1], "num_generations": 4}, "algo"),
+    ],
+)
+def test_what_is_no_settings_is_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config)
+
+
 def test_reward_functions_take_the_place_of_those_in_the_settings():
     config = {"reward": {"functions": [{"use": "exact"}], "correct_above": 0.5}}
     rewards = [right, {"use": reward_functions.vowels, "weight": 0.5}, "length_penalty"]
@@ -87,6 +102,34 @@ def test_two_lambdas_need_names():
     assert named.reward.functions[1].use.endswith("/reward_funcs.pkl:v1_1")
 
 
+def test_names_that_differ_only_in_signs_stay_two_functions(tmp_path):
+    names = ("a.b", "a:b", "a_b", "a b")
+    rewards = [
+        {"use": lambda completions, n=n: [float(n)] * len(completions), "name": name}
+        for n, name in enumerate(names)
+    ]
+    trainer = Trainer({"run": {"dir": "out"}}, reward_funcs=rewards)
+    trainer._write_files()
+    functions = trainer.config.reward.functions
+    assert [f.label for f in functions] == list(names)
+    found = [find_function(f.use, "reward", RewardError)(["x"]) for f in functions]
+    assert found == [[0.0], [1.0], [2.0], [3.0]]
+
+
+def test_trainers_of_one_second_have_directories_of_their_own(tmp_path):
+    made = [Trainer().run_dir for _ in range(3)]
+    assert len(set(made)) == 3
+    assert {path.parent for path in made} == {tmp_path / "runs"}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_and_another_fit_may_follow(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"longer than a path may be here; give a shorter"):
+            Trainer(run_dir=tmp_path / ("x" * 300)).fit()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_training_set_without_an_evaluation_set_means_no_evaluation():
     assert Trainer(train_dataset=ROWS).config.data.eval is None
     assert Trainer(Trainer().config, train_dataset=ROWS).config.data.eval is None
@@ -100,7 +143,11 @@ def test_a_training_set_without_an_evaluation_set_means_no_evaluation():
 # -- rows ----------------------------------------------------------------------------------
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -243,7 +290,7 @@ def model(tmp_path_factory) -> str:
 
 
 BY_THE_CLOCK = {  # durations, and what the actor reports once a second
-    *(name for name, metric in METRICS.items() if "second" in metric.unit),
+    *(n for n, metric in METRICS.items() if metric.unit in ("seconds", "tokens/s")),
     *("tokens_generated", "groups_generated", "judged_groups", "judge_errors", "failed_groups"),
     *("swaps", "prompts_truncated", "actor_idle_share", "judge/error_rate"),
 }
@@ -369,7 +416,7 @@ def test_a_script_trains_with_processes_and_its_own_reward_without_a_main_guard(
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == 0, shown
     assert "ended with None 3" in shown
-    assert "step 3/3" in shown
+    assert "step 2 (3/3)" in shown
     assert shown.count("run directory") == 1  # nobody imported the script and began anew
     rows = [
         json.loads(line)

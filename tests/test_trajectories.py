@@ -136,7 +136,10 @@ def test_nothing_is_written_when_the_setting_is_off(tmp_path):
 @pytest.fixture(scope="module")
 def serial_run(tmp_path_factory) -> RunDir:
     """Five steps of an untrained model that is paid for vowels."""
-    base = tmp_path_factory.mktemp("serial")
+    return trained_serially(tmp_path_factory.mktemp("serial"), correct_above=0.07)
+
+
+def trained_serially(base: Path, correct_above: float, **data: object) -> RunDir:
     model = build_untrained(base / "model", True, 5)
     functions = [
         {"use": "reward_functions:vowels", "weight": 2.0},
@@ -146,9 +149,9 @@ def serial_run(tmp_path_factory) -> RunDir:
         {
             "run": {"max_steps": 5, "seed": 3},
             "model": {"path": str(model)},
-            "data": {"max_prompt_tokens": 32, "eval": None},
+            "data": {"max_prompt_tokens": 32, "eval": None, **data},
             "sampling": {"max_completion_tokens": 8},
-            "reward": {"functions": functions, "correct_above": 0.07},
+            "reward": {"functions": functions, "correct_above": correct_above},
             "actor": {"engine": "toy", "concurrency": 12},
             "buffer": {"groups_per_step": 3, "max_staleness": 1},
             "algo": {"group_size": 4},
@@ -214,3 +217,15 @@ def test_a_runs_files_hold_each_group_that_ended_once(serial_run):
     names["trained", ""] = "trained"
     assert {names[key]: count for key, count in ends.items()} == groups
     assert {status for status, _ in ends} >= {"trained", "filtered"}
+
+
+def test_a_run_whose_groups_are_all_filtered_counts_them(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": str(i)}], "answer": "1"} for i in range(4)]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = {"train": str(tmp_path / "few.jsonl"), "epochs": 1}
+    run = trained_serially(tmp_path, correct_above=100.0, **files)
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["steps"] == 0
+    assert summary["leases"]["leases_filtered"] == 4
+    assert summary["groups"] == {"groups_arrived": 4, "groups_filtered_all_wrong": 4}
+    assert summary["tokens_arrived"] > 0

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.tiny import build_untrained
-from asyncgrpo.errors import RunError
-from asyncgrpo.learner import reference
+from asyncgrpo.errors import AlgorithmError, RunError
+from asyncgrpo.learner import update
 from asyncgrpo.learner.reference import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.types import Completion, Group, Shard
@@ -195,7 +195,7 @@ def test_one_update_equals_adamw_on_the_gradient_of_the_formula(folder: Path) ->
 
 
 def test_without_a_kl_coefficient_no_second_model_is_loaded(folder: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(reference, "load_policy", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(update, "Reference", lambda *args: pytest.fail("loaded"))
     metrics = PolicyUpdater(settings(folder)).update(shard_of(make_groups(folder)))
     assert "objective/kl_ref" not in metrics
 
@@ -210,7 +210,7 @@ def test_the_reference_stays_as_it_was_and_pulls_the_policy_back(folder: Path) -
         assert rows[-1]["objective/kl_coef"] == coefficient
         found[coefficient] = rows[-1]["objective/kl_ref"]
         start = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-        for name, tensor in updater._reference._model.named_parameters():
+        for name, tensor in updater._reference._head.policy.named_parameters():
             assert torch.equal(tensor, start[name])
             assert not tensor.requires_grad
     assert found[3.0] < 0.5 * found[1e-6]
@@ -227,7 +227,7 @@ def test_the_reference_is_mixed_or_reset_every_n_steps(
     for step in range(every):
         metrics = updater.update(shard_of(groups, step=STEP + step + STEP % every))
     now = weights_of(updater)
-    for name, tensor in updater._reference._model.named_parameters():
+    for name, tensor in updater._reference._head.policy.named_parameters():
         expected = alpha * now[name] + (1 - alpha) * before[name]
         torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
     assert metrics["reference_syncs"] == 1
@@ -331,15 +331,22 @@ def poisoned(inputs: Any, algo: Any) -> torch.Tensor:
     return -inputs.ratio * torch.where(bad, float("nan"), inputs.advantages)
 
 
+def infinite(inputs: Any, algo: Any) -> torch.Tensor:
+    """Infinite where `poisoned` is NaN, with a finite gradient."""
+    bad = inputs.advantages == 0.125
+    return -inputs.ratio * inputs.advantages + torch.where(bad, float("inf"), 0.0)
+
+
 def marked(group: Any, algo: Any) -> list[float]:
     return [0.125 if reward == 42.0 else 1.0 for reward in group.rewards]
 
 
+@pytest.mark.parametrize(("loss", "value"), [("poisoned", "nan"), ("infinite", "inf")])
 def test_an_update_that_is_not_finite_is_skipped_named_and_at_last_stops_the_run(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture, loss: str, value: str
 ) -> None:
     algo = {
-        "loss": "test_update:poisoned",
+        "loss": f"test_update:{loss}",
         "advantage": "test_update:marked",
         "max_nonfinite": 1,
         "passes": 1,
@@ -349,7 +356,7 @@ def test_an_update_that_is_not_finite_is_skipped_named_and_at_last_stops_the_run
     updater = PolicyUpdater(settings(folder, algo=algo))
     before = weights_of(updater)
     token = int(groups[2].completions[1].token_ids[0])
-    named = rf"loss nan at group t2, completion 1, token 0 \(id {token}\)"
+    named = rf"loss {value} at group t2, completion 1, token 0 \(id {token}\)"
     with caplog.at_level(logging.WARNING):
         metrics = updater.update(shard_of(groups))
     assert metrics["updates_skipped"] == 1
@@ -375,6 +382,17 @@ def test_nan_logprobs_of_the_engine_are_dropped_with_a_counter_and_never_trained
     assert metrics["tokens_trained"] == sum(g.num_tokens for g in groups) - lost
     assert math.isfinite(metrics["grad_norm"])
     assert metrics["updates_skipped"] == 0
+
+
+def raises_on_real_data(inputs: Any, algo: Any) -> torch.Tensor:
+    return -inputs.ratio * inputs.advantages[: 4 if len(inputs.mask) == 4 else 3]
+
+
+def test_a_users_function_that_breaks_on_real_data_is_named_with_the_step(folder: Path) -> None:
+    config = settings(folder, algo={"loss": "test_update:raises_on_real_data"})
+    message = "at step 6: algo.loss 'test_update:raises_on_real_data' raised RuntimeError: The size"
+    with pytest.raises(AlgorithmError, match=message):
+        PolicyUpdater(config).update(shard_of(make_groups(folder)))
 
 
 ALGOS: list[dict[str, Any]] = [

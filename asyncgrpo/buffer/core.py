@@ -17,6 +17,7 @@
     trained  {step, world_size}         noted {counters, actors, evaluations}
     evaluate {version, blocks}          evaluating, once the actors hold back their weights
     results  {}                         all reports, once no evaluation is on its way
+    summary  {}                         noted {counters, actors, evaluations}
 
 No sockets, no clock, no files: `handle` and `tick` get the time and return what to send.
 """
@@ -319,6 +320,9 @@ class BufferCore:
             self._record(step, trained(groups, world_size, packet.arrays[0]))
             self.step = step + 1
             self._evict()
+        return [(peer, _answer(packet, "noted", **self._summary()))]
+
+    def _on_summary(self, peer: str, packet: Packet, now: float) -> Replies:
         return [(peer, _answer(packet, "noted", **self._summary()))]
 
     def _summary(self) -> dict[str, Any]:

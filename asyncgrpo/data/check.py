@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import statistics
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from asyncgrpo.config import TemplateSettings
+from asyncgrpo.config import DataSettings, TemplateSettings
 from asyncgrpo.data.files import Located, Row
 from asyncgrpo.data.records import AS_IT_IS, answer_of, messages_of, prompts_from_rows, source_of
 from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.types import Prompt
 
 Finding = tuple[str, str, str]  # where, what kind, details
+SAMPLED = 200  # prompts of a set that are measured, unless none of them fits
+TELLING_SHARE = 0.01  # of too long prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,3 +71,33 @@ class Checker:
         if num_tokens > self.max_prompt_tokens:
             limit = f"data.max_prompt_tokens is {self.max_prompt_tokens}"
             yield where, "too long", f"{num_tokens} tokens; {limit}"
+
+
+def length_warning(
+    prompts: Sequence[Prompt], count_tokens: Callable[[Prompt], int], data: DataSettings, name: str
+) -> str | None:
+    """What is to be said of prompts over data.max_prompt_tokens in a set, by a sample of it.
+
+    DataError when not one prompt of the set fits.
+    """
+    limit = data.max_prompt_tokens
+    if data.overlong_prompt == "truncate_left":
+        return None
+    lengths = [count_tokens(prompt) for prompt in prompts[:: -(-len(prompts) // SAMPLED) or 1]]
+    if lengths and min(lengths) > limit:
+        lengths = [count_tokens(prompt) for prompt in prompts]
+        if min(lengths) > limit:
+            shortest, median = min(lengths), round(statistics.median(lengths))
+            raise DataError(
+                f"data.max_prompt_tokens={limit}: all {len(lengths)} prompts of {name} are longer; "
+                f"the shortest has {shortest} tokens, the median is {median}; set "
+                f"data.max_prompt_tokens to {max(lengths)} to keep all, or shorten the prompts"
+            )
+    share = sum(length > limit for length in lengths) / max(len(lengths), 1)
+    does = {"drop": "are dropped", "error": "stop the run"}[data.overlong_prompt]
+    return (
+        f"{name}: {share:.0%} of the prompts are longer than data.max_prompt_tokens={limit} and "
+        f"{does} (the longest measured has {max(lengths)} tokens); raise it to keep them"
+        if share > TELLING_SHARE
+        else None
+    )

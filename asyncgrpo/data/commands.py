@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from asyncgrpo.config import Config, TemplateSettings
+    from asyncgrpo.config import Config
 
 MAX_SHOWN = 30
 
@@ -37,7 +37,7 @@ def preview(
     settings = _settings(config, set_)
     data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
     rows = read_rows(file)[:num]
-    prompts = prompts_from_rows(rows, source_name(file), _template(settings, file))
+    prompts = prompts_from_rows(rows, source_name(file), settings.data.template_of(file))
     for (where, _), prompt in zip(rows, prompts, strict=True):
         typer.echo(f"--- {prompt.prompt_id} ({where}), data_source {prompt.data_source}")
         typer.echo(f"raw       {as_line(dict(prompt.columns))}answer    {prompt.answer}\nrendered")
@@ -79,7 +79,7 @@ def validate(
     if max_prompt_tokens and tokenizer is None:
         raise typer.BadParameter("--max-prompt-tokens needs --model, whose tokens are counted")
     checker = Checker(
-        template=_template(settings, file),
+        template=settings.data.template_of(file),
         known_sources=known_sources.split(",") if known_sources else None,
         judges=functools.partial(functions_for, settings.reward),
         count_tokens=(lambda prompt: len(tokenise(tokenizer, prompt.messages, settings.data)))
@@ -143,20 +143,13 @@ def _settings(config: Path | None, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [])
 
 
-def _template(settings: Config, file: str) -> TemplateSettings:
-    """The template of the table in data.train that has this path, else data.template."""
-    tables = () if isinstance(settings.data.train, str) else settings.data.train
-    own = [table.template for table in tables if table.path == file and table.template]
-    return own[0] if own else settings.data.template
-
-
 def _tokenizer(model: str | None, settings: Config | None) -> Any:
     """The tokenizer of a model, else of the settings' model; None when neither is given."""
     path = model or (settings.model.path if settings else None)
     if path is None:
         return None
     if path == "tiny":
-        from asyncgrpo.data.tiny import build_tokenizer
+        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
 
         return build_tokenizer()
     from asyncgrpo.actor.process import load_tokenizer

@@ -32,6 +32,7 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt", ".tsv")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes in a folder
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::(\w+))?")
 PLAIN = str | int | float | bytes | None
+SUSPECT = re.compile(r"\d{19}|\\u[dD][89a-fA-F]")  # JSON with perhaps a huge integer or half a pair
 
 
 def read_rows(path: str | Path) -> list[Located]:
@@ -155,11 +156,30 @@ def _parse(line: str, where: str) -> Row | DataError:
     except (ValueError, RecursionError) as error:
         return DataError(f"{where} is not JSON: {error}; each line must be one object")
     if isinstance(row, dict):
-        return row
+        suspects = row.items() if SUSPECT.search(line) else ()
+        stuck = [key for key, value in suspects if not _travels([key, value])]
+        if not stuck:
+            return row
+        return DataError(
+            f"{where}: column {stuck[0]!r} holds {repr(row[stuck[0]])[:60]}, which cannot be sent "
+            "to another process: integers must fit into 64 bits, text must be whole Unicode "
+            "characters; write the number as text, or remove it"
+        )
     return DataError(
         f"{where} holds {repr(row)[:60]}, not an object; "
         'write rows like {"prompt": "...", "answer": "..."}'
     )
+
+
+def _travels(value: Any) -> bool:
+    """Whether the codec can carry it."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return all(map(_travels, value))
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**64
 
 
 def _parquet(path: Path) -> Iterator[Located]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,13 +114,28 @@ class TemplatedStream:
 
 
 def held_out_sets(config: Config) -> dict[str, tuple[Prompt, ...]]:
-    """Evaluation block -> its prompts, at most its num_prompts. DataError as in `open_prompts`."""
-    data = config.data
-    tasks = TaskSource(data.tasks, config.run.seed, config.num_held_out_tasks).held_out()
+    """Evaluation block -> its prompts, at most its num_prompts. DataError as in `open_prompts`.
+
+    Of more records, those of a sample by run.seed and the block's name, in their order. A file
+    that is a table of data.train has that table's template.
+    """
+    data, seed = config.data, config.run.seed
+    tasks = TaskSource(data.tasks, seed, config.num_held_out_tasks).held_out()
     sets = {TASKS: tuple(with_template(prompt, data.template) for prompt in tasks)}
     for path in {str(block.data) for block in config.evals} - {TASKS}:
-        sets[path] = read_prompts(path, data.template)
-    return {block.name: sets[str(block.data)][: block.num_prompts] for block in config.evals}
+        sets[path] = read_prompts(path, data.template_of(path))
+    return {
+        block.name: sets[TASKS][: block.num_prompts]
+        if block.data == TASKS
+        else _sample(sets[str(block.data)], block.num_prompts, f"{seed}:eval {block.name}")
+        for block in config.evals
+    }
+
+
+def _sample(prompts: Sequence[Prompt], num: int, seed: str) -> tuple[Prompt, ...]:
+    """At most `num` prompts, in their order."""
+    places = random.Random(seed).sample(range(len(prompts)), min(num, len(prompts)))
+    return tuple(prompts[place] for place in sorted(places))
 
 
 def _mixed(

@@ -117,8 +117,12 @@ def answer_of(row: Row, where: str, field: str = "") -> str:
         isinstance(value, bool)
         or not isinstance(value, str | int | float)
         or not str(value).strip()
+        or (isinstance(value, float) and not math.isfinite(value))
     ):
-        raise DataError(f"{where}: {name}={_shown(value)} must be a number or text, not empty")
+        raise DataError(
+            f"{where}: {name}={_shown(value)} must be a number or text, neither empty nor NaN nor "
+            "infinite"
+        )
     return str(value)
 
 

@@ -18,33 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import HELD_OUT_PROMPTS
+from asyncgrpo.data.tiny_tokenizer import CHAT_TEMPLATE, build_tokenizer
 from asyncgrpo.data.warmstart import RECIPE, WarmStart
 from asyncgrpo.errors import BadInput, ConfigError
 
 FORMAT = 1  # raise it when the same settings should no longer give the same model
 UNTRAINED_STD = 0.2  # of random weights: large enough that logits differ clearly
-EOS, PAD = "<|im_end|>", "<|endoftext|>"
-KEYWORDS = ("Compute: ", "gcd: ", "Sort: ", "Palindrome: ", "Reverse: ", "Eval: ", "Check: ")
-TURNS = (  # whole turn headers as single tokens: 2 tokens of overhead per prompt instead of 9
-    "<|im_start|>system\n",
-    "<|im_start|>user\n",
-    "<|im_start|>assistant\n",
-    "<|im_end|>\n",
-    "<|im_end|>\n<|im_start|>user\n",
-    "<|im_end|>\n<|im_start|>assistant\n",
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 MODEL_SHAPE: dict[str, Any] = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -56,26 +40,6 @@ MODEL_SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, ChatML; digits with their space, task keywords and turn headers are one token.
-
-    Any text round-trips. EOS is <|im_end|>, padding <|endoftext|>.
-    """
-    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = [("Ġ", symbol) for symbol in "0123456789+-"]  # "Ġ" is the byte alphabet's space
-    for space, symbol in merges:
-        vocab[space + symbol] = len(vocab)
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    for special, texts in ((True, (PAD, "<|im_start|>", EOS)), (False, KEYWORDS), (True, TURNS)):
-        add = raw.add_special_tokens if special else raw.add_tokens
-        add([AddedToken(text, special=special, normalized=False) for text in texts])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, pad_token=PAD)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 def build_untrained(folder: Path, tied: bool = True, seed: int = 0) -> Path:

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "model*.bin")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+EMBEDDING, LAYER = "model.embed_tokens.weight", re.compile(r"model\.layers\.(\d+)\.")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -50,6 +52,32 @@ def check_model_folder(path: str, *, download: bool = True) -> Path | None:
     return None
 
 
+def quick_tokenizer(path: str) -> Any:
+    """The model's tokenizer, without torch; None when it is not on this machine in one file.
+
+    ModelError when it cannot be read.
+    """
+    if path == EMBEDDED:
+        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
+
+        return build_tokenizer()
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _cached_snapshot(path) or folder
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        reason = str(error).partition("\n")[0]
+        raise ModelError(
+            f"{folder}/tokenizer.json cannot be read: {reason}; copy the tokenizer files of its "
+            "base model there: tokenizer.save_pretrained(folder)"
+        ) from None
+
+
 def _check_files(folder: Path) -> None:
     config = _read_config(folder)
     _check_architecture(folder, config)
@@ -58,7 +86,7 @@ def _check_files(folder: Path) -> None:
             f"model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the "
             "tokenizer files of its base model there: tokenizer.save_pretrained(folder)"
         )
-    _check_weights(folder)
+    _check_weights(folder, config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -85,6 +113,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     named = config.get("architectures") or []
+    if not isinstance(named, list):
+        raise ModelError(
+            f"{folder}/config.json: architectures={named!r} must be a list of names, such as "
+            f"[{SUPPORTED_ARCHITECTURES[0]!r}]; copy config.json of its base model there"
+        )
     if any(name in SUPPORTED_ARCHITECTURES for name in named):
         return
     found = ", ".join(map(str, named)) or "none named"
@@ -95,7 +128,7 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     shards = _listed_shards(folder)
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
@@ -111,8 +144,26 @@ def _check_weights(folder: Path) -> None:
             f"model folder {folder} has no weights (*.safetensors, *.bin); "
             "download or copy them there"
         )
+    shapes: dict[str, Any] = {}
     for file in files:
-        _check_weight_file(file)
+        shapes |= _check_weight_file(file)
+    _check_shapes(folder, config, shapes)
+
+
+def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+    """Refuses a config.json that tells of another model than the weights."""
+    layers = {int(match[1]) for name in shapes if (match := LAYER.match(name))}
+    found = {
+        "num_hidden_layers": max(layers) + 1 if layers else None,
+        **dict(zip(("vocab_size", "hidden_size"), shapes.get(EMBEDDING, ()), strict=False)),
+    }
+    for key, value in found.items():
+        told = config.get(key)
+        if value is not None and told is not None and value != told:
+            raise ModelError(
+                f"{folder}/config.json: {key}={told!r}, but the weights have {value}; copy the "
+                "config.json that belongs to them there"
+            )
 
 
 def _listed_shards(folder: Path) -> list[str]:
@@ -130,8 +181,12 @@ def _listed_shards(folder: Path) -> list[str]:
     return []
 
 
-def _check_weight_file(file: Path) -> None:
-    """Refuses what a broken copy leaves: empty files, Git LFS pointers, cut-off safetensors."""
+def _check_weight_file(file: Path) -> dict[str, Any]:
+    """The shapes of a safetensors file, by name.
+
+    Refuses what a broken copy leaves: empty files, Git LFS pointers, cut-off safetensors.
+    """
+    shapes: dict[str, Any] = {}
     with file.open("rb") as opened:
         start = opened.read(len(LFS_POINTER))
         if start == LFS_POINTER:
@@ -143,19 +198,24 @@ def _check_weight_file(file: Path) -> None:
             expected = 8 + header_size
             if len(start) > 8 and expected <= file.stat().st_size:
                 opened.seek(8)
-                expected += _tensor_bytes(file, opened.read(header_size))
+                num_bytes, shapes = _tensors(file, opened.read(header_size))
+                expected += num_bytes
     if file.stat().st_size < expected:
         raise ModelError(
             f"{file} is cut off: it has {file.stat().st_size} bytes, its header tells of "
             f"{expected}; download it again"
         )
+    return shapes
 
 
-def _tensor_bytes(file: Path, header: bytes) -> int:
+def _tensors(file: Path, header: bytes) -> tuple[int, dict[str, Any]]:
+    """The bytes of all tensors together, and their shapes by name."""
     try:
         tensors = json.loads(header)
-        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
-        return max(ends, default=0)
+        tensors.pop("__metadata__", None)
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+        return max(ends, default=0), shapes
     except (ValueError, KeyError, AttributeError, TypeError, IndexError):
         raise ModelError(f"{file} is no safetensors file; download it again") from None
 

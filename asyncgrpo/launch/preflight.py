@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 from asyncgrpo.config import Config
@@ -61,6 +63,14 @@ def choose_ports(config: Config) -> Ports:
 
 def check_run_dir(path: Path) -> None:
     """ConfigError when a run cannot be written there, or one is there already. Changes nothing."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"run directory {str(path)[:60]}... is longer than a path may be here; "
+                "give a shorter --run-dir"
+            ) from None
     # os.path.exists, unlike Path.exists, takes "may not look" for "no".
     if os.path.exists(path / "config.json"):
         raise ConfigError(
@@ -79,6 +89,15 @@ def check_run_dir(path: Path) -> None:
             f"run directory {path} cannot be written: no permission in {ancestor}; "
             "give another --run-dir"
         )
+
+
+def missing_extra(config: Config) -> str:
+    """What learner.lora needs and is not installed, with the remedy; "" when nothing is."""
+    lora = config.learner.lora
+    needed = {"peft": lora, "bitsandbytes": lora and lora.quantize}
+    missing = [name for name, use in needed.items() if use and find_spec(name) is None]
+    install = f"pip install 'asyncgrpo[{'qlora' if lora and lora.quantize else 'lora'}]'"
+    return f"learner.lora needs {' and '.join(missing)}: {install}" if missing else ""
 
 
 def prepare_run_dir(path: Path) -> None:
@@ -119,7 +138,7 @@ def _bind(host: str, port: int) -> socket.socket:
 def _metrics_ports(config: Config) -> list[int]:
     first = config.launch.metrics_port
     count = len(role_names(config.launch.actors, config.launch.learners))
-    if first + count - 1 > LAST_PORT:
+    if first and first + count - 1 > LAST_PORT:
         raise ConfigError(
             f"launch.metrics_port={first} leaves no room for {count} endpoints; "
             f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"

@@ -15,8 +15,8 @@ from asyncgrpo.errors import ConfigError
 from asyncgrpo.learner.saved import FOLDER, newest, saved, step_of
 
 AUTO = "auto"
-# The ledger and the prompt stream stand on these; they cannot change within a run.
-FIXED = (("run", "seed"), ("data",), ("buffer", "groups_per_step"))
+# The ledger, the prompt stream and the checkpoints stand on these; they cannot change in a run.
+FIXED = (("run", "seed"), ("data",), ("buffer", "groups_per_step"), ("learner", "lora"))
 
 
 def find_run(resume: str, run_dir: Path | None) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,26 +18,37 @@ from rich.console import Console
 
 from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
-from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.errors import AbsentData, AbsentModel, DataError, ModelError
+from asyncgrpo.data.check import length_warning
+from asyncgrpo.data.prompts import PromptSource, open_prompts
+from asyncgrpo.data.templates import tokenise
+from asyncgrpo.errors import AbsentData, AbsentModel, ConfigError, DataError, ModelError
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import Child, with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.nodes import Seat
 from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
-from asyncgrpo.launch.preflight import check_run_dir, choose_ports, prepare_run_dir
+from asyncgrpo.launch.preflight import check_run_dir, choose_ports, missing_extra, prepare_run_dir
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
 
+_promised: set[Path] = set()  # directories of this process, made or not
+
 
 def new_run_dir(config: Config) -> Path:
-    """Where a run that starts now is written: run.dir, or runs/<time>-<name>."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(config.run.dir or f"runs/{stamp}-{config.run.name}").absolute()
+    """Where a run that starts now is written: run.dir, or a new runs/<time>-<name>."""
+    if config.run.dir:
+        return Path(config.run.dir).absolute()
+    first = path = Path(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.run.name}").absolute()
+    count = 1
+    while path in _promised or os.path.exists(path):
+        count += 1
+        path = first.with_name(f"{first.name}-{count}")
+    _promised.add(path)
+    return path
 
 
 class Session:
@@ -57,6 +69,7 @@ class Session:
         self.stopped_by: int | None = None  # the signal that ended the run
         self._log_dir = self.run_dir / "logs"
         self._ports: Ports | None = None  # None: any free ones
+        self._warnings = list(notices(config.algo))
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
@@ -67,7 +80,7 @@ class Session:
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
             host = replace(host, gpu_ids=tuple(map(str, range(gpus))))
         plan = render_plan(self._plan(self._config, host))
-        notes = [f"warning: {notice}" for notice in notices(self._config.algo)]
+        notes = [f"warning: {warning}" for warning in self._warnings]
         notes += [f"not checked: {line}" for line in absent]
         blocks = [plan, render_sizes(self._config), "\n".join(notes)]
         self._console.print("\n\n".join(filter(None, blocks)), markup=False)
@@ -75,8 +88,7 @@ class Session:
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
         with self.prepared() as (run, plan):
-            for warning in (*plan.warnings, *notices(run.config.algo)):
-                self._console.print(f"warning: {warning}", style="yellow", markup=False)
+            self._warn(plan)
             code = self._supervise(run.config, plan)
         if code == 0:
             show_summary(self.run_dir, self._console)
@@ -108,7 +120,8 @@ class Session:
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        with self.prepared() as (run, _):
+        with self.prepared() as (run, plan):
+            self._warn(plan)
             self._console.print("serial: one actor with the toy engine, one learner, no sockets")
             from asyncgrpo.serial import run_serial  # torch
 
@@ -131,8 +144,10 @@ class Session:
         models = [config.model.path]
         if config.algo.kl_coef and config.algo.reference.path:
             models.append(config.algo.reference.path)
-        checks: list[Callable[[], object]] = [partial(self._check_prompts, rewards)]
-        checks += [partial(check_model_folder, m, download=absent is None) for m in models]
+        checks: list[Callable[[], object]] = [
+            partial(check_model_folder, model, download=absent is None) for model in models
+        ]
+        checks.append(partial(self._check_prompts, rewards))
         for check in checks:
             try:
                 check()
@@ -140,6 +155,10 @@ class Session:
                 if absent is None:
                     raise
                 absent.append(str(error))
+        if missing := missing_extra(config):
+            if absent is None:
+                raise ConfigError(missing)
+            absent.append(missing)
         if config.algo.custom:
             from asyncgrpo.learner.objective import probe  # torch
 
@@ -153,6 +172,24 @@ class Session:
             raise DataError(f"data.train={self._config.data.train!r} holds no prompt")
         for block, its in rewards.items():
             its.check(prompts.survey(block))
+        self._check_lengths(prompts)
+
+    def _check_lengths(self, prompts: PromptSource) -> None:
+        model, data = self._config.model.path, self._config.data
+        if (tokenizer := quick_tokenizer(model)) is None:
+            return
+        for block in ("", *(block.name for block in self._config.evals)):
+            warning = length_warning(
+                list(prompts.survey(block)),
+                lambda prompt: len(tokenise(tokenizer, prompt.messages, data)),
+                data,
+                f"evaluation {block}" if block else "data.train",
+            )
+            self._warnings += [warning] if warning else []
+
+    def _warn(self, plan: Plan) -> None:
+        for warning in (*plan.warnings, *self._warnings):
+            self._console.print(f"warning: {warning}", style="yellow", markup=False)
 
     def _plan(self, config: Config, host: Host) -> Plan:
         """Ports are chosen late, so that nobody takes one meanwhile."""
@@ -180,6 +217,11 @@ class Session:
         """Checks everything, then writes the run directory and holds it."""
         self.check()
         config = self._with_model()
+        lora = config.learner.lora
+        if lora is not None and lora.targets != "all-linear":
+            from asyncgrpo.learner.lora import check_targets  # torch
+
+            check_targets(config.model.path, lora.targets)
         if not self._resume:
             prepare_run_dir(self.run_dir)
         with only_launcher(self.run_dir):

@@ -41,7 +41,7 @@ def render(
     flags = {
         "launch.actors": actors,
         "launch.learners": learners,
-        "run.dir": json.dumps(str(run_dir)) if run_dir else None,
+        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
     }
     overrides = [*(set_ or []), *(f"{key}={v}" for key, v in flags.items() if v is not None)]
     settings = load_config(config, overrides)
@@ -83,7 +83,10 @@ def run(
     from asyncgrpo.launch.slurm import SlurmSession
     from asyncgrpo.launch.steps import Job
 
-    flags = {"run.dir": json.dumps(str(run_dir)) if run_dir else None, "run.seed": seed}
+    flags = {
+        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
+        "run.seed": seed,
+    }
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     resume = run_dir is not None and (run_dir / "config.json").exists()
     settings = load_config(config, overrides)

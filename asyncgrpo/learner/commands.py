@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -37,18 +36,17 @@ def list_all() -> None:
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="a name from `asyncgrpo algo list`")]) -> None:
-    """The equation, defaults, when to use it and up to which staleness."""
+    """The equation, defaults, when to use it and up to which staleness; what a preset sets."""
     from rich.console import Console
 
     from asyncgrpo.algo import AlgoSettings
-    from asyncgrpo.algorithms import MODULES, catalogue
+    from asyncgrpo.algorithms import MODULES, PRESETS, catalogue, nearest
     from asyncgrpo.errors import ConfigError
 
     entries = [catalogue(kind)[name] for kind in MODULES if name in catalogue(kind)]
-    if not entries:
-        known = [known for kind in MODULES for known in catalogue(kind)]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else "see `asyncgrpo algo list`"
+    if not entries and name not in PRESETS:
+        near = nearest(name, [*(known for kind in MODULES for known in catalogue(kind)), *PRESETS])
+        hint = f"did you mean {near!r}?" if near else "see `asyncgrpo algo list`"
         raise ConfigError(f"there is no algorithm {name!r}; {hint}")
     console, defaults = Console(highlight=False), AlgoSettings()
     for entry in entries:
@@ -59,6 +57,10 @@ def show(name: Annotated[str, typer.Argument(help="a name from `asyncgrpo algo l
             rows.append(("staleness up to", entry.staleness))
         rows += [(f"algo.{s}", f"default {_value(defaults, s)}") for s in entry.settings]
         _print_rows(console, rows)
+    if name in PRESETS:
+        console.print(f"algo.preset = {name}", style="bold", markup=False)
+        rows = [(f"algo.{key}", str(value)) for key, value in PRESETS[name].items()]
+        _print_rows(console, [("what", "sets these keys; what you set yourself wins"), *rows])
 
 
 def _print_rows(console: Any, rows: Iterable[tuple[str, Any]]) -> None:

@@ -91,7 +91,6 @@ class Learner:
         self._evaluated: dict[str, int] = {}  # block -> version of its last evaluation
         longest = max((block.timeout_seconds for block in self._evals), default=0.0)
         self._eval_seconds = longest + CALL_SECONDS
-        self._summary: Mapping[str, Any] = {}
 
     def run(self) -> bool:
         """All steps, with an evaluation before, in between and after; from the newest checkpoint.
@@ -168,8 +167,8 @@ class Learner:
             return
         fields = {"step": step, "world_size": self._world_size}
         packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
-        self._summary = self._client.call(packet, CALL_SECONDS).fields
-        self._recorder.row({**row, **self._sender.metrics()}, self._summary)
+        summary = self._client.call(packet, CALL_SECONDS).fields
+        self._recorder.row({**row, **self._sender.metrics()}, summary)
 
     def _evaluate_now_and_then(self, version: int) -> None:
         due = [
@@ -198,4 +197,5 @@ class Learner:
         self._sender.settle(self._eval_seconds)
         self._evaluate(version, self._evals)
         answer = self._client.call(Packet(kind="results"), self._eval_seconds)
-        self._recorder.finish(answer.fields["reports"], self._summary)
+        summary = self._client.call(Packet(kind="summary"), CALL_SECONDS).fields
+        self._recorder.finish(answer.fields["reports"], summary)

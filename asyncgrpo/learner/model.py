@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from asyncgrpo.errors import ModelError
 from asyncgrpo.learner.attention import Packing, packing_of
 from asyncgrpo.learner.batch import Batch
 
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+)
 LOGITS_PER_CHUNK = 1 << 26  # elements of one float32 chunk of tokens x vocabulary: 256 MiB
 
 
@@ -43,17 +46,27 @@ def packed_row(batch: Batch, device: str | torch.device = "cpu") -> PackedRow:
 
 
 def load_policy(
-    path: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantized: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model from a local folder (nothing is downloaded) or by hub name.
 
     Packed attention, evaluation mode: dropout would make the learner's log-probs differ from the
-    engine's. Raises ModelError when it cannot be loaded, scales its logits in a way that
+    engine's. quantized: linear layers as NF4, computing in bfloat16 (QLoRA, arXiv 2305.14314);
+    CUDA only. Raises ModelError when it cannot be loaded, scales its logits in a way that
     `PolicyHead` does not know, or lets sequences of a row see each other.
     """
+    options = {"quantization_config": NF4, "device_map": {"": device}} if quantized else {}
     try:
         policy = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="packed", local_files_only=Path(path).is_dir()
+            path,
+            dtype=dtype,
+            attn_implementation="packed",
+            local_files_only=Path(path).is_dir(),
+            **options,
         )
         policy.eval().to(torch.device(device))
         _check_separation(policy, path)
@@ -149,16 +162,28 @@ class PolicyHead(nn.Module):
         return logprobs, entropy
 
 
-def published_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+@dataclass(frozen=True, slots=True)
+class PublishedParameters:
     """(name as in Hugging Face's named_parameters, tensor) of a policy, however it is wrapped.
 
     Looks through DistributedDataParallel and PolicyHead; a tied output layer does not appear.
+    Anew for each iteration, with an adapter merged into the one tensor that is at hand.
     """
-    for wrapper in ("module", "policy"):
-        inner = getattr(module, wrapper, None)
-        if isinstance(inner, nn.Module):
-            module = inner
-    yield from module.named_parameters()
+
+    module: nn.Module
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        module = self.module
+        for wrapper in ("module", "policy"):
+            inner = getattr(module, wrapper, None)
+            if isinstance(inner, nn.Module):
+                module = inner
+        if hasattr(module, "peft_config"):
+            from asyncgrpo.learner.lora import merged_parameters  # peft: slow, and an extra
+
+            yield from merged_parameters(module)
+        else:
+            yield from ((name, tensor.detach()) for name, tensor in module.named_parameters())
 
 
 @torch.no_grad()

@@ -8,16 +8,16 @@ Losses of all micro-batches and ranks add up to the loss of the step, and so do 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from asyncgrpo.algo import AlgoSettings
-from asyncgrpo.algorithms import find
+from asyncgrpo.algorithms import call
 from asyncgrpo.errors import AlgorithmError, BadInput
-from asyncgrpo.imports import last_place
+from asyncgrpo.imports import described, is_interrupt, last_place
 from asyncgrpo.learner.advantages import GroupRewards
 from asyncgrpo.learner.corrections import Correction
 from asyncgrpo.learner.inputs import LossInputs, Totals
@@ -55,19 +55,21 @@ class Objective:
 def objective(inputs: LossInputs, algo: AlgoSettings, kl_coef: float) -> Objective:
     """The loss of one micro-batch; kl_coef is the present coefficient of KL in the loss.
 
-    AlgorithmError when a user's function returns something of the wrong shape.
+    AlgorithmError when a user's function raises or returns a wrong shape or no gradient.
     """
     token = _token_loss(inputs, algo)
     corrected = correct(inputs, algo)
-    share = _checked(find("aggregation", algo.aggregation)(inputs, algo), inputs, algo.aggregation)
+    share = _checked(call("aggregation", algo.aggregation, inputs, algo), inputs, algo.aggregation)
     per_token = share * corrected.weight * token.loss
     kl = None
     if inputs.ref_logprobs is not None:
-        kl = _checked(find("kl", algo.kl)(inputs.ref_logprobs - inputs.logprobs), inputs, algo.kl)
+        kl = _checked(call("kl", algo.kl, inputs.ref_logprobs - inputs.logprobs), inputs, algo.kl)
         if kl_coef:
             per_token = per_token + share * _kl_weight(inputs, corrected, algo) * kl_coef * kl
     if algo.entropy_coef:
         per_token = per_token - share * algo.entropy_coef * inputs.entropy
+    if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not per_token.requires_grad:
+        raise _no_gradient(algo)
     return Objective(
         loss=per_token.sum(),
         per_token=per_token.detach(),
@@ -110,8 +112,9 @@ def _kl_weight(inputs: LossInputs, corrected: Corrected, algo: AlgoSettings) -> 
 
 
 def _token_loss(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
-    found = find("loss", algo.loss)(inputs, algo)
+    found = call("loss", algo.loss, inputs, algo)
     if isinstance(found, TokenLoss):
+        _check_parts(found, inputs, algo.loss)
         return found
     loss = _checked(found, inputs, algo.loss)
     nowhere = torch.zeros_like(loss, dtype=torch.bool)
@@ -119,19 +122,27 @@ def _token_loss(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
 
 
 def _correction(name: str, inputs: LossInputs, algo: AlgoSettings) -> Correction:
-    found = find("correction", name)(inputs, algo)
+    found = call("correction", name, inputs, algo)
     if isinstance(found, Correction):
+        _check_parts(found, inputs, name)
         return found
     return Correction(weight=_checked(found, inputs, name))
 
 
-def _checked(found: object, inputs: LossInputs, name: str) -> Tensor:
+def _check_parts(found: TokenLoss | Correction, inputs: LossInputs, name: str) -> None:
+    for part in fields(found):
+        value = getattr(found, part.name)
+        if value is not None or isinstance(found, TokenLoss):
+            _checked(value, inputs, name, f"{type(found).__name__}.{part.name} of ")
+
+
+def _checked(found: object, inputs: LossInputs, name: str, part: str = "") -> Tensor:
     """A user's function may return anything."""
     shape = tuple(inputs.mask.shape)
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise AlgorithmError(
-            f"{name!r} returned {what}; return a float tensor of shape {shape}: one number per "
+            f"{name!r} returned {part}{what}; return a tensor of shape {shape}: one number per "
             "place of the packed row"
         )
     return found
@@ -155,18 +166,32 @@ def probe(algo: AlgoSettings) -> None:
         totals=Totals(num_tokens=4, num_sequences=2, max_completion_tokens=2),
     )
     try:
-        loss = objective(inputs, algo, kl_coef=1.0).loss.detach()
+        found = objective(inputs, algo, kl_coef=1.0)
+        if not found.token.loss.requires_grad:
+            raise _no_gradient(algo)
+        found.loss.backward()
         estimate(EXAMPLE_GROUP, algo)
     except BadInput:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except BaseException as error:  # a user's function may raise anything, also SystemExit
+        if is_interrupt(error):
+            raise
         raise AlgorithmError(
-            f"your own function in algo.* raised {type(error).__name__}: {error} at "
-            f"{last_place(error)} on an example of 4 tokens; see asyncgrpo/learner/inputs.py for "
-            "what it gets"
+            f"your own function in algo.* raised {described(error)} at {last_place(error)} on an "
+            "example of 4 tokens; see asyncgrpo/learner/inputs.py for what it gets"
         ) from error
-    if not torch.isfinite(loss):
-        raise AlgorithmError(
-            f"your own function in algo.* gave a loss of {float(loss)} on an example of 4 tokens; "
-            "it must be finite"
-        )
+    gradient = inputs.logprobs.grad
+    for what, value in (("loss", found.loss.detach()), ("gradient", gradient)):
+        if value is None or not torch.isfinite(value).all():
+            shown = None if value is None else value.tolist()
+            raise AlgorithmError(
+                f"your own function in algo.* gave a {what} of {shown} on an example of 4 tokens; "
+                "it must be finite"
+            )
+
+
+def _no_gradient(algo: AlgoSettings) -> AlgorithmError:
+    return AlgorithmError(
+        f"algo.loss {algo.loss!r} returned a loss without gradient: nothing would be learned; "
+        "compute it from inputs.logprobs or inputs.ratio, and do not detach these"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncgrpo.algorithms import find
+from asyncgrpo.algorithms import call
 from asyncgrpo.config import Config
 from asyncgrpo.learner import ranks, shaping
 from asyncgrpo.learner.advantages import Float64
@@ -144,11 +144,11 @@ class Preparer:
         algo = self._config.algo
         if ref is None or algo.kl_in == "loss":
             return None
-        estimate = find("kl", algo.kl)
         found = []
         for batch, logprobs in zip(batches, ref, strict=True):
             delta = logprobs.cpu().double() - torch.from_numpy(batch.behavior_logprobs).double()
-            found.append(kl_coef * np.where(batch.loss_mask, estimate(delta).numpy(), 0.0))
+            values = call("kl", algo.kl, delta)
+            found.append(kl_coef * np.where(batch.loss_mask, values.numpy(), 0.0))
         return found
 
     def _extras(

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from asyncgrpo.algo import AlgoSettings
-from asyncgrpo.learner.model import PackedRow, PolicyHead, load_policy
+from asyncgrpo.learner.model import PackedRow, PolicyHead
 
+Context = AbstractContextManager[None]
 # Ziegler et al., arXiv 1909.08593 section 2.2: one step never changes the coefficient by more.
 MAX_ERROR = 0.2
 
 
 class Reference:
-    """Never trained. Loaded from algo.reference.path, or like the policy at its start."""
+    """Never trained: a model of its own, or with LoRA the policy while its adapter is off."""
 
-    def __init__(self, path: str, *, temperature: float, device: str) -> None:
-        self._model = load_policy(path, device=device).requires_grad_(False)
-        self._head = PolicyHead(self._model, temperature=temperature)
+    def __init__(self, head: PolicyHead, off: Callable[[], Context] = nullcontext) -> None:
+        """head: of a frozen model; or, with off, of the policy."""
+        self._head, self._off = head, off
 
     @torch.no_grad()
     def logprobs(self, row: PackedRow) -> Tensor:
         """float32 [S] log-probs of the targets, 0 outside the loss."""
-        logprobs: Tensor = self._head(row)[0]
+        with self._off():
+            logprobs: Tensor = self._head(row)[0]
         return logprobs
 
     def state(self) -> dict[str, Tensor]:
-        """Its weights, to be saved and filled."""
-        return self._model.state_dict()
+        """Its own weights, to be saved and filled."""
+        return self._head.policy.state_dict() if self._off is nullcontext else {}
 
     @torch.no_grad()
     def sync(self, policy: PreTrainedModel, alpha: float) -> None:
         """ref := alpha pi + (1 - alpha) ref (TR-DPO, arXiv 2404.09656 eq. 2); alpha 1 resets."""
-        for own, other in zip(self._model.parameters(), policy.parameters(), strict=True):
+        for own, other in zip(self._head.policy.parameters(), policy.parameters(), strict=True):
             own.lerp_(other.to(own.dtype), alpha)
 
 

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncgrpo.algo import AlgoSettings
-from asyncgrpo.algorithms import find
+from asyncgrpo.algorithms import call
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError
 from asyncgrpo.evaluate import is_correct
+from asyncgrpo.imports import shown
 from asyncgrpo.learner.advantages import Float64, GroupRewards
 from asyncgrpo.types import Float32, Group, Int32
 
@@ -81,10 +82,14 @@ def estimate(group: GroupRewards, algo: AlgoSettings) -> Float64:
     # small std + eps to advantages of size 1, and the std of a single reward is NaN.
     if len(group.rewards) == 0 or np.ptp(group.rewards) == 0.0:
         return np.zeros(len(group.rewards))
-    found = np.asarray(find("advantage", algo.advantage)(group, algo), np.float64)
+    returned = call("advantage", algo.advantage, group, algo)
+    try:
+        found = np.asarray(returned, np.float64)
+    except (TypeError, ValueError):
+        found = np.full(0, np.nan)
     if found.shape != group.rewards.shape or not np.isfinite(found).all():
         raise AlgorithmError(
-            f"advantage {algo.advantage!r} returned {found.tolist()} for rewards "
+            f"advantage {algo.advantage!r} returned {shown(returned)} for rewards "
             f"{group.rewards.tolist()}; return one finite number per completion"
         )
     return found

@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint import state_dict as states
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import RunError
+from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.checkpoint import Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
     PolicyHead,
+    PublishedParameters,
     load_policy,
     next_logprobs,
     packed_row,
-    published_parameters,
 )
 from asyncgrpo.learner.objective import Objective, objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
@@ -77,23 +77,33 @@ class PolicyUpdater:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
-        self._policy = load_policy(config.model.path, device=self._device)
+        lora = config.learner.lora
+        quantized = lora is not None and lora.quantize is not None
+        self._policy = load_policy(config.model.path, device=self._device, quantized=quantized)
+        self._adapter = None
+        if lora is not None:
+            from asyncgrpo.learner.lora import Adapter  # peft: slow, and an extra
+
+            self._adapter = Adapter(self._policy, lora)
         algo, temperature = config.algo, config.sampling.temperature
         head = PolicyHead(
             self._policy, temperature=temperature, entropy_gradient=algo.entropy_coef > 0
         )
         self._head = DistributedDataParallel(head) if self._world_size > 1 else head
         self._reference = None
-        if algo.kl_coef > 0:
-            path = algo.reference.path or config.model.path
-            self._reference = Reference(path, temperature=temperature, device=self._device)
+        if algo.kl_coef > 0 and self._adapter is not None and not algo.reference.path:
+            self._reference = Reference(head, self._adapter.off)
+        elif algo.kl_coef > 0:
+            model = load_policy(algo.reference.path or config.model.path, device=self._device)
+            frozen = PolicyHead(model.requires_grad_(False), temperature=temperature)
+            self._reference = Reference(frozen)
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._kl_coef = algo.kl_coef
         self._num_skipped = self._num_syncs = 0
         self.advantages = np.zeros(0, np.float32)  # [C] of the last update, see Updater
         settings = config.learner
         self._optimizer = torch.optim.AdamW(
-            self._policy.parameters(),
+            [weight for weight in self._policy.parameters() if weight.requires_grad],
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.adam_eps,
@@ -114,7 +124,14 @@ class PolicyUpdater:
 
         Returns the metrics of the whole batch, all ranks. An update whose loss or gradient is not
         finite is skipped; RunError after more than algo.max_nonfinite of these in the run.
+        AlgorithmError, with the step, when a user's own function breaks its contract.
         """
+        try:
+            return self._update(shard)
+        except AlgorithmError as error:
+            raise AlgorithmError(f"at step {shard.step}: {error}") from error
+
+    def _update(self, shard: Shard) -> dict[str, float]:
         algo = self._config.algo
         parts = [shard.groups[first :: algo.minibatches] for first in range(algo.minibatches)]
         ready = self._preparer.prepare(shard.step, parts, self._kl_coef)
@@ -134,11 +151,12 @@ class PolicyUpdater:
 
     def weights(self) -> NamedTensors:
         """Present weights by their Hugging Face names."""
-        return ((name, tensor.detach()) for name, tensor in published_parameters(self._policy))
+        return PublishedParameters(self._policy)
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
-        return next_logprobs(self._policy, canary_prompts(self.vocab_size)).numpy()
+        with self._adapter.merged() if self._adapter else contextlib.nullcontext():
+            return next_logprobs(self._policy, canary_prompts(self.vocab_size)).numpy()
 
     def is_checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` updates is to be saved."""
@@ -161,20 +179,18 @@ class PolicyUpdater:
             return 0
         state = self._state()
         counters = self._checkpoints.load(path, state)
-        set_state_dict(
-            self._policy,
-            self._optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        states.set_optimizer_state_dict(self._policy, self._optimizer, state["optimizer"])
         self._kl_coef = counters["kl_coef"]
         self._num_skipped, self._num_syncs = int(counters["skipped"]), int(counters["syncs"])
         log.info("restored %s", path)
         return step_of(path)
 
     def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._policy, self._optimizer)
-        state = {"model": model, "optimizer": optimizer}
+        """What is trained and its optimizer; the weights are the policy's own, filled in place."""
+        named = self._policy.named_parameters()
+        trained = {name: weight.detach() for name, weight in named if weight.requires_grad}
+        optimizer = states.get_optimizer_state_dict(self._policy, self._optimizer)
+        state: dict[str, Any] = {"model": trained, "optimizer": optimizer}
         if self._reference is not None:
             state["reference"] = self._reference.state()
         return state
@@ -187,7 +203,10 @@ class PolicyUpdater:
         if self._checkpoints is not None:
             self._checkpoints.wait()
         if self._save_to is not None:
-            self._policy.save_pretrained(self._save_to)
+            if self._adapter is not None:
+                self._adapter.save(self._save_to)
+            else:
+                self._policy.save_pretrained(self._save_to)
             AutoTokenizer.from_pretrained(self._config.model.path).save_pretrained(self._save_to)
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
@@ -195,7 +214,8 @@ class PolicyUpdater:
         self._optimizer.zero_grad(set_to_none=True)
         update = StepRecord()
         for index, last in self._microbatches(batch):
-            with contextlib.nullcontext() if last else self._without_sync():
+            dropping = self._adapter.dropping() if self._adapter else contextlib.nullcontext()
+            with contextlib.nullcontext() if last else self._without_sync(), dropping:
                 inputs, found = self._objective(batch, index)
                 (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
             update.add(*measure(inputs, found, self._config.algo))
@@ -206,8 +226,10 @@ class PolicyUpdater:
                 self._policy.parameters(), self._config.learner.max_grad_norm
             )
         )
-        if not math.isfinite(norm):
-            self._skip(batch, step, norm)
+        # over ranks, so that all decide alike
+        (loss,) = ranks.summed([float(update.sums["loss"])], self._device)
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            self._skip(batch, step, loss, norm)
             return
         record.rate = self._learning_rate(step, update.sums)
         for group in self._optimizer.param_groups:
@@ -245,13 +267,14 @@ class PolicyUpdater:
             return self._head.no_sync()
         return contextlib.nullcontext()
 
-    def _skip(self, batch: OptimizerBatch, step: int, norm: float) -> None:
+    def _skip(self, batch: OptimizerBatch, step: int, loss: float, norm: float) -> None:
         """Leaves the weights as they are, names the culprit, and stops after too many."""
-        self._num_skipped += 1  # the same on every rank, as the gradient norm is
+        self._num_skipped += 1  # the same on every rank, as loss and gradient norm are
         allowed = self._config.algo.max_nonfinite
         message = (
-            f"gradient norm {norm} at step {step}: {self._culprit(batch)}; update skipped, weights "
-            f"unchanged ({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
+            f"loss {loss}, gradient norm {norm} at step {step}: {self._culprit(batch)}; update "
+            f"skipped, weights unchanged ({self._num_skipped} skipped, allowed are "
+            f"algo.max_nonfinite={allowed})"
         )
         if self._num_skipped > allowed:
             raise RunError(

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from asyncgrpo.errors import DataError
+from asyncgrpo.errors import ConfigError, DataError
 from asyncgrpo.observe import samples as of
 from asyncgrpo.observe.samples import Row, Samples, shown
 
@@ -143,13 +143,23 @@ def export(
     from asyncgrpo.data.files import write_rows
 
     samples = Samples.open(run)
+    if out.resolve().parent == (run / "trajectories").resolve():
+        raise ConfigError(
+            f"--out {out} lies in the run's own trajectories/, which it would overwrite; write it "
+            "somewhere else"
+        )
+    ending = out.suffix[1:]
+    if form is None and ending and ending not in Format.__members__:
+        raise ConfigError(
+            f"--out {out}: {ending!r} is not one of {', '.join(Format)}; take one of these "
+            "endings, or give --format"
+        )
     rows = _selected(list(samples.rows(samples.pick(steps))), status)
     if best:
         groups = of.grouped(rows, of.group_key).values()
         rows = [row for group in groups for row in of.best_of(group, best)]
     records = [of.as_messages(row) if shape == Shape.messages else dict(row) for row in rows]
-    by_ending = Format.__members__.get(out.suffix[1:], Format.jsonl)
-    write_rows(out, records, form or by_ending)
+    write_rows(out, records, form or Format(ending or "jsonl"))
     typer.echo(f"{out}: {len(records)} records")
     _tell_skipped(samples)
 
@@ -163,6 +173,11 @@ def _selected(rows: list[Row], status: Status, source: str | None = None) -> lis
     """As _matching; DataError, with what there is, when that is nothing."""
     if found := _matching(rows, status, source):
         return found
+    if not rows:
+        raise DataError(
+            "there is not one whole row in what was asked for: the run has only begun, or was "
+            "killed; name other steps"
+        )
     sources = ", ".join(sorted({row["data_source"] for row in rows}))
     wanted = f"status {status}" + (f" and data_source {source!r}" if source else "")
     raise DataError(f"no answer has {wanted}; there are {_ends(rows)}; data_source {sources}")
@@ -206,9 +221,10 @@ def _show_sides(steps: Sequence[str], sides: Sequence[list[Row]], limit: int | N
     from rich.console import Console
     from rich.table import Table
 
-    table, cells = Table(box=None, expand=True, padding=(0, 2, 0, 0)), []
-    for step, rows in zip(steps, sides, strict=True):
-        table.add_column(f"step {step}: {_ends(rows)}", ratio=1, overflow="fold")
+    table, cells = Table(box=None, show_header=False, expand=True, padding=(0, 2, 0, 0)), []
+    for side, step, rows in zip(("left ", "right"), steps, sides, strict=True):
+        typer.secho(f"{side}  step {step}: {_ends(rows)}", bold=True)
+        table.add_column(ratio=1, overflow="fold")
         counts = Counter((row["reward"], row["completion"]) for row in of.best_of(rows))
         lines = [
             f"{n}x {reward:+.3f} {shown(t, limit) or '(empty)'}"

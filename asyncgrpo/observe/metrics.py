@@ -123,7 +123,7 @@ GAUGES = _table(
         "train_seconds": ("seconds", "forward, backward and optimizer take longer"),
         "step_seconds": ("seconds", "one whole step takes longer"),
         "actor_idle_share": ("share", "actors wait for the gate: the learner is the bottleneck"),
-        "tokens_per_second": ("tokens/s", "all actors together generate faster"),
+        "tokens_per_second": ("tokens/s", "completion tokens reach the buffer faster"),
         "judge/error_rate": ("share", "rewards fail more often; see reward.max_error_rate"),
         "judge/latency_seconds": ("seconds", "scoring one group takes longer"),
         "publish/flatten_seconds": ("seconds", "copying weights into the send buffer takes longer"),

@@ -83,7 +83,7 @@ class Progress:
         left = seconds / done * (self._max_steps - done) if done else 0.0
         head = Table.grid(padding=(0, 2))
         head.add_row(
-            f"step {done}/{self._max_steps}",
+            f"{done}/{self._max_steps} steps",
             ProgressBar(total=self._max_steps, completed=done, width=40),
             f"{seconds:.0f} s, about {left:.0f} s left",
         )
@@ -108,18 +108,17 @@ class Progress:
 
 
 def step_line(row: Mapping[str, Any], max_steps: int) -> str:
-    """One bounded line of a step, for logs."""
+    """One bounded line of a step, for logs: its number as in files, and how many are done."""
     parts = [
-        f"step {row['step'] + 1}/{max_steps}",
+        f"step {row['step']} ({row['step'] + 1}/{max_steps})",
         f"reward {row['rewards/mean']:+.3f}",
         f"loss {row['loss']:+.4f}",
         f"kl {row['objective/kl']:.1e}",
         f"staleness {row['staleness/mean']:.1f}/{row['staleness/max']:.0f}",
         f"wait {row['wait_seconds']:.2f}s",
         f"train {row['train_seconds']:.2f}s",
+        f"{row['tokens_per_second']:.0f} tok/s",
     ]
-    if row.get("tokens_per_second") is not None:
-        parts.append(f"{row['tokens_per_second']:.0f} tok/s")
     parts += [f"{name} {share:.1%} at version {of:.0f}" for name, share, of in evaluations(row)]
     return "  ".join(parts)
 
@@ -144,17 +143,28 @@ def show_summary(run_dir: Path, console: Console) -> None:
         console.print(eval_table(reports["before"], reports["after"]))
     console.print(
         f"{summary['steps']:.0f} steps in {summary['seconds']:.0f} s; "
-        f"{summary['tokens_generated']:.0f} tokens generated, "
+        f"{summary['tokens_arrived']:.0f} tokens arrived, "
         f"{summary['tokens_trained']:.0f} trained; staleness at most "
         f"{summary['staleness_max']:.0f}"
     )
+    groups = {name.removeprefix("groups_"): n for name, n in summary["groups"].items() if n}
+    arrived = groups.pop("arrived", 0)
+    dropped = "".join(f", {n:.0f} {name.replace('_', ' ', 1)}" for name, n in groups.items())
+    console.print(f"{arrived:.0f} groups arrived{dropped}", highlight=False)
+    if not summary["steps"]:
+        console.print(
+            "nothing was trained, the model is as it was: look at what was dropped; then change "
+            "the prompts, sampling.temperature, or set algo.drop_uniform_groups=false"
+        )
     console.print(f"model         {summary['model']}")
     console.print(f"every step    {run_dir / 'metrics.jsonl'}")
-    console.print(f"what it said  asyncgrpo traj show {run_dir}")
-    console.print("next          look at what it said; then change one thing, for example")
-    console.print(
-        "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
-    )
+    every = "" if summary["steps"] else " --status all"
+    console.print(f"what it said  asyncgrpo traj show {run_dir}{every}")
+    if summary["steps"]:
+        console.print("next          look at what it said; then change one thing, for example")
+        console.print(
+            "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
+        )
 
 
 def eval_table(*reports: Mapping[str, Any]) -> Table:

@@ -57,7 +57,14 @@ class RunRecorder:
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """Joins a step's numbers with the actors' and the buffer's, and writes the line."""
         full = {**summary["metrics"], **self._actor_metrics(summary["actors"]), **row}
-        full["seconds"] = time.time() - self._start
+        now = time.time()
+        full["seconds"] = now - self._start
+        arrived = full.get("tokens_arrived", 0.0)
+        # from what arrived: the actors' own counters come at their own pace
+        full["tokens_per_second"] = (arrived - self._last.get("tokens_arrived", 0.0)) / max(
+            now - self._last_time, 1e-9
+        )
+        self._last_time = now
         if full.get("groups_arrived"):
             arrived = full["groups_arrived"]
             full["rewards/generated_mean"] = full["reward_arrived_sum"] / arrived
@@ -96,7 +103,7 @@ class RunRecorder:
             "evals": evals,
             "seconds": time.time() - self._start,
             **self._totals,
-            "tokens_generated": self._last.get("tokens_generated", 0.0),
+            "tokens_arrived": counts.get("tokens_arrived", 0.0),
             "leases": {name: count for name, count in counts.items() if name.startswith("leases")},
             "groups": {name: count for name, count in counts.items() if name.startswith("groups_")},
             "model": str(self._run.model_path),
@@ -128,17 +135,14 @@ class RunRecorder:
             for name, value in status.items():
                 if name in COUNTERS:
                     sums[name] = sums.get(name, 0.0) + value
-        now = time.time()
         # a restarted actor counts from zero again: never show a negative rate
         grown = {n: max(0.0, v - self._last_actors.get(n, 0.0)) for n, v in sums.items()}
         judged = grown.get("judged_groups", 0.0)
         busy, idle = grown.get("generate_seconds", 0.0), grown.get("idle_seconds", 0.0)
         rates = {}
         if busy + idle > 0:
-            elapsed = max(now - self._last_time, 1e-9)
             rates["actor_idle_share"] = idle / (busy + idle)
-            rates["tokens_per_second"] = grown.get("tokens_generated", 0.0) / elapsed
-            self._last_actors, self._last_time = sums, now
+            self._last_actors = sums
             if judged:
                 rates["judge/error_rate"] = grown["judge_errors"] / judged
                 rates["judge/latency_seconds"] = grown["judge_seconds"] / judged

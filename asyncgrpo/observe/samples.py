@@ -18,6 +18,12 @@ from typing import Any
 from asyncgrpo.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
+# What a row must have to be shown or counted.
+NEEDED = {
+    *("step", "group", "sample", "status", "reason", "prompt_id", "data_source", "prompt"),
+    *("answer", "completion", "reward", "reward_parts", "advantage", "num_tokens"),
+    *("finish_reason", "staleness", "masked_share"),
+}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -172,4 +178,7 @@ def _parse(line: bytes) -> Row | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and {"group", "status", "prompt"} <= row.keys() else None
+    if not isinstance(row, dict) or not row.keys() >= NEEDED:
+        return None
+    is_whole = isinstance(row["completion"], str) and isinstance(row["reward"], (int, float))
+    return row if is_whole else None

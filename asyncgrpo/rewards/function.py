@@ -13,13 +13,17 @@ be `async def`: then all calls of a group, over all functions, are under way tog
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
+import itertools
 import math
 import numbers
+import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +31,7 @@ import numpy as np
 
 from asyncgrpo.config import Scope
 from asyncgrpo.errors import RewardError
-from asyncgrpo.imports import last_place, shown
+from asyncgrpo.imports import described, is_interrupt, last_place, shown
 from asyncgrpo.types import Prompt
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -73,15 +77,17 @@ class BoundFunction:
         try:
             returned = self.call(**self._arguments(columns), **self.options)
             if inspect.isawaitable(returned):
-                outcome = asyncio.run_coroutine_threadsafe(_awaited(returned), _loop())
+                asyncio.run_coroutine_threadsafe(_await(returned, outcome), _loop())
             else:
                 outcome.set_result(returned)
-        except Exception as error:  # a user's function may raise anything
+        except BaseException as error:  # a user's function may raise anything, also SystemExit
+            if is_interrupt(error) or isinstance(error, _TooSlow):
+                raise
             outcome.set_exception(error)
         return Call(function=self, first=first, count=count, outcome=outcome)
 
     def _arguments(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """What the function names, or everything when it takes **kwargs."""
+        """What the function names, or everything when it takes **kwargs; copies, to change."""
         kinds = inspect.Parameter
         wanted = columns if self.takes_any else self.parameters
         for name, parameter in self.parameters.items():
@@ -95,7 +101,8 @@ class BoundFunction:
                     f"not have; available: {', '.join(columns)}; rename the parameter, give it a "
                     "default, add the column to the data, or use another scope or function"
                 )
-        return {n: columns[n] for n in wanted if n in columns and n not in self.options}
+        chosen = {n: columns[n] for n in wanted if n in columns and n not in self.options}
+        return copy.deepcopy(chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,23 +116,33 @@ class Call:
 
     def scores(self) -> list[Score]:
         """Waits; one finite number or None per completion. RewardError: the contract is broken."""
+        fault = self.outcome.exception()
         try:
+            if fault is not None:
+                raise fault
             returned = self.outcome.result()
-        except RewardError:
-            raise
-        except Exception as error:  # a user's function may raise anything
+            values = [returned] if self.function.scope == "sample" else self._as_list(returned)
+            return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
+        except BaseException as error:  # also what it returned may raise anything
+            if isinstance(error, RewardError | _TooSlow) or (
+                is_interrupt(error) and error is not fault
+            ):
+                raise
             raise RewardError(
-                f"{self.function} raised {type(error).__name__}: {error} at {last_place(error)}; "
-                "it must score any text, also an empty one"
+                f"{self.function} raised {described(error)} at {last_place(error)}; it must score "
+                "any text, also an empty one"
             ) from error
-        values = [returned] if self.function.scope == "sample" else self._as_list(returned)
-        return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
 
     def _as_list(self, returned: object) -> list[Any]:
         is_text = isinstance(returned, str | bytes | Mapping)
-        values = list(returned) if isinstance(returned, Iterable) and not is_text else None
+        values = None
+        if isinstance(returned, Iterable) and not is_text:
+            values = list(itertools.islice(returned, self.count + 1))  # it may have no end
         if values is None or len(values) != self.count:
-            got = shown(returned) if values is None else f"{len(values)} values"
+            got = shown(returned)
+            if values is not None:
+                is_more = len(values) > self.count
+                got = f"more than {self.count} values" if is_more else f"{len(values)} values"
             raise RewardError(
                 f"{self.function} returned {got} for {self.count} completions; return a list with "
                 'one number (or None) per completion, or set scope = "sample"'
@@ -140,7 +157,10 @@ class Call:
                 f"{self.function} returned {shown(value)} ({type(value).__name__}) for completion "
                 f"{index}; return a float or None"
             )
-        score = float(value)
+        try:
+            score = float(value)
+        except OverflowError:
+            score = math.inf
         if not math.isfinite(score) or abs(score) > MAX_FLOAT32:
             raise RewardError(
                 f"{self.function} returned {score} for completion {index}; return a finite float32 "
@@ -149,11 +169,46 @@ class Call:
         return score
 
 
+class _TooSlow(BaseException):
+    """No Exception: a function that tries again and again must not catch it."""
+
+
+@contextmanager
+def time_limit(function: BoundFunction, seconds: float) -> Iterator[None]:
+    """RewardError in the block after that time. In other threads than the main one no limit.
+
+    The function stays in the main thread, as in a worker: some keep their own time by SIGALRM.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    timer = threading.Timer(seconds, signal.pthread_kill, (main.ident, signal.SIGVTALRM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except _TooSlow:
+        raise RewardError(
+            f"{function} gave no score within reward.timeout_seconds={seconds:g}; let it end "
+            "sooner, or raise reward.timeout_seconds"
+        ) from None
+    finally:
+        timer.cancel()
+        timer.join()  # its signal may be on the way
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def group_columns(prompt: Prompt, completions: Sequence[str]) -> dict[str, Any]:
     """Arguments by name; each column becomes a list of G values. Ours win over the record's."""
     count = len(completions)
     columns: dict[str, Any] = {name: [value] * count for name, value in _record(prompt).items()}
-    columns["prompts"] = [list(prompt.messages) for _ in range(count)]
+    columns["prompts"] = [[*map(dict, prompt.messages)] for _ in range(count)]
     columns["completions"] = list(completions)
     return columns
 
@@ -168,8 +223,11 @@ def _record(prompt: Prompt) -> dict[str, Any]:
     return {**prompt.columns, "answer": prompt.answer, "data_source": prompt.data_source}
 
 
-async def _awaited(returned: Any) -> Any:
-    return await returned
+async def _await(returned: Any, outcome: Future[Any]) -> None:
+    try:
+        outcome.set_result(await returned)
+    except BaseException as error:  # SystemExit would end the loop of all async functions
+        outcome.set_exception(error)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.finding import bind, find
-from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score
+from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score, time_limit
 from asyncgrpo.rewards.routes import functions_for
 from asyncgrpo.types import Float32, Prompt
 
@@ -33,13 +33,17 @@ class RewardSet:
     """The functions that `choose` finds for a prompt (or the same ones for all prompts).
 
     error_score: what a call that breaks its contract scores; None: the group has no score.
+    timeout_seconds: of each function where no worker keeps the time: in `probe` and `parts`.
     """
 
     def __init__(
-        self, functions: Sequence[BoundFunction] | Chooser, error_score: float | None = None
+        self,
+        functions: Sequence[BoundFunction] | Chooser,
+        error_score: float | None = None,
+        timeout_seconds: float = 30.0,
     ) -> None:
         self._choose: Chooser = functions if callable(functions) else lambda _: functions
-        self._error_score = error_score
+        self._error_score, self._timeout_seconds = error_score, timeout_seconds
 
     def score(self, prompt: Prompt, completions: Sequence[str]) -> Scores:
         """Weighted sums and parts; RewardError when a function breaks its contract.
@@ -60,7 +64,11 @@ class RewardSet:
 
     def parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[Score]]:
         """Each function's own scores by label; RewardError whatever errors score in a run."""
-        return _parts(self._choose(prompt), prompt, completions, None)[0]
+        parts: dict[str, list[Score]] = {}
+        for function in self._choose(prompt):
+            with time_limit(function, self._timeout_seconds):
+                parts |= _parts([function], prompt, completions, None)[0]
+        return parts
 
     def check(self, prompts: Iterable[Prompt]) -> None:
         """Probes one prompt of each data_source: what cannot be scored is found before the run."""
@@ -84,7 +92,11 @@ def load_rewards(settings: RewardSettings) -> RewardSet:
 
     for function in (*settings.functions, *(f for r in settings.routes.values() for f in r)):
         get(function)
-    return RewardSet(lambda p: [get(f) for f in functions_for(settings, p)], settings.error_score)
+    return RewardSet(
+        lambda p: [get(f) for f in functions_for(settings, p)],
+        settings.error_score,
+        settings.timeout_seconds,
+    )
 
 
 def lost_scores(settings: RewardSettings, prompt: Prompt, count: int) -> Scores | None:

@@ -25,7 +25,6 @@ class LocalLink:
         self._metrics: dict[str, float] = {}
 
     def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
-        tensors = list(tensors)
         if self._flat is None:
             self._flat = FlatWeights(Manifest.of(tensors, self._config.model.dtype))
         self._flat.fill(tensors)

@@ -66,7 +66,6 @@ class CollectiveSender:
     # -- called by the learner loop ---------------------------------------------------------
 
     def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
-        tensors = list(tensors)
         with self._changed:
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
             start = time.perf_counter()
