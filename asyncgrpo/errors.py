@@ -3,7 +3,6 @@
     AsyncGRPOError
     ├── BadInput                what the user gave cannot work; exit code 2
     │   ├── ConfigError         a setting: unknown, wrong type, out of range, contradictory
-    │   │   └── NoRoom          .. or more roles than the nodes of a Slurm job hold
     │   ├── DataError           a data file: malformed (with its line number)
     │   │   └── AbsentData      .. or not on this machine; a dry run goes on without it
     │   ├── ModelError          a model folder: no config, no tokenizer, no weights, unsupported
@@ -41,10 +40,6 @@ class BadInput(AsyncGRPOError):
 
 class ConfigError(BadInput):
     """A setting is unknown, has the wrong type, is out of range or contradicts another."""
-
-
-class NoRoom(ConfigError):
-    """A role finds no place on the nodes of a Slurm job, or on those that are left of it."""
 
 
 class DataError(BadInput):

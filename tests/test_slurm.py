@@ -16,8 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.errors import ConfigError, NoRoom
-from asyncgrpo.launch.nodes import Node, Places, expand, parse_job, slots_per_node
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.launch.nodes import (
+    Node,
+    expand,
+    find_seat,
+    find_seats,
+    parse_job,
+    slots_per_node,
+)
 from asyncgrpo.launch.plan import Host, Plan, Ports, make_plan, render_plan
 from asyncgrpo.launch.sbatch import freeze, render
 from asyncgrpo.launch.steps import Job
@@ -46,7 +53,7 @@ def nodes_of(*slots: int) -> list[Node]:
 
 def seats(config: Config, nodes: list[Node]) -> dict[str, str]:
     """Name -> "n0" or "n0 n1 x2" (slots on each)."""
-    found = Places(config, nodes).seats
+    found = find_seats(config, nodes)
     return {
         name: " ".join(node.name for node in seat.nodes) + f" x{seat.slots}"
         for name, seat in found.items()
@@ -92,8 +99,8 @@ def test_the_components_of_a_heterogeneous_job_are_told_apart() -> None:
         "JobId=14 HetJobOffset=1 NodeList=n1 BatchHost=n1  Nodes=n1 CPU_IDs=0-3 Mem=0 GRES=\n"
     )
     nodes = parse_job(settings(), job, NODES)
-    assert [(node.name, node.group) for node in nodes] == [("n0", 0), ("n1", 1)]
-    found = Places(settings(), nodes).seats
+    assert [(node.name, node.group) for node in nodes] == [("n0", "0"), ("n1", "1")]
+    found = find_seats(settings(), nodes)
     assert [node.name for node in found["learner"].nodes] == ["n0"]
     assert [node.name for node in found["actor-1"].nodes] == ["n1"]
     assert "--het-group=1" in found["actor-1"].srun("actor-1")
@@ -127,8 +134,8 @@ def test_ranks_that_do_not_fit_on_one_node_are_as_many_on_each_of_several() -> N
     ],
 )
 def test_who_finds_no_room_is_told_what_is_free(actors, learners, slots, message) -> None:
-    with pytest.raises(NoRoom, match=message):
-        Places(settings(actors, learners), nodes_of(*slots))
+    with pytest.raises(ConfigError, match=message):
+        find_seats(settings(actors, learners), nodes_of(*slots))
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=5))
@@ -137,16 +144,16 @@ def test_nobody_is_seated_where_there_is_no_room(
 ) -> None:
     nodes = nodes_of(*slots)
     try:
-        places = Places(settings(actors, learners), nodes)
-    except NoRoom:
+        found = find_seats(settings(actors, learners), nodes)
+    except ConfigError:
         return
     taken = dict.fromkeys(nodes, 0)
-    for seat in places.seats.values():
+    for seat in found.values():
         for node in seat.nodes:
             taken[node] += seat.slots
     assert all(taken[node] <= node.slots for node in nodes)
     assert sum(taken.values()) == actors + learners
-    assert places.seats["learner"].nodes[0] == nodes[0]
+    assert found["learner"].nodes[0] == nodes[0]
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 6))
@@ -154,32 +161,27 @@ def test_what_is_asked_for_is_enough_and_one_slot_less_is_not(
     actors: int, learners: int, count: int
 ) -> None:
     slots = slots_per_node(learners, actors, count)
-    Places(settings(actors, learners), nodes_of(*[slots] * count))
-    with pytest.raises(NoRoom):
-        Places(settings(actors, learners), nodes_of(*[slots - 1] * count))
+    find_seats(settings(actors, learners), nodes_of(*[slots] * count))
+    with pytest.raises(ConfigError):
+        find_seats(settings(actors, learners), nodes_of(*[slots - 1] * count))
 
 
-def test_after_a_node_is_lost_only_its_roles_move_and_only_to_free_slots() -> None:
-    places = Places(settings(4, 2), nodes_of(3, 2, 2))
-    before = dict(places.seats)
-    lost = places.nodes[2]
-    places.nodes = places.nodes[:2]
-    moved = [name for name, seat in before.items() if lost in seat.nodes]
-    assert moved
-    for name in before:
-        if name in moved:
-            continue
-        places.seat(name)
-        assert places.seats[name] == before[name]
-    places.seat(moved[0])
-    assert places.seats[moved[0]].nodes == (places.nodes[0],)
-    with pytest.raises(NoRoom, match=rf"no room for {moved[1]}"):
-        places.seat(moved[1])
+def test_after_a_node_is_lost_its_roles_find_only_slots_that_others_leave_free() -> None:
+    config, nodes = settings(4, 2), nodes_of(3, 2, 2)
+    seats = find_seats(config, nodes)
+    moved = [name for name, seat in seats.items() if nodes[2] in seat.nodes]
+    assert len(moved) == 2
+    first, second = moved
+    others = {name: seat for name, seat in seats.items() if name != first}
+    seats = {**others, first: find_seat(config, first, nodes[:2], others)}
+    assert seats[first].nodes == (nodes[0],)
+    others = {name: seat for name, seat in seats.items() if name != second}
+    with pytest.raises(ConfigError, match=rf"no room for {second}.* n0: 0, n1: 0"):
+        find_seat(config, second, nodes[:2], others)
 
 
 def plan_on(config: Config, nodes: list[Node]) -> Plan:
     ports = Ports(buffer=5001, weights=5002, store=5003, rendezvous=5004)
-    places = Places(config, nodes)
     run_dir = Path("/runs/one")
     return make_plan(
         config,
@@ -187,7 +189,7 @@ def plan_on(config: Config, nodes: list[Node]) -> Plan:
         ports,
         run_dir,
         "python",
-        seats=places.seats,
+        seats=find_seats(config, nodes),
         log_dir=run_dir / "logs" / "7.1",
     )
 
@@ -408,6 +410,13 @@ def test_a_frozen_run_uses_the_code_and_functions_of_its_submission(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[0] == f"{code}/asyncgrpo/__init__.py {code}/mine.py"
+
+
+def test_a_task_of_an_array_does_not_take_its_neighbours_for_itself() -> None:
+    ids = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5"}
+    job = Job(settings(), {**ids, "SLURM_RESTART_COUNT": "2"})
+    assert (job.id, job.attempt) == ("7_5", "7.2")
+    assert Job(settings(), {"SLURM_JOB_ID": "7"}).id == "7"
 
 
 def test_outside_of_a_job_the_command_says_what_to_do() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, NoRoom, RunError
+from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
 from asyncgrpo.launch.logs import before_torchrun_report, last_lines
@@ -150,17 +150,8 @@ class Supervisor:
             if time.monotonic() >= self._restart_at.get(child.spec.name, float("inf")):
                 del self._restart_at[child.spec.name]
                 child.restarts += 1
-                self._restart(child)
-
-    def _restart(self, child: Child) -> None:
-        try:
-            child.start()
-        except NoRoom as error:
-            if child.spec.role != "actor" or not self._has_actor():
-                raise
-            self._say(f"going on without {child.spec.name}: {error}")
-        else:
-            self._say(f"restarted {child.spec.name} (pid {child.pid})")
+                child.start()
+                self._say(f"restarted {child.spec.name} (pid {child.pid})")
 
     def _refuse_early_ends(self) -> None:
         """A role may end a moment before torchrun is through with ending, but not go missing."""

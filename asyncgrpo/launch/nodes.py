@@ -7,15 +7,15 @@ more threads wants, and one GPU if the run uses any.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import NoRoom
+from asyncgrpo.errors import ConfigError
 
 SHARE = re.compile(r"(?<!\S)Nodes=(\S+) CPU_IDs=(\S+) Mem=\S* GRES=(\S*)")
 GPUS = re.compile(r"gpu(?::[^:,()]+)?:(\d+)")
-LEARNER, LEARNERS, ACTORS = "learner", 0, 1  # the components of a heterogeneous job
+LEARNER, LEARNERS, ACTORS = "learner", "0", "1"  # the components of a heterogeneous job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class Node:
     slots: int
     slot_cpus: int = 1
     address: str = ""
-    group: int | None = None  # component of a heterogeneous job
+    group: str = ""  # component of a heterogeneous job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,60 +39,50 @@ class Seat:
 
     def srun(self, name: str) -> tuple[str, ...]:
         """The words that start a command as a step of the job, one task on each node."""
-        count, first = len(self.nodes), self.nodes[0]
+        count, group = len(self.nodes), self.nodes[0].group
         return (
             *("srun", f"--job-name={name}", f"--nodelist={','.join(n.name for n in self.nodes)}"),
             *(f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--exact"),
             f"--cpus-per-task={self.slots * max(node.slot_cpus for node in self.nodes)}",
             *((f"--gpus-per-node={self.slots}",) if self.on_gpus else ()),
-            *(() if first.group is None else (f"--het-group={first.group}",)),
+            *((f"--het-group={group}",) if group else ()),
             "--mem=0",  # all that the job has: else the first step takes it for itself
             *("--kill-on-bad-exit=1", "--wait=60", "--export=ALL"),
         )
 
 
-class Places:
-    """Who sits where on the nodes of a job; the first node is the launcher's."""
+def find_seat(config: Config, name: str, nodes: Sequence[Node], taken: Mapping[str, Seat]) -> Seat:
+    """A seat on what the seats of others leave of the nodes; the first node is the launcher's.
 
-    def __init__(self, config: Config, nodes: Sequence[Node]) -> None:
-        """Finds a seat for everyone. NoRoom names the first without."""
-        self._config, self.nodes = config, tuple(nodes)
-        self.seats: dict[str, Seat] = {}
-        for name in (LEARNER, *(f"actor-{index}" for index in range(config.launch.actors))):
-            self.seat(name)
+    The learner takes the fewest nodes that hold as many ranks each, the launcher's first; an actor
+    the node with most room. ConfigError when there is none.
+    """
+    launch, is_learner = config.launch, name == LEARNER
+    ranks, group = (launch.learners, LEARNERS) if is_learner else (1, ACTORS)
+    room = {node: node.slots for node in nodes if node.group in ("", group)}
+    for seat in taken.values():
+        room |= {node: room[node] - seat.slots for node in seat.nodes if node in room}
+    for count in (n for n in range(1, ranks + 1) if ranks % n == 0):
+        found = [node for node, free in room.items() if free >= ranks // count]
+        if not is_learner:  # of equals the one farthest from the launcher
+            found = sorted(reversed(found), key=lambda node: -room[node])
+        if len(found) >= count and (not is_learner or found[0] == nodes[0]):
+            return Seat(nodes=tuple(found[:count]), slots=ranks // count, on_gpus=launch.gpus > 0)
+    free = ", ".join(f"{node.name}: {slots}" for node, slots in room.items())
+    each = f"{slot_cpus(config)} CPUs" + " and a GPU" * (launch.gpus > 0)
+    where = " on the launcher's node, or as many there as on others" if is_learner else ""
+    raise ConfigError(
+        f"no room for {name}: it needs {ranks} slots of {each}{where}; free are {free or 0}: "
+        "start fewer actors or learners, or ask Slurm for more"
+    )
 
-    def seat(self, name: str) -> None:
-        """Leaves a role where it is, while its nodes are there, or finds another seat.
 
-        The learner takes the fewest nodes that hold as many ranks each, the launcher's first;
-        an actor the node with most room. NoRoom when there is none.
-        """
-        seat = self.seats.pop(name, None)
-        if seat is None or not set(seat.nodes) <= set(self.nodes):
-            seat = self._find_seat(name)
-        self.seats[name] = seat
-
-    def _find_seat(self, name: str) -> Seat:
-        launch, is_learner = self._config.launch, name == LEARNER
-        group = LEARNERS if is_learner else ACTORS
-        room = {node: self._room(node) for node in self.nodes if node.group in (None, group)}
-        ranks = launch.learners if is_learner else 1
-        for count in (n for n in range(1, ranks + 1) if ranks % n == 0):
-            found = [node for node, free in room.items() if free >= ranks // count][:count]
-            if not is_learner and found:
-                found = [max(reversed(room), key=lambda node: room[node])]
-            if len(found) == count and (not is_learner or found[0] == self.nodes[0]):
-                return Seat(nodes=tuple(found), slots=ranks // count, on_gpus=launch.gpus > 0)
-        free = ", ".join(f"{node.name}: {slots}" for node, slots in room.items())
-        each = f"{slot_cpus(self._config)} CPUs" + " and a GPU" * (launch.gpus > 0)
-        where = " on the launcher's node, or as many there as on others" if is_learner else ""
-        raise NoRoom(
-            f"no room for {name}: it needs {ranks} slots of {each}{where}; free are {free or 0}: "
-            "start fewer actors or learners, or ask Slurm for more"
-        )
-
-    def _room(self, node: Node) -> int:
-        return node.slots - sum(s.slots for s in self.seats.values() if node in s.nodes)
+def find_seats(config: Config, nodes: Sequence[Node]) -> dict[str, Seat]:
+    """A seat for everyone, as of find_seat."""
+    seats: dict[str, Seat] = {}
+    for name in (LEARNER, *(f"actor-{index}" for index in range(config.launch.actors))):
+        seats[name] = find_seat(config, name, nodes, seats)
+    return seats
 
 
 def slot_cpus(config: Config) -> int:
@@ -114,20 +104,18 @@ def parse_job(config: Config, job: str, nodes: str) -> tuple[Node, ...]:
     about = {fields["NodeName"]: fields for fields in map(_fields, nodes.splitlines())}
     found = []
     for line in job.splitlines():
-        group = _fields(line).get("HetJobOffset")
         for names, cpu_ids, gres in SHARE.findall(line):
             for name in expand(names):
                 core = int(about[name].get("ThreadsPerCore", 1))  # a step gets whole cores
                 cpus = -(-slot_cpus(config) // core) * core
-                slots = len(_numbers(cpu_ids)) // cpus
-                if config.launch.gpus:
-                    slots = min(slots, sum(map(int, GPUS.findall(gres))))
+                slots = [len(expand(f"[{cpu_ids}]")) // cpus]
+                slots += [sum(map(int, GPUS.findall(gres)))] * (config.launch.gpus > 0)
                 node = Node(
                     name=name,
-                    slots=slots,
+                    slots=min(slots),
                     slot_cpus=cpus,
                     address=about[name]["NodeAddr"],
-                    group=None if group is None else int(group),
+                    group=_fields(line).get("HetJobOffset", ""),
                 )
                 found.append(node)
     head = _fields(job.partition("\n")[0])["BatchHost"]
@@ -138,21 +126,14 @@ def expand(nodelist: str) -> list[str]:
     """The names of "a[1-3,07]b,c": a1b a2b a3b a07b c."""
     names = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
-        head, _, rest = part.partition("[")
+        head, bracket, rest = part.partition("[")
         ranges, _, tail = rest.partition("]")
-        tails = expand(tail) or [""]
-        names += [f"{head}{n}{t}" for n in _numbers(ranges) for t in tails] if rest else [head]
+        for first, last in re.findall(r"(\d+)-?(\d*)", ranges):
+            numbers = range(int(first), int(last or first) + 1)
+            middles = [str(number).zfill(len(first)) for number in numbers]
+            names += [f"{head}{n}{t}" for n in middles for t in expand(tail) or [""]]
+        names += [] if bracket else [head]
     return names
-
-
-def _numbers(ranges: str) -> list[str]:
-    """Those of "1-3,07": 1 2 3 07."""
-    pairs = (item.partition("-") for item in ranges.split(","))
-    return [
-        str(number).zfill(len(first))
-        for first, _, last in pairs
-        for number in range(int(first), int(last or first) + 1)
-    ]
 
 
 def _fields(line: str) -> dict[str, str]:

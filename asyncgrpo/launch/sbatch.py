@@ -14,7 +14,6 @@ from typing import Any
 import asyncgrpo
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.environment import git_state
 from asyncgrpo.launch.nodes import slot_cpus, slots_per_node
 
 PACKAGE = Path(asyncgrpo.__file__).parent
@@ -80,7 +79,6 @@ def freeze(config: Config, run_dir: Path) -> None:
     settings = json.dumps(config.model_dump(mode="json", exclude_unset=True), indent=2)
     settings = re.sub(r'"([^":]+):([\w.]+)"', lambda use: _freeze_function(use, code), settings)
     (frozen / "config.json").write_text(settings, encoding="utf-8")
-    (frozen / "git.json").write_text(json.dumps(git_state(PACKAGE.parent)), encoding="utf-8")
     (run_dir / "logs").mkdir(exist_ok=True)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import EXIT_INTERRUPTED, ConfigError, NoRoom, RoleFailed
+from asyncgrpo.errors import EXIT_INTERRUPTED, ConfigError, RoleFailed
 from asyncgrpo.launch.child import Child
-from asyncgrpo.launch.nodes import Places
+from asyncgrpo.launch.nodes import find_seat, find_seats
 from asyncgrpo.launch.plan import LOOPBACK, Host, ProcessSpec
-from asyncgrpo.launch.preflight import choose_ports
+from asyncgrpo.launch.preflight import choose_ports, pick_free_ports
 from asyncgrpo.launch.session import Session
 from asyncgrpo.launch.steps import Job, StepChild, ask
 from asyncgrpo.learner.saved import FOLDER, saved
@@ -26,12 +27,11 @@ class SlurmSession(Session):
                 "launch.share_gpus=true: Slurm gives each role a GPU of its own; leave it out"
             )
         self._job, self._nodes = job, job.nodes()
-        self._places = Places(config, self._nodes)
         others = [node.address for node in self._nodes[1:]]
         host = own_address(f"tcp://{others[0]}:1") if others else LOOPBACK  # as the others see it
         launch = config.launch.model_copy(update={"host": host})
         config = config.model_copy(update={"launch": launch})
-        super().__init__(config, resume=resume, seats=self._places.seats)
+        super().__init__(config, resume=resume, seats=find_seats(config, self._nodes))
         self._ports = choose_ports(config)
         self._log_dir = self.run_dir / "logs" / job.attempt
 
@@ -40,7 +40,7 @@ class SlurmSession(Session):
         before = self._newest()
         try:
             code = super().run()
-        except (RoleFailed, NoRoom) as error:
+        except (RoleFailed, ConfigError) as error:
             if set(self._nodes) == set(self._job.nodes()) and not self._job.is_preempted():
                 raise
             self._console.print(f"error: {error}", markup=False)
@@ -73,7 +73,10 @@ class SlurmSession(Session):
         return Child(spec, run_id, stop_signal)
 
     def _place(self, name: str) -> ProcessSpec:
-        self._places.nodes = self._job.nodes()
-        self._places.seat(name)
+        nodes, others = self._job.nodes(), dict(self._seats or {})
+        if not set(others.pop(name).nodes) <= set(nodes):
+            self._seats = {**others, name: find_seat(self._config, name, nodes, others)}
+        free = pick_free_ports(1, host=self._config.launch.host)[0]  # the old one may be taken
+        self._ports = replace(self._ports or choose_ports(self._config), rendezvous=free)
         plan = self._plan(self._config, Host(cores=()))
         return next(spec for spec in plan.specs if spec.name == name)

@@ -29,6 +29,8 @@ class Job:
             )
         self._config, self.id = config, environment["SLURM_JOB_ID"]
         self.attempt = f"{self.id}.{environment.get('SLURM_RESTART_COUNT', '0')}"
+        if task := environment.get("SLURM_ARRAY_TASK_ID"):  # the first one's id stands for them all
+            self.id = f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
 
     def nodes(self) -> tuple[Node, ...]:
         """Those that the job has now, that of its batch script first."""
@@ -43,7 +45,9 @@ class Job:
     def signal(self, step: str, number: Signals) -> None:
         """Signals every process of the job's own steps of that name, if it can."""
         with suppress(RoleFailed):  # the caller sees whether they end; 22.05 fails after success
-            ids = ",".join(re.findall(r"(?<!\S)JobId=(\d+)", self._describe()))
+            ids = self.id
+            if "_" not in ids:  # an array's task is one job, others may have several components
+                ids = ",".join(re.findall(r"(?<!\S)JobId=(\d+)", self._describe()))
             steps = ask("squeue", "--steps", "--noheader", f"--jobs={ids}", "--format=%i %j")
             for step_id, _, found in (line.partition(" ") for line in steps.splitlines()):
                 if found == step:
@@ -69,7 +73,7 @@ class StepChild(Child):
         self._job, self._place = job, place
 
     def start(self) -> None:
-        """As Child's. NoRoom when a restart finds no place."""
+        """As Child's. ConfigError when a restart finds no place."""
         if self.restarts:
             self.spec = self._place(self.spec.name)
         super().start()

@@ -38,6 +38,7 @@ MpiDefault=none
 MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=900
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -110,7 +111,9 @@ class Cluster:
         os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
 
     def stop(self) -> None:
-        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
+        for how in (["--full", "--signal=KILL"], []):  # without the first what runs has its grace
+            command = ["scancel", *how, "--user=root"]
+            subprocess.run(command, env=self.environment, capture_output=True)
         with contextlib.suppress(AssertionError):
             self.until(lambda: not self.call("squeue", "--noheader"), "jobs ended")
         names = ("slurmd-*.pid", "slurmctld.pid", "munge/pid")
