@@ -44,7 +44,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=10
+KillWait=5
 SlurmdTimeout=5
 GresTypes=gpu
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=10
@@ -106,14 +106,18 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self.call("slurmd", "-N", node, "-f", str(self.conf))
 
-    def kill_node(self, node: str) -> None:
-        """As a crash of its slurmd: what runs there goes on, unknown to Slurm."""
+    def kill_node(self, node: str, *, is_noticed: bool = False) -> None:
+        """As a crash of its slurmd: what runs there goes on, unknown to Slurm.
+
+        It takes Slurm half a minute to notice, unless it is told.
+        """
         os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+        if is_noticed:
+            down = (f"nodename={node}", "state=down", "reason=crashed")
+            self.call("scontrol", "update", *down)
 
     def stop(self) -> None:
-        for how in (["--full", "--signal=KILL"], []):  # without the first what runs has its grace
-            command = ["scancel", *how, "--user=root"]
-            subprocess.run(command, env=self.environment, capture_output=True)
+        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
         with contextlib.suppress(AssertionError):
             self.until(lambda: not self.call("squeue", "--noheader"), "jobs ended")
         names = ("slurmd-*.pid", "slurmctld.pid", "munge/pid")

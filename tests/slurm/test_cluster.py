@@ -225,7 +225,7 @@ def test_when_a_node_is_lost_its_actors_move_to_what_remains(submit):
 def test_when_what_remains_is_too_small_the_job_is_requeued(submit):
     run = submit("--set", "run.max_steps=100000")
     run.until_trained(3)
-    run.cluster.kill_node("n1")
+    run.cluster.kill_node("n1", is_noticed=True)
     run.until_state("PENDING")
     assert "no room for actor-" in run.shown()
     run.cluster.start_node("n1")
