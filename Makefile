@@ -1,6 +1,7 @@
 # make demo   installs if needed, makes the tiny model, trains it with the real engine on this CPU
 # make test   installs if needed, runs all tests
 # make docs   writes the generated parts of docs/*.md anew
+# make dashboards   writes the dashboards and rules of grafana/ anew
 # make install REQ=requirements/gpu.txt   the CUDA set instead of the CPU set
 PY ?= python3
 VENV ?= .venv
@@ -23,7 +24,7 @@ export UV_COMPILE_BYTECODE ?= 1
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-fast lint docs lock install clean
+.PHONY: demo test test-fast lint docs dashboards lock install clean
 
 demo: install
 	$(BIN)/asyncgrpo launch --config configs/tiny.toml --actors 2 --learners 2
@@ -32,7 +33,7 @@ test: install
 	$(BIN)/pytest
 
 test-fast: install
-	$(BIN)/pytest -m "not slow and not engine and not gpu"
+	$(BIN)/pytest -m "not slow and not engine and not gpu and not prometheus and not slurm"
 
 lint: install
 	$(BIN)/ruff check .
@@ -41,6 +42,9 @@ lint: install
 
 docs: install
 	$(BIN)/python docs/generate.py
+
+dashboards: install
+	$(BIN)/python grafana/generate.py
 
 install: $(VENV)/.installed
 

@@ -6,15 +6,15 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from asyncgrpo.buffer.commands import audit, ledger
 from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
@@ -43,6 +43,8 @@ app.add_typer(algo_app, name="algo")
 app.add_typer(config_app, name="config")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
+app.command()(audit)
+app.command()(ledger)
 app.add_typer(traj_app, name="traj")
 app.add_typer(slurm_app, name="slurm")
 app.command()(chat)
@@ -57,6 +59,7 @@ def launch(
     run_dir: NewFolder = None,
     set_: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    insecure: Annotated[bool, typer.Option(help="leave loopback without keys")] = False,
     resume: Annotated[
         str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
     ] = None,
@@ -67,6 +70,7 @@ def launch(
     from asyncgrpo.config import load_config
     from asyncgrpo.launch.resume import find_run
     from asyncgrpo.launch.session import Session
+    from asyncgrpo.rundir import stop_flag
 
     flags = {
         "launch.actors": actors,
@@ -74,10 +78,12 @@ def launch(
         "run.max_steps": max_steps,
         "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
         "run.seed": seed,
+        "launch.insecure": "true" if insecure else None,
     }
     found = find_run(resume, run_dir) if resume else None
     if found is not None:  # its settings, unless others are given
-        flags["run.dir"] = f'"{found}"'
+        # not by a link such as runs/latest, which moves on to the next run
+        flags["run.dir"] = json.dumps(str(found.resolve()), ensure_ascii=False)
         config = config or found / "config.json"
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_config(config, [*(set_ or []), *overrides])
@@ -85,7 +91,23 @@ def launch(
     if dry_run:
         session.show_plan()
     else:
-        raise typer.Exit(session.run_serially() if serial else session.run())
+        raise typer.Exit(session.run_serially(stop_flag()) if serial else session.run())
+
+
+@app.command()
+def top(
+    run: Annotated[Path, typer.Argument(help="run directory; the run may be going on elsewhere")],
+    once: Annotated[bool, typer.Option("--once", help="show it once, do not wait")] = False,
+) -> None:
+    """Shows how far a run is, every second until it is done; Ctrl-C ends only the view."""
+    from rich.console import Console
+
+    from asyncgrpo.observe.progress import follow
+    from asyncgrpo.rundir import RunDir
+
+    max_steps = RunDir.read(run).config.run.max_steps
+    with suppress(KeyboardInterrupt):
+        follow(run, max_steps, Console(highlight=False, soft_wrap=True), once=once)
 
 
 @app.command("eval")
@@ -204,11 +226,13 @@ def role(
     index: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """One process of a run; the launcher starts it."""
-    from asyncgrpo.rundir import RunDir
+    from asyncgrpo.launch.stall import answer_with_stacks
+    from asyncgrpo.rundir import RunDir, stop_flag
 
     run = RunDir.read(run_dir)
-    logging.getLogger().setLevel(run.config.observe.log_level)
-    stopping = _stop_flag()
+    logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
+    stopping = stop_flag()
+    answer_with_stacks(run_dir, f"{name}-{os.environ.get('RANK', index)}")
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer
 
@@ -223,16 +247,6 @@ def role(
         run_learner(run, stopping)
     else:
         raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
-
-
-def _stop_flag() -> Callable[[], bool]:
-    """A flag that the launcher's signal sets; loops look at it between two turns."""
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: asked.append(number))
-    if int(os.environ.get("ASYNCGRPO_STOP_SIGNAL", signal.SIGTERM)) != signal.SIGTERM:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return lambda: bool(asked)
 
 
 def main() -> None:

@@ -13,10 +13,12 @@
         ├── RoleFailed          a process ended that should not have
         ├── PeerTimeout         a peer did not answer within its deadline (it is named)
         ├── WireError           a message that does not follow the schema
+        │   └── SchemaMismatch  ... because its sender is another version
         ├── CheckpointError     a checkpoint cannot be written, or is not as it was written
         ├── StalenessError      a token past the staleness bound reached the learner
         ├── EngineError         the inference engine refused or lost something
-        └── WeightsError        weights were not what they should be after a broadcast
+        ├── WeightsError        weights were not what they should be after a broadcast
+        └── LedgerError         the ledger cannot be kept or read, or its books do not balance
 
 Messages say what happened with the value, what is allowed, and what to change.
 """
@@ -86,6 +88,10 @@ class WireError(RunError):
     """A message does not follow the schema."""
 
 
+class SchemaMismatch(WireError):
+    """The other side speaks another version of the wire format."""
+
+
 class CheckpointError(RunError):
     """A checkpoint cannot be written, or does not fit or hold."""
 
@@ -100,3 +106,7 @@ class EngineError(RunError):
 
 class WeightsError(RunError):
     """Weights are not what they should be."""
+
+
+class LedgerError(RunError):
+    """The ledger of leases cannot be kept or read, or its books do not balance."""

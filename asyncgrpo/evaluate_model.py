@@ -17,6 +17,7 @@ from asyncgrpo.actor.judge import InlineJudge, Judge, JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
 from asyncgrpo.actor.process import load_engine, load_tokenizer, stop_token_ids
 from asyncgrpo.buffer.evaluation import Evaluations
+from asyncgrpo.buffer.journal import NoJournal
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import held_out_sets
@@ -55,11 +56,12 @@ class Desk:
         quick_tokenizer(config.model.path)  # can it be read?
         self.num_prompts, self._max_prompt_tokens = len(prompts), config.data.max_prompt_tokens
         self._timeout_seconds = config.reward.timeout_seconds
-        leases = LeaseBook(run_seed=config.run.seed, deadline_seconds=math.inf)
-        self._evaluations = Evaluations(config, lambda num, block: prompts, leases)
+        journal = NoJournal()
+        leases = LeaseBook(config, journal)
+        self._evaluations = Evaluations(config, lambda num, block: prompts, leases, journal)
         request = Packet(kind="evaluate", fields={"version": UNPUBLISHED, "blocks": [name]})
-        opened = self._evaluations.open("", request, ["actor"], time.monotonic())
-        welcome = Packet(kind="welcome", fields={"credit": len(prompts)})
+        opened = self._evaluations.ask("", request, ["actor"], time.monotonic())
+        welcome = Packet(kind="welcome", fields={"credit": len(prompts), "life": 1})
         self._inbox = [welcome, *(packet for _, packet in opened)]
         self._last_id = 0
         self.groups: list[Group] = []

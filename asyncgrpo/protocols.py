@@ -10,6 +10,7 @@ from asyncgrpo.types import Float32, Sampled, Sampling
 if TYPE_CHECKING:
     import torch
 
+    from asyncgrpo.actor.concurrency import EngineLoad
     from asyncgrpo.wire.codec import Packet
 
 # f(prompts, completions, **columns) -> one float (or None: not applicable) per completion; or
@@ -36,6 +37,10 @@ class Engine(Protocol):
     @property
     def num_requests(self) -> int:
         """Requests added and not yet returned by step."""
+
+    @property
+    def load(self) -> EngineLoad:
+        """How full its KV cache is, and whether sequences had to make room for others."""
 
     def add(
         self,

@@ -41,8 +41,13 @@ def settings() -> Mapping[str, Setting]:
 def explain(key: str) -> str:
     """What is known of a room, setting, foreign name or preset; ConfigError names the nearest."""
     named = {name.replace("[]", ""): setting for name, setting in settings().items()}
-    texts = [_in_full(s) for name, s in named.items() if key in (s.key, name, _last(name))]
-    below = [s for name, s in named.items() if name.startswith(f"{key}.")]
+    place = re.sub(r"(\[\d*\]|\.\d+)(?=\.|$)", "", key)  # eval.1.every is eval.every of a block
+    below = [s for name, s in named.items() if name.startswith(f"{place}.")]
+    texts = [
+        _in_full(s)
+        for name, s in named.items()
+        if place in (s.key, name) or (not below and place == _last(name))
+    ]
     lines = [f"{s.key} = {s.default or '?'}  # {s.description or s.kind}" for s in below]
     texts += ["\n".join(lines)] if lines else []
     texts += [_foreign(key)] if key in by_name() else []

@@ -5,6 +5,9 @@ env.json        versions, hardware, seeds  logs/           one file per role
 metrics.jsonl   one row per learner step   trajectories/   step_<k>.jsonl: what it said
 evals.jsonl     one row per evaluation     summary.json    the run in numbers
 model/          final weights, tokenizer   targets/        Prometheus file_sd targets
+flow.json       who waits for whom now     stalls/         reports of launch.stall_seconds
+stacks/         what the processes answer  ledger.sqlite   what became of every lease
+keys/           of an encrypted run, for its owner only
 and, of a Trainer: train_dataset.jsonl, eval_dataset.jsonl, reward_funcs.pkl
 """
 
@@ -12,13 +15,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
+
+FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
+STOP_SIGNAL = "ASYNCGRPO_STOP_SIGNAL"  # the launcher's; when it is not SIGTERM, that is nobody's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +89,16 @@ def _broken(file: Path, error: Exception) -> ConfigError:
         f"{file} is not whole ({type(error).__name__}: {error}): the run was killed while it "
         "started, or the file was changed; put it back, or name another run directory"
     )
+
+
+def stop_flag() -> Callable[[], bool]:
+    """A flag that the launcher's signal sets, or Ctrl-C; loops look at it between two turns."""
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: asked.append(number))
+    if int(os.environ.get(STOP_SIGNAL, signal.SIGTERM)) != signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return lambda: bool(asked)
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.actor.process import load_tokenizer, load_toy_engine, stop_token_ids
 from asyncgrpo.buffer.core import BufferCore, Replies
+from asyncgrpo.buffer.ledger import FILE as LEDGER_FILE
+from asyncgrpo.buffer.ledger import Ledger, put_back
 from asyncgrpo.data.prompts import PromptSource, open_prompts
 from asyncgrpo.errors import PeerTimeout, WireError
 from asyncgrpo.learner.loop import Learner
+from asyncgrpo.learner.saved import FOLDER, newest
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.recorder import RunRecorder
@@ -29,8 +34,8 @@ from asyncgrpo.wire.codec import Packet, decode, encode
 class Hub:
     """Carries packets between local clients and a buffer core."""
 
-    def __init__(self, core: BufferCore, clock: Callable[[], float]) -> None:
-        self._core, self._clock = core, clock
+    def __init__(self, core: BufferCore, ledger: Ledger, clock: Callable[[], float]) -> None:
+        self._core, self._ledger, self._clock = core, ledger, clock
         self._inboxes: dict[str, deque[Packet]] = {}
 
     def inbox(self, peer: str) -> deque[Packet]:
@@ -46,6 +51,7 @@ class Hub:
         self._deliver(self._core.tick(self._clock()))
 
     def _deliver(self, replies: Replies) -> None:
+        self._ledger.commit()
         for peer, packet in replies:
             self.inbox(peer).append(decode(encode(packet)))
 
@@ -53,13 +59,13 @@ class Hub:
 class LocalClient:
     """A protocols.Client on a Hub. `others` lets the other roles take a turn."""
 
-    def __init__(self, hub: Hub, name: str, others: Callable[[], None]) -> None:
+    def __init__(self, hub: Callable[[], Hub], name: str, others: Callable[[], None]) -> None:
         self._hub, self._name, self._others = hub, name, others
         self._last_id = 0
 
     def post(self, packet: Packet) -> int:
         self._last_id += 1
-        self._hub.send(
+        self._hub().send(
             self._name,
             Packet(
                 kind=packet.kind,
@@ -71,8 +77,8 @@ class LocalClient:
         return self._last_id
 
     def poll(self, timeout_seconds: float) -> list[Packet]:
-        self._hub.tick()
-        inbox = self._hub.inbox(self._name)
+        self._hub().tick()
+        inbox = self._hub().inbox(self._name)
         arrived = list(inbox)
         inbox.clear()
         for packet in arrived:
@@ -97,31 +103,92 @@ class LocalClient:
         raise PeerTimeout("the buffer", packet.kind, timeout_seconds)
 
 
-def run_serial(run: RunDir, prompts: PromptSource | None = None) -> None:
-    """Trains to the end in this process, with the toy engine."""
+class Others:
+    """Buffer and actor: all of a serial run but the learner.
+
+    They are made anew at each checkpoint, from the ledger, as they are when a run goes on: so a run
+    that was stopped and one that was not make the same steps to the last bit.
+    """
+
+    def __init__(
+        self, run: RunDir, prompts: PromptSource, observe: Callable[[str, Sequence[float]], None]
+    ) -> None:
+        self._run, self._prompts, self._observe = run, prompts, observe
+        self._samples = TrajectoryWriter(run.path, run.config)
+        self._ledger = Ledger(run.path)
+        self._tokenizer = load_tokenizer(run.config.model.path)
+        self.link = LocalLink(run.config)
+        self._begin()
+        self._samples.rewind(self._core.step, self._ledger.state)
+
+    def _begin(self) -> None:
+        config, tokenizer = self._run.config, self._tokenizer
+        self._core = BufferCore(
+            config,
+            self._prompts,
+            self._samples,
+            self._ledger,
+            time.monotonic(),
+            rewind=partial(self._samples.rewind, state=self._ledger.state),
+        )
+        self.hub = Hub(self._core, self._ledger, time.monotonic)
+        self.link.forget()
+        self._actor = ActorLoop(
+            "actor-0",
+            config,
+            engine=load_toy_engine(config, stop_token_ids(config, tokenizer)),
+            tokenizer=tokenizer,
+            vocab_size=len(tokenizer),
+            client=LocalClient(lambda: self.hub, "actor-0", lambda: None),
+            receiver=self.link,
+            judge=InlineJudge(config.rewards),
+            observe=self._observe,
+        )
+
+    def take_turns(self) -> None:
+        """One turn of the actor, while the learner waits."""
+        self._actor.tick(0.0)
+
+    def add_to_checkpoint(self, folder: Path) -> None:
+        """Lets the actor finish what it is at, keeps the ledger, and begins anew."""
+        self.hub.send("serial", Packet(kind="stop"))
+        while not self._actor.is_idle:
+            self._actor.tick(0.0)
+        self._ledger.copy_to(folder / LEDGER_FILE)
+        self._begin()
+
+    def close(self) -> None:
+        """The ledger is complete."""
+        self._ledger.close()
+
+
+def run_serial(
+    run: RunDir,
+    prompts: PromptSource | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Trains in this process, with the toy engine; goes on with the run directory's checkpoint.
+
+    False when it was stopped early: then the last step is saved and can be gone on from.
+    """
     config = run.config
-    samples = TrajectoryWriter(run.path, config)
-    core = BufferCore(config, prompts or open_prompts(config), samples)
-    hub, link = Hub(core, time.monotonic), LocalLink(config)
-    tokenizer = load_tokenizer(config.model.path)
-    updater = PolicyUpdater(config, save_to=run.model_path, run_dir=run.path)
-    actor = ActorLoop(
-        "actor-0",
-        config,
-        engine=load_toy_engine(config, stop_token_ids(config, tokenizer)),
-        tokenizer=tokenizer,
-        vocab_size=len(tokenizer),
-        client=LocalClient(hub, "actor-0", lambda: None),
-        receiver=link,
-        judge=InlineJudge(config.rewards),
-    )
+    checkpoint = newest(run.path / FOLDER)
+    if checkpoint is not None and (checkpoint / LEDGER_FILE).exists():
+        put_back(checkpoint / LEDGER_FILE, run.path)
+    exporter = Exporter("serial", 0, run.path)
+    others = Others(run, prompts or open_prompts(config), exporter.observe)
     learner = Learner(
         config,
         rank=0,
         world_size=1,
-        updater=updater,
-        client=LocalClient(hub, "learner-0", lambda: actor.tick(0.0)),
-        sender=link,
-        recorder=RunRecorder(run, Exporter("serial", 0, run.path)),
+        updater=PolicyUpdater(config, save_to=run.model_path, run_dir=run.path),
+        client=LocalClient(lambda: others.hub, "learner-0", others.take_turns),
+        sender=others.link,
+        recorder=RunRecorder(run, exporter),
+        observe=exporter.observe,
+        stopping=stopping,
+        add_to_checkpoint=others.add_to_checkpoint,
     )
-    learner.run()
+    is_done = learner.run()
+    others.close()
+    return is_done

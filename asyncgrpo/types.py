@@ -69,7 +69,7 @@ class Completion:
 
     token_ids: Int32  # [T]
     behavior_logprobs: Float32  # [T] nats, at the sampling temperature, from the engine
-    versions: Int32  # [T] policy version that sampled each token; may grow inside a completion
+    versions: Int32  # [T] policy version that sampled each token; may change inside a completion
     finish_reason: FinishReason
     text: str = ""
 
@@ -124,3 +124,9 @@ class Shard:
     groups: tuple[Group, ...]
     num_loss_tokens_global: int  # completion tokens of the whole batch, all ranks
     num_completions_global: int
+
+    @property
+    def staleness(self) -> Int32:
+        """[tokens] age in versions of every completion token, at this step."""
+        spans = [c.versions for group in self.groups for c in group.completions]
+        return self.step - np.concatenate(spans or [np.zeros(0, np.int32)])

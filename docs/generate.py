@@ -9,6 +9,7 @@ from pathlib import Path
 
 from asyncgrpo.aliases import Entry, entries
 from asyncgrpo.config import Config
+from asyncgrpo.observe.metrics import METRICS, Metric
 from asyncgrpo.reference import settings
 
 DOCS = Path(__file__).parent
@@ -57,10 +58,35 @@ def _room(room: str) -> str:
     return _table(columns, rows)
 
 
+def metrics() -> str:
+    """Every metric, a table for each room; names that differ in labels only share a row."""
+    rooms: dict[str, dict[tuple[str, str], Metric]] = {}
+    for metric in METRICS.values():
+        rooms.setdefault(metric.room, {}).setdefault((metric.prometheus_name, metric.rises), metric)
+    columns = ("name", "for Prometheus", "kind", "unit", "labels", "rises when")
+    return "\n".join(
+        f"## {room}\n\n" + _table(columns, [_metric(metric) for metric in rows.values()])
+        for room, rows in rooms.items()
+    )
+
+
+def _metric(metric: Metric) -> tuple[str, ...]:
+    name = metric.name
+    if metric.room == "eval":
+        name = name.replace("eval/", "eval/[<eval>/]") + ("@<k>" if "k" in metric.labels else "")
+    elif metric.family != "groups_ended":
+        for label, value in metric.labels.items():
+            name = name.replace(value, f"<{label}>", 1)
+    labels = _codes(metric.labels)
+    shown = (_codes([name]), _codes([metric.prometheus_name]), metric.kind, metric.unit, labels)
+    return (*shown, _prose(metric.rises))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "called": called,
     "left_out": left_out,
     "reference": reference,
+    "metrics": metrics,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,12 +35,17 @@ def make_lease(number: int = 1, group_size: int = 2, purpose: str = "train") -> 
     )
 
 
-def make_completion(versions: Sequence[int], seed: int = 0, text: str = "7") -> Completion:
+@functools.cache
+def _tokens(length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
-    length = len(versions)
+    return random.integers(3, 90, length).astype(np.int32), -random.random(length).astype("f4")
+
+
+def make_completion(versions: Sequence[int], seed: int = 0, text: str = "7") -> Completion:
+    token_ids, logprobs = _tokens(len(versions), seed)
     return Completion(
-        token_ids=random.integers(3, 90, length).astype(np.int32),
-        behavior_logprobs=-random.random(length).astype(np.float32),
+        token_ids=token_ids.copy(),
+        behavior_logprobs=logprobs.copy(),
         versions=np.array(versions, dtype=np.int32),
         finish_reason="stop",
         text=text,
@@ -77,6 +83,9 @@ class CountingPrompts:
         if self._limit is not None and position >= self._limit:
             return None
         return make_prompt(position)
+
+    def epoch(self, position: int) -> None:
+        """Numbered prompts never repeat."""
 
     def held_out(self, num: int, block: str = "held-out") -> tuple[Prompt, ...]:
         return tuple(make_prompt(1_000_000 + i) for i in range(num))

@@ -10,14 +10,17 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from asyncgrpo.config import Config
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.rundir import RunDir
 from asyncgrpo.weights.collective import WeightGroup
 from asyncgrpo.weights.proof import canary_prompts
 from asyncgrpo.weights.receiver import CollectiveReceiver
+from asyncgrpo.wire.keys import Keys, read_keys
 
 VOCAB = 32
 
@@ -28,10 +31,31 @@ def logprobs(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.log_softmax(weights["embed"][last] @ weights["head"].T, dim=-1)
 
 
+def tampered(broadcast):
+    """Somebody on the way changes one bit of every version but the first."""
+    received = []
+
+    def changed(group, buckets):
+        pieces = list(buckets)
+        broadcast(group, pieces)
+        received.append(pieces)
+        pieces[-1][-1] ^= len(received) > 1
+
+    return changed
+
+
+def keys_of_the_environment() -> Keys | None:
+    encrypted = "ASYNCGRPO_CLIENT_KEYS" in os.environ
+    config = from_mapping({"launch": {"encrypt": encrypted}})
+    return read_keys(RunDir(path=Path(), config=config, endpoints=None), "client")
+
+
 def main(name: str, address: str, fault: str) -> None:
     if fault == "die_in_broadcast":
         WeightGroup.broadcast = lambda group, buckets: os.kill(os.getpid(), signal.SIGKILL)
-    receiver = CollectiveReceiver(Config(), name, address)
+    if fault == "tampered":
+        WeightGroup.broadcast = tampered(WeightGroup.broadcast)
+    receiver = CollectiveReceiver(Config(), name, address, keys_of_the_environment())
     held: dict[str, torch.Tensor] = {}
     while True:
         try:

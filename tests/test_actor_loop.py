@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from fakes import make_lease
 
+from asyncgrpo.actor.concurrency import EngineLoad
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.config import RewardSettings, from_mapping
 from asyncgrpo.errors import DataError, RewardError
+from asyncgrpo.observe.metrics import METRICS
 from asyncgrpo.types import Completion, Sampled
 from asyncgrpo.weights.proof import NUM_CANARIES
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields
@@ -27,6 +29,10 @@ class FakeEngine:
     @property
     def num_requests(self) -> int:
         return len(self.requests)
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(kv_share=0.5, preempted=0)
 
     def add(self, request_id, prompt_token_ids, sampling, num_completions, seed):
         self.requests[request_id] = (list(prompt_token_ids), num_completions, [])
@@ -124,6 +130,7 @@ class Stage:
         )
         self.engine, self.client, self.receiver = FakeEngine(steps), FakeClient(), FakeReceiver()
         self.time = 0.0
+        self.observed: dict[str, list[float]] = {}
         rewards = {"functions": [{"use": use}], **rooms.get("reward", {})}
         judge = InlineJudge({"": RewardSettings.model_validate(rewards)})
         self.loop = ActorLoop(
@@ -136,8 +143,9 @@ class Stage:
             receiver=self.receiver,
             judge=judge,
             clock=lambda: self.time,
+            observe=lambda name, values: self.observed.setdefault(name, []).extend(values),
         )
-        self.client.inbox.append(Packet(kind="welcome", fields={"credit": 2}))
+        self.client.inbox.append(Packet(kind="welcome", fields={"credit": 2, "life": 1}))
 
     def tick(self, count=1):
         for _ in range(count):
@@ -176,6 +184,25 @@ def test_weights_of_the_same_version_are_loaded_and_proven_again_when_they_are_s
     stage.receiver.waiting = 2  # the learner evicted this actor and does not know what it holds
     stage.tick(3)
     assert stage.receiver.proofs == [(2, NUM_CANARIES)] * 2
+
+
+def test_histograms_see_each_trained_completion_and_swap_and_no_evaluation():
+    stage = Stage(steps=3).with_version(0)
+    stage.client.grant(make_lease(1), make_lease(2, purpose="eval"))
+    stage.tick(5)
+    trained = next(
+        group
+        for packet in stage.client.of("put")
+        for group in groups_from(packet)
+        if group.lease.purpose == "train"
+    )
+    lengths = [len(completion.token_ids) for completion in trained.completions]
+    assert stage.observed["completion/tokens"] == lengths
+    assert stage.observed["completion/reward"] == trained.rewards.tolist()
+    assert stage.observed["group/generate_seconds"] == [pytest.approx(0.2)]
+    assert len(stage.observed["group/judge_seconds"]) == 1
+    assert sum(stage.observed["swap/stall_seconds"]) == stage.loop.counters["swap_seconds"]
+    assert set(stage.observed) <= set(METRICS)
 
 
 def test_one_swap_is_proven_before_the_next_begins():
@@ -316,6 +343,44 @@ def test_a_second_evaluation_does_not_displace_one_that_still_waits():
     answered = [groups_from(packet)[0] for packet in stage.client.of("put")]
     found = {g.lease.lease_id: int(g.completions[0].versions[0]) for g in answered}
     assert found == {"e5": 1, "e6": 2}
+
+
+def introduce(stage, request, life=2):
+    fields = {"life": life}
+    stage.client.inbox.append(Packet(kind="introduce", request_id=request, fields=fields))
+    stage.tick()
+
+
+def test_a_restarted_buffer_is_told_what_the_actor_holds_once_and_asked_again():
+    stage = Stage(steps=10).with_version(3)
+    assert stage.client.of("hello")[0].fields == {"actor": "actor-0", "version": -1, "leases": []}
+    stage.client.grant(*(make_lease(i) for i in (1, 2, 3)))
+    stage.tick()
+    asked = stage.loop._asked
+    introduce(stage, 99)
+    hello = stage.client.of("hello")[1]
+    assert hello.fields == {"actor": "actor-0", "version": 3, "leases": ["t1", "t2", "t3"]}
+    assert stage.loop._asked == asked  # it is repeated by the client and answered for itself
+    introduce(stage, asked)
+    assert len(stage.client.of("hello")) == 2
+    assert stage.loop._asked not in (None, asked)
+    introduce(stage, 99, life=3)
+    assert len(stage.client.of("hello")) == 3
+
+
+def test_groups_on_their_way_count_as_held_until_they_are_acknowledged():
+    stage = Stage(steps=2).with_version(0)
+    stage.client.grant(*(make_lease(i) for i in range(1, 5)))
+    stage.tick(4)  # all are scored; the credit of 2 lets two go
+    first = stage.client.sent.index(stage.client.of("put")[0]) + 1
+    introduce(stage, 0)
+    assert sorted(stage.client.of("hello")[-1].fields["leases"]) == ["t1", "t2", "t3", "t4"]
+    stage.client.inbox.append(Packet(kind="stored", request_id=first))
+    stage.loop._judge.done = list  # the next group stays with the judge
+    stage.client.grant(make_lease(5))
+    stage.tick(3)
+    introduce(stage, 0, life=3)
+    assert sorted(stage.client.of("hello")[-1].fields["leases"]) == ["t2", "t3", "t4", "t5"]
 
 
 def test_an_actor_that_leaves_hands_back_what_it_samples_and_delivers_what_it_has():

@@ -36,6 +36,7 @@ CALLED: dict[str, tuple[Any, str, Any]] = {
     "top_p": (0.95, "sampling.top_p", 0.95),
     "top_k": (50, "sampling.top_k", 50),
     "log_completions": (True, "observe.trajectories", True),
+    "report_to": ("wandb", "observe.report_to", ("wandb",)),
     "pack_max_length": (32768, "learner.max_tokens_per_microbatch", 32768),
     "num_generations_eval": (1, "eval.num_samples", 1),
     "evaluate_step": (5, "eval.every", 5),

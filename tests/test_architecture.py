@@ -14,13 +14,14 @@ ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
     5: (
         *("cli", "chat", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
-        *("data.commands", "observe.commands"),
+        *("data.commands", "observe.commands", "buffer.commands"),
     ),
     4: (
         "actor.loop",
         "actor.process",
         "actor.judge",
         "buffer.server",
+        "buffer.audit",
         "learner.loop",
         "learner.process",
         "learner.commands",
@@ -33,12 +34,15 @@ FLOORS = {
     ),
     3: (
         "wire.sockets",
+        "wire.keys",
+        "buffer.ledger",
         "actor.vllm_engine",
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
         "learner.lora",
         "learner.reference",
+        "learner.torchrun",
         "weights.flat",
         "weights.local",
         "weights.collective",
@@ -49,7 +53,10 @@ FLOORS = {
     2: (
         "data",
         "rewards",
+        "actor.concurrency",
+        "wire.address",
         "wire.codec",
+        "wire.schema",
         "buffer",
         "learner",
         "weights",
@@ -59,14 +66,15 @@ FLOORS = {
         "observe",
     ),
     1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "packing", "room"),
+    0: ("errors", "types", "imports", "packing", "room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {
     "torch": ("learner", "weights", "actor.toy_engine", "actor.vllm_engine", "data.tiny"),
     "vllm": ("actor.vllm_engine",),
     "transformers": ("learner", "data.tiny"),
-    "zmq": ("wire.sockets",),
+    "zmq": ("wire.sockets", "wire.keys"),
+    "sqlite3": ("buffer.ledger",),
     "peft": ("learner.lora",),
 }
 MODULES = {

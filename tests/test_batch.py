@@ -11,6 +11,7 @@ from fakes import make_lease
 
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
+from asyncgrpo.staleness import share_of
 from asyncgrpo.types import Completion, Group, Shard
 
 STEP = 9
@@ -202,6 +203,24 @@ def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> N
         num_counted_tokens=5,
         num_counted_sequences=2,
     )
+
+
+def test_tokens_past_the_bound_count_half_for_each_version_when_they_are_weighed_down() -> None:
+    versions = [STEP - 8, STEP - 6, STEP - 5, STEP - 4, STEP]
+    old = group(1, [7], [completion([1, 2, 3, 4, 5], versions), completion([6])], [1.0, 0.0])
+    ((batch,), report) = pack(
+        (old,), STEP, max_tokens=99, max_staleness=4, staleness_action="downweight"
+    )
+    assert report.num_loss_tokens == 6
+    values = np.array([0.5, -0.5], np.float32)
+    shares = share_of(batch.staleness, 4, "downweight")
+    weighed = with_advantages(batch, values, shares=shares)
+    found = dict(zip(batch.target_ids.tolist(), weighed.advantages.tolist(), strict=True))
+    assert found == {1: 0.5 / 16, 2: 0.5 / 4, 3: 0.5 / 2, 4: 0.5, 5: 0.5, 6: -0.5}
+    assert (share_of(batch.staleness, 4, "mask") == 1).all()
+    older = group(1, [7], [completion([1], [STEP - 9]), completion([6])], [1.0, 0.0])
+    with pytest.raises(StalenessError):
+        pack((older,), STEP, max_tokens=99, max_staleness=4, staleness_action="downweight")
 
 
 def test_masking_truncated_completions_takes_them_out_of_the_loss_and_of_the_count() -> None:

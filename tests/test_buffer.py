@@ -15,9 +15,9 @@ from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.gate import Gate, TokenGate
 from asyncgrpo.buffer.leases import STATES, lease_seed
 from asyncgrpo.buffer.replay import Replay, deal
-from asyncgrpo.buffer.staleness import past_bound
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.staleness import past_bound
 from asyncgrpo.wire.codec import Packet, group_packet, groups_from, lease_from, shard_from
 
 
@@ -148,9 +148,9 @@ def test_ticket_order_waits_for_earlier_open_work():
     replay = Replay("ticket")
     for ticket in (2, 3, 5):
         replay.add(ticket, make_group(make_lease(ticket)))
-    assert not replay.ready(2, open_tickets=[1, 4])
-    assert replay.ready(2, open_tickets=[4])
-    assert [stored.ticket for stored in replay.take(2)] == [2, 3]
+    assert not replay.ready(2, oldest_open=1)
+    assert replay.ready(2, oldest_open=4)
+    assert [stored.ticket for stored in replay.take(2, oldest_open=4)] == [2, 3]
 
 
 def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_the_store():
@@ -187,12 +187,12 @@ def number_of(group):
     return int(group.lease.lease_id[1:])
 
 
-def trained_packet(step, groups, world_size=2):
+def trained_packet(step, groups, world_size=2, covered=0):
     """What rank 0 tells: advantages by which a group and its completions can be recognised."""
     values = [number_of(group) + sample for group in groups for sample in range(2)]
     return Packet(
         kind="trained",
-        fields={"step": step, "world_size": world_size},
+        fields={"step": step, "world_size": world_size, "covered": covered},
         arrays=(np.array(values, np.float32),),
     )
 
@@ -205,7 +205,7 @@ class Simulation:
         self.config = config_of(**rooms)
         self.trained: dict[int, list] = {}
         self.dropped: list[tuple] = []
-        self.core = BufferCore(self.config, CountingPrompts(), self.record)
+        self.core = self.new_core()
         self.now = 0.0
         self.ids = Counter()
         self.lives = {f"actor-{i}": 0 for i in range(3)}
@@ -213,11 +213,16 @@ class Simulation:
         self.work: dict[str, list] = {}
         self.asked: set[str] = set()
         self.published = 0
+        self.covered = 0  # the learner's newest checkpoint
         self.shards: dict[int, dict[int, object]] = {}
         self.take_asked: set[tuple[int, int]] = set()
         self.uniform_share = uniform_share
+        self.is_over = False
         for actor in self.lives:
             self.send(self.peer(actor), "hello", actor=actor)
+
+    def new_core(self):
+        return BufferCore(self.config, CountingPrompts(), self.record)
 
     def record(self, step, ended):
         assert step == self.core.step
@@ -257,6 +262,9 @@ class Simulation:
             rank = int(peer[-1])
             shard = shard_from(packet)
             self.shards.setdefault(shard.step, {})[rank] = shard
+
+        elif packet.kind == "exhausted":
+            self.is_over = True
 
     def check(self):
         counts = self.core.leases.counts
@@ -314,13 +322,14 @@ class Simulation:
             before = [g.lease.lease_id for g in shards[0].groups]
             self.send("learner-0", "take", step=step, rank=0, world_size=2)
             assert [g.lease.lease_id for g in self.shards[step][0].groups] == before
-            self.post("learner-0", trained_packet(step, shards[0].groups + shards[1].groups))
+            groups = shards[0].groups + shards[1].groups
+            self.post("learner-0", trained_packet(step, groups, covered=self.covered))
             if (step + 1) % self.config.weights.publish_every == 0:
                 self.published = step + 1
 
     def run(self, max_actions=40_000):
         for _ in range(max_actions):
-            if self.core.step >= self.config.run.max_steps:
+            if self.is_over or self.core.step >= self.config.run.max_steps:
                 return
             self.act()
         raise AssertionError(f"stuck at step {self.core.step}: {self.core.metrics()}")
@@ -330,6 +339,10 @@ SCHEDULES = {
     "arrival": {},
     "ticket": {"buffer": {"order": "ticket"}},
     "mask": {"buffer": {"staleness_action": "mask"}},
+    "downweight": {"buffer": {"staleness_action": "downweight", "max_staleness": 1}},
+    "wait": {"buffer": {"staleness_action": "wait"}},
+    "window": {"buffer": {"order": "window", "window": 5}},
+    "narrow_window": {"buffer": {"order": "window", "window": 1, "staleness_action": "wait"}},
     "on_policy": {"buffer": {"max_staleness": 0}},
     "rare_publish": {"weights": {"publish_every": 3}},
     **{
@@ -369,7 +382,8 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
             used[group.lease.lease_id] += 1
             oldest = [step - int(c.versions.min()) for c in group.completions]
             newest = [step - int(c.versions.max()) for c in group.completions]
-            assert (max(oldest) if action == "drop" else min(newest)) <= bound
+            age = min(newest) if action == "mask" else max(oldest)
+            assert age <= (2 * bound if action == "downweight" else bound)
     assert run.core.replay.num_tokens == sum(
         stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
     )
@@ -379,6 +393,24 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     expected = {r: n for r, n in reasons.items() if r.startswith(("filtered", "evicted"))}
     assert Counter(f"{status}/{reason}" for _, status, reason in run.dropped) == expected
     assert sorted(run.trained) == list(range(run.config.run.max_steps))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_buffer_that_waits_never_evicts(seed):
+    run = Simulation(seed, buffer={"staleness_action": "wait"})
+    run.run()
+    assert run.core.leases.counts["evicted"] == 0
+
+
+def test_a_group_is_at_most_a_window_ahead_of_earlier_work():
+    replay = Replay("window", window=3)
+    for ticket in (4, 5, 6):
+        replay.add(ticket, group_of(ticket, 5))
+    assert not replay.ready(1, oldest_open=1)
+    assert not replay.ready(3, oldest_open=3)
+    assert [stored.ticket for stored in replay.take(9, oldest_open=3)] == [4, 5]
+    assert replay.ready(1, oldest_open=None)
 
 
 def assert_batch_size(groups, config):
@@ -444,12 +476,13 @@ def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_ra
         takes += [reply.kind for _, reply in run.core.handle(f"rank-{rank}", request, 1.0)]
     assert takes == ["stopped", "stopped"]
     request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
-    assert run.core.handle("a.1", request, 2.0) == []
+    assert run.core.handle("actor-0.0", request, 2.0) == []
 
 
 def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
     core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
     for peer in ("a.1", "b.1"):
+        core.handle(peer, Packet(kind="hello", fields={"actor": peer[0]}), 0.0)
         fields = {"version": 0, "max": 12}
         replies = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
     assert replies == []  # the first took all that the gate lets start
@@ -602,7 +635,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
     assert exam.ask("learner-0", "results") == []
     assert exam.answer("greedy", [0.4], now=2.0) == []  # correct above 0, the run's own bound
-    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary")
     assert [report["name"] for report in noted.fields["evaluations"]] == ["greedy"]
     answers = exam.answer("sampled", [0.4, 0.6], now=3.0)  # correct above 0.5
     assert [answer.kind for answer in answers] == ["evaluating", "reports"]
@@ -610,7 +643,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     assert (greedy["accuracy"], greedy["pass_at_k"], greedy["seconds"]) == (1.0, {}, 2.0)
     assert (sampled["accuracy"], sampled["pass_at_k"]) == (0.5, {"2": 1.0})
     assert (sampled["num_prompts"], sampled["seconds"], sampled["version"]) == (4, 3.0, 5)
-    (noted,) = exam.ask("learner-0", "trained", step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary")
     assert [report["name"] for report in noted.fields["evaluations"]] == ["sampled"]
     assert exam.core.leases.num_training_leases() == 0
 
@@ -633,11 +666,11 @@ def test_a_block_that_nobody_answers_ends_at_its_own_timeout():
     exam = Exam()
     exam.ask("learner-0", "evaluate", version=5, blocks=["greedy", "sampled"])
     exam.core.tick(51.0)
-    (noted,) = exam.ask("learner-0", "trained", now=52.0, step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary", now=52.0)
     (report,) = noted.fields["evaluations"]
     assert (report["name"], report["num_answered"], report["num_prompts"]) == ("greedy", 0, 3)
     exam.answer("sampled", [1.0, 1.0], now=199.0)
-    (noted,) = exam.ask("learner-0", "trained", now=199.0, step=0, world_size=1)
+    (noted,) = exam.ask("learner-0", "summary", now=199.0)
     assert [r["num_answered"] for r in noted.fields["evaluations"]] == [4]
 
 
@@ -657,6 +690,29 @@ def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
     (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
     (report,) = answer.fields["reports"]
     assert (report["num_answered"], report["num_prompts"]) == (0, 5)
+
+
+def test_advantages_that_do_not_fit_the_batch_change_nothing():
+    run = Simulation(3)
+    while len(run.shards.get(0, {})) < 2 and not run.trained:
+        run.act()
+        run.core.step or run.send("learner-0", "take", step=0, rank=0, world_size=2)
+        run.core.step or run.send("learner-1", "take", step=0, rank=1, world_size=2)
+    before = run.core.metrics()
+    good = trained_packet(0, run.shards[0][0].groups + run.shards[0][1].groups)
+    for arrays in ((), (good.arrays[0][1:],), good.arrays * 2):
+        bad = Packet(kind="trained", request_id=9, fields=good.fields, arrays=arrays)
+        (_, answer), *_ = run.core.handle("learner-0", bad, run.now)
+        assert (answer.kind, "ValueError" in answer.fields["reason"]) == ("refused", True)
+    assert (run.core.metrics(), run.core.step) == (before, 0)
+    run.post("learner-0", good)
+    assert (run.core.step, run.core.metrics()["leases_trained"]) == (1, 4)
+
+
+def test_an_unknown_evaluation_block_is_refused():
+    request = Packet(kind="evaluate", request_id=1, fields={"version": 0, "blocks": ["no"]})
+    (_, answer), *_ = Exam().core.handle("learner-0", request, 0.0)
+    assert "no evaluation block is called no" in answer.fields["reason"]
 
 
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason():

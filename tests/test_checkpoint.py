@@ -111,6 +111,19 @@ def test_the_newest_and_every_nth_checkpoint_stay(folder, shard, tmp_path):
     assert [step_of(path) for path in saved(tmp_path / "checkpoints")] == [6, 12, 14]
 
 
+def test_covered_is_the_oldest_checkpoint_that_may_have_to_serve(folder, tmp_path):
+    updater = PolicyUpdater(settings(folder), run_dir=tmp_path)
+    found = []
+    for step in (3, 5, 6, 9):
+        updater.checkpoint(step)
+        updater.save()
+        found.append(updater.covered)
+    assert found == [0, 0, 5, 6]  # with checkpoint.keep_last = 2
+    (tmp_path / "checkpoints" / "step_9" / "rng_0.pt").unlink()
+    again = PolicyUpdater(settings(folder), run_dir=tmp_path)
+    assert (again.restore(), again.covered) == (6, 0)
+
+
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

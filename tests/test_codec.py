@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zlib
+
 import msgpack
 import numpy as np
 import pytest
 from fakes import make_group, make_lease
-from hypothesis import given
-from hypothesis import strategies as st
 
-from asyncgrpo.errors import WireError
+from asyncgrpo.errors import SchemaMismatch, WireError
 from asyncgrpo.types import Shard
 from asyncgrpo.wire.codec import (
+    MAGIC,
+    MAX_ARRAYS,
+    MAX_FULL_FRAMES,
+    PREFIX,
     SCHEMA,
     Packet,
     decode,
@@ -23,6 +28,13 @@ from asyncgrpo.wire.codec import (
     shard_from,
     shard_packet,
 )
+
+
+def sealed(header, *frames):
+    """Frames with a right prefix around whatever header."""
+    body = header if isinstance(header, bytes) else msgpack.packb(header)
+    checksum = zlib.crc32(b"".join([body, *frames]))
+    return [PREFIX.pack(MAGIC, SCHEMA, checksum) + body, *frames]
 
 
 def same_group(one, other):
@@ -86,15 +98,25 @@ def test_nan_rewards_of_functions_that_do_not_apply_survive_the_wire():
     [
         [],
         [b""],
-        [b"\xc1"],
-        [msgpack.packb([SCHEMA + 1, "put", 0, {}, []])],
-        [msgpack.packb([SCHEMA, "put", 0, {}])],
-        [msgpack.packb([SCHEMA, 7, 0, {}, []])],
-        [msgpack.packb([SCHEMA, "put", 0, {}, [["int32", [2]]]])],
-        [msgpack.packb([SCHEMA, "put", 0, {}, [["int32", [2]]]]), b"123"],
-        [msgpack.packb([SCHEMA, "put", 0, {}, [["object", [1]]]]), b"12345678"],
-        [msgpack.packb([SCHEMA, "put", 0, {}, [["int32", [-1]]]]), b""],
-        [msgpack.packb([SCHEMA, "put", 0, {}, [["int32", 5]]]), b""],
+        [b"AG"],
+        [b"\xc1 is no msgpack and has no prefix"],
+        sealed(b"\xc1"),
+        sealed(["put", 0, {}]),
+        sealed([7, 0, {}, []]),
+        sealed(["put", True, {}, []]),
+        sealed(["put", 0, [], []]),
+        sealed(["put", 0, {}, [["int32", [2]]]]),
+        sealed(["put", 0, {}, [["int32", [2]]]], b"123"),
+        sealed(["put", 0, {}, [["object", [1]]]], b"12345678"),
+        sealed(["put", 0, {}, [[["int32"], [1]]]], b"1234"),
+        sealed(["put", 0, {}, [["int32", [-1]]]], b""),
+        sealed(["put", 0, {}, [["int32", 5]]], b""),
+        sealed(["put", 0, {}, [["int32", [True]]]], b"1234"),
+        sealed(["put", 0, {}, [["bool", [0, 1 << 30, 1 << 30, 1 << 30]]]], b""),
+        sealed(["put", 0, {}, [["bool", [1 << 31, 0]]]], b""),
+        sealed(["put", 0, {}, [["bool", [1] * 5]]], b"1"),
+        sealed(["put", 0, {}, [["bool", [1 << 62] * 100_000]]], b"1"),
+        sealed(msgpack.packb(msgpack.ExtType(5, b"code"))),
     ],
 )
 def test_malformed_frames_are_refused(frames):
@@ -103,25 +125,61 @@ def test_malformed_frames_are_refused(frames):
 
 
 def test_a_wrong_schema_number_is_named():
-    with pytest.raises(WireError, match=f"schema {SCHEMA + 1} is not {SCHEMA}"):
-        decode([msgpack.packb([SCHEMA + 1, "put", 0, {}, []])])
+    (header,) = encode(Packet(kind="put"))
+    other = header[:2] + bytes([SCHEMA + 1]) + header[3:]
+    with pytest.raises(SchemaMismatch, match=f"schema {SCHEMA + 1} is not {SCHEMA}"):
+        decode([other])
 
 
-@given(st.data())
-def test_mutated_frames_never_do_anything_but_raise_wire_errors(data):
-    frames = [
-        bytearray(frame) for frame in encode(group_packet("put", [make_group(make_lease(1))]))
-    ]
-    for _ in range(data.draw(st.integers(1, 4))):
-        frame = frames[data.draw(st.integers(0, len(frames) - 1))]
-        if frame:
-            frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        groups = groups_from(decode([bytes(frame) for frame in frames]))
-    except WireError:
-        return
-    assert len(groups) == 1
-    assert sum(len(c.token_ids) for c in groups[0].completions) == len(frames[3]) // 4
+@pytest.mark.parametrize(
+    "announced",
+    [
+        b"\xdd\xff\xff\xff\xff",  # a list of 2^32 - 1 items
+        b"\xdf\xff\xff\xff\xff",  # a mapping
+        b"\xdb\xff\xff\xff\xff",  # a text
+        b"\xc6\xff\xff\xff\xff",  # bytes
+        b"\xc9\xff\xff\xff\xff\x01",  # an extension
+        b"\xdc\xff\xff" * 300,  # lists of 65535 lists of 65535 ...
+        b"\x91" * 100_000,  # lists in lists in lists
+    ],
+)
+def test_sizes_that_are_only_announced_allocate_nothing(announced):
+    tracemalloc.start()
+    with pytest.raises(WireError) as caught:
+        decode(sealed(announced))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 << 20
+    assert len(str(caught.value)) < 200
+
+
+def test_what_is_too_large_is_refused_by_both_sides():
+    packet = Packet(kind="put", arrays=(np.zeros(100, dtype=np.int32),) * 3)
+    for limit in (399, 1200 // MAX_FULL_FRAMES):
+        with pytest.raises(WireError, match="over the limit"):
+            encode(packet, limit)
+        with pytest.raises(WireError, match="over the limit"):
+            decode(encode(packet), limit)
+    assert len(decode(encode(packet, 400), 400).arrays) == 3
+    with pytest.raises(
+        WireError, match=rf"{MAX_ARRAYS + 2} frames, .* over the limit of {MAX_ARRAYS + 1}"
+    ):
+        decode([*encode(Packet(kind="x")), *[b""] * (MAX_ARRAYS + 1)])
+
+
+def test_a_group_with_arrays_of_other_types_or_fields_is_refused():
+    packet = group_packet("put", [make_group(make_lease(1))])
+    for place, array in enumerate(packet.arrays):
+        for wrong in (array.astype(np.float64), array[None]):
+            arrays = (*packet.arrays[:place], wrong, *packet.arrays[place + 1 :])
+            with pytest.raises(WireError, match="other dtypes or dimensions"):
+                groups_from(Packet(kind="put", fields=packet.fields, arrays=arrays))
+    (fields,) = packet.fields["groups"]
+    for key in fields:
+        for junk in (None, 7, [None], {"x": []}):
+            changed = {"groups": [{**fields, key: junk}]}
+            with pytest.raises(WireError):
+                groups_from(Packet(kind="put", fields=changed, arrays=packet.arrays))
 
 
 def test_what_msgpack_cannot_carry_is_refused_by_name():

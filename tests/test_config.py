@@ -62,6 +62,11 @@ WRONG = {
     "eval.reward.functions=[{use='task'}, {use='task'}]": ["two are called 'task'"],
     "eval.reward.workers=2": ["unknown setting eval.reward.workers"],
     "launch.metrics_port=99999": ["launch.metrics_port=99999", "65535"],
+    "launch.host=localhost": ["launch.host: 'localhost'", "IPv4 address", "use 127.0.0.1"],
+    "launch.host=0.0.0.0": ["launch.host: '0.0.0.0'", "that the others reach"],
+    "observe.metrics_host=::": ["observe.metrics_host: '::'", "IPv4 address"],
+    "launch={host='10.0.0.1', encrypt=false}": ["encrypt=false with host=10.0.0.1", "--insecure"],
+    "launch.encrypt=maybe": ["launch.encrypt='maybe'", "'auto', True or False"],
 }
 
 
@@ -109,6 +114,22 @@ def test_routes_take_the_place_of_the_default_functions_but_not_of_given_ones():
     both = load_config(None, [routes, "reward.functions=[{use='exact'}]"]).reward
     assert [f.use for f in both.functions] == ["exact"]
     assert from_mapping({"reward": alone.model_dump(mode="json")}).reward == alone
+
+
+@pytest.mark.parametrize(
+    ("launch", "encrypted"),
+    [
+        ({}, False),
+        ({"encrypt": True}, True),
+        ({"host": "127.0.0.2"}, False),
+        ({"host": "10.0.0.1"}, True),
+        ({"host": "10.0.0.1", "encrypt": True, "insecure": True}, True),
+        ({"host": "10.0.0.1", "insecure": True}, False),
+        ({"host": "10.0.0.1", "insecure": True, "encrypt": False}, False),
+    ],
+)
+def test_off_loopback_a_run_is_encrypted_unless_told_otherwise_twice(launch, encrypted):
+    assert from_mapping({"launch": launch}).launch.encrypted == encrypted
 
 
 def test_a_missing_config_file_names_its_neighbours(tmp_path):

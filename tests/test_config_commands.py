@@ -112,6 +112,12 @@ def test_a_room_shows_its_settings_and_a_last_part_all_that_end_so() -> None:
     assert len(lines) == len(Config().buffer.model_dump())
     assert "actor.threads" in run("explain", "threads")
     assert "learner.threads" in run("explain", "threads")
+    assert "eval.reward" not in run("explain", "reward")
+
+
+@pytest.mark.parametrize("key", ["eval.1.every", "eval[0].every", "eval[].every"])
+def test_a_setting_of_one_table_of_a_list_is_explained_like_the_others(key: str) -> None:
+    assert run("explain", key).startswith("eval.every\n")
 
 
 def test_a_foreign_name_is_explained_and_named_at_its_own_setting() -> None:

@@ -86,6 +86,15 @@ def test_validate_reports_everything_at_once(tmp_path, asyncgrpo):
     assert f"{len(FINDINGS)} problems in {len(FINDINGS) + 1} records" in out
 
 
+def test_validate_says_what_is_wrong_with_many_records_once(tmp_path, asyncgrpo):
+    rows = [{**GOOD, "question": f"{number} + 1?"} for number in range(4)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "others")
+    assert (code, out.count("is unknown")) == (1, 1)
+    assert "and 3 more" in out
+    assert "4 problems in 4 records" in out
+
+
 def test_validate_ends_with_0_when_nothing_is_found(asyncgrpo):
     code, out, _ = asyncgrpo("data", "validate", SAMPLE, "--known-sources", "openai/gsm8k")
     assert (code, out) == (0, f"{SAMPLE}: 0 problems in 64 records\n")

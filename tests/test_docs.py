@@ -35,6 +35,10 @@ INLINE = re.compile(r"(?<![\w/])asyncgrpo (?:[a-z][\w-]*)[^`#\n]*")
 ELSEWHERE = {
     "make demo": "asyncgrpo launch --config configs/tiny.toml --actors 2 --learners 2",
     "make test": "make test",
+    "prometheus --config.file=grafana/prometheus.yml": (
+        "e2e/test_prometheus.py",
+        '"prometheus", f"--config.file=',
+    ),
     "asyncgrpo traj diff RUN 0:5 50:60": ("test_samples.py", "def test_diff_shows_answers"),
     "asyncgrpo chat --model RUN/model --prompt Sort: 3 1 2 --expect 1 2 3": (
         "test_chat.py",

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import time
+import urllib.error
 import urllib.request
 
 import pytest
+from fakes import make_group, make_lease
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY, Counter
+from prometheus_client.utils import floatToGoString
 from rich.console import Console
+from typer.testing import CliRunner
 
+from asyncgrpo.cli import app
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.exporter import Exporter
-from asyncgrpo.observe.metrics import METRICS, eval_metrics, metric_of
-from asyncgrpo.observe.progress import Progress, eval_table, show_summary, sparkline
+from asyncgrpo.observe.metrics import BUCKETS, METRICS, eval_metrics, metric_of
+from asyncgrpo.observe.progress import (
+    Progress,
+    duration,
+    eval_table,
+    follow,
+    show_summary,
+    sparkline,
+)
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.types import Shard
 
 ENDPOINTS = Endpoints(buffer="tcp://127.0.0.1:1", weights="tcp://127.0.0.1:2", store=("h", 3))
 REPORT = {
@@ -71,8 +89,8 @@ def run(tmp_path) -> RunDir:
     return made
 
 
-def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+def scrape(port: int, page: str = "metrics") -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}", timeout=5) as answer:
         return answer.read().decode()
 
 
@@ -81,13 +99,48 @@ def port_of(run: RunDir, role: str) -> int:
     return int(target[0]["targets"][0].rsplit(":", 1)[1])
 
 
-def test_every_metric_has_a_unit_a_meaning_and_a_name_that_prometheus_accepts():
+def test_every_metric_has_a_unit_a_meaning_and_a_name_of_its_own_for_prometheus():
     for name, metric in METRICS.items():
         assert metric.name == name
         assert metric.unit
         assert metric.rises
-        assert re.fullmatch(r"asyncgrpo_[a-z0-9_]+", metric.prometheus_name)
-    assert len({metric.prometheus_name for metric in METRICS.values()}) == len(METRICS)
+        assert re.fullmatch(rf"asyncgrpo_{metric.room}_[a-z0-9_]+", metric.prometheus_name)
+        assert metric.prometheus_name.endswith("_total") == (metric.kind == "counter")
+        unit = {"share": "ratio", "tokens/s": "per_second", "1": "", "reward": ""}
+        end = unit.get(metric.unit, metric.unit)
+        assert metric.prometheus_name.removesuffix("_total").endswith(end) or "_per_" in name
+    series = {(m.prometheus_name, tuple(m.labels.items())) for m in METRICS.values()}
+    assert len(series) == len(METRICS)
+
+
+def test_metrics_of_one_family_share_kind_help_and_label_names():
+    families: dict[str, set] = {}
+    for m in METRICS.values():
+        families.setdefault(m.prometheus_name, set()).add((m.kind, m.help, tuple(m.labels)))
+    assert {name: len(shapes) for name, shapes in families.items() if len(shapes) > 1} == {}
+    assert METRICS["lag_3/kl"].labels == {"lag": "3"}
+    assert METRICS["masked/opsm/decile_7"].labels == {"rule": "opsm", "decile": "7"}
+    ended = METRICS["groups_filtered_all_wrong"]
+    assert ended.prometheus_name == "asyncgrpo_buffer_ended_groups_total"
+    assert ended.labels == {"state": "filtered", "reason": "all_wrong"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "tokens_generated": "asyncgrpo_actor_generated_tokens_total",
+        "eval/accuracy": "asyncgrpo_eval_accuracy_ratio",
+        "buffer_groups": "asyncgrpo_buffer_groups",
+        "tokens_per_second": "asyncgrpo_run_tokens_per_second",
+        "setting/groups_per_step": "asyncgrpo_setting_groups_per_step",
+        "judge/error_rate": "asyncgrpo_run_judge_error_ratio",
+        "publish/stall_seconds": "asyncgrpo_weights_publish_stall_seconds",
+        "completion/reward": "asyncgrpo_actor_completion_reward",
+        "rewards/mean": "asyncgrpo_learner_rewards_mean",
+    }.items(),
+)
+def test_names_for_prometheus_are_room_thing_and_unit(name, expected):
+    assert METRICS[name].prometheus_name == expected
 
 
 def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
@@ -95,12 +148,102 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
     exporter.show({"rewards/mean": 0.25, "tokens_generated": 7})
     exporter.show({"rewards/mean": 0.5})
     text = scrape(port_of(run, "actor-0"))
-    assert 'asyncgrpo_rewards_mean{role="actor-0"} 0.5' in text
-    assert 'asyncgrpo_tokens_generated_total{role="actor-0"} 7.0' in text
-    assert "# TYPE asyncgrpo_tokens_generated_total counter" in text
-    assert (
-        f"# HELP asyncgrpo_rewards_mean reward; rises when {METRICS['rewards/mean'].rises}" in text
+    assert 'asyncgrpo_learner_rewards_mean{role="actor-0"} 0.5' in text
+    assert 'asyncgrpo_actor_generated_tokens_total{role="actor-0"} 7.0' in text
+    assert "# TYPE asyncgrpo_actor_generated_tokens_total counter" in text
+    help_text = f"reward; rises when {METRICS['rewards/mean'].rises}"
+    assert f"# HELP asyncgrpo_learner_rewards_mean {help_text}" in text
+
+
+def test_the_target_names_the_run_and_goes_away_with_a_process_that_ends_as_it_should(run):
+    exporter = Exporter("actor-0", 0, run.path)
+    (target,) = json.loads((run.path / "targets" / "actor-0.json").read_text())
+    name = run.path.name
+    assert target["labels"] == {"role": "actor-0", "run": name, "instance": f"{name}/actor-0"}
+    assert [file.name for file in (run.path / "targets").iterdir()] == ["actor-0.json"]
+    exporter.close()
+    assert list((run.path / "targets").iterdir()) == []
+
+
+@settings(max_examples=20)
+@given(batches=st.lists(st.lists(st.floats(0, 4000), max_size=20), min_size=1, max_size=5))
+def test_a_histogram_counts_each_value_in_every_bucket_that_reaches_it(tmp_path_factory, batches):
+    exporter = Exporter("actor-0", 0, tmp_path_factory.mktemp("run"))
+    for batch in batches:
+        exporter.observe("group/judge_seconds", batch)
+    values = [value for batch in batches for value in batch]
+    (family,) = [f for f in exporter.collect() if f.name.endswith("judge_seconds")]
+    samples = {(s.name.rpartition("_")[2], s.labels.get("le")): s.value for s in family.samples}
+    for upper in BUCKETS["seconds"]:
+        assert samples["bucket", floatToGoString(upper)] == sum(v <= upper for v in values)
+    assert samples["bucket", "+Inf"] == samples["count", None] == len(values)
+    assert samples["sum", None] == pytest.approx(sum(values))
+
+
+def test_histograms_of_rewards_have_a_sum_too_and_no_value_spoils_it(run):
+    exporter = Exporter("actor-0", 0, run.path)
+    exporter.observe("completion/reward", [-1.03, 1.0, float("nan")])
+    text = scrape(port_of(run, "actor-0"))
+    name = "asyncgrpo_actor_completion_reward"
+    assert f'{name}_bucket{{le="-1.0",role="actor-0"}} 1.0' in text
+    assert f'{name}_sum{{role="actor-0"}} -0.03' in text
+    assert f'{name}_count{{role="actor-0"}} 2.0' in text
+
+
+def test_times_of_steps_are_counted_and_not_replaced(run):
+    exporter = Exporter("learner-1", 0, run.path)
+    exporter.show({"step_seconds": 2.0})
+    exporter.show({"step_seconds": 3.0})
+    text = scrape(port_of(run, "learner-1"))
+    assert 'asyncgrpo_learner_step_seconds_sum{role="learner-1"} 5.0' in text
+    assert 'asyncgrpo_learner_step_seconds_count{role="learner-1"} 2.0' in text
+
+
+def test_a_lag_that_the_last_row_does_not_have_is_no_longer_shown(run):
+    exporter = Exporter("learner-0", 0, run.path)
+    exporter.show({"lag_4/tokens": 9, "eval/accuracy": 0.5})
+    exporter.show({"step": 3})
+    assert 'lag="4"' in scrape(port_of(run, "learner-0"))
+    exporter.show({"lag_1/tokens": 8})
+    text = scrape(port_of(run, "learner-0"))
+    assert 'asyncgrpo_learner_lag_tokens{lag="1",role="learner-0"} 8.0' in text
+    assert 'lag="4"' not in text
+    assert "asyncgrpo_eval_accuracy_ratio" in text
+
+
+def test_the_staleness_of_a_shard_is_the_age_of_every_token():
+    groups = (make_group(make_lease(3), versions=[[4, 4, 5], [5]]),)
+    shard = Shard(step=6, groups=groups, num_loss_tokens_global=4, num_completions_global=2)
+    assert shard.staleness.tolist() == [2, 2, 1, 1]
+    empty = Shard(step=6, groups=(), num_loss_tokens_global=4, num_completions_global=2)
+    assert empty.staleness.tolist() == []
+
+
+def test_what_other_libraries_keep_for_prometheus_is_served_beside_ours(run):
+    theirs = Counter("vllm:generation_tokens", "as vLLM names its own")
+    try:
+        theirs.inc(5)
+        Exporter("actor-0", 0, run.path).show({"swaps": 1})
+        text = scrape(port_of(run, "actor-0"))
+    finally:
+        REGISTRY.unregister(theirs)
+    assert "vllm:generation_tokens_total 5.0" in text
+    assert "process_resident_memory_bytes" in text
+    assert 'asyncgrpo_actor_swaps_total{role="actor-0"} 1.0' in text
+
+
+def test_healthz_says_who_it_is_and_how_long_its_loop_has_been_silent(run):
+    exporter = Exporter("buffer", 0, run.path)
+    exporter.told -= 60.0
+    health = json.loads(scrape(port_of(run, "buffer"), "healthz"))
+    assert health["role"] == "buffer"
+    assert 60.0 <= health["report_age_seconds"] < 90.0
+    exporter.show({})
+    assert json.loads(scrape(port_of(run, "buffer"), "healthz"))["report_age_seconds"] < 30.0
+    age = re.search(
+        r'asyncgrpo_process_report_age_seconds{role="buffer"} (\S+)', scrape(port_of(run, "buffer"))
     )
+    assert float(age[1]) < 30.0
 
 
 def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(run):
@@ -112,12 +255,12 @@ def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(ru
     assert values["eval/sampled/pass@4"] == 0.75
     Exporter("learner-0", 0, run.path).show({**values, "loss": 1.0})
     text = scrape(port_of(run, "learner-0"))
-    assert 'asyncgrpo_eval_accuracy{eval="held-out",role="learner-0"} 0.5' in text
-    assert 'asyncgrpo_eval_accuracy{eval="sampled",role="learner-0"} 0.25' in text
-    assert 'asyncgrpo_eval_pass{eval="sampled",k="4",role="learner-0"} 0.75' in text
-    assert 'asyncgrpo_loss{role="learner-0"} 1.0' in text
-    assert text.count("# TYPE asyncgrpo_eval_accuracy gauge") == 1
-    with pytest.raises(KeyError, match="eval/median"):
+    assert 'asyncgrpo_eval_accuracy_ratio{eval="held-out",role="learner-0"} 0.5' in text
+    assert 'asyncgrpo_eval_accuracy_ratio{eval="sampled",role="learner-0"} 0.25' in text
+    assert 'asyncgrpo_eval_pass_ratio{eval="sampled",k="4",role="learner-0"} 0.75' in text
+    assert 'asyncgrpo_learner_loss_nats{role="learner-0"} 1.0' in text
+    assert text.count("# TYPE asyncgrpo_eval_accuracy_ratio gauge") == 1
+    with pytest.raises(KeyError, match="eval/sampled/median"):
         metric_of("eval/sampled/median")
 
 
@@ -136,6 +279,16 @@ def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
     assert metrics[2]["eval/sampled/pass@4"] == 0.75
     assert "eval/accuracy" not in metrics[2]
     assert (metrics[3]["eval/version"], metrics[3]["eval/sampled/version"]) == (1, 1)
+
+
+def test_the_endpoint_can_be_bound_and_announced_elsewhere(run):
+    Exporter("actor-0", 0, run.path, "127.0.0.2").show({"swaps": 3})
+    target = json.loads((run.path / "targets" / "actor-0.json").read_text())[0]["targets"][0]
+    assert target.startswith("127.0.0.2:")
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
+        assert b"asyncgrpo_actor_swaps_total" in answer.read()
+    with pytest.raises(urllib.error.URLError):
+        scrape(int(target.split(":")[1]))
 
 
 def test_a_name_outside_the_table_is_refused(run):
@@ -169,6 +322,18 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
     assert "eval/accuracy" not in two
     assert two["actor_idle_share"] == pytest.approx(0.0)
     assert two["grad_norm"] is None
+
+
+@pytest.mark.parametrize(("role", "alone"), [("learner-0", False), ("serial", True)])
+def test_the_learners_endpoint_leaves_others_counts_to_them_unless_it_is_alone(run, role, alone):
+    recorder = RunRecorder(run, Exporter(role, 0, run.path))
+    recorder.begin(0)
+    recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
+    text = scrape(port_of(run, role))
+    assert "asyncgrpo_learner_loss_nats" in text
+    assert "asyncgrpo_run_actor_idle_ratio" in text
+    for other in ("asyncgrpo_actor_generated_tokens", "asyncgrpo_buffer_arrived_groups"):
+        assert (other in text) == alone
 
 
 def test_tokens_per_second_and_the_total_are_of_what_arrived(run, monkeypatch):
@@ -277,8 +442,165 @@ def test_the_live_panel_shows_where_the_run_stands(run):
     assert "held-out 50.0% ▅   b 100.0% █" in out.getvalue()
 
 
+def write_rows(run: RunDir, *rows: dict) -> None:
+    text = "".join(json.dumps({**ROW, **row}) + "\n" for row in rows)
+    (run.path / "metrics.jsonl").write_text(text)
+
+
+def view(run: RunDir, *, once: bool = True, pause=lambda: None) -> str:
+    """What `asyncgrpo top` prints elsewhere than on a terminal."""
+    out = io.StringIO()
+    follow(run.path, 4, Console(file=out, width=200), once=once, pause=pause)
+    return out.getvalue()
+
+
+def test_the_view_has_groups_by_what_became_of_them_and_both_paces(run):
+    leases = {"open": 3, "stored": 2, "taken": 4, "trained": 8, "filtered": 1, "failed": 1}
+    leases |= {"expired": 2, "evicted": 3}
+    row = {f"leases_{state}": count for state, count in leases.items()}
+    write_rows(run, {**row, "step_seconds": 0.5, "tokens_per_second": 800.0})
+    shown = view(run)
+    assert "groups 8 done, 3 in flight, 6 buffered, 1 filtered, 6 failed" in shown
+    assert "tokens/s 800 generated, 200 trained" in shown
+
+
+@pytest.mark.parametrize(
+    ("wait", "idle", "says"),
+    [
+        (0.4, 0.3, "the learner waits for actors (learner 80%, actors 30%)"),
+        (0.1, 0.3, "actors wait for the learner (learner 20%, actors 30%)"),
+        (0.04, 0.09, "nobody waits long (learner 8%, actors 9%)"),
+    ],
+)
+def test_the_view_says_who_waits_for_whom(run, wait, idle, says):
+    write_rows(run, {"step_seconds": 0.5, "wait_seconds": wait, "actor_idle_share": idle})
+    assert says in view(run)
+
+
+def test_the_view_of_a_resumed_run_forgets_points_that_are_made_again(run):
+    progress = Progress(run.path, 9, Console(file=io.StringIO()))
+    write_rows(run, *({"step": step, "rewards/mean": 9.0 + step} for step in range(5)))
+    progress.read()
+    again = [{"step": step, "rewards/mean": 0.5, "loss": 0.123456789} for step in range(3, 9)]
+    kept = [{"step": step, "rewards/mean": 9.0 + step} for step in range(3)]
+    write_rows(run, *kept, *again)  # longer than what was read: the file did not shrink
+    progress.read()
+    assert progress.rewards == [(0, 9.0), (1, 10.0), (2, 11.0), *((s, 0.5) for s in range(3, 9))]
+
+
+def test_a_step_that_was_not_finite_is_shown_and_does_not_end_the_run(run):
+    write_rows(run, {"loss": None, "objective/kl": None})
+    out = io.StringIO()
+    with Progress(run.path, 4, Console(file=out, width=200)) as progress:
+        progress.tick()
+    assert "loss -  kl -" in out.getvalue()
+    assert "1/4 steps" in view(run)
+
+
+def test_top_says_that_there_is_no_step_yet(run):
+    assert view(run) == f"no step yet: see {run.path / 'logs'}\n"
+
+
+def test_top_says_for_how_long_nothing_happened(run):
+    write_rows(run, {"seconds": 3.0})
+    assert "no step for" not in view(run)
+    os.utime(run.path / "metrics.jsonl", (0, time.time() - 600))
+    assert "3 s, about 9 s left; no step for 10 min" in view(run)
+
+
+def test_top_follows_a_run_to_its_summary_and_tells_every_step_once(run):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    recorder.row(ROW, summary())
+    turns = iter(
+        [
+            lambda: recorder.row({**ROW, "step": 1, "version": 2}, summary()),
+            lambda: (
+                recorder.row({**ROW, "step": 2, "version": 3}, summary()),
+                recorder.finish([REPORT], summary()),
+            ),
+            lambda: None,
+        ]
+    )
+    shown = view(run, once=False, pause=lambda: next(turns)())
+    order = ("1/4 steps", "step 1 (2/4)", "step 2 (3/4)", "3 steps in", "faults        none")
+    assert [shown.count(part) for part in order] == [1] * len(order)
+    assert sorted(order, key=shown.index) == list(order)
+    assert next(turns, None) is None
+
+
+@pytest.mark.parametrize("options", [[], ["--once"]])
+def test_top_of_a_finished_run_is_its_summary(run, options):
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(0)
+    recorder.row(ROW, summary())
+    recorder.finish([REPORT], summary())
+    result = CliRunner().invoke(app, ["top", str(run.path), *options])
+    assert result.exit_code == 0
+    assert "held-out accuracy, 4 prompts" in result.output
+    assert "step 0" not in result.output
+
+
+def test_top_refuses_a_folder_without_a_run(tmp_path):
+    result = CliRunner().invoke(app, ["top", str(tmp_path)])
+    assert isinstance(result.exception, ConfigError)
+    assert result.exception.exit_code == 2
+    assert "is not a run directory" in str(result.exception)
+
+
+def test_ctrl_c_ends_top_as_asked(run, monkeypatch):
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asyncgrpo.observe.progress.time.sleep", interrupted)
+    result = CliRunner().invoke(app, ["top", str(run.path)])
+    assert (result.exit_code, result.exception) == (0, None)
+
+
+def test_the_summary_has_reward_and_faults_of_all_lives(run):
+    rewards = [0.0] * 10 + [0.5] * 5 + [1.0] * 10
+    evictions = [0, 2, 2, 0, 1] + [1] * 20  # begun anew after the third
+    rows = zip(rewards, evictions, strict=True)
+    write_rows(
+        run,
+        *(
+            {"step": step, "seconds": 1.0, "rewards/mean": reward, "publish/evictions": evicted}
+            for step, (reward, evicted) in enumerate(rows)
+        ),
+    )
+    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
+    recorder.begin(25)
+    recorder.finish([], summary())
+    (run.path / "logs").mkdir()
+    log = "10:00:01 restarted actor-0 (pid 7)\n10:00:02 actor-1 joined\n"
+    (run.path / "logs" / "launcher.log").write_text(log + log)
+    out = io.StringIO()
+    show_summary(run.path, Console(file=out, width=200))
+    found = re.search(r"reward +(\S+) (\S+) (\S+) \(first, last 10 steps\)", out.getvalue())
+    assert found is not None
+    assert found.groups() == ("+0.000", "▁" * 10 + "▅" * 5 + "█" * 10, "+1.000")
+    assert "faults        actor-0 restarted 2 times, 3 publish evictions\n" in out.getvalue()
+    assert f"model         {run.model_path}" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h")]
+)
+def test_durations_are_in_the_unit_that_fits(seconds, text):
+    assert duration(seconds) == text
+
+
 def test_sparklines_rise_with_the_share():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([-2.0, 0.0, 2.0], -2.0, 2.0) == "▁▅█"
+    assert sparkline([1.0, 1.0], 1.0, 1.0) == "▁▁"
+    assert sparkline([]) == ""
+
+
+@given(st.lists(st.floats(0, 1), min_size=31, max_size=200))
+def test_a_long_sparkline_is_bounded_and_covers_everything(shares):
+    assert len(sparkline(shares)) == 30
+    assert "█" in sparkline([*shares[:-7], *[1.0] * 7])
 
 
 def test_a_resumed_run_takes_back_rows_that_are_made_again(run):

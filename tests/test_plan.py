@@ -124,11 +124,33 @@ def test_the_command_lines_are_exactly_these() -> None:
     assert " ".join(spec(plan, "buffer").argv) == f"python {role.format('buffer')}"
     assert " ".join(spec(plan, "actor-1").argv) == f"python {role.format('actor')} --index 1"
     assert " ".join(spec(plan, "learner").argv) == (
-        "python -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --node-rank 0 "
-        "--master-addr 127.0.0.1 --master-port 5004 --max-restarts 0 --monitor-interval 0.2 "
+        "python -m asyncgrpo.learner.torchrun --nnodes 1 --nproc-per-node 2 --rdzv-backend "
+        "asyncgrpo --rdzv-endpoint 127.0.0.1:5004 --max-restarts 0 --monitor-interval 0.2 "
         + role.format("learner")
     )
     assert spec(plan, "actor-1").log_file == RUN_DIR / "logs" / "actor-1.log"
+
+
+def test_everything_stays_on_loopback_until_the_host_is_set() -> None:
+    near = plan_on(4)
+    assert near.endpoints.buffer == "tcp://127.0.0.1:5001"
+    assert near.endpoints.store == ("127.0.0.1", 5003)
+    assert spec(near, "learner").environment["NCCL_SOCKET_IFNAME"] == "lo"
+    far = plan_on(4, from_mapping({"launch": {"host": "10.0.0.1"}}))
+    assert far.endpoints.buffer == "tcp://10.0.0.1:5001"
+    assert far.endpoints.weights == "tcp://10.0.0.1:5002"
+    assert far.endpoints.store == ("10.0.0.1", 5003)
+    assert "127.0.0.1:5004" in spec(far, "learner").argv
+    for name in ("learner", "actor-0"):
+        assert spec(far, name).environment["GLOO_SOCKET_IFNAME"] == "lo"
+        assert "NCCL_SOCKET_IFNAME" not in spec(far, name).environment
+    assert far.warnings == near.warnings == ()
+
+
+def test_an_open_door_is_warned_of() -> None:
+    launch = {"host": "10.0.0.1", "insecure": True}
+    (warning,) = plan_on(4, from_mapping({"launch": launch})).warnings
+    assert "whoever reaches 10.0.0.1 can read prompts" in warning
 
 
 def test_only_vllm_actors_get_the_engine_environment() -> None:

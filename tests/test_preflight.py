@@ -22,6 +22,7 @@ from asyncgrpo.launch.preflight import (
     check_run_dir,
     choose_ports,
     pick_free_ports,
+    point_latest,
     prepare_run_dir,
 )
 
@@ -56,6 +57,17 @@ def refusal(path: Path | str) -> str:
 def test_a_complete_model_folder_passes_and_the_embedded_model_needs_none(model: Path) -> None:
     assert check_model_folder(str(model)) == model
     assert check_model_folder("tiny") is None
+
+
+def test_runs_latest_is_the_newest_run_of_the_folder_runs(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        prepare_run_dir(tmp_path / "runs" / name)
+        assert os.readlink(tmp_path / "runs" / "latest") == name
+    point_latest(tmp_path / "runs" / "one")  # which goes on
+    assert os.readlink(tmp_path / "runs" / "latest") == "one"
+    prepare_run_dir(tmp_path / "elsewhere" / "three")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["three"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["latest", "one", "two"]
 
 
 def test_a_folder_that_does_not_exist_names_its_nearest_neighbour(model: Path) -> None:
@@ -241,6 +253,23 @@ def test_git_state_knows_clean_from_dirty_and_tolerates_no_checkout(tmp_path: Pa
     assert state["dirty"] is False
     (tmp_path / "new").touch()
     assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+
+
+@pytest.mark.parametrize("setting", ["launch.host", "observe.metrics_host"])
+def test_an_address_that_is_not_ours_is_refused_with_its_setting(setting: str) -> None:
+    room, key = setting.split(".")
+    config = from_mapping({room: {key: "192.0.2.77"}})
+    with pytest.raises(ConfigError, match=f"{setting}=192.0.2.77 cannot be listened on"):
+        choose_ports(config)
+
+
+def test_ports_are_looked_for_where_they_will_be_used() -> None:
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        launch = {"buffer_port": port}
+        assert choose_ports(from_mapping({"launch": launch})).buffer == port
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be used"):
+            choose_ports(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
 
 
 @pytest.mark.parametrize("named", [5, "Qwen3ForCausalLM"])

@@ -205,7 +205,8 @@ def test_roles_on_nodes_are_steps_with_exactly_these_command_lines() -> None:
     )
     assert "--nodelist=n0 --nodes=1 --ntasks=1" in lines["learner"]
     assert "--cpus-per-task=2" in lines["learner"]
-    assert "--nnodes 1 --nproc-per-node 2 --node-rank 0 --master-addr 10.0.0.4" in lines["learner"]
+    assert "--nnodes 1 --nproc-per-node 2 " in lines["learner"]
+    assert "--rdzv-endpoint 127.0.0.1:5004" in lines["learner"]  # nobody else has to reach it
     assert plan.endpoints.buffer == "tcp://10.0.0.4:5001"
     assert plan.endpoints.store == ("10.0.0.4", 5003)
     assert plan.endpoints.cores == {}
@@ -213,21 +214,12 @@ def test_roles_on_nodes_are_steps_with_exactly_these_command_lines() -> None:
     assert "actor-0    nodes n1" in render_plan(plan)
 
 
-def test_ranks_on_several_nodes_learn_their_place_from_slurm() -> None:
-    plan = plan_on(settings(1, 4), nodes_of(2, 3))
-    argv = next(spec.argv for spec in plan.specs if spec.name == "learner")
-    start = argv.index("bash")
-    assert "--nodelist=n0,n1" in argv[:start]
-    assert "--node-rank" not in argv
-    script = [*argv[start : start + 3], "printenv", "PET_NODE_RANK"]
-    shown = subprocess.run(
-        script, env={**os.environ, "SLURM_NODEID": "1"}, capture_output=True, text=True, check=True
-    )
-    assert shown.stdout == "1\n"
-    words = " ".join(argv[start + 3 :])
-    assert words.startswith(
-        "python -m torch.distributed.run --nnodes 2 --nproc-per-node 2 --master"
-    )
+def test_ranks_on_several_nodes_meet_on_the_address_that_these_reach() -> None:
+    plan = plan_on(settings(1, 4, launch={"host": "10.0.0.4"}), nodes_of(2, 3))
+    words = next(" ".join(spec.argv) for spec in plan.specs if spec.name == "learner")
+    assert "--nodelist=n0,n1 " in words
+    assert "--nnodes 2 --nproc-per-node 2 " in words
+    assert "--rdzv-endpoint 10.0.0.4:5004" in words
 
 
 def test_gpus_and_cores_are_bound_by_slurm_not_by_us() -> None:

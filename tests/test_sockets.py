@@ -10,7 +10,7 @@ import zmq
 
 from asyncgrpo.errors import ConfigError, PeerTimeout, WireError
 from asyncgrpo.wire import sockets
-from asyncgrpo.wire.codec import Packet, encode
+from asyncgrpo.wire.codec import Packet, decode, encode
 from asyncgrpo.wire.sockets import DealerClient, Server
 
 
@@ -92,15 +92,123 @@ def test_a_peer_that_is_gone_is_noticed_when_something_is_sent(server, client):
         assert time.monotonic() < end, "the lost connection was never noticed"
 
 
-def test_garbage_is_refused_to_its_sender_and_the_server_goes_on(server, client, address):
-    stranger = zmq.Context.instance().socket(zmq.DEALER)
-    stranger.linger = 0
-    stranger.connect(address)
-    stranger.send_multipart([b"\xc1garbage"])
-    assert server.receive(1.0) == []
+@pytest.fixture
+def stranger(address):
+    """A raw socket at the server's door."""
+    opened = zmq.Context.instance().socket(zmq.DEALER)
+    opened.linger = 0
+    opened.setsockopt(zmq.IDENTITY, b"stranger")
+    opened.connect(address)
+    yield opened
+    opened.close()
+
+
+def test_garbage_is_counted_and_gets_no_answer_and_the_server_goes_on(server, client, stranger):
+    for frames in ([b"\xc1garbage"], [b""], [b"AG"], [b"x"] * 50):
+        stranger.send_multipart(frames)
     client.post(Packet(kind="hello"))
     assert receive(server)[1].kind == "hello"
-    stranger.close()
+    assert server.receive(0.1) == []
+    assert server.num_refused == 4
+    assert stranger.poll(100) == 0
+
+
+def test_a_request_damaged_on_its_way_is_repeated_by_its_sender(server, client, monkeypatch):
+    monkeypatch.setattr(sockets, "RESEND_SECONDS", 0.0)
+    sent = encode(Packet(kind="put", request_id=1, fields={"x": 1}))
+    with monkeypatch.context() as damage:
+        damage.setattr(sockets, "encode", lambda *_: [sent[0][:-1] + b"?"])
+        client.post(Packet(kind="put", fields={"x": 1}))
+    assert server.receive(0.2) == []
+    client.poll(0.0)
+    peer, packet = receive(server)
+    assert (packet.kind, packet.fields) == ("put", {"x": 1})
+    server._socket.send_multipart([peer.encode(), b"a damaged answer"])
+    server.answer(peer, echo(packet))
+    assert [answer.kind for answer in client.poll(5.0)] == ["echo"]
+
+
+def test_another_version_is_told_so_but_a_flood_of_it_is_not_answered(server, stranger):
+    (header,) = encode(Packet(kind="hello"))
+    for _ in range(500):
+        stranger.send(header[:2] + b"\x09" + header[3:])
+    while server.receive(0.2) or server.num_refused < 500:
+        pass
+    answers = []
+    while stranger.poll(200):
+        answers.append(decode(stranger.recv_multipart()))
+    assert [answer.fields["reason"] for answer in answers] == [
+        "schema 9 is not 1; both sides need the same version"
+    ]
+
+
+def test_a_client_of_another_version_says_so(server, client, monkeypatch):
+    client.post(Packet(kind="hello"))
+    peer, packet = receive(server)
+    (header,) = encode(echo(packet))
+    server._socket.send_multipart([peer.encode(), header[:2] + b"\x09" + header[3:]])
+    with pytest.raises(WireError, match="both sides need the same version"):
+        client.poll(5.0)
+
+
+def test_one_peer_cannot_keep_the_server_from_its_other_duties(server, stranger, client):
+    for _ in range(3 * sockets.MESSAGES_PER_TURN):
+        stranger.send(b"x")
+    client.post(Packet(kind="hello"))
+    seen, turns = [], 0
+    while not seen:
+        before = server.num_refused
+        seen, turns = server.receive(1.0), turns + 1
+        assert server.num_refused - before <= sockets.MESSAGES_PER_TURN
+    assert server.num_refused < 3 * sockets.MESSAGES_PER_TURN, "others had to wait for its end"
+
+
+def test_a_frame_over_the_limit_ends_the_connection_before_it_is_received(address, monkeypatch):
+    monkeypatch.setattr(sockets, "MAX_REQUEST_FRAME_BYTES", 4096)
+    opened = Server(address)
+    stranger = zmq.Context.instance().socket(zmq.DEALER)
+    stranger.linger = 0
+    monitor = stranger.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    stranger.connect(address)
+    stranger.send(b"x" * 5000)
+    assert monitor.poll(5000), "still connected"
+    assert opened.receive(0.1) == []
+    assert opened.num_refused == 0
+    client = DealerClient(address, "actor-0", "the buffer")
+    with pytest.raises(WireError, match=r"over the limit .* and 4096 in one"):
+        client.post(Packet(kind="put", fields={"x": "y" * 5000}))
+    client.post(Packet(kind="hello"))
+    assert receive(opened)[1].kind == "hello"
+    stranger.disable_monitor()
+    for each in (stranger, client, opened):
+        each.close()
+
+
+def test_a_peer_that_never_reads_its_answers_counts_as_gone(address, monkeypatch):
+    monkeypatch.setattr(sockets, "UNREAD_ANSWERS", 50)
+    opened = Server(address)
+    client = DealerClient(address, "actor-0", "the buffer")
+    client._socket.rcvhwm = 1
+    client.post(Packet(kind="hello"))
+    peer, _ = receive(opened)
+    sent = 0
+    while opened.push(peer, Packet(kind="x", fields={"filler": "y" * 100_000})):
+        sent += 1
+        assert sent < 1000, "its answers pile up"
+    assert sent >= 50
+    assert opened.push(peer, Packet(kind="x")) is False
+    client.close()
+    opened.close()
+
+
+def test_what_is_remembered_of_peers_and_requests_is_bounded(server, monkeypatch):
+    monkeypatch.setattr(sockets, "REMEMBERED_PEERS", 10)
+    monkeypatch.setattr(sockets, "REMEMBERED_ANSWERS", 5)
+    for peer in range(100):
+        for request in range(1, 20):
+            server._answered_before(f"peer-{peer}", Packet(kind="x", request_id=request))
+    assert len(server._answers) == 10
+    assert max(map(len, server._answers.values())) == 5
 
 
 def test_what_the_server_refuses_is_raised_at_the_client(server, client):

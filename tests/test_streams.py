@@ -139,3 +139,13 @@ def test_a_sample_ratio_keeps_so_many_prompts_as_evenly_as_can_be(count, ratio, 
 
 def test_a_sample_depends_on_the_seed():
     assert len({tuple(resample(20, 0.5, seed, "a")) for seed in range(5)}) == 5
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), seeds, st.integers(1, 3))
+def test_each_epoch_of_a_mix_holds_every_prompt_of_each_source_once(sizes, seed, epochs):
+    parts = [part(number, size, seed) for number, size in enumerate(sizes)]
+    stream = MixedStream(parts, seed=seed, epochs=epochs)
+    used = Counter((p.prompt_id, stream.epoch(i)) for i in range(99) if (p := stream.get(i)))
+    every = [prompt.prompt_id for prompt in stream.prompts()]
+    assert used == Counter((prompt, epoch) for prompt in every for epoch in range(epochs))
+    assert stream.epoch(sum(sizes) * epochs) is None

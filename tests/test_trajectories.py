@@ -71,6 +71,27 @@ def test_dropped_groups_are_in_the_file_of_the_step_at_which_they_ended(tmp_path
     assert (other["step"], other["group"], other["status"]) == (1, 0, "evicted")
 
 
+def test_rows_that_are_no_longer_true_are_taken_back_and_groups_numbered_on(tmp_path):
+    writer = TrajectoryWriter(tmp_path, from_mapping({}))
+    groups = [make_group(make_lease(i)) for i in range(6)]
+    writer(1, [ended(groups[0])])
+    writer(2, [ended(groups[1], "filtered", "all_wrong")])
+    writer(2, [ended(groups[2])])
+    writer(3, [ended(groups[3])])
+    before = read(tmp_path, 1)
+    with (tmp_path / "trajectories/step_2.jsonl").open("a") as file:
+        file.write('{"step": 2, "completion": "cut \u2028')
+    states = {"t0": "taken", "t1": "filtered", "t2": "taken", "t3": "taken"}
+    writer.rewind(2, states.get)
+    assert read(tmp_path, 1) == before
+    assert not (tmp_path / "trajectories/step_3.jsonl").exists()
+    writer(2, [ended(groups[2]), ended(groups[4])])
+    writer(3, [ended(groups[3])])
+    found = [(row["lease_id"], row["group"]) for row in read(tmp_path, 2)[::2]]
+    assert found == [("t1", 0), ("t2", 1), ("t4", 2)]
+    assert [row["group"] for row in read(tmp_path, 3)] == [0, 0]
+
+
 def test_a_completion_without_tokens_and_a_score_that_does_not_apply_are_null(tmp_path):
     group = make_group(make_lease(), versions=[[2, 3], []])
     group = replace(group, reward_parts={"task": np.array([1.0, np.nan], np.float32)})

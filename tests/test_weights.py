@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,9 +21,16 @@ from receiver_process import VOCAB, logprobs
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.weights import flat as flat_module
 from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
+from asyncgrpo.weights.proof import check_proof
 from asyncgrpo.weights.sender import CollectiveSender
+from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.keys import make_keys, read_keys
+from asyncgrpo.wire.schema import WEIGHTS_REQUESTS
+from asyncgrpo.wire.sockets import DealerClient
 
 SCRIPT = Path(__file__).with_name("receiver_process.py")
 
@@ -56,33 +64,58 @@ def test_bfloat16_buffers_hold_rounded_values_and_odd_sizes_are_aligned():
     )
 
 
-def test_a_digest_is_the_weighted_sum_of_the_words_modulo_2_to_the_64():
-    flat = FlatWeights(Manifest.of(tensors(2), "float32"))
-    flat.fill(tensors(2))
-    for value, (_, tensor) in zip(flat.digests(), tensors(2), strict=True):
-        words = tensor.flatten().view(torch.int32).tolist()
-        slow = sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2**64
-        assert value % 2**64 == slow
+def slow_digests(flat: FlatWeights, seed: int) -> list[int]:
+    """The formula word by word: one random factor per place, one per tensor."""
+    bits = np.random.PCG64(seed)
+    words = [tensor.flatten().view(torch.int32).tolist() for _, tensor in flat.views()]
+    factors = [int(bits.random_raw()) | 1 for _ in range(4 * max(map(len, words)))]
+    return [
+        sum(word * factor for word, factor in zip(row, factors, strict=False))
+        * (int(bits.random_raw()) | 1)
+        % 2**64
+        for row in words
+    ]
+
+
+def test_a_digest_is_the_sum_of_words_times_secret_factors_modulo_2_to_the_64(monkeypatch):
+    whole = FlatWeights(Manifest.of(tensors(2), "float32"))
+    whole.fill(tensors(2))
+    assert whole.digests(99) == slow_digests(whole, 99)
+    assert whole.digests(98) != whole.digests(99)
+    monkeypatch.setattr(flat_module, "DIGEST_CHUNK", 100)
+    in_chunks = whole.digests(99)
+    dict(whole.views())["head"][-1, -1] += 1
+    assert differing(whole.manifest, in_chunks, whole.digests(99)) == ["head"]
+
+
+def test_a_change_that_keeps_the_plain_sums_shows():
+    """What fools sums with known factors: d, -2 d, d at three places in a row."""
+    flat = FlatWeights(Manifest.of(tensors(5), "float32"))
+    flat.fill(tensors(5))
+    before = flat.digests(7)
+    words = dict(flat.views())["embed"].flatten().view(torch.int32)
+    words[10:13] += torch.tensor([1 << 20, -2 << 20, 1 << 20], dtype=torch.int32)
+    assert differing(flat.manifest, before, flat.digests(7)) == ["embed"]
 
 
 @given(st.integers(0, VOCAB * 8 - 1), st.integers(0, 31))
 def test_any_flipped_bit_changes_the_digest_of_its_tensor_only(place, bit):
     flat = FlatWeights(Manifest.of(tensors(3), "float32"))
     flat.fill(tensors(3))
-    before = flat.digests()
+    before = flat.digests(1)
     dict(flat.views())["head"].flatten().view(torch.int32)[place] ^= (
         1 << bit if bit < 31 else -(2**31)
     )
-    assert differing(flat.manifest, before, flat.digests()) == ["head"]
+    assert differing(flat.manifest, before, flat.digests(1)) == ["head"]
 
 
 def test_swapped_values_change_the_digest():
     flat = FlatWeights(Manifest.of(tensors(4), "float32"))
     flat.fill(tensors(4))
-    before = flat.digests()
+    before = flat.digests(1)
     embed = dict(flat.views())["embed"]
     embed.copy_(embed.flip(0))
-    assert differing(flat.manifest, before, flat.digests()) == ["embed"]
+    assert differing(flat.manifest, before, flat.digests(1)) == ["embed"]
 
 
 def test_missing_or_misnamed_parameters_are_refused_by_name():
@@ -91,6 +124,25 @@ def test_missing_or_misnamed_parameters_are_refused_by_name():
         flat.fill(tensors(1)[:1])
     with pytest.raises(WeightsError, match=r"head .* came, not embed"):
         flat.fill(tensors(1)[::-1])
+
+
+# -- proof ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs_", "message"),
+    [
+        ([0, 1, 2, VOCAB], [-1.0] * 4, f"canary tokens .*{VOCAB}.* not all in the vocabulary"),
+        ([0, 1, 2, 3], [-1.0, -1.0, float("nan"), -1.0], "differ by nan nats"),
+        ([0, 1, 2, 3], [-1.0, -1.0, -1.0, -1.2], r"differ by 0\.2 nats"),
+        ([0, 1, 2], [-1.0] * 3, "sent 3 canaries, not 4"),
+    ],
+)
+def test_canaries_that_prove_nothing_are_refused(tokens, logprobs_, message):
+    fields = {"actor": "actor-0", "canary_tokens": tokens, "canary_logprobs": logprobs_}
+    ours = np.full((4, VOCAB), -1.0, dtype=np.float32)
+    with pytest.raises(WeightsError, match=message):
+        check_proof(fields, version=3, wrong_tensors=[], logprobs=ours, tolerance=1e-3)
 
 
 # -- handshake ------------------------------------------------------------------------------------
@@ -225,6 +277,7 @@ def network():
         actors.append(Actor(name, address, fault))
         return actors[-1]
 
+    start.address = address
     yield sender, start
     sender.close()
     for actor in actors:
@@ -268,6 +321,8 @@ def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network
     assert "does not compute with it" in bad.next_line()
     assert [good.next_line() for _ in range(2)] == ["live 0", "live 1"]
     assert sender.metrics()["publish/actors"] == 1
+    assert sender.metrics()["publish/proofs"] == 3
+    assert sender.metrics()["publish/rejections"] == 1
 
 
 def test_wrong_bytes_are_found_and_the_tensor_is_named(network):
@@ -279,6 +334,58 @@ def test_wrong_bytes_are_found_and_the_tensor_is_named(network):
     sender.settle(30)
     assert [bad.next_line() for _ in range(2)] == ["live 0", "live 1"]
     assert "1 tensors differ, first head" in bad.next_line()
+
+
+def test_bytes_that_somebody_changed_on_the_way_never_reach_the_engine(network):
+    sender, start = network
+    victim = start("actor-0", "tampered")
+    publish(sender, 0)
+    sender.wait_for_actors(1, 30)
+    publish(sender, 1)
+    sender.settle(30)
+    assert victim.next_line() == "live 0"
+    assert "version 1 intact: 1 tensors differ, first head" in victim.next_line()
+
+
+def test_senseless_requests_are_refused_and_publishing_goes_on(network):
+    sender, start = network
+    actor = start("actor-0")
+    stranger = DealerClient(start.address, "actor-0", "the learner")
+    stranger._socket.send(b"garbage")
+    for kind in (*WEIGHTS_REQUESTS, "dance"):
+        stranger.tell(Packet(kind=kind))
+    publish(sender, 0)
+    sender.wait_for_actors(1, 30)
+    publish(sender, 1)
+    sender.settle(30)
+    assert [actor.next_line() for _ in range(2)] == ["live 0", "live 1"]
+    metrics = sender.metrics()
+    assert metrics["publish/refused_messages"] == len(WEIGHTS_REQUESTS) + 2
+    assert metrics["publish/evictions"] == 0
+    stranger.close()
+
+
+@pytest.mark.slow
+def test_with_keys_only_their_holders_take_part(tmp_path, monkeypatch):
+    make_keys(tmp_path)
+    config = from_mapping({"launch": {"encrypt": True}})
+    run = RunDir(path=tmp_path, config=config, endpoints=None)
+    address = f"tcp://127.0.0.1:{free_port()}"
+    sender = CollectiveSender(config, address, ("127.0.0.1", free_port()), read_keys(run, "server"))
+    words = (tmp_path / "keys" / "client.key").read_text()
+    stranger = Actor("actor-1", address)
+    monkeypatch.setenv("ASYNCGRPO_CLIENT_KEYS", words)
+    actor = Actor("actor-0", address)
+    publish(sender, 0)
+    sender.wait_for_actors(1, 30)
+    assert actor.next_line() == "live 0"
+    assert sender.metrics()["publish/actors"] == 1
+    assert stranger.lines.empty()
+    sender.close()
+    for each in (actor, stranger):
+        each.process.kill()
+        each.process.wait()
+        each.process.stdout.close()
 
 
 def test_an_actor_killed_in_the_broadcast_does_not_stop_the_others(network):

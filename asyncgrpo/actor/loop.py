@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asyncgrpo.actor.concurrency import Concurrency
 from asyncgrpo.actor.judge import Job, Judge, Verdict
 from asyncgrpo.config import Config
 from asyncgrpo.data.templates import fit, tokenise
@@ -53,8 +54,11 @@ class ActorLoop:
         receiver: WeightReceiver,
         judge: Judge,
         clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[str, Sequence[float]], None] = lambda name, values: None,
     ) -> None:
+        """observe: gets the values that histograms of observe/metrics.py count."""
         self._name, self._config, self._clock = name, config, clock
+        self._observe = observe
         self._engine, self._tokenizer = engine, tokenizer
         self._client, self._receiver, self._judge = client, receiver, judge
         self._canary_prompts = canary_prompts(vocab_size)
@@ -64,11 +68,13 @@ class ActorLoop:
         self._sampling: dict[str, tuple[Lease, float]] = {}  # in the engine, since when
         self._scoring: dict[str, Scoring] = {}
         self._outbox: list[Group] = []  # scored, waiting for credit
-        self._unacked: set[int] = set()  # put requests without an answer
+        self._unacked: dict[int, str] = {}  # put requests without an answer -> lease
         self._asked: int | None = None  # the lease request under way
         self._next_eval: list[Lease] = []  # for versions that are not live yet
         self._eval_open: set[str] = set()
         self._credit = 1
+        actor = config.actor
+        self._concurrency = Concurrency(actor.concurrency, adaptive=actor.adaptive_concurrency)
         self._health = RewardHealth(config.reward)
         self._last_status = 0.0
         self.counters = {
@@ -82,7 +88,8 @@ class ActorLoop:
             **self._health.counters,
             "prompts_truncated": 0.0,
         }
-        client.post(Packet(kind="hello", fields={"actor": name}))
+        self._life = 0  # of the buffer that knows this actor
+        self._hello()
 
     def run(self, stopping: Callable[[], bool]) -> None:
         """Ticks until stopped."""
@@ -106,6 +113,12 @@ class ActorLoop:
         self._deliver()
         self._report()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is sampled, scored, sent or proven."""
+        held = (self._sampling, self._scoring, self._outbox, self._unacked, self._next_eval)
+        return not any(held) and not self._proving
+
     def leave(self, seconds: float) -> None:
         """Hands back leases whose completions are not sampled, delivers the others, says goodbye.
 
@@ -118,7 +131,7 @@ class ActorLoop:
                 if packet.kind == "leases":
                     self._hand_back([fields["lease_id"] for fields in packet.fields["leases"]])
                 elif packet.kind == "stored":
-                    self._unacked.discard(packet.request_id)
+                    self._unacked.pop(packet.request_id, None)
             for verdict in self._judge.done():
                 self._judged(verdict)
             self._deliver()
@@ -134,9 +147,20 @@ class ActorLoop:
 
     # -- buffer -------------------------------------------------------------------------------
 
+    def _hello(self) -> None:
+        """Tells the buffer what this actor has and is at work on."""
+        fields = {"actor": self._name, "version": self._engine.version, "leases": self._leases()}
+        self._client.post(Packet(kind="hello", fields=fields))
+
+    def _leases(self) -> list[str]:
+        scored = [group.lease.lease_id for group in self._outbox]
+        return [*self._sampling, *self._scoring, *scored, *self._unacked.values()]
+
     def _receive(self, packet: Packet) -> None:
         if packet.kind == "welcome":
-            self._credit = packet.fields["credit"]
+            self._credit, self._life = packet.fields["credit"], packet.fields["life"]
+        elif packet.kind == "introduce":
+            self._introduce(packet)
         elif packet.kind == "leases":
             self._asked = None
             for fields in packet.fields["leases"]:
@@ -145,13 +169,21 @@ class ActorLoop:
             self._next_eval += [lease_from(fields) for fields in packet.fields["leases"]]
             self._start_evaluation()
         elif packet.kind == "stored":
-            self._unacked.discard(packet.request_id)
+            self._unacked.pop(packet.request_id, None)
         elif packet.kind != "noted":
             raise WireError(f"{self._name}: unexpected packet {packet.kind!r}: {packet.fields}")
 
+    def _introduce(self, packet: Packet) -> None:
+        """The buffer was started again and ignored this request: says hello to it, once."""
+        if packet.request_id == self._asked:
+            self._asked = None
+        if packet.fields["life"] != self._life:
+            self._life = packet.fields["life"]
+            self._hello()
+
     def _ask(self) -> None:
         """Asks for leases when there is room, unless too much scored work waits for credit."""
-        room = self._config.actor.concurrency - len(self._sampling) + len(self._eval_open)
+        room = self._concurrency.limit - len(self._sampling) + len(self._eval_open)
         backlog = len(self._outbox) + len(self._scoring)
         if self._engine.version < 0 or room <= 0 or self._asked or backlog > 4 * self._credit:
             return
@@ -198,8 +230,9 @@ class ActorLoop:
 
     def _deliver(self) -> None:
         while self._outbox and len(self._unacked) < self._credit:
-            packet = group_packet("put", [self._outbox.pop(0)])
-            self._unacked.add(self._client.post(packet))
+            group = self._outbox.pop(0)
+            request = self._client.post(group_packet("put", [group]))
+            self._unacked[request] = group.lease.lease_id
 
     def _report(self) -> None:
         now = self._clock()
@@ -222,6 +255,7 @@ class ActorLoop:
         self._swap_seconds = time.perf_counter() - start
         self.counters["swap_seconds"] += self._swap_seconds
         self.counters["swaps"] += 1
+        self._observe("swap/stall_seconds", [self._swap_seconds])
         self._canaries, self._proving = {}, True
         for row, prompt in enumerate(self._canary_prompts):
             self._engine.add(f"canary-{version}-{row}", prompt, CANARY_SAMPLING, 1, seed=row)
@@ -267,12 +301,15 @@ class ActorLoop:
     def _generate(self) -> None:
         if self._engine.num_requests == 0:
             return
-        start = self._clock()
-        for sampled in self._engine.step():
+        start, in_flight = self._clock(), len(self._sampling)
+        finished = self._engine.step()
+        for sampled in finished:
             if sampled.lease_id.startswith("canary-"):
                 self._canary(sampled)
             else:
                 self._sampled(sampled)
+        if finished:
+            self._concurrency.observe(self._engine.load, in_flight)
         self.counters["generate_seconds"] += self._clock() - start
 
     def _sampled(self, sampled: Sampled) -> None:
@@ -310,14 +347,18 @@ class ActorLoop:
         if verdict.scores is None:
             self._fail(verdict.lease_id, "reward_contract" if verdict.contract else "reward_lost")
             return
-        self._outbox.append(
-            Group(
-                lease=scoring.lease,
-                prompt_token_ids=scoring.sampled.prompt_token_ids,
-                completions=scoring.sampled.completions,
-                rewards=verdict.scores.rewards,
-                reward_parts=verdict.scores.parts,
-                actor=self._name,
-                timings={"generate": scoring.generate_seconds, "judge": verdict.seconds},
-            )
+        group = Group(
+            lease=scoring.lease,
+            prompt_token_ids=scoring.sampled.prompt_token_ids,
+            completions=scoring.sampled.completions,
+            rewards=verdict.scores.rewards,
+            reward_parts=verdict.scores.parts,
+            actor=self._name,
+            timings={"generate": scoring.generate_seconds, "judge": verdict.seconds},
         )
+        self._outbox.append(group)
+        if group.lease.purpose == "train":
+            self._observe("completion/tokens", [len(c.token_ids) for c in group.completions])
+            self._observe("completion/reward", group.rewards.tolist())
+            self._observe("group/generate_seconds", [group.timings["generate"]])
+            self._observe("group/judge_seconds", [group.timings["judge"]])

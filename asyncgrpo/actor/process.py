@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 from asyncgrpo.actor.judge import JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
 from asyncgrpo.config import Config
-from asyncgrpo.observe.exporter import Exporter, own_address
+from asyncgrpo.observe.exporter import serve_metrics
 from asyncgrpo.protocols import Engine
 from asyncgrpo.rundir import RunDir, leave
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
@@ -34,19 +35,20 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
     engine = load_engine(run.config, stop_token_ids(run.config, tokenizer), index, restart)
     from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
 
-    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights)
+    keys = read_keys(run, "client")
+    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys)
+    exporter = serve_metrics(run, name)
     loop = ActorLoop(
         name,
         run.config,
         engine=engine,
         tokenizer=tokenizer,
         vocab_size=len(tokenizer),
-        client=DealerClient(run.endpoints.buffer, name, "the buffer"),
+        client=DealerClient(run.endpoints.buffer, name, "the buffer", keys),
         receiver=receiver,
         judge=judge,
+        observe=exporter.observe,
     )
-    metrics_host = own_address(run.endpoints.buffer)
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
     log.info("ready after %.1f s, pid %d", time.perf_counter() - start, os.getpid())
     shown_at = 0.0
     while not stopping():
@@ -56,6 +58,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
             shown_at = time.monotonic()
     loop.leave(run.config.launch.grace_seconds / 2)  # the launcher waits as long as its grace
     judge.close()
+    exporter.close()
     leave(0)
 
 

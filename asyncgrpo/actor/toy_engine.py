@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from asyncgrpo.actor.concurrency import EngineLoad
 from asyncgrpo.config import Config
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.protocols import NamedTensors
@@ -52,6 +53,10 @@ class ToyEngine:
     @property
     def num_requests(self) -> int:
         return len(self._requests)
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(kv_share=0.0, preempted=0)
 
     def add(
         self,

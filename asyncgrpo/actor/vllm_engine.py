@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from asyncgrpo.actor.concurrency import EngineLoad
 from asyncgrpo.config import Config
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.protocols import NamedTensors
@@ -44,7 +45,7 @@ class VllmEngine:
             async_scheduling=False,  # else a batch is in flight at the swap, wrongly labelled
             enable_prefix_caching=False,  # else old keys and values could serve new requests
             skip_tokenizer_init=True,
-            disable_log_stats=True,
+            disable_log_stats=False,  # its own metrics, served by observe/exporter.py
             use_tqdm_on_load=False,
             logprobs_mode="processed_logprobs",  # of the distribution that is really sampled
         )
@@ -66,6 +67,13 @@ class VllmEngine:
     @property
     def num_requests(self) -> int:
         return self._num_requests
+
+    @property
+    def load(self) -> EngineLoad:
+        client: Any = self._llm.engine_core  # in this process, see launch/plan
+        scheduler = client.engine_core.scheduler
+        preempted = sum(request.num_preemptions > 0 for request in scheduler.waiting)
+        return EngineLoad(scheduler.kv_cache_manager.usage, preempted)
 
     def add(
         self,

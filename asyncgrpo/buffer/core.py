@@ -1,7 +1,7 @@
 """The buffer's decisions as a state machine: packets and the time in, packets out.
 
     from actors                         answer
-    hello    {actor}                    welcome {credit}; leases of its former life expire
+    hello    {actor, version, leases}   welcome {credit, life}; leases it does not hold expire
     bye      {actor}                    noted; what it still holds expires
     lease    {version, max}             leases [...]: at once, or when the gate opens
     accept   {lease_ids, refused}       noted: evaluation leases it will (not) answer
@@ -9,34 +9,42 @@
     fail     {lease_id, reason}         noted
     held     {version}                  noted: the actor's weights changed
     status   {counters}                 noted
+    (who has not said hello to this life of the buffer gets `introduce {life}`, and says it)
 
     from learner ranks
-    begin    {step}                     noted: the first step of a learner's life
+    begin    {step}                     noted: the first step of a learner's life; later ones that
+                                        a former life made are given again, of the same groups
     take     {step, rank, world_size}   shard, exhausted or stopped: at once, or when it is decided
     stop     {}                         noted: no batch is formed from now on
-    trained  {step, world_size}         noted {counters, actors, evaluations}
+    trained  {step, world_size, covered} noted {counters, actors, evaluations}; no learner will
+                                        begin before step `covered` any more
     evaluate {version, blocks}          evaluating, once the actors hold back their weights
     results  {}                         all reports, once no evaluation is on its way
     summary  {}                         noted {counters, actors, evaluations}
 
-No sockets, no clock, no files: `handle` and `tick` get the time and return what to send.
+No sockets, no clock, no files: `handle` and `tick` get the time and return what to send. What must
+outlive the process is noted in a journal, which is to be committed before anything is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asyncgrpo.buffer.admission import check_request, is_holder, newest_version, why_failed
 from asyncgrpo.buffer.evaluation import Evaluations
+from asyncgrpo.buffer.filters import filter_reason
 from asyncgrpo.buffer.gate import make_gate
+from asyncgrpo.buffer.journal import Batches, Journal, NoJournal
 from asyncgrpo.buffer.leases import STATES, LeaseBook
-from asyncgrpo.buffer.replay import Replay, deal, trained
+from asyncgrpo.buffer.queue import PromptQueue
+from asyncgrpo.buffer.replay import Replay, tickets, trained
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
-from asyncgrpo.evaluate import is_correct
-from asyncgrpo.types import EndedGroup, Group, Prompt, Sampling, Shard
+from asyncgrpo.types import EndedGroup, Group
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields, shard_packet
 
 if TYPE_CHECKING:
@@ -44,42 +52,76 @@ if TYPE_CHECKING:
 
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies]
+EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
+MAX_REASON = 300  # characters
 
 
 class BufferCore:
     """All state of the buffer process."""
 
-    def __init__(self, config: Config, prompts: PromptSource, record: Record) -> None:
-        self._config, self._prompts, self._record = config, prompts, record
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptSource,
+        record: Record,
+        journal: Journal | None = None,
+        now: float = 0.0,
+        rewind: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Goes on where the journal ends; without one nothing survives the process.
+
+        rewind: takes back what was recorded of this step and later ones and is no longer true.
+        """
+        self._config, self._record, self._rewind = config, record, rewind
+        self._journal = journal or NoJournal()
         buffer = config.buffer
-        self.replay = Replay(buffer.order)
+        self.replay = Replay(buffer.order, buffer.window)
         self.gate = make_gate(config, self.replay)
-        self.leases = LeaseBook(
-            run_seed=config.run.seed, deadline_seconds=buffer.lease_deadline_seconds
-        )
+        self.leases = LeaseBook(config, self._journal)
+        self.events = 0  # packets that brought the run on; see EVENTS
         self.step = 0  # the next step whose batch will be formed
-        self._position = 0  # in the prompt source
-        self._again: list[Prompt] = []  # prompts whose lease ended without a group
-        self._batches: dict[int, list[Group]] = {}  # step -> its groups, kept until trained
+        self._newest = 0  # version there can be; a learner that goes back leaves it as it is
+        self._queue = PromptQueue(prompts)
         self._actors: dict[str, str] = {}  # actor name -> its present peer identity
         self._status: dict[str, dict[str, Any]] = {}  # actor name -> its last counters
         self._held: dict[str, int] = {}  # peer -> policy version it holds
         self._waiting_actors: dict[str, Packet] = {}  # peer -> lease request that waits
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
-        self._evaluations = Evaluations(config, prompts.held_out, self.leases)
+        self._evaluations = Evaluations(config, prompts.held_out, self.leases, self._journal)
         self._is_stopped = False
+        self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
+        self.num_refused = 0  # messages, as the server counts them
+        self._restore(now)
+
+    def _restore(self, now: float) -> None:
+        """Takes up what former lives left. Actors go on with their leases; peers ask again."""
+        past = self._journal.remembered()
+        self.step, self._newest = past.step, newest_version(past.last_step)
+        self._sums.update(past.arrived)
+        self._queue.restore(past)
+        self.leases.restore(past, self._queue, now)
+        self.replay.restore(past)
+        in_batches = past.counts["taken"] + past.counts["trained"]
+        self.gate.restore(self.leases.num_live, past.num_formed, in_batches)
+        self._evaluations.restore(past)
+        self._rewind(self.step)
+        self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
         """Takes one packet; returns everything that can be sent because of it."""
-        action: Action | None = getattr(self, f"_on_{packet.kind}", None)
-        if action is None:
-            return [(peer, _answer(packet, "refused", reason=f"unknown kind {packet.kind!r}"))]
+        self._newest = max(self._newest, newest_version(self.step))
         try:
+            check_request(packet, newest=self._newest, num_learners=self._config.launch.learners)
+            if packet.kind in ("lease", "status") and peer not in self._actors.values():
+                return [(peer, _answer(packet, "introduce", life=self._journal.life))]
+            self.events += packet.kind in EVENTS
+            action: Action = getattr(self, f"_on_{packet.kind}")
             return action(peer, packet, now) + self.tick(now)
         except (KeyError, TypeError, ValueError, WireError) as error:
-            return [(peer, _answer(packet, "refused", reason=f"{packet.kind}: {error!r}"))]
+            reason = str(error) if isinstance(error, WireError) else f"{packet.kind}: {error!r}"
+            return [(peer, _answer(packet, "refused", reason=reason[:MAX_REASON]))]
 
     def tick(self, now: float) -> Replies:
         """Ends what is overdue and answers requests that waited for something."""
@@ -91,6 +133,21 @@ class BufferCore:
         """A peer's connection is gone: its leases end now instead of at their deadlines."""
         self._forget_peer(peer, "unreachable")
         return self.tick(now)
+
+    def waits(self) -> Iterator[tuple[str, str]]:
+        """(who, for what) of everyone who waits for somebody else now."""
+        for (_, rank), request in self._waiting_takes.items():
+            yield f"learner-{rank}", f"the batch of step {request.fields['step']}"
+        for step in self.replay.batches:
+            yield "the buffer", f"the learner to train step {step}"
+        names = {peer: name for name, peer in self._actors.items()}
+        for peer in self._waiting_actors:
+            yield names.get(peer, peer), f"work, holding version {self._held[peer]}"
+        for name, peer in self._actors.items():
+            if self.leases.held_by(peer):
+                yield "the buffer", f"{name} to answer its leases"
+        if not self._actors:
+            yield "the buffer", "an actor"
 
     def metrics(self) -> dict[str, float]:
         """Counters and sizes by metric name."""
@@ -104,17 +161,23 @@ class BufferCore:
             "groups_arrived": self._sums["groups"],
             "tokens_arrived": self._sums["tokens"],
             "reward_arrived_sum": self._sums["reward"],
+            "refused_messages": self.num_refused,
+            "gate_open": self.gate.open_for(max(self._held.values(), default=0)),
+            "actors_waiting": len(self._waiting_actors),
         }
 
     # -- actors ---------------------------------------------------------------------------
 
     def _on_hello(self, peer: str, packet: Packet, now: float) -> Replies:
-        actor = packet.fields["actor"]
-        former = self._actors.get(actor)
-        if former is not None and former != peer:
+        actor, fields = packet.fields["actor"], packet.fields
+        for former in (self.leases.peers_of(actor) | {self._actors.get(actor, peer)}) - {peer}:
             self._forget_peer(former, "actor_restarted")
         self._actors[actor] = peer
-        return [(peer, _answer(packet, "welcome", credit=self._config.buffer.credit))]
+        self._held[peer] = fields.get("version", -1)
+        self._expire(peer, "undelivered", besides=fields.get("leases", ()))
+        actors = sorted(self._actors.values())
+        welcome = {"credit": self._config.buffer.credit, "life": self._journal.life}
+        return [(peer, _answer(packet, "welcome", **welcome)), *self._evaluations.open(actors, now)]
 
     def _on_bye(self, peer: str, packet: Packet, now: float) -> Replies:
         if self._actors.get(packet.fields["actor"]) == peer:
@@ -125,8 +188,12 @@ class BufferCore:
     def _forget_peer(self, peer: str, reason: str) -> None:
         self._waiting_actors.pop(peer, None)
         self._held.pop(peer, None)
-        for lease in self.leases.held_by(peer):
-            self._end_unfinished(lease.lease.lease_id, "expired", reason)
+        self._expire(peer, reason)
+
+    def _expire(self, peer: str, reason: str, besides: Sequence[str] = ()) -> None:
+        for held in self.leases.held_by(peer):
+            if held.lease.lease_id not in besides:
+                self._end_unfinished(held.lease.lease_id, "expired", reason)
 
     def _on_held(self, peer: str, packet: Packet, now: float) -> Replies:
         self._held[peer] = packet.fields["version"]
@@ -134,21 +201,29 @@ class BufferCore:
 
     def _on_lease(self, peer: str, packet: Packet, now: float) -> Replies:
         self._waiting_actors[peer] = packet
-        self._held[peer] = packet.fields["version"]
+        self._held[peer] = max(self._held.get(peer, -1), packet.fields["version"])
         return []
 
     def _on_accept(self, peer: str, packet: Packet, now: float) -> Replies:
         self._evaluations.accept(packet.fields["lease_ids"])
         for lease_id in packet.fields["refused"]:
-            if self.leases.get(lease_id) is not None:
+            opened = self.leases.get(lease_id)
+            if opened is not None and opened.lease.purpose == "eval":
                 self._end_unfinished(lease_id, "failed", "version_passed")
         return [(peer, _answer(packet, "noted"))]
 
     def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
         (group,) = groups_from(packet)
         lease_id = group.lease.lease_id
-        if self.leases.get(lease_id) is None:
-            state = "unknown"  # a repeat, or it expired meanwhile: its prompt is out again
+        opened = self.leases.get(lease_id)
+        if opened is None or not is_holder(peer, opened):
+            state = "unknown"  # a repeat, or its prompt is out again; or it is somebody else's
+            if opened is None:
+                self._journal.arrived(group, keep=False)
+            self.leases.reasons[f"ignored/{'other_actor' if opened else 'late'}"] += 1
+        elif reason := why_failed(group, opened.lease, self._newest):
+            self._end_unfinished(lease_id, "failed", reason, again=False)
+            state = "failed"
         elif group.lease.purpose == "eval":
             self.leases.close(lease_id, "stored")
             self._evaluations.answer(group)
@@ -161,7 +236,8 @@ class BufferCore:
         self._sums["groups"] += 1
         self._sums["tokens"] += group.num_tokens
         self._sums["reward"] += float(np.mean(group.rewards))
-        reason = self._filter_reason(group)
+        reason = filter_reason(group, self._config)
+        self._journal.arrived(group, keep=not reason)
         if reason:
             self.leases.close(group.lease.lease_id, "filtered", reason)
             self.gate.give_back()
@@ -171,17 +247,6 @@ class BufferCore:
         self.replay.add(ended.ticket, group)
         self._evict()
         return "stored"
-
-    def _filter_reason(self, group: Group) -> str:
-        if not all(len(completion.token_ids) for completion in group.completions):
-            return "empty_completion"
-        if not self._config.algo.drop_uniform_groups:
-            return ""
-        scores = [float(score) for score in next(iter(group.reward_parts.values()))]
-        right = is_correct(scores, self._config.reward.correct_above)
-        if all(right):
-            return "all_correct"
-        return "" if any(right) else "all_wrong"
 
     def _on_fail(self, peer: str, packet: Packet, now: float) -> Replies:
         lease_id, reason = packet.fields["lease_id"], packet.fields["reason"]
@@ -198,13 +263,13 @@ class BufferCore:
         self, lease_id: str, state: str, reason: str, *, again: bool = True
     ) -> None:
         """Ends a lease that brought no group; its prompt is handed out again."""
-        ended = self.leases.close(lease_id, state, reason)
-        if ended.lease.purpose == "eval":
+        ended = self.leases.close(lease_id, state, reason, again=again)
+        if ended.turn is None:
             self._evaluations.drop(lease_id)
             return
         self.gate.give_back()
         if again:
-            self._again.append(ended.lease.prompt)
+            self._queue.put_back(ended.turn, ended.ticket)
 
     def _serve_actors(self, now: float) -> Replies:
         replies: Replies = []
@@ -212,38 +277,45 @@ class BufferCore:
             version = self._held[peer]
             count = min(request.fields["max"], self.gate.open_for(version)) * (not self._is_stopped)
             leases: list[dict[str, Any]] = []
-            while len(leases) < count and (prompt := self._next_prompt()) is not None:
+            while len(leases) < count and (turn := self._queue.next()) is not None:
                 self.gate.issue(version)
-                leases.append(self._issue(prompt, peer, version, now))
+                lease = self.leases.hand_out(turn, peer=peer, version=version, now=now)
+                leases.append(lease_fields(lease))
             if leases:
                 del self._waiting_actors[peer]
                 replies.append((peer, _answer(request, "leases", leases=leases)))
         return replies
 
-    def _issue(self, prompt: Prompt, peer: str, version: int, now: float) -> dict[str, Any]:
-        sampling = Sampling(**self._config.sampling.model_dump())
-        size = self._config.algo.group_size
-        lease = self.leases.issue(
-            prompt, peer=peer, version=version, group_size=size, sampling=sampling, now=now
-        )
-        return lease_fields(lease)
-
-    def _next_prompt(self) -> Prompt | None:
-        if self._again:
-            return self._again.pop(0)
-        prompt = self._prompts.get(self._position)
-        self._position += prompt is not None
-        return prompt
-
     # -- learner --------------------------------------------------------------------------
 
     def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
-        if not self.gate.issued:  # a fresh buffer; until there is a ledger it starts where
-            self.step = packet.fields["step"]  # the learner does, with other prompts
-            self._position = self.gate.issued = self.step * self._config.buffer.groups_per_step
-        if packet.fields["step"] != self.step:
-            raise ValueError(f"the learner begins at step {packet.fields['step']}, not {self.step}")
+        step = packet.fields["step"]
+        if step > self.step:
+            raise ValueError(
+                f"the learner begins at step {step}, but the buffer knows of {self.step} trained "
+                "steps: ledger.sqlite is missing or older than the checkpoint; put it back, or "
+                "start another run with model.path set to the last model"
+            )
+        again = self._journal.batches(step) if step < self.step else {}
+        gone = [former for former in range(step, self.step) if former not in again]
+        if gone:
+            raise ValueError(
+                f"the learner begins at step {step}, but the groups of step {gone[0]} are gone: a "
+                f"newer checkpoint covered them; put it back, or start another run"
+            )
+        self._journal.began(step)
+        self._evaluations.forget(step)
+        if again:
+            self._roll_back(step, again)
         return [(peer, _answer(packet, "noted"))]
+
+    def _roll_back(self, step: int, batches: Batches) -> None:
+        for former, batch in batches.items():
+            self.replay.hold(former, batch)
+            self.leases.move([ticket for ticket, _ in batch], "trained", "taken", step=former)
+        self.step = step
+        self._rewind(step)
+        self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
         self._is_stopped = True
@@ -259,11 +331,10 @@ class BufferCore:
         replies: Replies = []
         for (peer, rank), request in list(self._waiting_takes.items()):
             step, world_size = request.fields["step"], request.fields["world_size"]
-            if step == self.step and step not in self._batches and not self._is_stopped:
+            if step == self.step and step not in self.replay.batches and not self._is_stopped:
                 self._form_batch()
-            if step in self._batches:
-                shard = self._shard(step, rank, world_size)
-                answer = shard_packet(shard)
+            if step in self.replay.batches:
+                answer = shard_packet(self.replay.shard(step, rank, world_size))
             elif self._is_stopped:
                 answer = Packet(kind="stopped")
             elif self._exhausted():
@@ -271,55 +342,68 @@ class BufferCore:
             else:
                 continue
             del self._waiting_takes[peer, rank]
-            replies.append((peer, _with_id(answer, request)))
+            replies.append((peer, replace(answer, request_id=request.request_id)))
         return replies
 
     def _form_batch(self) -> None:
         self._evict()
-        buffer = self._config.buffer
+        buffer, oldest_open = self._config.buffer, min(self.leases.open_tickets(), default=None)
         count = buffer.groups_per_step
         if buffer.tokens_per_step:
-            count = self.replay.count_for(buffer.tokens_per_step, self._config.min_groups)
+            fewest = self._config.min_groups
+            count = self.replay.count_for(buffer.tokens_per_step, fewest, oldest_open)
         if self._exhausted() and len(self.replay) >= self._config.launch.learners:
             count = min(count, len(self.replay))  # the last, smaller batch
-        if not self.replay.ready(count, self.leases.open_tickets()):
+        if not self.replay.ready(count, oldest_open) or self._waits_for_old_work(
+            count, oldest_open
+        ):
             return
-        self._batches[self.step] = [stored.group for stored in self.replay.take(count)]
+        batch = self.replay.batches[self.step] = self.replay.take(count, oldest_open)
         self.gate.formed(count)
-        self.leases.move("stored", "taken", count=count)
+        self.leases.move(tickets(batch), "stored", "taken", step=self.step)
+
+    def _waits_for_old_work(self, count: int, oldest_open: int | None) -> bool:
+        """Whether, with a batch of `count` now, work that is being made would get too old.
+
+        What has version v must be in the batch of step v + max_staleness at the latest, and no step
+        takes more than one batch: the rule of deadline scheduling for what is left over.
+        """
+        buffer, being_made = self._config.buffer, self.leases.open_versions()
+        if buffer.staleness_action != "wait" or not being_made:
+            return False
+        left = sorted([*being_made, *self.replay.versions_left(count, oldest_open)])
+        return any(
+            number > count * (version + buffer.max_staleness - self.step)
+            for number, version in enumerate(left, 1)
+            if version >= min(being_made)  # else waiting would not help
+        )
 
     def _evict(self) -> None:
         buffer = self._config.buffer
         for old in self.replay.evict(self.step, buffer.max_staleness, buffer.staleness_action):
-            self.leases.move("stored", "evicted", "stale")
+            self.leases.move([old.ticket], "stored", "evicted", "stale")
             self.gate.give_back()
             self._record(self.step, [EndedGroup(group=old.group, status="evicted", reason="stale")])
 
-    def _shard(self, step: int, rank: int, world_size: int) -> Shard:
-        groups = self._batches[step]
-        return Shard(
-            step=step,
-            groups=deal(groups, world_size)[rank],
-            num_loss_tokens_global=sum(group.num_tokens for group in groups),
-            num_completions_global=sum(len(group.completions) for group in groups),
-        )
-
     def _exhausted(self) -> bool:
         """No prompt is left and nothing is on the way that could fill another batch."""
-        return (
-            not self._again
-            and self._prompts.get(self._position) is None
-            and not self.leases.open_tickets()
-        )
+        return not self.leases.counts["open"] and not self._queue
 
     def _on_trained(self, peer: str, packet: Packet, now: float) -> Replies:
-        step, world_size = packet.fields["step"], packet.fields["world_size"]
-        groups = self._batches.pop(step, None)
-        if groups is not None:
-            self.leases.move("taken", "trained", count=len(groups))
-            self._record(step, trained(groups, world_size, packet.arrays[0]))
+        step, world_size, covered = (packet.fields[n] for n in ("step", "world_size", "covered"))
+        batch = self.replay.batches.get(step)
+        if batch is not None and step == self.step:
+            (advantages,) = packet.arrays
+            ended = trained([stored.group for stored in batch], world_size, advantages)
+            del self.replay.batches[step]
+            self.leases.move(tickets(batch), "taken", "trained", step=step)
+            self._record(step, ended)
             self.step = step + 1
             self._evict()
+            if covered > self._covered:
+                self._covered = covered
+                self._journal.covered(covered)
+            self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
         return [(peer, _answer(packet, "noted", **self._summary()))]
 
     def _on_summary(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -332,7 +416,7 @@ class BufferCore:
     # -- evaluation -----------------------------------------------------------------------
 
     def _on_evaluate(self, peer: str, packet: Packet, now: float) -> Replies:
-        return self._evaluations.open(peer, packet, sorted(self._actors.values()), now)
+        return self._evaluations.ask(peer, packet, sorted(self._actors.values()), now)
 
     def _on_results(self, peer: str, packet: Packet, now: float) -> Replies:
         self._evaluations.wait(peer, packet)
@@ -341,12 +425,3 @@ class BufferCore:
 
 def _answer(request: Packet, kind: str, **fields: Any) -> Packet:
     return Packet(kind=kind, request_id=request.request_id, fields=fields)
-
-
-def _with_id(packet: Packet, request: Packet) -> Packet:
-    return Packet(
-        kind=packet.kind,
-        request_id=request.request_id,
-        fields=packet.fields,
-        arrays=packet.arrays,
-    )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.evaluate import EvalReport, summarise
@@ -37,31 +38,64 @@ class _Job:
 class Evaluations:
     """All evaluations of a run."""
 
-    def __init__(self, config: Config, held_out: HeldOut, leases: LeaseBook) -> None:
-        self._config, self._held_out, self._leases = config, held_out, leases
+    def __init__(
+        self, config: Config, held_out: HeldOut, leases: LeaseBook, journal: Journal
+    ) -> None:
+        self._config, self._held_out = config, held_out
+        self._leases, self._journal = leases, journal
+        self._wanted: set[tuple[int, str]] = set()  # asked for, once there is an actor
         self._blocks = {block.name: block for block in config.evals}
         self._jobs: dict[tuple[int, str], _Job] = {}  # by version and name
         self._reports: dict[tuple[int, str], EvalReport] = {}
         self._untold: list[dict[str, Any]] = []
         self._waiting: list[tuple[str, Packet]] = []
 
-    def open(
+    def restore(self, past: Remembered) -> None:
+        """Takes up what former lives left; what is not finished begins anew."""
+        for key, report in past.reports.items():
+            if report is not None:
+                self._reports[key] = EvalReport(**report)
+                self._untold.append(dict(report))
+            elif key[1] in self._blocks:
+                self._wanted.add(key)
+
+    def ask(
         self, peer: str, request: Packet, actors: Sequence[str], now: float
     ) -> list[tuple[str, Packet]]:
-        """Leases for the actors: all prompts of the blocks asked for, unless that was done."""
-        version = request.fields["version"]
-        hands: dict[str, list[dict[str, Any]]] = {actor: [] for actor in actors}
-        turns = itertools.cycle(hands.items())
-        for name in request.fields["blocks"]:
-            key = (version, name)
-            if key not in self._jobs and key not in self._reports:
-                self._jobs[key] = self._deal(self._blocks[name], version, turns, now)
+        """Opens the blocks asked for, unless that was done."""
+        wanted = {(request.fields["version"], name) for name in request.fields["blocks"]}
+        if unknown := {name for _, name in wanted} - set(self._blocks):
+            raise ValueError(f"no evaluation block is called {', '.join(sorted(unknown))}")
+        self._wanted |= wanted - set(self._jobs) - set(self._reports)
         self.wait(peer, request)
-        return [
-            (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
-            for actor, leases in hands.items()
-            if leases
-        ]
+        return self.open(actors, now)
+
+    def open(self, actors: Sequence[str], now: float) -> list[tuple[str, Packet]]:
+        """Leases for the actors, if there are any: all prompts of the blocks that are wanted."""
+        pushes: list[tuple[str, Packet]] = []
+        for version in sorted({version for version, _ in self._wanted} if actors else ()):
+            hands: dict[str, list[dict[str, Any]]] = {actor: [] for actor in actors}
+            turns = itertools.cycle(hands.items())
+            for name, block in self._blocks.items():
+                if (key := (version, name)) in self._wanted:
+                    self._wanted.discard(key)
+                    self._jobs[key] = self._deal(block, version, turns, now)
+                    self._journal.evaluating(version, name, self._leases.last_number)
+            pushes += [
+                (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
+                for actor, leases in hands.items()
+                if leases
+            ]
+        return pushes
+
+    def forget(self, version: int) -> None:
+        """A learner begins at this version: newer ones will be other policies."""
+        for key in [key for key in self._jobs if key[0] > version]:
+            for lease_id in self._jobs.pop(key).unanswered:
+                self._leases.close(lease_id, "expired")
+        self._reports = {key: r for key, r in self._reports.items() if key[0] <= version}
+        self._untold = [report for report in self._untold if report["version"] <= version]
+        self._wanted = {key for key in self._wanted if key[0] <= version}
 
     def wait(self, peer: str, request: Packet) -> None:
         """Keeps a request until `replies` has its answer."""
@@ -94,6 +128,7 @@ class Evaluations:
             if not job.unanswered:
                 self._reports[key] = self._report(job, now)
                 self._untold.append(self._reports[key].as_fields())
+                self._journal.evaluated(self._untold[-1])
                 del self._jobs[key]
         waiting, self._waiting = self._waiting, []
         answered = []
@@ -144,11 +179,14 @@ class Evaluations:
 
     def _answer(self, request: Packet, now: float) -> Packet | None:
         if request.kind == "evaluate":
-            jobs = [j for j in self._jobs.values() if j.version == request.fields["version"]]
-            waits = any(job.unaccepted and now <= job.since + ACCEPT_SECONDS for job in jobs)
+            version = request.fields["version"]
+            jobs = [job for job in self._jobs.values() if job.version == version]
+            waits = version in {wanted for wanted, _ in self._wanted} or any(
+                job.unaccepted and now <= job.since + ACCEPT_SECONDS for job in jobs
+            )
             kind, fields = "evaluating", {}
         else:
-            waits, kind = bool(self._jobs), "reports"
+            waits, kind = bool(self._jobs or self._wanted), "reports"
             reports = sorted(self._reports.values(), key=lambda report: report.version)
             fields = {"reports": [report.as_fields() for report in reports]}
         return None if waits else Packet(kind=kind, request_id=request.request_id, fields=fields)

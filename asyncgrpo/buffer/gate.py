@@ -47,6 +47,10 @@ class Gate:
         assert self.open_for(version) > 0, "ask open_for before issue"
         self.issued += 1
 
+    def restore(self, num_live: int, num_formed: int, in_batches: int) -> None:
+        """Takes up tickets given and not returned, batches formed and the groups in these."""
+        self.issued = num_live
+
     def give_back(self) -> None:
         """Returns the ticket of a group that will not be trained."""
         assert self.issued > 0, "a ticket was returned twice"
@@ -86,6 +90,11 @@ class TokenGate(Gate):
         missing = max(missing, steps * self._min_groups - len(self._replay))
         being_made = self.issued - self._in_batches - len(self._replay)
         return max(0, missing - being_made) if steps > 0 else 0
+
+    def restore(self, num_live: int, num_formed: int, in_batches: int) -> None:
+        """As of Gate."""
+        super().restore(num_live, num_formed, in_batches)
+        self._num_formed, self._in_batches = num_formed, in_batches
 
     def formed(self, num_groups: int) -> None:
         """A batch was made of so many groups."""

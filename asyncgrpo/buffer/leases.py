@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
+from asyncgrpo.buffer.journal import Journal, Remembered
+from asyncgrpo.buffer.queue import PromptQueue, Turn
+from asyncgrpo.config import Config
+from asyncgrpo.errors import LedgerError
 from asyncgrpo.types import Lease, Prompt, Purpose, Sampling
 
 # Every lease is in exactly one of these; `open` and `stored` and `taken` are on the way.
@@ -21,6 +26,7 @@ class OpenLease:
     lease: Lease
     peer: str
     expires_at: float  # on the caller's clock
+    turn: Turn | None  # None: an evaluation
 
 
 def lease_seed(run_seed: int, lease_id: str) -> int:
@@ -30,14 +36,47 @@ def lease_seed(run_seed: int, lease_id: str) -> int:
 
 
 class LeaseBook:
-    """Issues leases and follows each to its end. Knows nothing of groups or sockets."""
+    """Issues leases and follows each to its end. Knows nothing of sockets.
 
-    def __init__(self, *, run_seed: int, deadline_seconds: float) -> None:
-        self._run_seed, self._deadline_seconds = run_seed, deadline_seconds
+    Evaluation leases are followed too, but neither counted nor noted in the journal.
+    """
+
+    def __init__(self, config: Config, journal: Journal) -> None:
+        self._journal, self._run_seed = journal, config.run.seed
+        self._deadline_seconds = config.buffer.lease_deadline_seconds
+        self._group_size = config.algo.group_size
+        self._sampling = Sampling(**config.sampling.model_dump())
         self._open: dict[str, OpenLease] = {}
+        # by seconds until the deadline, so each in the order of the deadlines
+        self._queues: dict[float, dict[str, OpenLease]] = {}
         self.counts: Counter[str] = Counter()  # state -> leases in it now
         self.reasons: Counter[str] = Counter()  # "filtered/all_correct" -> how often
-        self.num_leased = 0
+        self.last_number = 0  # of any lease
+        self._num_leased = 0  # training leases, ever
+
+    def restore(self, past: Remembered, queue: PromptQueue, now: float) -> None:
+        """Goes on where a former life of the buffer ended; open leases get a new deadline."""
+        self.counts, self.reasons = past.counts.copy(), past.reasons.copy()
+        self._num_leased = past.counts.total()
+        for ticket, position, prompt_id, peer, version in past.held:
+            turn = queue.at(position, prompt_id)
+            self.hand_out(turn, peer=peer, version=version, now=now, ticket=ticket)
+        self.last_number = past.last_number
+
+    def hand_out(
+        self, turn: Turn, *, peer: str, version: int, now: float, ticket: int | None = None
+    ) -> Lease:
+        """A lease to train on; ticket: of one that a former life of the buffer handed out."""
+        return self.issue(
+            turn.prompt,
+            peer=peer,
+            version=version,
+            group_size=self._group_size,
+            sampling=self._sampling,
+            now=now,
+            turn=turn,
+            ticket=ticket,
+        )
 
     def issue(
         self,
@@ -48,15 +87,20 @@ class LeaseBook:
         group_size: int,
         sampling: Sampling,
         now: float,
+        turn: Turn | None = None,
+        ticket: int | None = None,
         block: str = "",
         deadline_seconds: float | None = None,
     ) -> Lease:
-        """A new lease for a prompt; those of an evaluation block are followed but not counted."""
-        self.num_leased += 1
-        ticket = self.num_leased
+        """A lease for a prompt, with a new deadline; see hand_out for turn and ticket.
+
+        Those of an evaluation block have no turn.
+        """
+        number = self.last_number + 1 if ticket is None else ticket
+        self.last_number = max(self.last_number, number)
         purpose: Purpose = "eval" if block else "train"
         seconds = deadline_seconds or self._deadline_seconds
-        lease_id = f"{purpose[0]}{ticket}"
+        lease_id = f"{purpose[0]}{number}"
         lease = Lease(
             lease_id=lease_id,
             prompt=prompt,
@@ -68,47 +112,93 @@ class LeaseBook:
             deadline_seconds=seconds,
             block=block,
         )
-        self._open[lease_id] = OpenLease(
-            ticket=ticket, lease=lease, peer=peer, expires_at=now + seconds
+        opened = OpenLease(
+            ticket=number, lease=lease, peer=peer, expires_at=now + seconds, turn=turn
         )
-        if purpose == "train":
+        self._open[lease_id] = self._queues.setdefault(seconds, {})[lease_id] = opened
+        if purpose == "train" and ticket is None:
+            self._num_leased += 1
             self.counts["open"] += 1
+            self._journal.leased(opened)
         return lease
 
     def get(self, lease_id: str) -> OpenLease | None:
         """The open lease of that id; None when it has ended or never was."""
         return self._open.get(lease_id)
 
-    def close(self, lease_id: str, state: str, reason: str = "") -> OpenLease:
-        """Ends a lease's open time: it arrived (stored, filtered) or will not (failed, expired)."""
+    def close(self, lease_id: str, state: str, reason: str = "", again: bool = False) -> OpenLease:
+        """Ends a lease's open time: its group arrived (stored, filtered) or will not (failed,
+        expired); again: then its prompt is handed out once more.
+        """
         ended = self._open.pop(lease_id)
-        if ended.lease.purpose == "train":
-            self.move("open", state, reason)
+        del self._queues[ended.lease.deadline_seconds][lease_id]
+        if ended.turn is not None:
+            self.move([ended.ticket], "open", state, reason, again=again)
         return ended
 
-    def move(self, before: str, after: str, reason: str = "", count: int = 1) -> None:
-        """Counts `count` leases from one state into another."""
+    def move(
+        self,
+        tickets: Sequence[int],
+        before: str,
+        after: str,
+        reason: str = "",
+        step: int | None = None,
+        again: bool = False,
+    ) -> None:
+        """Takes leases from one state into another: every change of every lease comes by here."""
         assert {before, after} <= set(STATES), f"{before} -> {after} is no state"
-        self.counts[before] -= count
-        self.counts[after] += count
+        self.counts[before] -= len(tickets)
+        self.counts[after] += len(tickets)
         if reason:
-            self.reasons[f"{after}/{reason}"] += count
+            self.reasons[f"{after}/{reason}"] += len(tickets)
+        self._journal.moved(tickets, after, reason, step, again)
+
+    def check(self, *, stored: int, taken: int) -> None:
+        """LedgerError unless every lease that was handed out is in exactly one state.
+
+        What is open, stored and taken is looked up where it really is, and in the journal.
+        """
+        there = {"open": len(self.open_tickets()), "stored": stored, "taken": taken}
+        noted = self._journal.counts()
+        states = {state: self.counts[state] for state in STATES} | there
+        if sum(states.values()) != self._num_leased or noted not in (None, there):
+            right = " + ".join(f"{count} {state}" for state, count in states.items())
+            raise LedgerError(
+                f"leases do not balance: {self._num_leased} leased, but {right} = "
+                f"{sum(states.values())}; the ledger notes {noted}. This is a fault of the buffer:"
+                " please report it with ledger.sqlite and logs/buffer.log"
+            )
 
     def open_tickets(self) -> list[int]:
         """Tickets of the open training leases."""
         return [o.ticket for o in self._open.values() if o.lease.purpose == "train"]
 
+    def open_versions(self) -> list[int]:
+        """For each open training lease the oldest policy version that may sample its tokens."""
+        return [o.lease.version for o in self._open.values() if o.lease.purpose == "train"]
+
     def overdue(self, now: float) -> list[OpenLease]:
         """Open leases past their deadline."""
-        return self._where(lambda o: o.expires_at <= now)
+        return [
+            late
+            for queue in self._queues.values()
+            for late in takewhile(lambda o: o.expires_at <= now, queue.values())
+        ]
 
     def held_by(self, peer: str) -> list[OpenLease]:
         """Open leases of one peer."""
-        return self._where(lambda o: o.peer == peer)
+        return [o for o in self._open.values() if o.peer == peer]
+
+    def peers_of(self, actor: str) -> set[str]:
+        """Everyone of that name who holds an open lease: "actor-0.17" is called actor-0."""
+        peers = {o.peer for o in self._open.values()}
+        return {peer for peer in peers if peer.rpartition(".")[0] == actor}
 
     def num_training_leases(self) -> int:
-        """All training leases ever issued: the left side of the conservation law."""
-        return sum(self.counts[state] for state in STATES)
+        """All training leases ever handed out: the left side of the conservation law."""
+        return self._num_leased
 
-    def _where(self, keep: Callable[[OpenLease], bool]) -> list[OpenLease]:
-        return [o for o in self._open.values() if keep(o)]
+    @property
+    def num_live(self) -> int:
+        """Training leases that are trained or still may be: the tickets that the gate counts."""
+        return sum(self.counts[state] for state in ("open", "stored", "taken", "trained"))

@@ -9,10 +9,11 @@ from typing import Literal
 
 import numpy as np
 
-from asyncgrpo.buffer.staleness import StalenessAction, past_bound
-from asyncgrpo.types import EndedGroup, Float32, Group
+from asyncgrpo.buffer.journal import Remembered
+from asyncgrpo.staleness import StalenessAction, past_bound
+from asyncgrpo.types import EndedGroup, Float32, Group, Shard
 
-Order = Literal["arrival", "ticket"]
+Order = Literal["arrival", "ticket", "window"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,57 +23,88 @@ class Stored:
     ticket: int  # lease number: the order in which work was handed out
     arrival: int
     group: Group
+    oldest_version: int  # of its tokens; kept, for it is asked for often
 
 
 class Replay:
     """Groups wait here between arrival and the batch that takes them."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
+    def __init__(self, order: Order, window: int = 0) -> None:
+        """window: how many tickets a group may be ahead of open work, in the order "window"."""
+        self._order, self._window = order, window
         self._stored: dict[int, Stored] = {}  # by ticket
+        self.batches: dict[int, list[Stored]] = {}  # step -> what was taken, kept until trained
         self.groups_arrived = self.tokens_arrived = 0  # in all
         self.num_tokens = 0  # completion tokens waiting
 
     def __len__(self) -> int:
         return len(self._stored)
 
+    @property
+    def num_taken(self) -> int:
+        """Groups in batches that are not trained yet."""
+        return sum(len(batch) for batch in self.batches.values())
+
+    def restore(self, past: Remembered) -> None:
+        """Takes up the groups and batches that a former life of the buffer left."""
+        for ticket, group in past.stored:
+            self.add(ticket, group)
+        for step, batch in past.batches.items():
+            self.hold(step, batch)
+        self.groups_arrived, self.tokens_arrived = past.groups_stored, past.tokens_stored
+
+    def hold(self, step: int, batch: Iterable[tuple[int, Group]]) -> None:
+        """Keeps a batch of tickets and groups that was formed before."""
+        self.batches[step] = [_stored(ticket, 0, group) for ticket, group in batch]
+
+    def shard(self, step: int, rank: int, world_size: int) -> Shard:
+        """One rank's part of a batch, with the counts of the whole."""
+        groups = [stored.group for stored in self.batches[step]]
+        return Shard(
+            step=step,
+            groups=deal(groups, world_size)[rank],
+            num_loss_tokens_global=sum(group.num_tokens for group in groups),
+            num_completions_global=sum(len(group.completions) for group in groups),
+        )
+
     def add(self, ticket: int, group: Group) -> None:
         """Stores a group under its ticket."""
         self.groups_arrived += 1
         self.tokens_arrived += group.num_tokens
         self.num_tokens += group.num_tokens
-        self._stored[ticket] = Stored(ticket=ticket, arrival=self.groups_arrived, group=group)
+        self._stored[ticket] = _stored(ticket, self.groups_arrived, group)
 
     def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
         """Removes and returns what can no longer be trained at `step`."""
         old = [
             stored
             for stored in self._stored.values()
-            if past_bound(stored.group, step, max_staleness, action)
+            if stored.oldest_version < step - max_staleness  # then only the rule needs its tokens
+            and past_bound(stored.group, step, max_staleness, action)
         ]
         return self._remove(old)
 
-    def ready(self, count: int, open_tickets: Iterable[int]) -> bool:
-        """Whether `take(count)` may be called; in ticket order earlier open work is waited for."""
-        if len(self._stored) < count:
-            return False
-        if self._order == "arrival" or count == 0:
-            return True
-        last = sorted(self._stored)[count - 1]
-        return all(ticket > last for ticket in open_tickets)
+    def ready(self, count: int, oldest_open: int | None) -> bool:
+        """Whether `take(count, oldest_open)` finds enough."""
+        return len(self._next(oldest_open)) >= count
 
-    def count_for(self, num_tokens: int, min_groups: int) -> int:
+    def count_for(self, num_tokens: int, min_groups: int, oldest_open: int | None = None) -> int:
         """The fewest next groups, min_groups or more, that hold so many tokens.
 
         One more than there are, when all together do not.
         """
-        sums = accumulate(stored.group.num_tokens for stored in self._in_order())
+        sums = accumulate(stored.group.num_tokens for stored in self._next(oldest_open))
         enough = (n for n, total in enumerate(sums, 1) if total >= num_tokens and n >= min_groups)
         return next(enough, len(self) + 1)
 
-    def take(self, count: int) -> list[Stored]:
-        """Removes and returns the next `count` groups in the store's order."""
-        return self._remove(self._in_order()[:count])
+    def take(self, count: int, oldest_open: int | None = None) -> list[Stored]:
+        """Removes and returns the next `count` groups; oldest_open: earliest ticket being made."""
+        return self._remove(self._next(oldest_open)[:count])
+
+    def versions_left(self, count: int, oldest_open: int | None) -> list[int]:
+        """The oldest version of each group that `take` would leave."""
+        chosen = {stored.ticket for stored in self._next(oldest_open)[:count]}
+        return [s.oldest_version for s in self._stored.values() if s.ticket not in chosen]
 
     def _remove(self, chosen: list[Stored]) -> list[Stored]:
         for stored in chosen:
@@ -80,12 +112,30 @@ class Replay:
             self.num_tokens -= stored.group.num_tokens
         return chosen
 
-    def _in_order(self) -> list[Stored]:
+    def _next(self, oldest_open: int | None) -> list[Stored]:
+        """What may be taken, in the store's order.
+
+        arrival: all, the oldest version first. window: the same, but nothing that is further ahead
+        of work that is still being made, so that long completions are not left behind for ever.
+        ticket: in the order in which work was handed out, nothing ahead of earlier work.
+        """
+        stored: Iterable[Stored] = self._stored.values()
+        if self._order != "arrival" and oldest_open is not None:
+            ahead = self._window if self._order == "window" else 0
+            stored = [each for each in stored if each.ticket < oldest_open + ahead]
         if self._order == "ticket":
-            return sorted(self._stored.values(), key=lambda stored: stored.ticket)
-        return sorted(
-            self._stored.values(), key=lambda stored: (stored.group.oldest_version, stored.arrival)
-        )
+            return sorted(stored, key=lambda each: each.ticket)
+        return sorted(stored, key=lambda each: (each.oldest_version, each.arrival))
+
+
+def _stored(ticket: int, arrival: int, group: Group) -> Stored:
+    oldest = group.oldest_version
+    return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest)
+
+
+def tickets(batch: Iterable[Stored]) -> list[int]:
+    """The leases of some groups."""
+    return [stored.ticket for stored in batch]
 
 
 def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
@@ -106,9 +156,14 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
 
 
 def trained(groups: Sequence[Group], world_size: int, advantages: Float32) -> list[EndedGroup]:
-    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt."""
+    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt.
+
+    ValueError when these are not as many as the batch has completions.
+    """
     dealt = [group.lease.lease_id for hand in deal(groups, world_size) for group in hand]
     sizes = {group.lease.lease_id: len(group.completions) for group in groups}
+    if advantages.shape != (sum(sizes.values()),):
+        raise ValueError(f"advantages {advantages.shape} of {sum(sizes.values())} completions")
     pieces = np.split(advantages, np.cumsum([sizes[lease_id] for lease_id in dealt])[:-1])
     values = dict(zip(dealt, pieces, strict=True))
     return [

@@ -1,16 +1,25 @@
-"""The buffer process: the core behind a socket, with a clock, a metrics endpoint and files."""
+"""The buffer process: the core behind a socket, with a clock, a ledger, metrics and files.
+
+Whatever a round of packets changes is committed before any of it is answered.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 
 from asyncgrpo.buffer.core import BufferCore, Replies
+from asyncgrpo.buffer.flow import FlowFile
+from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.observe.exporter import Exporter, own_address
+from asyncgrpo.observe.exporter import serve_metrics
+from asyncgrpo.observe.metrics import TABLE
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
@@ -18,31 +27,56 @@ POLL_SECONDS, SHOW_SECONDS = 0.2, 1.0
 
 
 def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
-    """Serves until stopped."""
+    """Serves until stopped; goes on where the run directory's ledger ends."""
     config = run.config
-    server = Server(run.endpoints.buffer)
-    core = BufferCore(config, open_prompts(config), TrajectoryWriter(run.path, config))
-    metrics_host = own_address(run.endpoints.buffer)
-    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path, metrics_host)
-    log.info("listening on %s", run.endpoints.buffer)
+    server = Server(run.endpoints.buffer, read_keys(run, "server"))
+    ledger = Ledger(run.path)
+    ledger.checkpoint_aside()
+    samples = TrajectoryWriter(run.path, config)
+    core = BufferCore(
+        config,
+        open_prompts(config),
+        samples,
+        ledger,
+        time.monotonic(),
+        rewind=partial(samples.rewind, state=ledger.state),
+    )
+    exporter = serve_metrics(run, "buffer")
+    exporter.show(
+        {
+            # A counter that begins at 0 is known before the first thing it counts.
+            **dict.fromkeys(TABLE["counter", "buffer"], 0.0),
+            **core.metrics(),
+            "setting/actors": config.launch.actors,
+            "setting/groups_per_step": config.buffer.groups_per_step,
+            "setting/max_staleness": config.buffer.max_staleness,
+            "setting/max_steps": config.run.max_steps,
+        }
+    )
+    flow = FlowFile(run.path)
+    log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
     while not stopping():
+        replies: Replies = []
         for peer, packet in server.receive(POLL_SECONDS):
-            _send(server, core, core.handle(peer, packet, time.monotonic()))
+            replies += core.handle(peer, packet, time.monotonic())
         now = time.monotonic()
-        _send(server, core, core.tick(now))
+        core.num_refused = server.num_refused
+        send(server, core, ledger, replies + core.tick(now))
         if now - shown_at >= SHOW_SECONDS:
-            exporter.show(core.metrics())
+            exporter.show({**core.metrics(), "disk_free_bytes": shutil.disk_usage(run.path).free})
+            flow.write(core, now)
             shown_at = now
+    ledger.close()
     server.close()
 
 
-def _send(server: Server, core: BufferCore, replies: Replies) -> None:
-    """Sends; work that was given to a peer that is gone goes to others."""
-    while replies:
-        peer, packet = replies.pop(0)
+def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> None:
+    """Sends what is durable; work that was given to a peer that is gone goes to others."""
+    ledger.commit()
+    for peer, packet in replies:
         reached = server.answer(peer, packet) if packet.request_id else server.push(peer, packet)
         if not reached:
             log.warning("%s is gone; its leases are handed out again", peer)
             server.forget(peer)
-            replies += core.lost(peer, time.monotonic())
+            send(server, core, ledger, core.lost(peer, time.monotonic()))

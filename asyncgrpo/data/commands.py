@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from asyncgrpo.config import Config
+    from asyncgrpo.data.check import Finding
 
 MAX_SHOWN = 30
 
@@ -90,7 +91,7 @@ def validate(
     rows = read_rows(file)
     findings = list(checker.findings(rows, source_name(file)))
     if findings:
-        _show_table(("where", "kind", "what"), findings)
+        _show_table(("where", "kind", "what"), _by_cause(findings))
     typer.echo(f"{file}: {len(findings)} problems in {len(rows)} records")
     raise typer.Exit(1 if findings else 0)
 
@@ -135,6 +136,17 @@ def make_tasks(
     else:
         write_rows(out, records)
         typer.echo(f"{out}: {num} records")
+
+
+def _by_cause(findings: Iterable[Finding]) -> list[Finding]:
+    """One row for all places where the same is wrong: the first of them, and how many more."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for where, kind, what in findings:
+        places.setdefault((kind, what), []).append(where)
+    return [
+        (first + (f" and {len(others)} more" if others else ""), kind, what)
+        for (kind, what), (first, *others) in places.items()
+    ]
 
 
 def _settings(config: Path | None, overrides: list[str] | None) -> Config:

@@ -64,6 +64,10 @@ class PromptSource:
         """The training prompt at a position >= 0; None when the epochs are over."""
         return self._train.get(position)
 
+    def epoch(self, position: int) -> int | None:
+        """Which pass over the data a position is in; None for generated tasks."""
+        return self._train.epoch(position)
+
     def held_out(self, num: int, block: str = HELD_OUT) -> tuple[Prompt, ...]:
         """The first `num` held-out prompts of an evaluation block, or all when there are fewer."""
         return tuple(self._held_out.get(block, ())[:num])
@@ -107,6 +111,9 @@ class TemplatedStream:
         """The prompt at a position >= 0, in its template; None past the end."""
         prompt = self.stream.get(position)
         return prompt and with_template(prompt, self.template)
+
+    def epoch(self, position: int) -> None:
+        """Generated tasks never repeat."""
 
     def prompts(self) -> Iterator[Prompt]:
         """The first SURVEYED prompts."""

@@ -26,6 +26,9 @@ class Stream(Protocol):
     def get(self, position: int) -> Prompt | None:
         """The same prompt every time for one position >= 0."""
 
+    def epoch(self, position: int) -> int | None:
+        """Which pass over its prompts a position that `get` knows is in; None: no passes."""
+
     def prompts(self) -> Iterable[Prompt]:
         """All there are, in no special order; of an endless stream enough to stand for all."""
 
@@ -48,6 +51,10 @@ class EpochStream:
         if self._shuffle and epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(len(self._prompts), self._seed, epoch)
         return self._prompts[self._order[place]]
+
+    def epoch(self, position: int) -> int:
+        """How often all prompts came before this position."""
+        return position // len(self._prompts)
 
     def prompts(self) -> Sequence[Prompt]:
         """All prompts, in the order they were given."""
@@ -86,6 +93,11 @@ class MixedStream:
         """The prompt at a position >= 0; None when every source has given all it has."""
         turn = self._turns.get(position)
         return None if turn is None else self._streams[turn[0]].get(turn[1])
+
+    def epoch(self, position: int) -> int | None:
+        """The pass over the source whose turn it is."""
+        turn = self._turns.get(position)
+        return None if turn is None else self._streams[turn[0]].epoch(turn[1])
 
     def prompts(self) -> Iterable[Prompt]:
         """All prompts of every source."""

@@ -16,8 +16,9 @@ from asyncgrpo.launch.error_file import ERROR_FILE, RecordedError, read_error
 from asyncgrpo.launch.lifeline import KILL_SECONDS, ROLE, RUN_ID, find_run_processes, send
 from asyncgrpo.launch.logs import LogTail
 from asyncgrpo.launch.plan import ProcessSpec
+from asyncgrpo.rundir import STOP_SIGNAL
 
-RESTART, STOP_SIGNAL = "ASYNCGRPO_RESTART", "ASYNCGRPO_STOP_SIGNAL"
+RESTART = "ASYNCGRPO_RESTART"
 PRELUDE = Path(__file__).with_name("prelude.py")
 
 

@@ -89,7 +89,7 @@ class Supervisor:
     def _start(self) -> None:
         for child in self._children:
             child.start()
-            self._say(f"started {child.spec.name} (pid {child.pid})")
+            self.say(f"started {child.spec.name} (pid {child.pid})")
 
     def _watch(self) -> int:
         """Until the learner is done, somebody interrupts, or a role fails (raises)."""
@@ -99,7 +99,7 @@ class Supervisor:
             self._raise_callback_error()
             if self._signals:
                 self._num_heeded = len(self._signals)
-                self._say(f"{signal.Signals(self._signals[0]).name}: stopping; again = kill now")
+                self.say(f"{signal.Signals(self._signals[0]).name}: stopping; again = kill now")
                 return EXIT_INTERRUPTED
             if self._handle_exits():
                 return EXIT_DONE
@@ -112,14 +112,14 @@ class Supervisor:
         ended = [child for child in self._children if child.running and child.poll() is not None]
         verdicts = [(child, self._judge(child)) for child in ended]
         if any(verdict == "done" for _, verdict in verdicts):
-            self._say("the learner is done")
+            self.say("the learner is done")
             return True
         now = time.monotonic()
         for child, verdict in verdicts:
             if verdict == "fail":
                 raise self._failure(child)
             if verdict == "left":
-                self._say(f"{child.spec.name} has left the run")
+                self.say(f"{child.spec.name} has left the run")
             if verdict == "early" or (verdict == "left" and not self._has_actor()):
                 self._early_deadline[child.spec.name] = now + self._grace_seconds
             elif verdict == "restart":
@@ -143,7 +143,7 @@ class Supervisor:
         self._restart_at[child.spec.name] = now + wait
         recent.append(now)
         count = f"restart {len(recent)} of {self._max_restarts} follows in {wait:g} s"
-        self._say(f"{child.spec.name} {describe_exit(child.exit_code or 0)}; {count}")
+        self.say(f"{child.spec.name} {describe_exit(child.exit_code or 0)}; {count}")
 
     def _restart_due(self) -> None:
         for child in self._children:
@@ -151,7 +151,7 @@ class Supervisor:
                 del self._restart_at[child.spec.name]
                 child.restarts += 1
                 child.start()
-                self._say(f"restarted {child.spec.name} (pid {child.pid})")
+                self.say(f"restarted {child.spec.name} (pid {child.pid})")
 
     def _refuse_early_ends(self) -> None:
         """A role may end a moment before torchrun is through with ending, but not go missing."""
@@ -162,7 +162,7 @@ class Supervisor:
     def _failure(self, child: Child) -> Exception:
         code, log_file = child.exit_code or 0, child.spec.log_file
         self._forward_lines()
-        self._say(f"{child.spec.name} {describe_exit(code)}; stopping the run")
+        self.say(f"{child.spec.name} {describe_exit(code)}; stopping the run")
         lines = before_torchrun_report(last_lines(log_file, READ_LINES))[-SHOWN_LINES:]
         recorded = child.recorded_error()
         return failure(child.spec.name, code, child.restarts, recorded, log_file, lines)
@@ -172,9 +172,9 @@ class Supervisor:
         for role in STOP_ORDER:
             self._stop_stage([child for child in self._children if child.spec.role == role])
         if strays := kill_strays(self.run_id):
-            self._say(f"killed processes that the roles left behind: {strays}")
+            self.say(f"killed processes that the roles left behind: {strays}")
         self._forward_lines(at_end=True)
-        self._say("all processes have ended")
+        self.say("all processes have ended")
 
     def _stop_stage(self, stage: Sequence[Child]) -> None:
         for child in stage:
@@ -189,14 +189,15 @@ class Supervisor:
         patience = "at once" if hurried else f"within {self._grace_seconds:g} s"
         for child in left:
             child.kill()
-            self._say(f"killed {child.spec.name}: it did not end {patience}")
+            self.say(f"killed {child.spec.name}: it did not end {patience}")
 
     def _forward_lines(self, *, at_end: bool = False) -> None:
         for child in self._children:
             for line in child.tail.new_lines(at_end=at_end):
                 self._call(self._on_line, child.spec.name, line)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Shows and logs an event of the launcher's own."""
         self._call(self._log, line)
         self._call(self._on_line, "launcher", line)
 

@@ -15,8 +15,8 @@ from asyncgrpo.launch.cores import Cores, assign_cores, core_sharers
 from asyncgrpo.launch.nodes import Seat
 from asyncgrpo.rundir import Endpoints
 
-LOOPBACK = "127.0.0.1"
-CLI_MODULE = "asyncgrpo.cli"
+LOOPBACK, LOOPBACK_DEVICE = "127.0.0.1", "lo"
+CLI_MODULE, TORCHRUN_MODULE = "asyncgrpo.cli", "asyncgrpo.learner.torchrun"
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: no child to orphan
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -25,8 +25,6 @@ VLLM_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",  # deprecations inside vLLM, nothing that a user could act on
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-# What a torchrun on one of several nodes learns from Slurm: its place among them.
-ON_EACH_NODE = ("bash", "-c", 'PET_NODE_RANK=$SLURM_NODEID exec "$0" "$@"')
 RoleName = Literal["buffer", "actor", "learner"]
 Environment = dict[str, str]
 
@@ -115,7 +113,7 @@ def make_plan(
     )
     return Plan(
         specs=specs,
-        warnings=tuple(_core_warnings(config, host, cores)),
+        warnings=(*_core_warnings(config, host, cores), *_door_warnings(config)),
         endpoints=_endpoints(config.launch.host, ports, cores, role_names(actors, learners)),
     )
 
@@ -190,12 +188,11 @@ class _Draft:
         ranks = [f"learner-{rank}" for rank in range(self.config.launch.learners)]
         seat = (self.seats or {}).get("learner")
         num_nodes = len(seat.nodes) if seat else 1
-        place = ("--node-rank", "0") if num_nodes == 1 else ()
+        host = LOOPBACK if num_nodes == 1 else self.config.launch.host
         argv = (
-            *(ON_EACH_NODE if num_nodes > 1 else ()),
-            *(self.python, "-m", "torch.distributed.run", "--nnodes", str(num_nodes)),
-            *("--nproc-per-node", str(len(ranks) // num_nodes), *place),
-            *("--master-addr", self.config.launch.host, "--master-port", str(rendezvous_port)),
+            *(self.python, "-m", TORCHRUN_MODULE, "--nnodes", str(num_nodes)),
+            *("--nproc-per-node", str(len(ranks) // num_nodes), "--rdzv-backend", "asyncgrpo"),
+            *("--rdzv-endpoint", f"{host}:{rendezvous_port}"),
             *("--max-restarts", "0", "--monitor-interval", "0.2"),
             *self._role_arguments("learner"),
         )
@@ -216,10 +213,14 @@ class _Draft:
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
+            # of groups within one machine; else they listen on what the host's name stands for
+            "GLOO_SOCKET_IFNAME": LOOPBACK_DEVICE,
         }
         if self.seats is None or not self.config.launch.gpus:
             visible = ",".join(self.gpus[name] for name in names if name in self.gpus)
             environment["CUDA_VISIBLE_DEVICES"] = visible
+        if self.config.launch.on_loopback:
+            environment["NCCL_SOCKET_IFNAME"] = LOOPBACK_DEVICE
         if any(core in self.shared for name in names for core in self.cores.get(name, ())):
             # A thread that spins while it waits takes the core from its neighbour (20x slower).
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -306,6 +307,16 @@ def _core_warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> li
                 f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"
             )
     return warnings
+
+
+def _door_warnings(config: Config) -> list[str]:
+    launch = config.launch
+    if launch.on_loopback or launch.encrypted:
+        return []
+    return [
+        f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups and "
+        "end the run; without --insecure the run makes keys"
+    ]
 
 
 def _endpoints(

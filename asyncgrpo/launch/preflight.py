@@ -48,9 +48,11 @@ def choose_ports(config: Config) -> Ports:
     asked = [(setting, port) for setting, port in fixed.items() if port]
     asked += [("launch.metrics_port", port) for port in _metrics_ports(config)]
     _check_distinct(asked)
+    metrics_host = config.observe.metrics_host.replace("auto", launch.host)
     _check_own_address(launch.host, "launch.host")
+    _check_own_address(metrics_host, "observe.metrics_host")
     for setting, port in asked:
-        check_port_free(launch.host, port, setting)
+        check_port_free(launch.host if setting in fixed else metrics_host, port, setting)
     free = pick_free_ports(4, frozenset(port for _, port in asked), launch.host)
     return Ports(
         buffer=launch.buffer_port or free[0],
@@ -106,6 +108,7 @@ def prepare_run_dir(path: Path) -> None:
     try:
         for name in RUN_FOLDERS:
             (path / name).mkdir(parents=True, exist_ok=True)
+        point_latest(path)
     except OSError as error:
         raise ConfigError(
             f"run directory {path} cannot be written ({error.strerror}: {error.filename}); "
@@ -121,6 +124,15 @@ def _check_own_address(host: str, setting: str) -> None:
             f"{setting}={host} cannot be listened on ({error.strerror}); set it to an address of "
             "this machine, such as 127.0.0.1"
         ) from None
+
+
+def point_latest(path: Path) -> None:
+    """Makes runs/latest, where grafana/prometheus.yml looks, a link to a run directory of runs/."""
+    if path.parent.name == "runs":
+        draft = path.with_name(".latest")
+        draft.unlink(missing_ok=True)
+        draft.symlink_to(path.name)
+        draft.replace(path.with_name("latest"))
 
 
 def _bind(host: str, port: int) -> socket.socket:

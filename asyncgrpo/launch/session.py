@@ -21,7 +21,15 @@ from asyncgrpo.config import Config
 from asyncgrpo.data.check import length_warning
 from asyncgrpo.data.prompts import PromptSource, open_prompts
 from asyncgrpo.data.templates import tokenise
-from asyncgrpo.errors import AbsentData, AbsentModel, ConfigError, DataError, ModelError
+from asyncgrpo.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    AbsentData,
+    AbsentModel,
+    ConfigError,
+    DataError,
+    ModelError,
+)
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import Child, with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
@@ -29,11 +37,20 @@ from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.nodes import Seat
 from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
-from asyncgrpo.launch.preflight import check_run_dir, choose_ports, missing_extra, prepare_run_dir
+from asyncgrpo.launch.preflight import (
+    check_run_dir,
+    choose_ports,
+    missing_extra,
+    point_latest,
+    prepare_run_dir,
+)
 from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
+from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.observe.progress import Progress, show_summary
+from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.keys import make_keys
 
 _promised: set[Path] = set()  # directories of this process, made or not
 
@@ -98,25 +115,32 @@ class Session:
         plan.specs[0].log_file.parent.mkdir(parents=True, exist_ok=True)
         shown = Progress(self.run_dir, config.run.max_steps, self._console)
         with shown.skip() if self._resume else shown as progress:
+
+            def tick() -> None:
+                progress.tick()
+                stalls()
+
             supervisor = Supervisor(
                 plan,
                 grace_seconds=config.launch.grace_seconds,
                 max_restarts=config.launch.max_restarts,
                 restart_window_seconds=config.launch.restart_window_seconds,
                 on_line=progress.line,
-                on_tick=progress.tick,
+                on_tick=tick,
                 new_child=self._new_child,
             )
+            stalls = StallWatch(self.run_dir, config.launch, supervisor.run_id, supervisor.say)
             code = supervisor.run()
             progress.tick()
+        self._end_scraping()
         self.stopped_by = supervisor.stopped_by
         return code
 
     def _new_child(self, spec: ProcessSpec, run_id: str) -> Child:
         return Child(spec, run_id)
 
-    def run_serially(self) -> int:
-        """All roles in this process (`--serial`)."""
+    def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
+        """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
@@ -125,9 +149,16 @@ class Session:
             self._console.print("serial: one actor with the toy engine, one learner, no sockets")
             from asyncgrpo.serial import run_serial  # torch
 
-            run_serial(run)
-        show_summary(self.run_dir, self._console)
-        return 0
+            is_done = run_serial(run, stopping=stopping)
+            self._end_scraping()
+        if is_done:
+            show_summary(self.run_dir, self._console)
+        return EXIT_DONE if is_done else EXIT_INTERRUPTED
+
+    def _end_scraping(self) -> None:
+        """Takes the run off Prometheus: what is still a target and gone has failed."""
+        for target in (self.run_dir / "targets").glob("*.json"):
+            target.unlink()
 
     def check(self, absent: list[str] | None = None) -> None:
         """Refuses what cannot work. Starts nothing, writes nothing.
@@ -135,6 +166,7 @@ class Session:
         With a list `absent`, models and data that are not on this machine are noted there instead.
         """
         config = self._config
+        check_writers(config)
         if self._resume:
             step = check_resumable(self.run_dir, config)
             self._console.print(f"going on with {self.run_dir} at step {step}", markup=False)
@@ -227,9 +259,13 @@ class Session:
         with only_launcher(self.run_dir):
             if self._resume:
                 keep_settings(self.run_dir)
+                self._end_scraping()  # of a life before that failed, maybe with more actors
+                point_latest(self.run_dir)
             plan = self._plan(config, detect_host())
             run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
             run.write()
+            if config.launch.encrypted:
+                make_keys(self.run_dir)
             report = json.dumps(environment_report(config), indent=2)
             (self.run_dir / "env.json").write_text(report, encoding="utf-8")
             self._console.print(f"run directory {self.run_dir}", markup=False)

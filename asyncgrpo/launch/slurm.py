@@ -6,7 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-from asyncgrpo.config import Config
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import EXIT_INTERRUPTED, ConfigError, RoleFailed
 from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.nodes import find_seat, find_seats
@@ -15,7 +15,7 @@ from asyncgrpo.launch.preflight import choose_ports, pick_free_ports
 from asyncgrpo.launch.session import Session
 from asyncgrpo.launch.steps import Job, StepChild, ask
 from asyncgrpo.learner.saved import FOLDER, saved
-from asyncgrpo.observe.exporter import own_address
+from asyncgrpo.wire.address import own_address
 
 
 class SlurmSession(Session):
@@ -28,9 +28,9 @@ class SlurmSession(Session):
             )
         self._job, self._nodes = job, job.nodes()
         others = [node.address for node in self._nodes[1:]]
-        host = own_address(f"tcp://{others[0]}:1") if others else LOOPBACK  # as the others see it
-        launch = config.launch.model_copy(update={"host": host})
-        config = config.model_copy(update={"launch": launch})
+        host = own_address(others[0], 1) if others else LOOPBACK  # as the others see it
+        rooms = config.model_dump(exclude_unset=True)
+        config = from_mapping({**rooms, "launch": {**rooms.get("launch", {}), "host": host}})
         super().__init__(config, resume=resume, seats=find_seats(config, self._nodes))
         self._ports = choose_ports(config)
         self._log_dir = self.run_dir / "logs" / job.attempt

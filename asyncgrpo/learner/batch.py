@@ -20,17 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from asyncgrpo.errors import StalenessError
+from asyncgrpo.staleness import StalenessAction, bound_of
 from asyncgrpo.types import Completion, Float32, Group, Int32
 
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
-StalenessAction = Literal["drop", "mask"]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 
@@ -109,8 +109,8 @@ def pack(
     nor another rank's masks change the weight of a token. Only truncated completions, when these
     are masked, leave the count too (the overlong filtering of DAPO, arXiv 2503.14476).
 
-    Raises StalenessError when staleness_action is "drop" and a token is older than max_staleness:
-    the buffer's eviction should not have let it through.
+    Raises StalenessError when a token is past the bound and staleness_action is not "mask": the
+    buffer's eviction should not have let it through.
     """
     scored: list[_Scored] = []
     for group in groups:
@@ -124,13 +124,17 @@ def pack(
 
 
 def with_advantages(
-    batch: Batch, values: Float32, on_places: NDArray[np.float64] | float = 0.0
+    batch: Batch,
+    values: Float32,
+    on_places: NDArray[np.float64] | float = 0.0,
+    shares: NDArray[np.float64] | float = 1.0,
 ) -> Batch:
     """The batch with advantages: one float32 for each completion that was packed.
 
-    on_places: float64 [S], added to them (rewards per token).
+    on_places: float64 [S], added to them (rewards per token). shares: float64 [S], how much each
+    token's advantage counts.
     """
-    spread = values[batch.completion_ids][batch.sequence_ids] + on_places
+    spread = (values[batch.completion_ids][batch.sequence_ids] + on_places) * shares
     return replace(batch, advantages=np.where(batch.loss_mask, spread, 0.0).astype(np.float32))
 
 
@@ -146,8 +150,8 @@ def _score(
     assert len(group.prompt_token_ids) > 0, "nothing predicts the first token of an empty prompt"
     for index, completion in enumerate(group.completions):
         staleness = step - completion.versions.astype(np.int64)
-        is_stale = staleness > max_staleness
-        if action == "drop" and is_stale.any():
+        is_stale = staleness > bound_of(max_staleness, action)
+        if action != "mask" and is_stale.any():
             _refuse(group, step, int(staleness.max()), max_staleness)
         yield _Scored(
             prompt_token_ids=group.prompt_token_ids,

@@ -4,6 +4,7 @@
       .metadata, __<rank>_<n>.distcp model, optimizer and reference (torch.distributed.checkpoint);
                                      they load into any number of ranks
       rng_<rank>.pt                  random number state of each rank
+      ledger.sqlite                  of a serial run: the buffer at this step
       manifest.json                  step, counters, and a checksum of every other file
 
 Saving goes on in a thread while the next step runs; what is written is the state of its own step.
@@ -17,7 +18,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 # One rank needs no process group; torch warns about that at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 State = dict[str, Any]  # tensors by name, nested
+AddFiles = Callable[[Path], None]  # the folder they go to
 
 
 class Checkpoints:
@@ -44,6 +46,7 @@ class Checkpoints:
         self._folder, self._settings = folder, settings
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self.covered = 0  # on rank 0: no learner will begin before this step any more
         # Its own group: collectives of the saving thread must not meet those of training.
         self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
 
@@ -51,14 +54,20 @@ class Checkpoints:
         """Whether the state after `step` updates is to be saved."""
         return self._settings.every > 0 and step % self._settings.every == 0
 
-    def save(self, step: int, state: State, counters: Mapping[str, float]) -> None:
-        """Begins to save a copy of the tensors. CheckpointError when the last save failed."""
+    def save(
+        self, step: int, state: State, counters: Mapping[str, float], add: AddFiles = lambda _: None
+    ) -> None:
+        """Begins to save a copy of the tensors. CheckpointError when the last save failed.
+
+        add: puts more files into the checkpoint's folder (called on rank 0).
+        """
         self.wait()
         draft = self._folder / f".step_{step}.part"
         try:
             if ranks.rank() == 0:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
+                add(draft)
             self._meet()
             torch.save(_random_state(), draft / f"rng_{ranks.rank()}.pt")
             future = state_dict_saver.async_save(
@@ -128,7 +137,10 @@ class Checkpoints:
         draft.rename(final)
         _to_disk(self._folder)
         log.info("checkpoint of step %d saved", step)
-        for path in saved(self._folder)[: -self._settings.keep_last]:
+        every, number = saved(self._folder), self._settings.keep_last
+        if len(every) > number:  # should the newest be found damaged, one before it serves
+            self.covered = step_of(every[-number])
+        for path in every[:-number]:
             if not self._settings.keep_every or step_of(path) % self._settings.keep_every:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -10,21 +10,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.protocols import Client, NamedTensors, WeightSender
-from asyncgrpo.types import Float32, Shard
+from asyncgrpo.types import Float32, Int32, Shard
 from asyncgrpo.wire.codec import Packet, shard_from
 
 log = logging.getLogger(__name__)
 CALL_SECONDS = 60.0  # for answers that the buffer gives at once
+OWN_TIMES = ("wait_seconds", "train_seconds", "step_seconds")  # in which ranks differ
 
 
 class Updater(Protocol):
     """One rank's model and optimizer (learner/update.py)."""
 
     advantages: Float32  # [C] of the last update's completions, rank by rank as they were dealt
+
+    @property
+    def covered(self) -> int:
+        """The step of the newest complete checkpoint; 0 without any."""
 
     def update(self, shard: Shard) -> dict[str, float]:
         """One optimizer update from this rank's shard; metrics of the whole batch."""
@@ -44,8 +50,8 @@ class Updater(Protocol):
     def is_checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` updates is to be saved."""
 
-    def checkpoint(self, step: int) -> None:
-        """Begins to save the state after `step` updates."""
+    def checkpoint(self, step: int, add: Callable[[Path], None]) -> None:
+        """Begins to save the state after `step` updates, with what `add` puts into its folder."""
 
 
 class Recorder(Protocol):
@@ -75,16 +81,20 @@ class Learner:
         sender: WeightSender | None,
         recorder: Recorder | None,
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
+        observe: Callable[[str, Int32], None] = lambda name, values: None,
         stopping: Callable[[], bool] = lambda: False,
+        add_to_checkpoint: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """show: gets this rank's row of every step, for its metrics endpoint.
+        """show, observe: get what a rank alone knows, for its metrics endpoint.
 
-        stopping: whether the run is to end early, with a checkpoint.
+        stopping: whether the run is to end early, with a checkpoint. add_to_checkpoint: puts more
+        files into the folder of each.
         """
         self._config, self._rank, self._world_size = config, rank, world_size
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
-        self._show, self._stopping = show, stopping
+        self._show, self._observe, self._stopping = show, observe, stopping
+        self._add_to_checkpoint = add_to_checkpoint
         self._has_asked_to_stop = False
         self._published = -1
         self._evals = config.evals
@@ -104,8 +114,8 @@ class Learner:
         self._publish(version, is_first=True)
         if version == 0:
             self._evaluate(0, self._evals)
-        else:
-            self._evaluate_now_and_then(version)  # what was under way when it was stopped
+        # those of the checkpoint's version were asked for before it was made: the buffer knows
+        self._evaluated = {block.name: version for block in self._evals}
         for step in range(version, self._config.run.max_steps):
             start = time.perf_counter()
             answer = self._take(step)
@@ -125,10 +135,10 @@ class Learner:
                 self._evaluate_now_and_then(version)
             row["step_seconds"] = time.perf_counter() - start
             row.update(step=step, version=version)
-            self._show(row)
+            self._observe("token_staleness", shard.staleness)
             self._tell(step, row)
             if self._updater.is_checkpoint_due(version):
-                self._updater.checkpoint(version)
+                self._updater.checkpoint(version, self._add_to_checkpoint)
         self._finish(version)
         return True
 
@@ -148,7 +158,7 @@ class Learner:
 
     def _stop(self, version: int) -> bool:
         log.info("stopping after %d steps", version)
-        self._updater.checkpoint(version)
+        self._updater.checkpoint(version, self._add_to_checkpoint)
         self._updater.save()
         return False
 
@@ -164,8 +174,10 @@ class Learner:
 
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:
+            self._show({name: row[name] for name in OWN_TIMES})
             return
-        fields = {"step": step, "world_size": self._world_size}
+        covered = self._updater.covered
+        fields = {"step": step, "world_size": self._world_size, "covered": covered}
         packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
         summary = self._client.call(packet, CALL_SECONDS).fields
         self._recorder.row({**row, **self._sender.metrics()}, summary)

@@ -19,6 +19,7 @@ from asyncgrpo.learner.inputs import LossInputs, Totals, moves_on
 from asyncgrpo.learner.model import PolicyHead, packed_row
 from asyncgrpo.learner.reference import Reference
 from asyncgrpo.observe.metrics import SEQUENCE_RULES
+from asyncgrpo.staleness import share_of
 from asyncgrpo.types import Float32, Group
 
 Logprobs = tuple[Tensor, ...]  # float32 [S] per micro-batch
@@ -195,11 +196,19 @@ class Preparer:
             for group, extra in zip(groups, extras, strict=True)
         )
         flat = np.concatenate(values) if values else np.zeros(1, np.float32)
-        if kl is None or self._config.algo.kl_in != "reward_token":
-            return values, tuple(with_advantages(batch, flat) for batch in batches)
+        on_places: list[Float64 | float] = [0.0] * len(batches)
+        if kl is not None and self._config.algo.kl_in == "reward_token":
+            pairs = zip(batches, kl, strict=True)
+            on_places = [-shaping.reward_to_go(p, batch.cu_seqlens) for batch, p in pairs]
+        buffer = self._config.buffer
         return values, tuple(
-            with_advantages(batch, flat, -shaping.reward_to_go(penalty, batch.cu_seqlens))
-            for batch, penalty in zip(batches, kl, strict=True)
+            with_advantages(
+                batch,
+                flat,
+                extra,
+                share_of(batch.staleness, buffer.max_staleness, buffer.staleness_action),
+            )
+            for batch, extra in zip(batches, on_places, strict=True)
         )
 
     def _totals(

@@ -16,10 +16,11 @@ from transformers.utils import logging as transformers_logging
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.observe.exporter import Exporter, own_address
+from asyncgrpo.observe.exporter import serve_metrics
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.weights.sender import CollectiveSender
+from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,10 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     transformers_logging.disable_progress_bar()
     sender = recorder = None
-    metrics_host = own_address(run.endpoints.buffer)
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
+    exporter = serve_metrics(run, name)
     if rank == 0:
-        sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store)
+        keys = read_keys(run, "server")
+        sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store, keys)
         recorder = RunRecorder(run, exporter)
     save_to = run.model_path if rank == 0 else None
     updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
@@ -51,10 +52,11 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         rank=rank,
         world_size=world_size,
         updater=updater,
-        client=DealerClient(run.endpoints.buffer, name, "the buffer"),
+        client=DealerClient(run.endpoints.buffer, name, "the buffer", read_keys(run, "client")),
         sender=sender,
         recorder=recorder,
         show=exporter.show,
+        observe=exporter.observe,
         stopping=stopping,
     )
     log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import ranks
-from asyncgrpo.learner.checkpoint import Checkpoints
+from asyncgrpo.learner.checkpoint import AddFiles, Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
@@ -162,15 +162,20 @@ class PolicyUpdater:
         """Whether the state after `step` updates is to be saved."""
         return self._checkpoints is not None and self._checkpoints.is_due(step)
 
-    def checkpoint(self, step: int) -> None:
-        """Begins to save the state after `step` updates."""
+    @property
+    def covered(self) -> int:
+        """The step that no later life of the learner begins before (on rank 0)."""
+        return self._checkpoints.covered if self._checkpoints is not None else 0
+
+    def checkpoint(self, step: int, add: AddFiles = lambda _: None) -> None:
+        """Begins to save the state after `step` updates, with what `add` puts into its folder."""
         if self._checkpoints is not None:
             counters = {
                 "kl_coef": self._kl_coef,
                 "skipped": self._num_skipped,
                 "syncs": self._num_syncs,
             }
-            self._checkpoints.save(step, self._state(), counters)
+            self._checkpoints.save(step, self._state(), counters, add)
 
     def restore(self) -> int:
         """Goes back to the newest checkpoint of the run; returns its step, 0 without any."""

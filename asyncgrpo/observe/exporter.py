@@ -3,67 +3,151 @@
 from __future__ import annotations
 
 import json
-import socket
+import time
 from collections.abc import Iterator, Mapping
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.metrics import metric_of
-
-
-def own_address(endpoint: str) -> str:
-    """This machine's address on the way to "tcp://HOST:PORT"; nothing is sent."""
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))
-        return str(probe.getsockname()[0])
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.address import own_address
 
 
 class Exporter(Collector):
-    """Serves the last values that `show` was given at http://HOST:PORT/metrics: numbers only."""
+    """Serves /metrics and /healthz: last values, histograms, and the process's own. Numbers only.
 
-    def __init__(self, role: str, port: int, run_dir: Path, host: str = "127.0.0.1") -> None:
-        self._role = role
+    What other libraries of the process keep for Prometheus, as vLLM does, is served beside ours.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        port: int,
+        run_dir: Path,
+        host: str = "127.0.0.1",
+        *,
+        is_target: bool = True,
+    ) -> None:
+        """port: 0 is any free one. is_target: false keeps it off run_dir/targets."""
+        self.role = role
         self._values: dict[str, float] = {}
+        self._histograms: dict[str, tuple[NDArray[np.int64], float]] = {}  # per bucket; the sum
+        self.told = time.monotonic()  # when the process's loop last said something
         registry = CollectorRegistry()
         registry.register(self)
+        handler = type("Handler", (_Handler,), {"registry": registry, "exporter": self})
         try:
-            server, _ = start_http_server(port, addr=host, registry=registry)
+            server = ThreadingHTTPServer((host, port), handler)
         except OSError as error:
             raise ConfigError(
-                f"metrics port {port} of {role} cannot be used: {error}; choose another "
-                "launch.metrics_port, or 0 for any free port"
+                f"metrics port {port} of {role} on {host} cannot be used: {error}; choose another "
+                "launch.metrics_port, 0 for any free port, or observe.metrics_host='auto' when "
+                "the run is on several machines"
             ) from None
-        self._announce(run_dir / "targets", f"{host}:{server.server_port}")
+        Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+        self._target = run_dir / "targets" / f"{role}.json"
+        if is_target:
+            self._announce(run_dir.name, f"{host}:{server.server_port}")
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Replaces values by name; names that are not in the table are an error (KeyError)."""
+        """Replaces values by name; histograms count them. KeyError for names not in the table."""
+        plain = {}
         for name, value in values.items():
-            metric_of(name)
-            self._values[name] = float(value)
+            if metric_of(name)[0].kind == "histogram":
+                self.observe(name, [value])
+            else:
+                plain[name] = float(value)
+        kept = self._values
+        if any(name.startswith("lag_") for name in plain):  # rows name only lags that they have
+            kept = {name: value for name, value in kept.items() if not name.startswith("lag_")}
+        self._values, self.told = {**kept, **plain}, time.monotonic()
+
+    def observe(self, name: str, values: ArrayLike) -> None:
+        """Counts values, of any shape, into a histogram of the table."""
+        new = np.asarray(values, np.float64).ravel()
+        new = new[np.isfinite(new)]  # one NaN would make every later sum NaN
+        uppers = metric_of(name)[0].buckets
+        places = np.searchsorted(uppers, new)  # a bucket holds its upper bound
+        tally = np.bincount(places, minlength=len(uppers))
+        counts, total = self._histograms.get(name, (np.zeros_like(tally), 0.0))
+        self._histograms[name] = (counts + tally, total + float(new.sum()))
+
+    def close(self) -> None:
+        """Takes the process off the targets: it ends as it should."""
+        self._target.unlink(missing_ok=True)
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus reads."""
-        shown: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for name, value in list(self._values.items()):
-            metric, own = metric_of(name)
-            labels = {"role": self._role, **own}
-            if metric.name not in shown:
-                family = GaugeMetricFamily if metric.kind == "gauge" else CounterMetricFamily
-                help_text = f"{metric.unit}; rises when {metric.rises}"
-                base = metric.prometheus_name.removesuffix("_total")
-                shown[metric.name] = family(base, help_text, labels=list(labels))
-            shown[metric.name].add_metric(list(labels.values()), value)
+        shown: dict[str, Metric] = {}
+        age = time.monotonic() - self.told
+        for name, value in {**self._values, "report_age_seconds": age}.items():
+            family, labels = self._family(shown, name)
+            family.add_sample(metric_of(name)[0].prometheus_name, labels, value)
+        for name, (counts, total) in list(self._histograms.items()):
+            family, labels = self._family(shown, name)
+            for upper, count in zip(metric_of(name)[0].buckets, counts.cumsum(), strict=True):
+                bucket = {**labels, "le": floatToGoString(upper)}
+                family.add_sample(f"{family.name}_bucket", bucket, int(count))
+            family.add_sample(f"{family.name}_count", labels, int(counts.sum()))
+            family.add_sample(f"{family.name}_sum", labels, total)
         yield from shown.values()
+        yield from REGISTRY.collect()
 
-    def _announce(self, folder: Path, address: str) -> None:
+    def _family(self, shown: dict[str, Metric], name: str) -> tuple[Metric, dict[str, str]]:
+        """The family of a name, made when it is new, and the labels."""
+        metric, labels = metric_of(name)
+        base = metric.prometheus_name.removesuffix("_total")
+        family = shown.setdefault(base, Metric(base, metric.help, metric.kind))
+        return family, {"role": self.role, **labels}
+
+    def _announce(self, run: str, address: str) -> None:
         """Writes a Prometheus file_sd target, whole or not at all."""
-        folder.mkdir(exist_ok=True)
-        target = [{"targets": [address], "labels": {"role": self._role}}]
-        draft = folder / f".{self._role}.tmp"
+        self._target.parent.mkdir(exist_ok=True)
+        # Not the port: a process that begins anew goes on with its series.
+        labels = {"role": self.role, "run": run, "instance": f"{run}/{self.role}"}
+        target = [{"targets": [address], "labels": labels}]
+        draft = self._target.with_name(f".{self.role}.tmp")
         draft.write_text(json.dumps(target))
-        draft.rename(folder / f"{self._role}.json")
+        draft.rename(self._target)
+
+
+def serve_metrics(run: RunDir, role: str) -> Exporter:
+    """The exporter of a role, where observe.metrics_host says.
+
+    On loopback of another machine than the launcher's it is no target: Prometheus would look for
+    it on its own.
+    """
+    launch, host = run.config.launch, run.config.observe.metrics_host
+    own = own_address(*run.endpoints.store)
+    port, is_target = run.endpoints.metrics.get(role, 0), launch.on_loopback or own == launch.host
+    if host == "auto":
+        host, is_target = own, True
+    return Exporter(role, port, run.path, host, is_target=is_target)
+
+
+class _Handler(MetricsHandler):
+    """Always the plain text format: in OpenMetrics the client renames vllm:NAME to vllm_NAME."""
+
+    exporter: Exporter
+
+    def do_GET(self) -> None:
+        body, kind = generate_latest(self.registry), CONTENT_TYPE_LATEST
+        if self.path == "/healthz":
+            age = time.monotonic() - self.exporter.told
+            health = {"role": self.exporter.role, "report_age_seconds": age}
+            body, kind = json.dumps(health).encode(), "application/json"
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ from rich.text import Text
 from asyncgrpo.config import HELD_OUT
 
 SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH, COMPARED_STEPS = 30, 10
+FAULTS = ("judge_errors", "updates_skipped", "publish/evictions", "publish/rejections")
+IDLE_SHARE = 0.1  # who waits less has work
+QUIET_SECONDS = 30.0  # without a new row, which is worth a word
+History = list[tuple[float, float]]  # step or version, and what it had
 
 
 class Progress:
@@ -28,7 +36,8 @@ class Progress:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._read_to = 0
         self._last: dict[str, Any] = {}
-        self._accuracies: dict[str, list[float]] = {}  # by evaluation
+        self.rewards: History = []  # of trained groups
+        self._accuracies: dict[str, History] = {}  # by evaluation
         self._live = (
             Live(console=self.console, refresh_per_second=4, transient=True)
             if self.console.is_terminal
@@ -55,21 +64,34 @@ class Progress:
 
     def tick(self) -> None:
         """Shows rows that were written since the last call."""
-        for row in self._new_rows():
-            for block, accuracy, _ in evaluations(row):
-                self._accuracies.setdefault(block, []).append(accuracy)
-            self._last.update({name: value for name, value in row.items() if value is not None})
-            if self._live is None and "loss" in row:
+        rows = self.read()
+        if self._live is not None:
+            self._live.update(self.panel())
+            return
+        for row in rows:
+            if "loss" in row:
                 self.console.print(step_line(row, self._max_steps))
-        if self._live is not None and self._last:
-            self._live.update(self._panel())
+
+    def read(self) -> list[dict[str, Any]]:
+        """Takes in, and returns, rows that were written since the last call."""
+        rows = self._new_rows()
+        for row in rows:
+            for block, accuracy, version in evaluations(row):
+                _put(self._accuracies.setdefault(block, []), version, accuracy)
+            self._last.update({name: value for name, value in row.items() if value is not None})
+            if row.get("rewards/mean") is not None:
+                _put(self.rewards, row["step"], row["rewards/mean"])
+        return rows
 
     def _new_rows(self) -> list[dict[str, Any]]:
         try:
             with self._rows_file.open("rb") as file:
-                # A learner that goes on from a checkpoint takes rows back.
+                # A learner that goes on from a checkpoint takes rows back, and may have written
+                # others since: then no row begins here.
                 self._read_to = min(self._read_to, os.fstat(file.fileno()).st_size)
-                file.seek(self._read_to)
+                file.seek(max(self._read_to - 1, 0))
+                if self._read_to and file.read(1) != b"\n":
+                    self._read_to = file.seek(0)
                 text = file.read()
         except FileNotFoundError:
             return []
@@ -77,7 +99,10 @@ class Progress:
         self._read_to += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
 
-    def _panel(self) -> Group:
+    def panel(self) -> Group:
+        """Where the run stands, by its rows so far."""
+        if not self._last:
+            return Group(Text(f"no step yet: see {self._rows_file.with_name('logs')}"))
         done = int(self._last.get("version", 0))
         seconds = self._last.get("seconds", 0.0)
         left = seconds / done * (self._max_steps - done) if done else 0.0
@@ -85,35 +110,104 @@ class Progress:
         head.add_row(
             f"{done}/{self._max_steps} steps",
             ProgressBar(total=self._max_steps, completed=done, width=40),
-            f"{seconds:.0f} s, about {left:.0f} s left",
+            f"{duration(seconds)}, about {duration(left)} left{self._quiet()}",
         )
+        rewards = [reward for _, reward in self.rewards]
         held_out = "   ".join(
-            f"{block} {shares[-1]:.1%} {sparkline(shares)}"
-            for block, shares in self._accuracies.items()
+            f"{block} {history[-1][1]:.1%} {sparkline([share for _, share in history])}"
+            for block, history in self._accuracies.items()
         )
         facts = Text(
-            f"reward {self._value('rewards/generated_mean', '+.2f')}   "
+            f"reward {_number(self._last, 'rewards/mean', '+.2f')} "
+            f"{sparkline(rewards, min(rewards, default=0.0), max(rewards, default=1.0))}   "
             f"{held_out or f'{HELD_OUT} -'}   "
-            f"staleness {self._value('staleness/mean', '.1f')}"
-            f" (max {self._value('staleness/max', '.0f')})\n"
-            f"{self._value('tokens_per_second', '.0f')} tokens/s   "
-            f"learner waits {self._value('wait_seconds', '.2f')} s per step   "
-            f"actors idle {self._value('actor_idle_share', '.0%')}   "
-            f"swap {1000 * self._last.get('publish/stall_seconds', 0.0):.0f} ms"
+            f"staleness {_number(self._last, 'staleness/mean', '.1f')}"
+            f" (max {_number(self._last, 'staleness/max', '.0f')})\n"
+            f"{self._groups()}\n"
+            f"{self._pace()}   swap {1000 * self._last.get('publish/stall_seconds', 0.0):.0f} ms"
         )
         return Group(head, facts)
 
-    def _value(self, name: str, form: str) -> str:
-        return format(self._last[name], form) if name in self._last else "-"
+    def _quiet(self) -> str:
+        age = time.time() - self._rows_file.stat().st_mtime
+        return f"; no step for {duration(age)}" if age > QUIET_SECONDS else ""
+
+    def _groups(self) -> str:
+        states = {"done": ("trained",), "in flight": ("open",), "buffered": ("stored", "taken")}
+        states |= {"filtered": ("filtered",), "failed": ("failed", "expired", "evicted")}
+        counts = {
+            name: sum(self._last.get(f"leases_{state}", 0) for state in of)
+            for name, of in states.items()
+        }
+        return "groups " + ", ".join(f"{count:.0f} {name}" for name, count in counts.items())
+
+    def _pace(self) -> str:
+        of = {"step_seconds": float("inf"), **self._last}
+        names = ("tokens_trained", "wait_seconds")
+        trained, learner = (of.get(name, 0.0) / of["step_seconds"] for name in names)
+        actors = of.get("actor_idle_share", 0.0)
+        who = "the learner waits for actors" if learner > actors else "actors wait for the learner"
+        who = who if max(learner, actors) > IDLE_SHARE else "nobody waits long"
+        return (
+            f"tokens/s {_number(of, 'tokens_per_second', '.0f')} generated, {trained:.0f} trained"
+            f"   {who} (learner {learner:.0%}, actors {actors:.0%})"
+        )
+
+
+def _put(history: History, at: float, value: float) -> None:
+    """Adds a point; points from there on are of a life whose steps are made again."""
+    while history and history[-1][0] >= at:
+        history.pop()
+    history.append((at, value))
+
+
+def _number(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A value of a row; "-" for one that is missing or was not finite."""
+    value = row.get(name)
+    return "-" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def follow(
+    run_dir: Path,
+    max_steps: int,
+    console: Console,
+    *,
+    once: bool,
+    pause: Callable[[], object] = lambda: time.sleep(1.0),
+) -> None:
+    """`asyncgrpo top`: the same view of a run that goes on elsewhere, until its summary is there.
+
+    Elsewhere than on a terminal: where it stands now, then one line per step.
+    """
+    is_done = (run_dir / "summary.json").exists()
+    progress = Progress(run_dir, max_steps, console)
+    if not is_done and (once or not console.is_terminal):
+        progress.read()
+        console.print(progress.panel())
+    if not (is_done or once):
+        with progress:
+            while not is_done:
+                is_done = (run_dir / "summary.json").exists()
+                progress.tick()
+                pause()
+    if is_done:
+        show_summary(run_dir, console)
 
 
 def step_line(row: Mapping[str, Any], max_steps: int) -> str:
     """One bounded line of a step, for logs: its number as in files, and how many are done."""
     parts = [
         f"step {row['step']} ({row['step'] + 1}/{max_steps})",
-        f"reward {row['rewards/mean']:+.3f}",
-        f"loss {row['loss']:+.4f}",
-        f"kl {row['objective/kl']:.1e}",
+        f"reward {_number(row, 'rewards/mean', '+.3f')}",
+        f"loss {_number(row, 'loss', '+.4f')}",
+        f"kl {_number(row, 'objective/kl', '.1e')}",
         f"staleness {row['staleness/mean']:.1f}/{row['staleness/max']:.0f}",
         f"wait {row['wait_seconds']:.2f}s",
         f"train {row['train_seconds']:.2f}s",
@@ -131,9 +225,13 @@ def evaluations(row: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     ]
 
 
-def sparkline(shares: list[float]) -> str:
-    """Shares in [0, 1] as bars."""
-    return "".join(SPARKS[min(int(share * len(SPARKS)), len(SPARKS) - 1)] for share in shares)
+def sparkline(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> str:
+    """Values in [low, high] as bars; of many, means of neighbours."""
+    bars = min(len(values), SPARK_WIDTH)
+    edges = [len(values) * bar // bars for bar in range(bars + 1)] if bars else [0]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    scale = len(SPARKS) / ((high - low) or 1.0)
+    return "".join(SPARKS[min(int((mean - low) * scale), len(SPARKS) - 1)] for mean in means)
 
 
 def show_summary(run_dir: Path, console: Console) -> None:
@@ -142,7 +240,7 @@ def show_summary(run_dir: Path, console: Console) -> None:
     for reports in summary["evals"].values():
         console.print(eval_table(reports["before"], reports["after"]))
     console.print(
-        f"{summary['steps']:.0f} steps in {summary['seconds']:.0f} s; "
+        f"{summary['steps']:.0f} steps in {duration(summary['seconds'])}; "
         f"{summary['tokens_arrived']:.0f} tokens arrived, "
         f"{summary['tokens_trained']:.0f} trained; staleness at most "
         f"{summary['staleness_max']:.0f}"
@@ -151,6 +249,14 @@ def show_summary(run_dir: Path, console: Console) -> None:
     arrived = groups.pop("arrived", 0)
     dropped = "".join(f", {n:.0f} {name.replace('_', ' ', 1)}" for name, n in groups.items())
     console.print(f"{arrived:.0f} groups arrived{dropped}", highlight=False)
+    progress = Progress(run_dir, 0, console)
+    rows = progress.read()
+    if rewards := [reward for _, reward in progress.rewards]:
+        steps = min(COMPARED_STEPS, -(-len(rewards) // 2))
+        first, last = sum(rewards[:steps]) / steps, sum(rewards[-steps:]) / steps
+        bars = sparkline(rewards, min(rewards), max(rewards))
+        console.print(f"reward        {first:+.3f} {bars} {last:+.3f} (first, last {steps} steps)")
+    console.print(f"faults        {_faults(run_dir, rows) or 'none'}")
     if not summary["steps"]:
         console.print(
             "nothing was trained, the model is as it was: look at what was dropped; then change "
@@ -167,6 +273,19 @@ def show_summary(run_dir: Path, console: Console) -> None:
         )
 
 
+def _faults(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    log = run_dir / "logs" / "launcher.log"  # none of a serial run
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    restarts = Counter(line.split()[2] for line in lines if re.match(r"\S+ restarted ", line))
+    parts = [f"{role} restarted {count} times" for role, count in restarts.items()]
+    for name in FAULTS:
+        counts = [0.0, *(row[name] for row in rows if row.get(name) is not None)]
+        # less than before: a process that began anew counts from zero
+        total = sum(b - a if b >= a else b for a, b in pairwise(counts))
+        parts += [f"{total:.0f} {re.sub('[_/]', ' ', name)}"] if total else []
+    return ", ".join(parts)
+
+
 def eval_table(*reports: Mapping[str, Any]) -> Table:
     """An evaluation, or the same one before and after; reports as in evals.jsonl."""
     last = reports[-1]
@@ -180,6 +299,7 @@ def eval_table(*reports: Mapping[str, Any]) -> Table:
         (name, [report["accuracy_by_source"].get(name, 0.0) for report in reports])
         for name in last["accuracy_by_source"]
     ]
+    sources = len(shares)
     shares += [("all", [report["accuracy"] for report in reports])]
     shares += [(f"pass@{k}", [r["pass_at_k"][k] for r in reports]) for k in last["pass_at_k"]]
     shares += [("truncated", [report["truncated_share"] for report in reports])]
@@ -187,10 +307,13 @@ def eval_table(*reports: Mapping[str, Any]) -> Table:
         ("reward", [report["reward_mean"] for report in reports]),
         ("tokens", [report["mean_tokens"] for report in reports]),
     ]
-    for rows, form, scale, change in ((shares, ".1%", 100, "+.1f"), (means, ".2f", 1, "+.2f")):
+    parts = (shares[:sources], shares[sources:])  # by source; over all
+    kinds = [(part, ".1%", 100, "+.1f") for part in parts] + [(means, ".2f", 1, "+.2f")]
+    for rows, form, scale, change in kinds:
         for label, values in rows:
             cells = [format(value, form) for value in values]
             if len(values) > 1:
                 cells.append(format(scale * (values[-1] - values[0]), change))
             table.add_row(label, *cells, style="bold" if label == "all" else "")
+        table.add_section()
     return table

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from asyncgrpo.observe.exporter import Exporter
-from asyncgrpo.observe.metrics import COUNTERS, eval_metrics, metric_of
+from asyncgrpo.observe.metrics import TABLE, eval_metrics, metric_of
+from asyncgrpo.observe.writers import open_writers
 from asyncgrpo.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class RunRecorder:
         self._totals = {"tokens_trained": 0.0, "staleness_max": 0.0, "steps": 0.0}
 
     def begin(self, step: int) -> None:
-        """Opens the files; rows of steps that will be made again are taken out."""
+        """Opens files and writers; rows of steps that will be made again are taken out."""
         path = self._run.path / "metrics.jsonl"
         path.touch()
         kept, size = _rows_before(path, step)
@@ -42,6 +43,7 @@ class RunRecorder:
             self._count(row)
         self._start -= kept[-1]["seconds"] if kept else 0.0
         self._begin_evals(step)
+        self._writers = open_writers(self._run, step)
 
     def _begin_evals(self, version: int) -> None:
         path = self._run.path / "evals.jsonl"
@@ -92,6 +94,8 @@ class RunRecorder:
                 self._write({**now, "version": version, **row})
         self._file.close()
         self._evals_file.close()
+        for writer in self._writers:
+            writer.close()
         by_block = {
             block.name: [report for report in self._reports if report["name"] == block.name]
             for block in self._run.config.evals
@@ -108,8 +112,9 @@ class RunRecorder:
             "groups": {name: count for name, count in counts.items() if name.startswith("groups_")},
             "model": str(self._run.model_path),
         }
-        path = self._run.path / "summary.json"
-        path.write_text(json.dumps(text, indent=2), encoding="utf-8")
+        draft = self._run.path / "summary.part"  # who watches the run sees it whole
+        draft.write_text(json.dumps(text, indent=2), encoding="utf-8")
+        draft.rename(draft.with_suffix(".json"))
 
     def _eval_metrics(self, report: Mapping[str, Any]) -> dict[str, float]:
         """Writes a report into evals.jsonl and returns its metrics; {} when that was done."""
@@ -133,7 +138,7 @@ class RunRecorder:
         sums: dict[str, float] = {}
         for status in actors.values():
             for name, value in status.items():
-                if name in COUNTERS:
+                if name in TABLE["counter", "actor"]:
                     sums[name] = sums.get(name, 0.0) + value
         # a restarted actor counts from zero again: never show a negative rate
         grown = {n: max(0.0, v - self._last_actors.get(n, 0.0)) for n, v in sums.items()}
@@ -153,7 +158,10 @@ class RunRecorder:
             metric_of(name)
         finite = {n: (v if math.isfinite(v) else None) for n, v in row.items()}  # JSON has no NaN
         self._file.write(json.dumps(finite) + "\n")
-        self._exporter.show(row)
+        for writer in self._writers:
+            writer.write(int(row["step"]), row)
+        others = () if self._exporter.role == "serial" else ("actor", "buffer")
+        self._exporter.show({n: v for n, v in row.items() if metric_of(n)[0].room not in others})
         self._last.update(row)
 
 

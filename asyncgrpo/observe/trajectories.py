@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,44 @@ class TrajectoryWriter:
     def __call__(self, step: int, ended: Sequence[EndedGroup]) -> None:
         if not self._config.observe.trajectories:
             return
+        path = self._folder / f"step_{step}.jsonl"
         if step != self._step:
-            self._step, self._num_groups = step, 0
+            rows = _whole_rows(path) if path.exists() else []
+            self._step, self._num_groups = step, max([-1, *(row["group"] for row in rows)]) + 1
         lines = [
-            json.dumps({"step": step, "group": number, **row}, ensure_ascii=False) + "\n"
+            _line({"step": step, "group": number, **row})
             for number, group in enumerate(ended, start=self._num_groups)
             for row in _rows(step, group, self._config)
         ]
         self._num_groups += len(ended)
-        with (self._folder / f"step_{step}.jsonl").open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
+
+    def rewind(self, step: int, state: Callable[[str], str | None]) -> None:
+        """Takes out of the files of this step and later ones whatever has not ended as it says.
+
+        state: of a lease, by its id.
+        """
+        self._step = -1
+        for path in self._folder.glob("step_*.jsonl"):
+            if int(path.stem[5:]) < step:
+                continue
+            kept = [row for row in _whole_rows(path) if state(row["lease_id"]) == row["status"]]
+            draft = path.with_suffix(".part")
+            draft.write_text("".join(map(_line, kept)), encoding="utf-8")
+            draft.rename(path)
+            if not kept:
+                path.unlink()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """All but a last line that a kill cut short."""
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [json.loads(line) for line in lines]
 
 
 def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, Any]]:
@@ -57,9 +85,9 @@ def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, An
             "prompt": list(prompt.messages),
             "answer": prompt.answer,
             "completion": completion.text,
-            "reward": float(group.rewards[index]),
+            "reward": _number(group.rewards[index]),
             "reward_parts": {n: _number(part[index]) for n, part in group.reward_parts.items()},
-            "advantage": None if ended.advantages is None else float(ended.advantages[index]),
+            "advantage": None if ended.advantages is None else _number(ended.advantages[index]),
             "num_prompt_tokens": len(group.prompt_token_ids),
             "num_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
@@ -72,8 +100,9 @@ def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, An
         }
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)  # JSON has no NaN
+def _number(value: np.float32) -> float | None:
+    """The shortest decimal number that is this float32; JSON has no NaN."""
+    return None if math.isnan(value) else float(str(value))
 
 
 def _masked_share(completion: Completion, step: int, config: Config) -> float:
@@ -81,4 +110,6 @@ def _masked_share(completion: Completion, step: int, config: Config) -> float:
     is_truncated = config.algo.mask_truncated and completion.finish_reason == "length"
     if is_truncated or not np.isfinite(completion.behavior_logprobs).all():
         return 1.0
+    if config.buffer.staleness_action != "mask":
+        return 0.0
     return float((step - completion.versions > config.buffer.max_staleness).mean())

@@ -1,11 +1,13 @@
 """Process groups of our own for weights: gloo on CPU, NCCL on CUDA, apart from the learner's.
 
 Each change of membership makes a new generation of the group on the same store. Rank 0 is the
-learner, ranks 1.. are the actors of this generation.
+learner, ranks 1.. are the actors of this generation. torch neither encrypts nor authenticates any
+of this: what came is compared with what the learner says over its own, protected connection.
 """
 
 from __future__ import annotations
 
+import socket
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -17,19 +19,26 @@ import torch
 import torch.distributed as dist
 
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.wire.address import own_address
 
 RETIRED_SECONDS = 60.0
+LISTEN_BACKLOG = 1024
 _retired: deque[tuple[float, object]] = deque()
 
 
 def open_store(host: str, port: int, *, is_master: bool, timeout_seconds: float) -> Any:
     """The key-value store where the members of a group find each other."""
+    listening: dict[str, Any] = {}
+    if is_master:  # bound here: left to itself, torch listens on all addresses
+        listener = socket.create_server((host, port), backlog=LISTEN_BACKLOG)
+        listening["master_listen_fd"] = listener.detach()
     return dist.TCPStore(  # type: ignore[attr-defined]
         host,
         port,
         is_master=is_master,
         timeout=timedelta(seconds=timeout_seconds),
         wait_for_workers=False,
+        **listening,
     )
 
 
@@ -74,7 +83,11 @@ def open_group(
             options._timeout = timeout
             handle: Any = dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
         else:
-            handle = dist.ProcessGroupGloo(prefixed, rank, world_size, timeout)
+            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            gloo._timeout = timeout
+            address = own_address(store.host, store.port)
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+            handle = dist.ProcessGroupGloo(prefixed, rank, world_size, gloo)
     except RuntimeError as error:
         raise WeightsError(f"group of generation {generation} did not form: {error}") from error
     return WeightGroup(generation=generation, handle=handle)

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from asyncgrpo.errors import WeightsError
 from asyncgrpo.protocols import NamedTensors
 
 ALIGNMENT = 16  # bytes; every tensor starts on a multiple, so that any dtype can view it
-DIGEST_CHUNK = 1 << 22  # elements; bounds the int64 copy that a digest makes
+DIGEST_CHUNK = 1 << 20  # elements; bounds the int64 copies that a digest makes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,23 +93,31 @@ class FlatWeights:
         """The buffer in pieces of at most bucket_bytes."""
         return self.bytes.split(bucket_bytes)
 
-    def digests(self) -> list[int]:
-        """One 64-bit number per tensor; the same bytes give the same number on any device."""
-        return [_digest(self.bytes[start:end]) for *_, start, end in self.manifest.spans()]
+    def digests(self, seed: int) -> list[int]:
+        """One 64-bit number per tensor; the same bytes give the same number on any device.
+
+        Who does not know the seed cannot change a tensor so that its number stays: one attempt
+        succeeds with a probability of about 2^-32.
+        """
+        bits = np.random.PCG64(seed)
+        longest = max((end - start for *_, start, end in self.manifest.spans()), default=0)
+        factors = (bits.random_raw(min(longest, DIGEST_CHUNK)) | 1).view(np.int64)
+        on_device = torch.from_numpy(factors).to(self.bytes.device)
+        return [_digest(self.bytes[i:end], on_device, bits) for *_, i, end in self.manifest.spans()]
 
 
-def _digest(data: torch.Tensor) -> int:
-    """sum x_i (2 i + 1) over the bytes taken as int32, modulo 2^64 (int64 wraps around).
+def _digest(data: torch.Tensor, factors: torch.Tensor, bits: np.random.PCG64) -> int:
+    """sum over chunks c: s_c sum_i x_ci r_i, modulo 2^64; x: the bytes taken as int32.
 
-    The odd weights make it depend on the order of the values, not only on their sum.
+    r_i and s_c are odd random numbers, so a single changed word always shows. A multilinear hash
+    (Lemire and Kaser, "Strongly universal string hashing is fast", 2014) that draws r only once.
     """
     words = data.view(torch.int32) if len(data) % 4 == 0 else data
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for start in range(0, len(words), DIGEST_CHUNK):
-        chunk = words[start : start + DIGEST_CHUNK].to(torch.int64)
-        weights = torch.arange(start, start + len(chunk), device=data.device) * 2 + 1
-        total += (chunk * weights).sum()
-    return int(total)
+    total = 0
+    for chunk in words.split(len(factors)) if len(words) else ():
+        part = int((chunk.to(torch.int64) * factors[: len(chunk)]).sum())  # int64 wraps around
+        total += part * (bits.random_raw() | 1)
+    return total % (1 << 64)
 
 
 def differing(manifest: Manifest, ours: list[int], theirs: list[int]) -> list[str]:

@@ -28,7 +28,7 @@ class LocalLink:
         if self._flat is None:
             self._flat = FlatWeights(Manifest.of(tensors, self._config.model.dtype))
         self._flat.fill(tensors)
-        self._digests = self._flat.digests()
+        self._digests = self._flat.digests(version)
         self._canary_logprobs, self._newest = canary_logprobs, version
 
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
@@ -53,6 +53,7 @@ class LocalLink:
         self._held = version
         if version != self._newest:
             return  # overtaken; the newest is checked when it is loaded
+        wrong = differing(self._flat.manifest, self._digests, self._flat.digests(version))
         fields = {
             "actor": "the serial actor",
             "canary_tokens": [token for token, _ in canaries],
@@ -61,7 +62,7 @@ class LocalLink:
         difference = check_proof(
             fields,
             version=version,
-            wrong_tensors=differing(self._flat.manifest, self._digests, self._flat.digests()),
+            wrong_tensors=wrong,
             logprobs=self._canary_logprobs,
             tolerance=self._config.canary_tolerance,
         )
@@ -69,6 +70,10 @@ class LocalLink:
             "publish/canary_difference": difference,
             "publish/bytes": float(len(self._flat.bytes)),
         }
+
+    def forget(self) -> None:
+        """Another engine takes the place of the one that holds weights."""
+        self._held, self._busy = -1, False
 
     def set_busy(self, busy: bool) -> None:
         self._busy = busy

@@ -20,6 +20,7 @@ from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.weights.collective import WeightGroup, open_group, open_store, retire
 from asyncgrpo.weights.flat import FlatWeights, Manifest
 from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.keys import Keys
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ POLL_SECONDS, ALIVE_SECONDS = 0.003, 3.0
 class CollectiveReceiver:
     """A protocols.WeightReceiver over ZeroMQ and a process group."""
 
-    def __init__(self, config: Config, actor: str, address: str) -> None:
-        self._settings, self._actor, self._address = config.weights, actor, address
+    def __init__(self, config: Config, actor: str, address: str, keys: Keys | None = None) -> None:
+        self._settings, self._actor = config.weights, actor
+        self._address, self._keys = address, keys
         self._flat: FlatWeights | None = None
         self._store: Any = None
         self._life = ""  # of the learner
@@ -85,7 +87,7 @@ class CollectiveReceiver:
     # -- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        client = DealerClient(self._address, self._actor, "the learner")
+        client = DealerClient(self._address, self._actor, "the learner", self._keys)
         actions: dict[str, Callable[[DealerClient, Packet], None]] = {
             "joined": self._on_joined,
             "offer": self._on_offer,
@@ -167,8 +169,11 @@ class CollectiveReceiver:
             self._group = None
             return
         self._copy_seconds = time.perf_counter() - start
-        self._digests = self._flat.digests()
-        self._staged = fields["version"]
+        self._digests = self._flat.digests(fields["seed"])
+        if self._digests == fields["digests"]:
+            self._staged = fields["version"]
+        else:  # never shown to the engine; the learner names the tensors and rejects this actor
+            self.loaded(fields["version"], 0.0, [])
 
     def _on_rejoin(self, client: DealerClient, packet: Packet) -> None:
         log.warning("evicted from publishing; joining again")

@@ -8,13 +8,14 @@ Waits for: answers until a deadline; then it goes on without the late ones.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 import uuid
 from typing import Any
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import PeerTimeout, WeightsError
+from asyncgrpo.errors import PeerTimeout, WeightsError, WireError
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32
 from asyncgrpo.weights.collective import (
@@ -28,19 +29,24 @@ from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
 from asyncgrpo.weights.proof import check_proof
 from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.keys import Keys
+from asyncgrpo.wire.schema import WEIGHTS_REQUESTS, check_fields
 from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.003
+SEED_BITS = 62
 
 
 class CollectiveSender:
     """A protocols.WeightSender over ZeroMQ (who and when) and a process group (the bytes)."""
 
-    def __init__(self, config: Config, address: str, store: tuple[str, int]) -> None:
+    def __init__(
+        self, config: Config, address: str, store: tuple[str, int], keys: Keys | None = None
+    ) -> None:
         self._config, self._store_address = config, store
         self._settings = config.weights
-        self._server = Server(address)
+        self._server = Server(address, keys)
         self._backend = choose_backend(self._settings.backend)
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
@@ -49,14 +55,16 @@ class CollectiveSender:
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
         )
         self._flat: FlatWeights | None = None
-        self._proofs: dict[int, tuple[list[int], Float32]] = {}  # version -> what must come back
+        # version -> (what digests are made with, digests, canaries) that must come back
+        self._proofs: dict[int, tuple[int, list[int], Float32]] = {}
         self._group: WeightGroup | None = None
         self._group_peers: tuple[str, ...] = ()
         self._generation = 0
         self._life = uuid.uuid4().hex  # actors find out that this is another learner
         self._published_at = 0.0
         self._waiting_joins: list[tuple[str, Packet]] = []
-        self._metrics = {"publish/evictions": 0.0, "publish/rounds": 0.0}
+        counted = ("evictions", "rounds", "proofs", "rejections")
+        self._metrics = {f"publish/{name}": 0.0 for name in counted}
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._failure: Exception | None = None
@@ -74,14 +82,16 @@ class CollectiveSender:
                 device = "cuda" if self._backend == "nccl" else "cpu"
                 self._flat = FlatWeights(manifest, device)
             self._flat.fill(tensors)
-            self._remember(version, self._flat.digests(), canary_logprobs)
+            self._remember(version, canary_logprobs)
             self._handshake.newest = version
             self._published_at = time.perf_counter()
             self._metrics["publish/flatten_seconds"] = self._published_at - start
             self._metrics["publish/bytes"] = float(len(self._flat.bytes))
 
-    def _remember(self, version: int, digests: list[int], canary_logprobs: Float32) -> None:
-        self._proofs[version] = (digests, canary_logprobs)
+    def _remember(self, version: int, canary_logprobs: Float32) -> None:
+        assert self._flat is not None, "nothing was published"
+        seed = secrets.randbits(SEED_BITS)
+        self._proofs[version] = (seed, self._flat.digests(seed), canary_logprobs)
         owed = {m.pending for m in self._handshake.members.values()} | {version}
         self._proofs = {v: proof for v, proof in self._proofs.items() if v in owed}
 
@@ -104,7 +114,9 @@ class CollectiveSender:
 
     def metrics(self) -> dict[str, float]:
         with self._changed:
-            return {**self._metrics, "publish/actors": float(len(self._handshake.members))}
+            refused = {"publish/refused_messages": float(self._server.num_refused)}
+            actors = {"publish/actors": float(len(self._handshake.members))}
+            return {**self._metrics, **refused, **actors}
 
     def close(self) -> None:
         self._stop.set()
@@ -143,7 +155,12 @@ class CollectiveSender:
 
     def _turn(self, packets: list[tuple[str, Packet]]) -> None:
         for peer, packet in packets:
-            getattr(self, f"_on_{packet.kind}", self._on_unknown)(peer, packet)
+            try:
+                check_fields(packet.kind, packet.fields, WEIGHTS_REQUESTS)
+            except WireError as error:
+                self._server.push(peer, Packet(kind="refused", fields={"reason": str(error)}))
+                continue
+            getattr(self, f"_on_{packet.kind}")(peer, packet)
         for name in self._handshake.overdue(time.monotonic()):
             self._evict(name, "missed its deadline")
         self._welcome()
@@ -152,9 +169,6 @@ class CollectiveSender:
             self._offer()
         if self._handshake.decided():
             self._broadcast()
-
-    def _on_unknown(self, peer: str, packet: Packet) -> None:
-        log.warning("weights: unknown packet %r from %s", packet.kind, peer)
 
     def _on_join(self, peer: str, packet: Packet) -> None:
         self._waiting_joins.append((peer, packet))
@@ -206,7 +220,7 @@ class CollectiveSender:
 
     def _check(self, peer: str, packet: Packet) -> None:
         assert self._flat is not None, "nothing was published"
-        digests, logprobs = self._proofs[packet.fields["version"]]
+        _, digests, logprobs = self._proofs[packet.fields["version"]]
         wrong = differing(self._flat.manifest, digests, packet.fields["digests"])
         try:
             self._metrics["publish/canary_difference"] = check_proof(
@@ -216,7 +230,9 @@ class CollectiveSender:
                 logprobs=logprobs,
                 tolerance=self._config.canary_tolerance,
             )
+            self._metrics["publish/proofs"] += 1
         except WeightsError as error:
+            self._metrics["publish/rejections"] += 1
             self._server.push(peer, Packet(kind="reject", fields={"reason": str(error)}))
             self._evict(packet.fields["actor"], str(error))
 
@@ -264,6 +280,7 @@ class CollectiveSender:
         peers = tuple(self._handshake.members[name].peer for name in names)
         fresh = peers != self._group_peers or self._group is None
         self._generation += fresh
+        seed, digests, _ = self._proofs[version]
         for rank, peer in enumerate(peers, start=1):
             fields = {
                 "round": number,
@@ -271,6 +288,8 @@ class CollectiveSender:
                 "generation": self._generation,
                 "rank": rank,
                 "world_size": len(peers) + 1,
+                "seed": seed,
+                "digests": digests,
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
         if fresh:

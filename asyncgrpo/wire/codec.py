@@ -1,30 +1,44 @@
-"""Packets as frames: one msgpack header with a schema number, then one raw frame per array.
+"""Packets as frames: one header with a schema number and a checksum, one raw frame per array.
 
-    frame 0   msgpack [SCHEMA, kind, request_id, fields, [[dtype, shape], ...]]
+    frame 0   b"AG", SCHEMA, CRC-32 of all that follows, then
+              msgpack [kind, request_id, fields, [[dtype, shape], ...]]
     frame i   the bytes of array i, C order, little endian
 
-Sizes are checked against the header before anything is built from a frame. Nothing here can
-execute code: no pickle, no object hooks.
+Sizes and the checksum are checked before anything is built from a frame: what was damaged on its
+way is never taken for what was sent. Nothing here can execute code: no pickle, no object hooks.
 """
 
 from __future__ import annotations
 
 import math
+import reprlib
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import msgpack
 import numpy as np
 
-from asyncgrpo.errors import WireError
+from asyncgrpo.errors import SchemaMismatch, WireError
 from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
+from asyncgrpo.wire.schema import GROUP, check_fields
 
-SCHEMA = 1
-MAX_HEADER_BYTES = 64 << 20
-MAX_ARRAYS = 1 << 16
+MAGIC, SCHEMA = b"AG", 1
+PREFIX = struct.Struct("<2sBI")
+# The largest request is one group: 512 completions of 32k tokens are 64 MiB per array. The largest
+# answer is a rank's shard, whose header holds all its texts. No message has over 8 full frames.
+MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 64 << 20, 1 << 30, 8
+MAX_ARRAYS, MAX_DIMENSIONS, MAX_SIZE = 1 << 16, 4, 1 << 31
+MAX_ITEMS = 1 << 18  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
 DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64", "bool")}
-ARRAYS_PER_GROUP = 7
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # a dtype's own name is slow to make
+# prompt ids, lengths, token ids, log-probs, versions, rewards, reward parts: dtype, dimensions
+INT, FLOAT = DTYPES["int32"], DTYPES["float32"]
+GROUP_ARRAYS = ((INT, 1), (INT, 1), (INT, 1), (FLOAT, 1), (INT, 1), (FLOAT, 1), (FLOAT, 2))
+ARRAYS_PER_GROUP = len(GROUP_ARRAYS)
 
 Frame = bytes | memoryview
 
@@ -39,62 +53,112 @@ class Packet:
     arrays: tuple[np.ndarray[Any, Any], ...] = ()
 
 
-def encode(packet: Packet) -> list[Frame]:
-    """Frames of a packet; WireError when a field or dtype cannot travel."""
-    specs = [[str(array.dtype), list(array.shape)] for array in packet.arrays]
-    for dtype, _ in specs:
-        if dtype not in DTYPES:
-            raise WireError(f"array of dtype {dtype} cannot be sent; allowed: {', '.join(DTYPES)}")
-    header = [SCHEMA, packet.kind, packet.request_id, packet.fields, specs]
+def encode(packet: Packet, max_frame_bytes: int = MAX_ANSWER_FRAME_BYTES) -> list[Frame]:
+    """Frames of a packet; WireError when a field, dtype or size cannot travel."""
+    specs = [[NAMES.get(array.dtype), list(array.shape)] for array in packet.arrays]
+    for (name, _), array in zip(specs, packet.arrays, strict=True):
+        if name is None:
+            allowed = ", ".join(DTYPES)
+            raise WireError(f"array of dtype {array.dtype} cannot be sent; allowed: {allowed}")
+    header = [packet.kind, packet.request_id, packet.fields, specs]
     try:
-        first = msgpack.packb(header, use_bin_type=True)
+        body = msgpack.packb(header, use_bin_type=True)
     except (TypeError, ValueError, OverflowError) as error:
         raise WireError(
             f"packet {packet.kind!r} holds a field that cannot be sent: {error}"
         ) from error
-    return [first, *(np.ascontiguousarray(array).tobytes() for array in packet.arrays)]
+    arrays = [np.ascontiguousarray(array).tobytes() for array in packet.arrays]
+    frames = [PREFIX.pack(MAGIC, SCHEMA, _checksum([body, *arrays])) + body, *arrays]
+    _check_sizes(frames, max_frame_bytes)
+    return frames
 
 
-def decode(frames: Sequence[Frame]) -> Packet:
+def decode(frames: Sequence[Frame], max_frame_bytes: int = MAX_ANSWER_FRAME_BYTES) -> Packet:
     """The packet of some frames; WireError when they do not follow the schema."""
-    if not frames or len(frames[0]) > MAX_HEADER_BYTES:
-        raise WireError(f"{len(frames)} frames, header over {MAX_HEADER_BYTES} bytes or missing")
+    _check_sizes(frames, max_frame_bytes)
+    if not frames or len(frames[0]) < PREFIX.size:
+        raise WireError("a message without a header")
+    magic, schema, checksum = PREFIX.unpack_from(frames[0])
+    if magic != MAGIC:
+        raise WireError("not a message of asyncgrpo")
+    if schema != SCHEMA:
+        raise SchemaMismatch(f"schema {schema} is not {SCHEMA}; both sides need the same version")
+    body = memoryview(frames[0])[PREFIX.size :]
+    if _checksum([body, *frames[1:]]) != checksum:
+        raise WireError("a message was damaged on its way (checksum)")
+    return _packet(body, frames[1:])
+
+
+def _checksum(pieces: Sequence[Frame]) -> int:
+    return reduce(lambda total, piece: zlib.crc32(piece, total), pieces, 0)
+
+
+def _check_sizes(frames: Sequence[Frame], max_frame_bytes: int) -> None:
+    largest, total = max(map(len, frames), default=0), sum(map(len, frames))
+    limits = (max_frame_bytes, MAX_FULL_FRAMES * max_frame_bytes, MAX_ARRAYS + 1)
+    if any(size > limit for size, limit in zip((largest, total, len(frames)), limits, strict=True)):
+        raise WireError(
+            f"a message of {len(frames)} frames, {total} bytes in all and {largest} in one, is "
+            f"over the limit of {limits[2]} frames, {limits[1]} bytes in all and {limits[0]} in one"
+        )
+
+
+def _packet(body: Frame, frames: Sequence[Frame]) -> Packet:
+    items = min(MAX_ITEMS, len(body))  # msgpack makes room for as many as are announced
+    limits = {"max_array_len": items, "max_map_len": items, "max_ext_len": 0}
     try:
-        header = msgpack.unpackb(frames[0], raw=False, strict_map_key=False)
+        header = msgpack.unpackb(body, raw=False, strict_map_key=False, **limits)
     except Exception as error:  # msgpack raises many kinds on garbage
-        raise WireError(f"header is not msgpack: {error}") from None
-    if not isinstance(header, list) or len(header) != 5 or header[0] != SCHEMA:
-        found = header[0] if isinstance(header, list) and header else header
-        raise WireError(f"schema {found!r} is not {SCHEMA}; both sides need the same version")
-    _, kind, request_id, fields, specs = header
-    if not (isinstance(kind, str) and isinstance(request_id, int) and isinstance(fields, dict)):
+        raise WireError(f"header is not msgpack: {reprlib.repr(str(error))}") from None
+    if not isinstance(header, list) or len(header) != 4:
+        raise WireError("header is not [kind, request id, fields, arrays]")
+    kind, request_id, fields, specs = header
+    if not (isinstance(kind, str) and type(request_id) is int and isinstance(fields, dict)):
         raise WireError("header fields have wrong types")
-    return Packet(
-        kind=kind, request_id=request_id, fields=fields, arrays=_arrays(specs, frames[1:])
-    )
+    return Packet(kind=kind, request_id=request_id, fields=fields, arrays=_arrays(specs, frames))
 
 
 def _arrays(specs: Any, frames: Sequence[Frame]) -> tuple[np.ndarray[Any, Any], ...]:
-    if not isinstance(specs, list) or len(specs) != len(frames) or len(specs) > MAX_ARRAYS:
+    if not isinstance(specs, list) or len(specs) != len(frames):
         raise WireError(f"header announces other arrays than the {len(frames)} frames sent")
     return tuple(_array(spec, frame) for spec, frame in zip(specs, frames, strict=True))
 
 
 def _array(spec: Any, frame: Frame) -> np.ndarray[Any, Any]:
-    if not isinstance(spec, list) or len(spec) != 2 or spec[0] not in DTYPES:
-        raise WireError(f"array spec {spec!r} is not [dtype, shape]")
+    if not isinstance(spec, list) or len(spec) != 2 or spec[0] not in tuple(DTYPES):
+        raise WireError(f"array spec {reprlib.repr(spec)} is not [dtype, shape]")
     name, shape = spec
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise WireError(f"array shape {shape!r} is not a list of sizes")
+    if not (
+        isinstance(shape, list)
+        and len(shape) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < MAX_SIZE for size in shape)
+    ):
+        raise WireError(f"array shape {reprlib.repr(shape)} is not a list of sizes")
     if math.prod(shape) * DTYPES[name].itemsize != len(frame):
         raise WireError(f"array {name} {shape} needs other than the {len(frame)} bytes sent")
-    return np.frombuffer(frame, dtype=DTYPES[name]).reshape(shape)
+    try:
+        return np.frombuffer(frame, dtype=DTYPES[name]).reshape(shape)
+    except ValueError as error:  # such as [0, 2^30, 2^30, 2^30]: empty, but too large for numpy
+        raise WireError(f"array {name} {shape}: {error}") from None
+
+
+def to_bytes(packet: Packet) -> bytes:
+    """A packet as one piece, for a file."""
+    return bytes(msgpack.packb(encode(packet)))
+
+
+def from_bytes(data: bytes) -> Packet:
+    """The packet of `to_bytes`; WireError when the bytes are damaged."""
+    try:
+        return decode(msgpack.unpackb(data))
+    except Exception as error:  # msgpack raises many kinds on garbage
+        raise WireError(f"{len(data)} stored bytes are not a packet: {error}") from None
 
 
 def lease_fields(lease: Lease) -> dict[str, Any]:
     """A lease as plain values for `Packet.fields`."""
     fields = {name: getattr(lease, name) for name in Lease.__slots__}
-    fields["sampling"] = asdict(lease.sampling)
+    fields["sampling"] = {name: getattr(lease.sampling, name) for name in Sampling.__slots__}
     fields["prompt"] = {name: getattr(lease.prompt, name) for name in Prompt.__slots__}
     return fields
 
@@ -108,6 +172,11 @@ def lease_from(fields: Mapping[str, Any]) -> Lease:
         return Lease(**{**fields, "prompt": Prompt(**prompt), "sampling": sampling})
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"not a lease: {error}") from None
+
+
+def same_lease(one: Lease, other: Lease) -> bool:
+    """Whether two leases are the same on the wire, where a tuple and a list are."""
+    return bool(msgpack.packb(lease_fields(one)) == msgpack.packb(lease_fields(other)))
 
 
 def group_packet(kind: str, groups: Sequence[Group], **fields: Any) -> Packet:
@@ -180,9 +249,14 @@ def _group_arrays(group: Group) -> tuple[np.ndarray[Any, Any], ...]:
 
 
 def _group_from(fields: Any, arrays: Sequence[np.ndarray[Any, Any]]) -> Group:
+    check_fields("group", fields, {"group": GROUP})
+    if tuple((array.dtype, array.ndim) for array in arrays) != GROUP_ARRAYS:
+        raise WireError("a group's arrays have other dtypes or dimensions")
     prompt_ids, lengths, token_ids, logprobs, versions, rewards, parts = arrays
     try:
         size, names = len(lengths), fields["reward_parts"]
+        if (lengths < 0).any() or len(set(names)) != len(names):
+            raise WireError("a group has a negative length or two reward parts of one name")
         if not (token_ids.shape == logprobs.shape == versions.shape == (int(lengths.sum()),)):
             raise WireError("a group's token arrays differ in length")
         if rewards.shape != (size,) or parts.shape != (len(names), size):

@@ -71,6 +71,8 @@ def main(folder: str, out: str, kv_on_update: str, seed: str) -> None:
                 engine.add(f"t{i}", prompt, sampling, 4, seed=i)
         for _ in range(STEPS_PER_VERSION):
             finished += engine.step()
+            share = engine.load.kv_share
+            assert 0 < share < 1 or not engine.num_requests, f"KV cache in use: {share}"
     while engine.num_requests:
         finished += engine.step()
     Path(out).write_text(json.dumps([described(sampled) for sampled in finished]))

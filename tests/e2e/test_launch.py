@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,10 +21,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asyncgrpo.buffer.audit import audit
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import metric_of
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.codec import Packet
+from asyncgrpo.wire.sockets import DealerClient
 
 TESTS = Path(__file__).parent.parent
 SECONDS = 240
@@ -49,11 +57,14 @@ TWO_BLOCKS = (
 class Launch:
     """An `asyncgrpo launch` of ours, in its own folder."""
 
-    def __init__(self, base: Path, model: Path, *overrides: str, engine: str = "toy") -> None:
+    def __init__(
+        self, base: Path, model: Path, *overrides: str, engine: str = "toy", resume: bool = False
+    ) -> None:
         self.run_dir = base / "run"
         self.out = base / "out.txt"
         settings = [*SMALL, f"actor.engine={engine}", f"model.path={model}", *overrides]
         command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--run-dir", str(self.run_dir)]
+        command += ["--resume", str(self.run_dir)] if resume else []
         command += [part for setting in settings for part in ("--set", setting)]
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
@@ -73,6 +84,20 @@ class Launch:
     def rows(self) -> list[dict]:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def targets(self) -> list[str]:
+        """Roles that Prometheus is to scrape."""
+        return sorted(path.stem for path in (self.run_dir / "targets").glob("*.json"))
+
+    def healthy(self) -> list[str]:
+        """Those of them that answer as themselves where they are said to listen."""
+        found = []
+        for path in sorted((self.run_dir / "targets").glob("*.json")):
+            (address,) = json.loads(path.read_text())[0]["targets"]
+            url = f"http://{address}/healthz"
+            with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+                found += [json.load(answer)["role"]]
+        return found
 
     def processes(self) -> list[psutil.Process]:
         """Everything that names our run directory in its command line, and its children."""
@@ -119,8 +144,8 @@ def model(tmp_path_factory) -> Path:
 def launch(tmp_path, model):
     started: list[Launch] = []
 
-    def start(*overrides: str, engine: str = "toy") -> Launch:
-        started.append(Launch(tmp_path, model, *overrides, engine=engine))
+    def start(*overrides: str, engine: str = "toy", resume: bool = False) -> Launch:
+        started.append(Launch(tmp_path, model, *overrides, engine=engine, resume=resume))
         return started[-1]
 
     yield start
@@ -161,6 +186,7 @@ def check_run_directory(run_dir: Path, steps: int, max_staleness: int) -> None:
         for c in completions:
             by_group[c["group"]] = by_group.get(c["group"], 0.0) + c["advantage"]
         assert all(abs(total) < 1e-4 for total in by_group.values())
+    assert not any(audit(RunDir.read(run_dir)).wrong.values())
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["after"]["num_answered"] == summary["before"]["num_answered"] == 12
     assert summary["leases"]["leases_trained"] == 4 * steps
@@ -184,8 +210,11 @@ def check_model(folder: Path, start: Path) -> None:
 def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch, model):
     run = launch("launch.max_restarts=1", f"eval={TWO_BLOCKS}", engine="vllm")
     started = run.until_training()
+    roles = ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+    assert run.targets() == roles
     assert run.wait() == 0, run.text()[-4000:]
     run.assert_nothing_left(started)
+    assert run.targets() == []
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
     check_model(run.run_dir / "model", model)
     assert "held-out accuracy, 12 prompts" in run.text()
@@ -220,6 +249,7 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     assert len(set(leases)) == 40 * 4
     steps = [row for row in run.rows() if "loss" in row]
     assert steps[-1]["leases_expired"] >= 1
+    assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
 
 
 @pytest.mark.engine
@@ -234,14 +264,130 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
 
 @pytest.mark.slow
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
-    run = launch("run.max_steps=5000")
+    run = launch("run.max_steps=5000", "launch.max_restarts=0")
     started = run.until_training()
     ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
     assert len(ranks) == 2
     ranks[-1].kill()
     assert run.wait() == 3
+    assert "learner-1" in run.targets()
     run.assert_nothing_left(started)
     assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
+
+
+def check_made_again(run: Launch, steps: int) -> None:
+    """After roll-backs: every step is there once, of groups that were trained nowhere else."""
+    found = audit(RunDir.read(run.run_dir))
+    assert not any(found.wrong.values()), found.wrong
+    assert found.next_step == steps
+    assert found.rollbacks
+    assert all(step in (0, 4, 8) and step < former for step, former in found.rollbacks)
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(steps))
+    rows = [row for step in range(steps) for row in trained_rows(run.run_dir, step)]
+    names = [(row["lease_id"], row["sample"]) for row in rows]
+    assert len(set(names)) == len(names) == 16 * steps
+
+
+def until_step(run: Launch, step: int) -> None:
+    checkpoint = run.run_dir / f"checkpoints/step_{step // 4 * 4}"
+    run.until(checkpoint.exists, "saved")
+    run.until(lambda: [row for row in run.rows() if row["step"] >= step], "trained")
+
+
+@pytest.mark.slow
+def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(launch):
+    run = launch("run.max_steps=12", "checkpoint.every=4")
+    until_step(run, 5)
+    started = run.processes()
+    before = {step: trained_rows(run.run_dir, step) for step in range(5)}
+    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
+    ranks[-1].kill()
+    assert run.wait() == 0, run.text()[-4000:]
+    run.assert_nothing_left(started)
+    check_made_again(run, 12)
+    again = [row["lease_id"] for row in trained_rows(run.run_dir, 4)]
+    assert again == [row["lease_id"] for row in before[4]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
+    settings = ("run.max_steps=12", "checkpoint.every=4")
+    run = launch(*settings)
+    until_step(run, 5)
+    started = run.processes()
+    os.kill(run.process.pid, number)
+    run.wait()
+    run.assert_nothing_left(started)
+    resumed = launch(*settings, resume=True)
+    assert resumed.wait() == 0, resumed.text()[-4000:]
+    if number == signal.SIGKILL:
+        check_made_again(resumed, 12)
+    found = audit(RunDir.read(run.run_dir))
+    assert not any(found.wrong.values()), found.wrong
+    assert found.next_step == 12
+    assert [row["step"] for row in resumed.rows() if "loss" in row] == list(range(12))
+
+
+@pytest.mark.slow
+def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(launch):
+    run = launch("run.max_steps=30", "launch.stall_seconds=3")
+    run.until_training()
+    ranks = [p for p in run.processes() if "learner" in p.cmdline() and not p.children()]
+    doomed = ranks[0]
+
+    def reports() -> list[str]:  # the start may have been slow enough for one, too
+        texts = [path.read_text() for path in run.run_dir.glob("stalls/*.txt")]
+        return [text for text in texts if "for the learner to train step" in text]
+
+    doomed.suspend()
+    try:
+        run.until(reports, "reported")
+    finally:
+        doomed.resume()
+    (text,) = reports()
+    assert f"(pid {doomed.pid}, stopped by a signal)\nno answer" in text
+    assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
+    assert run.wait() == 0, run.text()[-4000:]
+    assert "the run goes on after" in run.text()
+
+
+@pytest.mark.slow
+def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path, model):
+    (tmp_path / "runs").mkdir()
+    settings = ["run.max_steps=5000", "checkpoint.every=1"]
+    run = Launch(tmp_path / "runs", model, *settings)
+    try:
+        run.until_training()
+        before = {path: path.read_text() for path in (run.run_dir / "targets").glob("*.json")}
+        assert run.healthy() == ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+        run.find("actor", "1").kill()
+        run.find("learner", "-u").kill()
+        moved = ["actor-1", "learner-0", "learner-1"]
+        run.until(
+            lambda: (
+                sorted(p.stem for p in before if p.read_text() != before[p]) == moved
+                and len(run.healthy()) == 5
+            ),
+            "listened elsewhere",
+        )
+        os.kill(run.process.pid, signal.SIGINT)
+        assert run.wait() == 130
+        assert run.targets() == []
+        for path, text in before.items():  # as if that life had failed
+            path.write_text(text)
+        steps = len(run.rows())
+        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--dry-run", "--resume"]
+        command.append(str(tmp_path / "runs" / "latest"))
+        said = subprocess.check_output(command, text=True, cwd=TESTS)
+        assert f"going on with {run.run_dir} at" in said
+        run = Launch(tmp_path / "runs", model, *settings, "launch.actors=1", resume=True)
+        run.until(lambda: len(run.rows()) > steps, "went on")
+        assert run.healthy() == run.targets() == ["actor-0", "buffer", "learner-0", "learner-1"]
+    finally:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGTERM)
+            run.wait()
 
 
 @pytest.mark.slow
@@ -250,6 +396,7 @@ def test_ctrl_c_stops_everything_in_order(launch):
     started = run.until_training()
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait() == 130
+    assert run.targets() == []
     run.assert_nothing_left(started)
     steps = [row["step"] for row in run.rows() if "loss" in row]
     assert steps == list(range(len(steps)))
@@ -262,6 +409,63 @@ def test_a_run_with_one_learner_and_strict_ticket_order_at_staleness_zero(launch
     )
     assert run.wait() == 0, run.text()[-4000:]
     check_run_directory(run.run_dir, steps=6, max_staleness=0)
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """Addresses on which these processes can be reached."""
+    sockets = [c for p in processes if p.is_running() for c in p.net_connections("inet")]
+    return {c.laddr.ip for c in sockets if c.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)}
+
+
+def attack(run_dir: Path, seconds: float) -> None:
+    """Garbage and clients without keys, at every door that the run has."""
+    endpoints = json.loads((run_dir / "endpoints.json").read_text())
+    addresses = [endpoints["buffer"], endpoints["weights"]]
+    doors = [(host, int(port)) for host, port in (a[6:].split(":") for a in addresses)]
+    doors.append((endpoints["store"][0], endpoints["store"][1]))
+    rng, end = random.Random(1), time.monotonic() + seconds
+    clients = [DealerClient(address, "actor-0", "somebody") for address in addresses]
+    while time.monotonic() < end:
+        for door in doors:
+            with socket.create_connection(door, timeout=5) as bare:
+                bare.sendall(rng.randbytes(rng.randint(1, 500)))
+        for client in clients:
+            client.post(Packet(kind="hello", fields={"actor": "actor-0"}))
+            client.post(Packet(kind="lease", fields={"version": 0, "max": 100}))
+            client.post(Packet(kind="join", fields={"actor": "actor-0"}))
+            assert client.poll(0.01) == []
+    for client in clients:
+        client.close()
+
+
+def scraped(run_dir: Path) -> str:
+    targets = [json.loads(path.read_text()) for path in (run_dir / "targets").glob("*.json")]
+    urls = [f"http://{target['targets'][0]}/metrics" for (target,) in targets]
+    assert all(url.startswith("http://127.0.0.1:") for url in urls)
+    return "".join(urllib.request.urlopen(url, timeout=5).read().decode() for url in urls)
+
+
+@pytest.mark.engine
+def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(launch):
+    run = launch("run.max_steps=120", "launch.encrypt=true", engine="vllm")
+    started = run.until_training()
+    assert listening([psutil.Process(run.process.pid), *started]) == {"127.0.0.1"}
+    shown = " ".join(" ".join([*p.cmdline(), *p.environ().values()]) for p in started)
+    metrics = scraped(run.run_dir)
+    attack(run.run_dir, 2.0)
+    assert run.wait() == 0, run.text()[-4000:]
+    run.assert_nothing_left(started)
+    check_run_directory(run.run_dir, steps=120, max_staleness=2)
+    assert {row.get("publish/evictions", 0) for row in run.rows()} == {0}
+    written = [p for p in run.run_dir.rglob("*") if p.is_file() and p.parent.name != "keys"]
+    shown += run.text() + "".join(p.read_bytes().decode("latin-1") for p in written)
+    keys = [word for path in (run.run_dir / "keys").iterdir() for word in path.read_text().split()]
+    assert len(set(keys)) == 4
+    assert not [key for key in keys if key in shown]
+    lines = (run.run_dir / "trajectories/step_0.jsonl").read_text().splitlines()
+    prompts = [message["content"] for line in lines for message in json.loads(line)["prompt"]]
+    assert "asyncgrpo_leases_total" in metrics
+    assert not [prompt for prompt in prompts if prompt in metrics]
 
 
 def refused(*arguments: str, cwd: Path) -> str:
@@ -298,6 +502,8 @@ BAD_INPUT = {
     ("--set", "launch.gpus=64"): "launch.gpus=64",
     ("--set", "weights.publish_every=9"): "deadlock",
     ("--set", "algo.group_size=1"): "algo.group_size=1",
+    ("--set", "launch.host=0.0.0.0"): "'0.0.0.0' must be the IPv4 address of this machine",
+    ("--set", "launch.host=192.0.2.77"): "launch.host=192.0.2.77 cannot be listened on",
 }
 
 

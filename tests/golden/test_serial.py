@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from asyncgrpo.buffer.audit import audit
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.rundir import Endpoints, RunDir
@@ -94,3 +95,11 @@ def test_the_serial_run_learns_and_keeps_its_staleness_bound(two_runs):
     last = sum(row["rewards/mean"] for row in found[-4:])
     assert last > first
     assert 0 < max(row["staleness/max"] for row in found) <= 2
+
+
+def test_the_ledger_of_a_serial_run_is_the_same_and_proves_it(two_runs):
+    one, two = (audit(run) for run in two_runs)
+    assert one == two
+    assert not any(one.wrong.values())
+    assert one.next_step == 20
+    assert one.total("leases")["trained"] == 80

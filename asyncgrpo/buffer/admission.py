@@ -1,0 +1,66 @@
+"""What is let into the buffer: requests that make sense, and groups that fit their lease. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from asyncgrpo.buffer.leases import OpenLease
+from asyncgrpo.errors import WireError
+from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.types import Group, Lease
+from asyncgrpo.wire.codec import Packet, same_lease
+from asyncgrpo.wire.schema import BUFFER_REQUESTS, check_fields
+
+Fault = Literal["other_lease", "group_size", "rewards", "tokens", "versions"]
+
+
+def check_request(packet: Packet, *, newest: int, num_learners: int) -> None:
+    """WireError when a request is incomplete or asks for what cannot be; changes nothing.
+
+    newest: the newest policy version that there can be.
+    """
+    kind, fields = packet.kind, packet.fields
+    check_fields(kind, fields, BUFFER_REQUESTS)
+    if kind in ("hello", "lease", "held") and fields.get("version", -1) > newest:
+        raise WireError(f"{kind}: version={fields['version']} is not <= {newest}")
+    if kind in ("take", "trained"):
+        rank, world_size = fields.get("rank", 0), fields["world_size"]
+        if not rank < world_size <= num_learners:
+            raise WireError(f"{kind}: rank={rank} of {world_size} is no rank of {num_learners}")
+    if kind == "fail" and f"groups_failed_{fields['reason']}" not in METRICS:
+        raise WireError(f"fail: reason={fields['reason']!r} is no reason that is counted")
+
+
+def newest_version(step: int) -> int:
+    """The newest there can be while `step` is trained: it is published before that is told."""
+    return step + 1
+
+
+def is_holder(peer: str, opened: OpenLease) -> bool:
+    """Whether a socket identity ("actor-0.17") is of the actor that the lease was given to."""
+    return peer.partition(".")[0] == opened.peer.partition(".")[0]
+
+
+def why_failed(group: Group, lease: Lease, newest: int) -> Fault | None:
+    """Why a group must never be trained, and its lease fails; None when nothing is wrong.
+
+    newest: the newest policy version that there can be. Log-probs that are not finite pass: the
+    learner drops these completions one by one.
+    """
+    newest = lease.version if lease.purpose == "eval" else newest
+    if not same_lease(group.lease, lease):
+        return "other_lease"
+    if len(group.completions) != lease.group_size:
+        return "group_size"
+    if not group.reward_parts or not np.isfinite(group.rewards).all():
+        return "rewards"
+    longest = max(len(completion.token_ids) for completion in group.completions)
+    token_ids = [group.prompt_token_ids, *(c.token_ids for c in group.completions)]
+    if longest > lease.sampling.max_completion_tokens or (np.concatenate(token_ids) < 0).any():
+        return "tokens"
+    # Inside a completion they may fall: a learner that goes back to a checkpoint takes its weights
+    # back, too.
+    versions = np.concatenate([completion.versions for completion in group.completions])
+    return None if ((versions >= 0) & (versions <= newest)).all() else "versions"

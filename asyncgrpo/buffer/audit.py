@@ -1,0 +1,186 @@
+"""What ledger and trajectories prove: each promise is a question for the rows that break it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncgrpo.buffer.leases import STATES
+from asyncgrpo.buffer.ledger import LedgerReader
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.staleness import bound_of
+
+# name -> the promise, and SQL for (ticket, what is wrong). `samples` are the trajectories.
+CHECKS = {
+    "one state": (
+        "each lease is in one state, which its history leads to",
+        """
+        WITH history AS (
+            SELECT seq, ticket, state, step,
+            lag(state, 1, '') OVER (PARTITION BY ticket ORDER BY seq) AS before FROM changes
+        ), last AS (SELECT ticket, state, max(seq) FROM changes GROUP BY ticket)
+        SELECT ticket, 'went from ' || before || ' to ' || state FROM history
+        WHERE (before, state) NOT IN (VALUES ('', 'open'), ('open', 'stored'), ('open', 'filtered'),
+            ('open', 'expired'), ('open', 'failed'), ('stored', 'evicted'), ('stored', 'taken'),
+            ('taken', 'trained'))
+        AND NOT (before = 'trained' AND state = 'taken' AND EXISTS (SELECT * FROM rollbacks r
+            WHERE history.seq BETWEEN r.seq + 1 AND r.seq + r.num_groups
+            AND history.step BETWEEN r.step AND r.former_step - 1))
+        UNION ALL SELECT ticket, 'is ' || leases.state || ', and ' || ifnull(last.state, 'nothing')
+            || ' in its history' FROM leases LEFT JOIN last USING (ticket)
+        WHERE leases.state IS NOT last.state
+        UNION ALL SELECT ticket, 'has a history, but the lease is missing' FROM last
+        WHERE ticket NOT IN (SELECT ticket FROM leases)
+        """,
+    ),
+    "trained once": (
+        "no group is trained twice, but for steps that were rolled back",
+        """
+        SELECT ticket, 'was trained ' || total(state = 'trained') || ' times' FROM changes
+        GROUP BY ticket HAVING total(state = 'trained') > max(1, total(state = 'taken'))
+        UNION ALL SELECT value, 'is in the batches of steps ' || group_concat(step)
+        FROM steps, json_each(tickets) GROUP BY value HAVING count(*) > 1
+        UNION ALL SELECT ticket, 'is in the trajectories of steps ' || group_concat(step)
+        FROM samples WHERE status = 'trained' GROUP BY lease_id HAVING count(*) > 1
+        """,
+    ),
+    "staleness": (
+        "no trained token is older than buffer.max_staleness versions (twice that with downweight)",
+        """
+        SELECT ticket, 'is trained at step ' || step || ' with tokens of version ' || oldest FROM
+        (SELECT *, iif(:mask, newest_version, oldest_version) AS oldest FROM leases)
+        WHERE state IN ('taken', 'trained') AND (oldest IS NULL OR step - oldest > :max_staleness)
+        UNION ALL SELECT ticket, 'is trained at step ' || step || ' with tokens ' || staleness
+            || ' versions old, say the trajectories' FROM samples
+        WHERE status = 'trained' AND staleness > :max_staleness AND NOT :mask
+        """,
+    ),
+    "epochs": (
+        "every prompt of the stream goes out in turn, and again only if it brought no group",
+        """
+        SELECT max(ticket), 'position ' || position || ' went out for ' || count(DISTINCT prompt_id)
+            || ' prompts and has ' || total(next_ticket IS NULL) || ' last leases' FROM leases
+        GROUP BY position HAVING count(DISTINCT prompt_id) > 1 OR total(next_ticket IS NULL) != 1
+        UNION ALL SELECT a.ticket, 'went out again as t' || a.next_ticket || ', for another prompt '
+            || 'or though it had brought a group'
+        FROM leases a LEFT JOIN leases b ON b.ticket = a.next_ticket
+        WHERE a.next_ticket IS NOT NULL AND (NOT a.again OR b.position IS NOT a.position)
+        UNION ALL SELECT ticket, 'is at position ' || position || ', the last before it is ' || last
+        FROM (SELECT ticket, position, lag(position, 1, -1) OVER (ORDER BY position) AS last
+            FROM leases) WHERE position > last + 1
+        UNION ALL SELECT last, prompt_id || ' is ' || used || ' times in epoch ' || epoch || ' of '
+            || ifnull(:epochs, 'any number') || ', in others ' || most
+        FROM (SELECT prompt_id, epoch, max(ticket) AS last, count(DISTINCT position) AS used,
+            max(count(DISTINCT position)) OVER (PARTITION BY prompt_id) AS most,
+            max(epoch) OVER (PARTITION BY prompt_id) AS newest
+            FROM leases WHERE epoch IS NOT NULL GROUP BY prompt_id, epoch)
+        WHERE (used != most AND epoch < newest) OR epoch >= :epochs
+        UNION ALL SELECT max(ticket), prompt_id || ' is missing in an epoch before ' || max(epoch)
+        FROM leases GROUP BY prompt_id HAVING count(DISTINCT epoch) < max(epoch) + 1
+        """,
+    ),
+    "nothing lost": (
+        "the groups of all stored and taken leases are there",
+        """
+        SELECT ticket, 'is ' || state || ', but its group is lost'
+        FROM leases LEFT JOIN payloads USING (ticket)
+        WHERE state IN ('stored', 'taken') AND packet IS NULL
+        """,
+    ),
+    "steps": (
+        "the batches are made of the leases that are taken and trained",
+        """
+        WITH batch AS (SELECT step, trained_at, value AS ticket FROM steps, json_each(tickets))
+        SELECT ticket, 'is in the batch of step ' || batch.step || ', but the lease is '
+            || ifnull(state || ' at step ' || ifnull(leases.step, '-'), 'missing')
+        FROM batch LEFT JOIN leases USING (ticket) WHERE leases.step IS NOT batch.step
+        OR state IS NOT iif(trained_at IS NULL, 'taken', 'trained')
+        UNION ALL SELECT ticket, 'is ' || state || ', but in no batch' FROM leases
+        WHERE state IN ('taken', 'trained') AND ticket NOT IN (SELECT ticket FROM batch)
+        UNION ALL SELECT NULL, 'step ' || step || ' follows step ' || last
+        FROM (SELECT step, lag(step, 1, step - 1) OVER (ORDER BY step) AS last FROM steps)
+        WHERE step != last + 1
+        """,
+    ),
+    "trajectories": (
+        "the trajectories hold what the ledger says was trained, and nothing else",
+        """
+        SELECT s.ticket, s.lease_id || ' is ' || s.status || ' in the trajectories of step '
+            || s.step || ': ' || s.num_completions || ' completions, ' || s.num_tokens
+            || ' tokens; in the ledger ' || ifnull(l.state || ' at step ' || ifnull(l.step, '-')
+            || ': ' || l.num_completions || ', ' || l.num_tokens, 'unknown')
+        FROM samples s LEFT JOIN leases l USING (ticket, lease_id)
+        WHERE l.state IS NOT s.status OR (s.status = 'trained' AND l.step != s.step)
+        OR l.num_completions != s.num_completions OR l.num_tokens != s.num_tokens
+        UNION ALL SELECT ticket, 'is trained at step ' || step || ', but not in its trajectories'
+        FROM leases WHERE state = 'trained' AND :trajectories
+        AND ticket NOT IN (SELECT ticket FROM samples WHERE status = 'trained')
+        """,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """What was found."""
+
+    next_step: int  # the steps before it are trained and committed
+    rollbacks: list[tuple[int, int]]  # the step where a learner began, the next one until then
+    wrong: dict[str, list[tuple[int | None, str]]]  # by check: ticket, and what is wrong with it
+    groups: list[dict[str, Any]]  # state, reason, leases, completions, tokens, reward_mean
+
+    def total(self, column: str) -> dict[str, float]:
+        """Sums over reasons, by state."""
+        return {s: sum(g[column] for g in self.groups if g["state"] == s) for s in STATES}
+
+
+def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
+    """Checks a run that is going on, done, or killed. What is under way is open, not wrong.
+
+    Trajectories are checked up to the last step that is committed as trained.
+    """
+    buffer = run.config.buffer
+    files = {int(f.stem[5:]): f for f in (run.path / "trajectories").glob("step_*.jsonl")}
+    reader = LedgerReader(run.path, timeout_seconds)  # after the look at the files
+    _, ((next_step,),) = reader.query("SELECT ifnull(max(step) + 1, 0) FROM steps WHERE trained_at")
+    rollbacks = reader.query("SELECT step, former_step FROM rollbacks ORDER BY seq")[1]
+    reader.add_table(
+        "samples (step, ticket, lease_id, status, num_completions, num_tokens, staleness)",
+        (row for step in files if step < next_step for row in _samples(step, files[step])),
+    )
+    values = {
+        "max_staleness": bound_of(buffer.max_staleness, buffer.staleness_action),
+        "mask": buffer.staleness_action == "mask",
+        "epochs": run.config.data.epochs,
+        "trajectories": run.config.observe.trajectories,
+    }
+    wrong = {name: reader.query(sql, values)[1] for name, (_, sql) in CHECKS.items()}
+    wrong["trajectories"] += [
+        (None, f"{files[step]} is there, but the next step is {next_step}")
+        for step in sorted(files)
+        if step > max([next_step, *(former for _, former in rollbacks)])
+    ]
+    columns, rows = reader.query(
+        "SELECT state, reason, count(*) AS leases, total(num_completions) AS completions,"
+        " total(num_tokens) AS tokens, avg(reward_mean) AS reward_mean FROM leases"
+        " GROUP BY state, reason ORDER BY min(ticket)"
+    )
+    reader.close()
+    groups = [dict(zip(columns, row, strict=True)) for row in rows]
+    groups.sort(key=lambda group: STATES.index(group["state"]))
+    return Audit(next_step=next_step, rollbacks=rollbacks, wrong=wrong, groups=groups)
+
+
+def _samples(step: int, file: Path) -> Iterator[tuple[Any, ...]]:
+    """One row per lease of a step's file."""
+    leases: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # texts may hold other breaks
+        row = json.loads(line)
+        leases.setdefault((row["lease_id"], row.get("status", "trained")), []).append(row)
+    for (lease_id, status), rows in leases.items():
+        ticket = int(lease_id[1:]) if lease_id[1:].isdecimal() else None
+        tokens, oldest = sum(r["num_tokens"] for r in rows), max(r["staleness"] or 0 for r in rows)
+        yield step, ticket, lease_id, status, len(rows), tokens, oldest

@@ -1,0 +1,93 @@
+"""The requests that servers take, and what their fields must hold.
+
+Checked before anybody acts on a request, so that half of a bad one leaves no trace.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from asyncgrpo.errors import WireError
+from asyncgrpo.types import FinishReason
+
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=256)]
+Names = list[Name]
+Table = Mapping[str, type[BaseModel]]  # by kind
+
+
+class Hello(BaseModel):
+    """Who, which version its engine holds (-1: none yet), and the leases it is at work on."""
+
+    model_config = ConfigDict(strict=True)
+    actor: Name
+    version: Annotated[int, Field(ge=-1, lt=1 << 31)] = -1
+    leases: Names = []
+
+
+class Status(BaseModel):
+    """Who, and any counters."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, Number]
+    actor: Name
+
+
+def _row(**fields: Any) -> type[BaseModel]:
+    required: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
+    return create_model("Row", __config__=ConfigDict(strict=True), **required)
+
+
+GROUP = _row(
+    lease=Any,  # compared with the one that was given out
+    finish_reasons=list[FinishReason],
+    texts=list[str],
+    reward_parts=Names,
+    actor=Name,
+    timings=dict[Name, Number],
+)
+BUFFER_REQUESTS: Table = {
+    "hello": Hello,
+    "bye": _row(actor=Name),
+    "lease": _row(version=Count, max=Count),
+    "accept": _row(lease_ids=Names, refused=Names),
+    "put": _row(groups=list[Any]),  # each is a GROUP
+    "fail": _row(lease_id=Name, reason=Name),
+    "held": _row(version=Count),
+    "status": Status,
+    "begin": _row(step=Count),
+    "take": _row(step=Count, rank=Count, world_size=Count),
+    "trained": _row(step=Count, world_size=Count, covered=Count),
+    "evaluate": _row(version=Count, blocks=Names),
+    "results": _row(),
+    "stop": _row(),
+    "summary": _row(),
+}
+PROOF = {"digests": list[int], "canary_tokens": list[Count], "canary_logprobs": list[float]}
+WEIGHTS_REQUESTS: Table = {
+    "join": _row(actor=Name),
+    "ready": _row(actor=Name, round=Count),
+    "later": _row(actor=Name, round=Count),
+    "free": _row(actor=Name),
+    "alive": _row(actor=Name),
+    "loaded": _row(actor=Name, version=Count, copy_seconds=Number, stall_seconds=Number, **PROOF),
+}
+
+
+def check_fields(kind: str, fields: Any, table: Table) -> None:
+    """WireError names the kind that is unknown, or the first field that is missing or wrong."""
+    if kind not in table:
+        raise WireError(f"unknown kind {reprlib.repr(kind)}")
+    try:
+        table[kind].model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise WireError(
+            f"{kind}: {place}: {first['msg']}, not {reprlib.repr(first['input'])}"
+        ) from None

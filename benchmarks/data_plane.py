@@ -1,0 +1,397 @@
+"""What the buffer process can carry: groups of 8 completions of 512 tokens, served from one core.
+
+    python benchmarks/data_plane.py [--groups 1000000] [--leases 1000000] [--folder DIR]
+
+A bare ZeroMQ relay moves the same frames (in from producers, acknowledged, out to a consumer in
+batches) and is the measure; then the buffer without its ledger, then with it. After that: how long
+64 actors wait for a lease while groups arrive, whether memory grows, and how long the buffer takes
+to restart with a long ledger. Machines are noisy: trust the ratios, taken side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from multiprocessing.context import SpawnProcess
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zmq
+
+from asyncgrpo.buffer import server
+from asyncgrpo.buffer.core import BufferCore
+from asyncgrpo.buffer.journal import NoJournal
+from asyncgrpo.buffer.ledger import Ledger
+from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.data.prompts import open_prompts
+from asyncgrpo.launch.preflight import pick_free_ports
+from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.types import Completion, Group, Lease
+from asyncgrpo.wire.codec import Packet, encode, group_packet, lease_from
+from asyncgrpo.wire.sockets import DealerClient
+
+COMPLETIONS, TOKENS, BATCH, CREDIT, PRODUCERS, ACTORS = 8, 512, 64, 8, 3, 64
+SPAWN = multiprocessing.get_context("spawn")
+SETTINGS = {
+    "run": {"max_steps": 10**7},
+    "buffer": {"groups_per_step": BATCH, "max_staleness": 10**7, "credit": CREDIT},
+    "algo": {"group_size": COMPLETIONS},
+    "launch": {"learners": 1},
+    "observe": {"trajectories": False},
+}
+
+
+class NoLedger(NoJournal):
+    """Nothing is durable."""
+
+    def __init__(self, run_dir: Path) -> None: ...
+
+    def checkpoint_aside(self) -> None: ...
+
+    def state(self, lease_id: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def prepare(folder: Path) -> RunDir:
+    (port,) = pick_free_ports(1)
+    endpoints = Endpoints(buffer=f"tcp://127.0.0.1:{port}", weights="", store=("", 0))
+    run = RunDir(path=folder, config=from_mapping(SETTINGS), endpoints=endpoints)
+    run.write()
+    return run
+
+
+def make_group(lease: Lease) -> Group:
+    """A group of full size; its numbers are the same each time."""
+    random = np.random.default_rng(0)
+    completion = Completion(
+        token_ids=random.integers(0, 30_000, TOKENS).astype(np.int32),
+        behavior_logprobs=-random.random(TOKENS, dtype=np.float32),
+        versions=np.zeros(TOKENS, dtype=np.int32),
+        finish_reason="stop",
+        text="word " * TOKENS,
+    )
+    rewards = np.array([1, -1] * (COMPLETIONS // 2), dtype=np.float32)
+    return Group(
+        lease=lease,
+        prompt_token_ids=np.arange(200, dtype=np.int32),
+        completions=(completion,) * COMPLETIONS,
+        rewards=rewards,
+        reward_parts={"judge": rewards},
+        actor="bench",
+        timings={"generate": 1.0, "judge": 0.1},
+    )
+
+
+# -- processes ----------------------------------------------------------------------------------
+
+
+def serve(folder: Path, kind: str) -> None:
+    """One of: bare, no ledger, ledger."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    run = RunDir.read(folder)
+    if kind == "bare":
+        relay(run.endpoints.buffer)
+    if kind == "no ledger":
+        server.Ledger = NoLedger  # type: ignore[misc, assignment]
+    server.run_buffer(run, lambda: False)
+
+
+def relay(address: str) -> None:
+    """Frames in, acknowledgement out; who asks gets BATCH of them. Nothing is decoded."""
+    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.sndhwm = socket.rcvhwm = 0
+    socket.bind(address)
+    held: list[list[bytes]] = []
+    asking = b""
+    while True:
+        peer, *frames = socket.recv_multipart()
+        if len(frames) == 1:
+            asking = peer
+        else:
+            held.append(frames)
+            socket.send_multipart([peer, b"stored"])
+        if asking and len(held) >= BATCH:
+            batch, held = held[:BATCH], held[BATCH:]
+            socket.send_multipart([asking, *itertools.chain.from_iterable(batch)])
+            asking = b""
+
+
+def produce_bare(address: str, index: int, count: Synchronized[int]) -> None:
+    socket = dealer(address, f"producer-{index}")
+    frames = encode(group_packet("put", [make_group(any_lease())]))
+    waiting = 0
+    while True:
+        while waiting < CREDIT:
+            socket.send_multipart(frames)
+            waiting += 1
+        socket.recv_multipart()
+        waiting -= 1
+        with count.get_lock():
+            count.value += 1
+
+
+def consume_bare(address: str) -> None:
+    socket = dealer(address, "learner-0")
+    while True:
+        socket.send(b"take")
+        socket.recv_multipart()
+
+
+def dealer(address: str, name: str) -> zmq.Socket[bytes]:
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, name.encode())
+    socket.sndhwm = socket.rcvhwm = 0
+    socket.connect(address)
+    return socket
+
+
+def produce(address: str, index: int, count: Synchronized[int]) -> None:
+    """An actor that generates in no time."""
+    client = DealerClient(address, f"producer-{index}", "the buffer")
+    client.post(Packet(kind="hello", fields={"actor": f"producer-{index}"}))
+    ask = Packet(kind="lease", fields={"version": 0, "max": 2 * CREDIT})
+    client.post(ask)
+    template, leases, waiting = make_group(any_lease()), [], 0
+    described = group_packet("put", [template])
+    while True:
+        for packet in client.poll(0.1):
+            if packet.kind == "leases":
+                leases += packet.fields["leases"]
+            elif packet.kind == "stored":
+                waiting -= 1
+                with count.get_lock():
+                    count.value += 1
+        while leases and waiting < CREDIT:
+            fields = {**described.fields["groups"][0], "lease": leases.pop()}
+            put = Packet(kind="put", fields={"groups": [fields]}, arrays=described.arrays)
+            client.post(put)
+            waiting += 1
+            if len(leases) == CREDIT:
+                client.post(ask)
+
+
+def consume(address: str) -> None:
+    """A learner that trains in no time; frames are not decoded."""
+    socket = dealer(address, "learner-0")
+    for step in itertools.count():
+        fields = {"step": step, "rank": 0, "world_size": 1}
+        socket.send_multipart(encode(Packet(kind="take", request_id=2 * step + 1, fields=fields)))
+        socket.recv_multipart()
+        fields = {"step": step, "world_size": 1, "covered": step}
+        arrays = (np.zeros(BATCH * COMPLETIONS, np.float32),)
+        done = Packet(kind="trained", request_id=2 * step + 2, fields=fields, arrays=arrays)
+        socket.send_multipart(encode(done))
+        socket.recv_multipart()
+
+
+def any_lease() -> Lease:
+    config = from_mapping(SETTINGS)
+    core = BufferCore(config, open_prompts(config), lambda step, ended: None)
+    core.handle("a.1", Packet(kind="hello", fields={"actor": "a"}), 0.0)
+    ask = Packet(kind="lease", fields={"version": 0, "max": 1})
+    ((_, granted),) = core.handle("a.1", ask, 0.0)
+    return lease_from(granted.fields["leases"][0])
+
+
+# -- measures -----------------------------------------------------------------------------------
+
+
+class Plant:
+    """A server, its producers and its consumer."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        folder.mkdir()
+        self.folder, run = folder, prepare(folder)
+        self.address = address = run.endpoints.buffer
+        self.count: Synchronized[int] = SPAWN.Value("q", 0)
+        self.server = self._start(serve, folder, kind)
+        bare = kind == "bare"
+        self.others = [
+            self._start(produce_bare if bare else produce, address, index, self.count)
+            for index in range(PRODUCERS)
+        ]
+        self.others.append(self._start(consume_bare if bare else consume, address))
+
+    def _start(self, target: Any, *arguments: Any) -> SpawnProcess:
+        process = SPAWN.Process(target=target, args=arguments, daemon=True)
+        process.start()
+        return process
+
+    def wait_for(self, count: int) -> None:
+        while self.count.value < count:
+            assert self.server.is_alive(), "the server ended"
+            time.sleep(0.01)
+
+    def measure(self, groups: int) -> dict[str, float]:
+        """Rates over `groups` groups, after a warm-up; resident memory early and late."""
+        warm = max(1000, groups // 20)
+        self.wait_for(warm)
+        process = psutil.Process(self.server.pid)
+        begin, cpu = time.monotonic(), sum(process.cpu_times()[:2])
+        first, early = self.count.value, process.memory_info().rss
+        self.wait_for(first + groups)
+        seconds = time.monotonic() - begin
+        busy = sum(process.cpu_times()[:2]) - cpu
+        moved = self.count.value - first
+        return {
+            "groups/s": moved / seconds,
+            "groups/s of CPU": moved / busy,
+            "MiB early": early / 2**20,
+            "MiB late": process.memory_info().rss / 2**20,
+        }
+
+    def close(self) -> None:
+        for process in (*self.others, self.server):
+            process.kill()
+            process.join()
+        shutil.rmtree(self.folder)
+
+
+def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
+    """Milliseconds from asking for one lease to having it; each actor delivers `rate` groups/s."""
+    folder.mkdir()
+    run = prepare(folder)
+    buffer = SPAWN.Process(target=serve, args=(folder, "ledger"), daemon=True)
+    learner = SPAWN.Process(target=consume, args=(run.endpoints.buffer,), daemon=True)
+    buffer.start()
+    learner.start()
+    clients = [DealerClient(run.endpoints.buffer, f"actor-{i}", "buffer") for i in range(ACTORS)]
+    poller = zmq.Poller()
+    for client in clients:
+        poller.register(client._socket, zmq.POLLIN)
+        hello = Packet(kind="hello", fields={"actor": client.identity.partition(".")[0]})
+        client.call(hello, 30.0)
+    ask = Packet(kind="lease", fields={"version": 0, "max": 1})
+    described = group_packet("put", [make_group(any_lease())])
+    due = [time.monotonic() + i / rate / ACTORS for i in range(ACTORS)]
+    asked = [0.0] * ACTORS
+    waits: list[float] = []
+    end = time.monotonic() + seconds
+    while (now := time.monotonic()) < end:
+        for i, client in enumerate(clients):
+            if asked[i] == 0.0 and now >= due[i]:
+                due[i] += 1 / rate
+                asked[i] = time.monotonic()
+                client.post(ask)
+        ready = dict(poller.poll(2))
+        for i, client in enumerate(clients):
+            if client._socket in ready:
+                for packet in client.poll(0.0):
+                    if packet.kind == "leases":
+                        waits.append(1000 * (time.monotonic() - asked[i]))
+                        asked[i] = 0.0
+                        (lease,) = packet.fields["leases"]
+                        fields = {**described.fields["groups"][0], "lease": lease}
+                        fields = {"groups": [fields]}
+                        client.post(Packet(kind="put", fields=fields, arrays=described.arrays))
+    for process in (learner, buffer):
+        process.kill()
+        process.join()
+    shutil.rmtree(folder)
+    return sorted(waits)
+
+
+def restart(folder: Path, leases: int) -> tuple[float, float]:
+    """Seconds to go on with a ledger of so many leases, and its size in MiB."""
+    folder.mkdir()
+    Ledger(folder).commit()
+    config: Config = from_mapping(SETTINGS)
+    fill(folder, leases)
+    start = time.perf_counter()
+    prompts = open_prompts(config)
+    core = BufferCore(config, prompts, lambda step, ended: None, Ledger(folder))
+    seconds = time.perf_counter() - start
+    assert core.leases.counts["trained"] == leases // BATCH * BATCH
+    size = (folder / "ledger.sqlite").stat().st_size / 2**20
+    shutil.rmtree(folder)
+    return seconds, size
+
+
+def fill(folder: Path, leases: int) -> None:
+    """Leases that were all trained, as the buffer would have left them."""
+    import sqlite3
+
+    leases = leases // BATCH * BATCH
+    db = sqlite3.connect(folder / "ledger.sqlite")
+    db.execute(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
+        " INSERT INTO leases SELECT i, 't' || i, i - 1, NULL, 'task-' || i, 'task/add',"
+        " 'actor-0.1234', i / 64, 1, 'trained', '', (i - 1) / 64, 0, NULL, i, i, i, i, 8, 4096,"
+        " 0.5, i / 64, i / 64 FROM n",
+        (leases,),
+    )
+    for state in ("open", "stored", "taken", "trained"):
+        db.execute(
+            "INSERT INTO changes (ticket, state, reason, step, time)"
+            " SELECT ticket, ?, '', step, ticket FROM leases",
+            (state,),
+        )
+    db.execute(
+        "INSERT INTO steps SELECT step, 1, 1, 262144, json_group_array(ticket) FROM leases"
+        " GROUP BY step"
+    )
+    db.commit()
+    db.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--groups", type=int, default=1_000_000, help="with the ledger, for memory")
+    parser.add_argument("--compare", type=int, default=20_000, help="groups per comparison")
+    parser.add_argument("--rounds", type=int, default=3, help="comparisons, side by side")
+    parser.add_argument("--leases", type=int, default=1_000_000, help="in the restarted ledger")
+    parser.add_argument("--folder", type=Path, help="for the ledgers; default: a temporary one")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as base:
+        folder = Path(base) / "run"
+        results: dict[str, list[dict[str, float]]] = {"bare": [], "no ledger": [], "ledger": []}
+        for _ in range(chosen.rounds):
+            for kind, measured in results.items():
+                plant = Plant(folder, kind)
+                measured.append(plant.measure(chosen.compare))
+                plant.close()
+        print(
+            f"{os.cpu_count()} cores, {COMPLETIONS} x {TOKENS} tokens, medians of {chosen.rounds}"
+        )
+        print(f"{'':12}{'groups/s':>12}{'of CPU':>12}{'ratio':>9}{'of CPU':>9}")
+        for kind, measured in results.items():
+            row = []
+            for name in ("groups/s", "groups/s of CPU"):
+                pairs = zip(measured, results["bare"], strict=True)
+                row.append(
+                    (
+                        np.median([m[name] for m in measured]),
+                        np.median([m[name] / b[name] for m, b in pairs]),
+                    )
+                )
+            (rate, ratio), (cpu, cpu_ratio) = row
+            print(f"{kind:12}{rate:12.0f}{cpu:12.0f}{ratio:9.2f}{cpu_ratio:9.2f}")
+        for rate in (1.0, 5.0):  # an actor that makes 4000 and 20000 tokens per second
+            waits = lease_latency(folder, 10.0, rate)
+            p50, p99 = (waits[int(len(waits) * share)] for share in (0.5, 0.99))
+            load = f"{ACTORS} actors, {ACTORS * rate:.0f} groups/s"
+            print(f"a lease ({load}): median {p50:.2f} ms, p99 {p99:.2f} ms")
+        plant = Plant(folder, "ledger")
+        measured = plant.measure(chosen.groups)
+        size = sum(file.stat().st_size for file in folder.glob("ledger*")) / 2**20
+        plant.close()
+        early, late = measured["MiB early"], measured["MiB late"]
+        print(f"memory after {chosen.groups} groups: {late:.0f} MiB, early {early:.0f} MiB")
+        print(
+            f"ledger on disk then: {size:.0f} MiB ({size / chosen.groups * 2**20:.0f} bytes/group)"
+        )
+        seconds, size = restart(folder, chosen.leases)
+        print(f"restart with {chosen.leases} leases ({size:.0f} MiB): {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
