@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -285,13 +284,9 @@ def _vespo(its: Foreign, ours: _Ours) -> Pairs:
 
 
 def _warmup(its: Foreign, ours: _Ours) -> Pairs:
-    ratio = its["warmup_ratio"]
-    if ratio and ours.given("run.max_steps") is None:
-        raise ConfigError(
-            f"warmup_ratio={ratio} is a share of run.max_steps, which is not set; set it, or "
-            f"learner.warmup_steps = {ratio} x the steps of your run"
-        )
-    yield "learner.warmup_steps", math.ceil(ratio * ours.get("run.max_steps"))
+    if (steps := ours.given("learner.warmup_steps")) is not None:
+        raise ConfigError(f"{_shown(its)}, but learner.warmup_steps={steps}: keep one of the two")
+    yield "learner.warmup_ratio", its["warmup_ratio"]
 
 
 def _min_lr(its: Foreign, ours: _Ours) -> Pairs:
@@ -349,8 +344,8 @@ _TRANSLATORS: Mapping[str, Callable[[Foreign, _Ours], Pairs]] = {
     "buffer.completions_per_step": _batch,
     "data.epochs": _epochs,
     "learner.min_lr_ratio": _min_lr,
+    "learner.warmup_ratio": _warmup,
     "reward.functions": _reward_weights,
     **dict.fromkeys(("use_kl_loss", "kl_loss_coef"), _kl_coef),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _betas),
-    "warmup_ratio": _warmup,
 }

@@ -19,6 +19,7 @@ from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
+from asyncgrpo.launch.commands import plan_app
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.launch.slurm_commands import (
     Actors,
@@ -30,6 +31,7 @@ from asyncgrpo.launch.slurm_commands import (
 )
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
+from asyncgrpo.replay import replay
 from asyncgrpo.rewards.commands import reward_app
 
 app = typer.Typer(
@@ -41,10 +43,12 @@ app = typer.Typer(
 )
 app.add_typer(algo_app, name="algo")
 app.add_typer(config_app, name="config")
+app.add_typer(plan_app, name="plan")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 app.command()(audit)
 app.command()(ledger)
+app.command()(replay)
 app.add_typer(traj_app, name="traj")
 app.add_typer(slurm_app, name="slurm")
 app.command()(chat)

@@ -318,12 +318,22 @@ class LoraSettings(Room):
     )
 
 
+def _as_interval(value: Any) -> Any:
+    return {"none": 0, "full": 1}.get(value, value) if isinstance(value, str) else value
+
+
 class LearnerSettings(Room):
     lr: float = Field(5e-4, gt=0, description="peak learning rate; larger models want 1e-6")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="of AdamW")
     adam_eps: float = Field(1e-8, gt=0, description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW; not on biases and norms")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit: its states in 8 bit (bitsandbytes, CUDA)"
+    )
     warmup_steps: int = Field(5, ge=0, description="steps over which lr rises from 0")
+    warmup_ratio: float | None = Field(
+        None, ge=0, le=1, description="share of run.max_steps, in place of warmup_steps"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="of lr after the warm-up, until run.max_steps"
     )
@@ -336,6 +346,25 @@ class LearnerSettings(Room):
     )
     max_tokens_per_microbatch: int = Field(8192, ge=16, description="prompt and completion tokens")
     threads: int = Field(1, ge=1, description="torch threads of one rank")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="ddp: the whole model on each rank; fsdp: a part of it"
+    )
+    shard_ranks: int = Field(
+        0, ge=0, description="fsdp: ranks that share one copy of the model; 0 = all"
+    )
+    cpu_offload: bool = Field(
+        False, description="fsdp: weights, gradients and optimizer in the host's memory; CUDA only"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of matrix products; weights and their gradients' sums stay float32"
+    )
+    float32_head: bool = Field(
+        False, description="with dtype = 'bfloat16': logits in float32 all the same"
+    )
+    checkpoint_activations: Annotated[int, BeforeValidator(_as_interval)] = Field(
+        0, ge=0, description="blocks computed again in the backward pass: none, full, or each nth"
+    )
+    compile: bool = Field(False, description="each block by torch.compile; CUDA only")
     lora: LoraSettings | None = Field(
         None, description="train an adapter only (LoRA); none = all weights"
     )
@@ -349,7 +378,9 @@ class WeightSettings(Room):
     transfer_timeout_seconds: float = Field(60.0, gt=0, description="one broadcast")
     loaded_timeout_seconds: float = Field(60.0, gt=0, description="broadcast -> live and proven")
     canary_tolerance: float = Field(
-        0.0, ge=0, description="allowed |engine - learner| log-prob; 0 = 1e-3 (0.5 for bfloat16)"
+        0.0,
+        ge=0,
+        description="allowed |engine - learner| log-prob; 0 = 1e-3 (0.5 if one is bfloat16)",
     )
 
 
@@ -357,6 +388,9 @@ class CheckpointSettings(Room):
     every: int = Field(20, ge=0, description="steps between checkpoints; 0 = only when stopped")
     keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every: int = Field(0, ge=0, description="those of every so many steps stay too; 0 = none")
+    export_every: int = Field(
+        0, ge=0, description="steps between models in RUN/exports/step_<k>; 0 = only RUN/model"
+    )
 
 
 class EvalSampling(Room):
@@ -574,6 +608,11 @@ class Config(Room):
                 f"launch.share_gpus=true with weights.backend={self.weights.backend!r}: NCCL "
                 "refuses two processes on one GPU; set weights.backend = 'gloo'"
             )
+        if self.weights.backend == "nccl" and not self.launch.gpus:
+            yield (
+                "weights.backend='nccl' needs CUDA, but launch.gpus=0 is a CPU run; set "
+                "weights.backend = 'gloo' (or 'auto'), or launch.gpus"
+            )
         if self.buffer.groups_per_step < self.launch.learners:
             yield (
                 f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "
@@ -598,7 +637,9 @@ class Config(Room):
                 f"learner.max_tokens_per_microbatch={self.learner.max_tokens_per_microbatch} must "
                 f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
                 f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
+                ", the longest sequence: raise it, or lower one of the two"
             )
+        yield from self._parallel_problems()
         lora, every = self.learner.lora, self.algo.reference.sync_every
         if lora and lora.quantize and not self.launch.gpus:
             yield (
@@ -619,6 +660,36 @@ class Config(Room):
                 f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
                 f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
             )
+
+    def _parallel_problems(self) -> Iterable[str]:
+        learner, count = self.learner, self.launch.learners
+        is_8bit = learner.optimizer == "adamw_8bit"
+        only_fsdp = {"shard_ranks": learner.shard_ranks, "cpu_offload": learner.cpu_offload}
+        only_ddp = {
+            "lora.quantize": learner.lora and learner.lora.quantize,
+            "optimizer": is_8bit and learner.optimizer,
+        }
+        only_cuda = {"compile": learner.compile, "cpu_offload": learner.cpu_offload}
+        if learner.parallel == "fsdp" and count % max(learner.shard_ranks, 1):
+            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            yield (
+                f"learner.shard_ranks={learner.shard_ranks} must divide launch.learners={count}: "
+                f"use one of {fitting}, or 0 (all ranks share one copy)"
+            )
+        for name, value in (only_fsdp if learner.parallel == "ddp" else only_ddp).items():
+            if value:
+                other = "fsdp" if learner.parallel == "ddp" else "ddp"
+                why = "has no parts of a model" if other == "fsdp" else "knows no 8- or 4-bit parts"
+                yield (
+                    f"learner.{name}={value!r} with learner.parallel={learner.parallel!r}, which "
+                    f"{why}; set learner.parallel = {other!r}, or leave it out"
+                )
+        for name, value in {**only_cuda, "optimizer": only_ddp["optimizer"]}.items():
+            if value and not self.launch.gpus:
+                yield (
+                    f"learner.{name}={value!r} needs CUDA, but launch.gpus=0 is a CPU run; set "
+                    "launch.gpus, or leave it out"
+                )
 
     @field_serializer("eval")
     def _one_block_as_a_table(self, blocks: tuple[EvalSettings, ...]) -> Any:
@@ -658,7 +729,8 @@ class Config(Room):
     @property
     def canary_tolerance(self) -> float:
         """Allowed difference of one log-prob between engine and learner, in nats."""
-        return self.weights.canary_tolerance or (1e-3 if self.model.dtype == "float32" else 0.5)
+        are_exact = self.model.dtype == self.learner.dtype == "float32"
+        return self.weights.canary_tolerance or (1e-3 if are_exact else 0.5)
 
 
 def preset_files() -> dict[str, Path]:

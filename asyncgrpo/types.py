@@ -27,6 +27,16 @@ FinishReason = Literal["stop", "length", "abort"]
 Purpose = Literal["train", "eval"]
 
 
+# Attention of a causal block costs as much as its matrices (about 12 width^2, and per token 24
+# width^2 FLOPs against 2 width L) in sequences of 12 widths: this many tokens at a width of 1365.
+ATTENTION_TOKENS = 16_384
+
+
+def sequence_cost(num_tokens: int) -> float:
+    """Estimated FLOPs of training on one sequence, in those of a token without attention."""
+    return num_tokens * (1.0 + num_tokens / ATTENTION_TOKENS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question. `columns` holds every column of the data set; rewards get them by keyword."""
@@ -99,6 +109,12 @@ class Group:
     def num_tokens(self) -> int:
         """Completion tokens of all G completions."""
         return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
+    def cost(self) -> float:
+        """Estimated FLOPs of training on it, as `sequence_cost` counts."""
+        prompt = len(self.prompt_token_ids)
+        return sum(sequence_cost(prompt + len(c.token_ids)) for c in self.completions)
 
     @property
     def oldest_version(self) -> int:

@@ -14,6 +14,7 @@ from peer_cases import EQUAL
 from asyncgrpo.aliases import by_name, entries
 from asyncgrpo.config import AlgoSettings, Config, from_mapping
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.learner.schedule import learning_rate
 
 # What a name means that is only called otherwise: foreign setting -> ours.
 CALLED: dict[str, tuple[Any, str, Any]] = {
@@ -44,6 +45,10 @@ CALLED: dict[str, tuple[Any, str, Any]] = {
     "learning_rate": (1e-6, "learner.lr", 1e-6),
     "lr_scheduler_type": ("cosine", "learner.schedule", "cosine"),
     "lr_type": ("linear", "learner.schedule", "linear"),
+    "gradient_checkpointing": (True, "learner.checkpoint_activations", 1),
+    "torch_compile": (True, "learner.compile", True),
+    "cpu_offload": (True, "learner.cpu_offload", True),
+    "cast_lm_head_to_fp32": (True, "learner.float32_head", True),
     "max_grad_norm": (0.1, "learner.max_grad_norm", 0.1),
     "bf16": (True, "model.dtype", "bfloat16"),
     "dtype": ("bfloat16", "model.dtype", "bfloat16"),
@@ -67,7 +72,11 @@ CALLED: dict[str, tuple[Any, str, Any]] = {
     "sync_weights_interval": (2, "weights.publish_every", 2),
 }
 # Settings without which a value of CALLED would contradict the others.
-NEEDS: dict[str, dict[str, Any]] = {"delta": {"algo": {"minibatches": 2}}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "delta": {"algo": {"minibatches": 2}},
+    "torch_compile": {"launch": {"gpus": 4}},
+    "cpu_offload": {"launch": {"gpus": 4}, "learner": {"parallel": "fsdp"}},
+}
 
 
 def refusal(**settings: Any) -> str:
@@ -176,11 +185,14 @@ def test_the_batch_arithmetic_is_shown_when_it_does_not_work_out():
     assert "20 completions is no multiple of 4 per device x 2 launch.learners" in message
 
 
-def test_a_warmup_ratio_is_a_share_of_the_steps_which_must_be_known():
-    assert from_mapping({"warmup_ratio": 0.1, "max_steps": 45}).learner.warmup_steps == 5
-    assert from_mapping({"warmup_ratio": 0}).learner.warmup_steps == 0
-    assert "share of run.max_steps, which is not set" in refusal(warmup_ratio=0.1)
+def test_a_warmup_ratio_is_a_share_of_the_steps_and_stands_alone():
+    for ratio, steps in ((0.1, 5), (0, 0), (1, 45)):
+        config = from_mapping({"warmup_ratio": ratio, "max_steps": 45})
+        told = [learning_rate(step, config.learner, 45) for step in range(45)]
+        assert sum(rate < config.learner.lr for rate in told) == max(steps - 1, 0)
     assert from_mapping({"lr": 1e-5, "lr_min": 1e-6}).learner.min_lr_ratio == pytest.approx(0.1)
+    both = {"learner": {"warmup_steps": 10}, "warmup_ratio": 0.1}
+    assert "warmup_ratio=0.1, but learner.warmup_steps=10: keep one" in refusal(**both)
 
 
 def test_a_reference_is_synced_only_when_it_is_asked_for(caplog):

@@ -13,7 +13,16 @@ import pytest
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
     5: (
-        *("cli", "chat", "trainer", "serial", "evaluate_model", "launch", "config_commands"),
+        *(
+            "cli",
+            "chat",
+            "trainer",
+            "serial",
+            "evaluate_model",
+            "replay",
+            "launch",
+            "config_commands",
+        ),
         *("data.commands", "observe.commands", "buffer.commands"),
     ),
     4: (
@@ -40,7 +49,9 @@ FLOORS = {
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
+        "learner.export",
         "learner.lora",
+        "learner.parallel",
         "learner.reference",
         "learner.torchrun",
         "weights.flat",
@@ -64,6 +75,8 @@ FLOORS = {
         "reference",
         "rundir",
         "observe",
+        "launch.memory",
+        "launch.memory_report",
     ),
     1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
     0: ("errors", "types", "imports", "packing", "room", "staleness"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from fakes import make_lease
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.staleness import share_of
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Completion, Group, Shard, sequence_cost
 
 STEP = 9
 
@@ -147,14 +148,12 @@ def test_every_completion_token_is_scored_once_with_its_own_numbers(
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_micro_batches_are_full_sorted_and_consistent(seed: int) -> None:
+def test_micro_batches_are_sorted_and_consistent(seed: int) -> None:
     batches, _ = packed(random_shard(seed), max_tokens=30)
     lengths = [length for batch in batches for length in np.diff(batch.cu_seqlens).tolist()]
     assert lengths == sorted(lengths)
-    for batch, following in zip(batches, [*batches[1:], None], strict=True):
-        size = len(batch.input_ids)
-        assert size <= 30
-        assert following is None or size + int(following.cu_seqlens[1]) > 30
+    for batch in batches:
+        assert len(batch.input_ids) <= 30
         for start, end in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
             assert batch.position_ids[start:end].tolist() == list(range(end - start))
             assert batch.target_ids[start : end - 1].tolist() == (
@@ -166,6 +165,52 @@ def test_micro_batches_are_full_sorted_and_consistent(seed: int) -> None:
         assert wide == {np.dtype(np.int64)}
         assert {batch.behavior_logprobs.dtype, batch.advantages.dtype} == {np.dtype(np.float32)}
         assert {batch.staleness.dtype, batch.cu_seqlens.dtype} == {np.dtype(np.int32)}
+
+
+def fewest(lengths: list[int], max_tokens: int) -> int:
+    """Runs that hold neighbours of up to max_tokens in all, filled one after the other."""
+    count, used = 0, max_tokens
+    for length in lengths:
+        used += length
+        if used > max_tokens:
+            count, used = count + 1, length
+    return max(count, 1)
+
+
+def cheapest(lengths: list[int], max_tokens: int, count: int) -> float:
+    """The cost of the costliest run, over all ways to cut into at most `count` runs."""
+    if not lengths:
+        return 0.0
+    found = math.inf
+    for end in range(1, len(lengths) + 1) if count else ():
+        if end == 1 or sum(lengths[:end]) <= max_tokens:
+            rest = cheapest(lengths[end:], max_tokens, count - 1)
+            found = min(found, max(sum(map(sequence_cost, lengths[:end])), rest))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_there_are_as_many_micro_batches_as_ranks_agree_on_and_none_is_much_dearer(
+    seed: int, more: int
+) -> None:
+    batch_of = random_shard(seed, longest=9)
+    batches, _ = packed(batch_of, max_tokens=40, agree=lambda count: count + more)
+    told = [np.diff(b.cu_seqlens).tolist() for b in batches if b.loss_mask.any()]
+    lengths = [length for run in told for length in run]
+    assert len(batches) == fewest(lengths, 40) + more
+    assert sum(int(b.loss_mask.sum()) for b in batches) == batch_of.num_loss_tokens_global
+    costs = [sum(map(sequence_cost, run)) for run in told]
+    best = cheapest(lengths, 40, len(batches))
+    assert max(costs, default=0.0) <= best * 1.002
+
+
+def test_long_sequences_cost_more_than_their_tokens() -> None:
+    """A causal block of width w = 16384 / 12: 24 w^2 FLOPs of matrices, 2 w L of attention."""
+    width = 16_384 / 12
+    for length in (1, 100, 16_384, 100_000):
+        flops = length * (24 * width**2 + 2 * width * length)
+        assert sequence_cost(length) == pytest.approx(flops / (24 * width**2))
 
 
 def test_packing_twice_gives_the_same() -> None:

@@ -174,6 +174,14 @@ def test_dealing_loses_nothing_and_balances_tokens(lengths, world_size):
     assert max(loads) - min(loads) <= 2 * max(lengths) + 8
 
 
+def test_a_long_group_counts_for_more_than_its_tokens_when_dealing():
+    lengths = [40_000, *[10_000] * 8]
+    groups = [make_group(make_lease(i), versions=[[0] * n] * 2) for i, n in enumerate(lengths)]
+    long, short = deal(groups, 2)
+    assert [group.num_tokens for group in long] == [80_000]
+    assert [group.num_tokens for group in short] == [20_000] * 8
+
+
 def test_seeds_of_leases_differ_and_repeat():
     seeds = {lease_seed(1, f"t{i}") for i in range(1000)}
     assert len(seeds) == 1000

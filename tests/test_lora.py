@@ -29,7 +29,7 @@ from asyncgrpo.launch.preflight import missing_extra
 from asyncgrpo.launch.resume import check_resumable
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.lora import check_targets
-from asyncgrpo.learner.model import next_logprobs
+from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.serial import run_serial
@@ -159,7 +159,7 @@ def test_canaries_are_computed_with_the_published_weights(folder, shard, tmp_pat
     updater.save()
     plain = PolicyUpdater(test_update.settings(tmp_path))
     np.testing.assert_array_equal(updater.canary_logprobs(), plain.canary_logprobs())
-    apart = next_logprobs(updater._policy, canary_prompts(updater.vocab_size)).numpy()
+    apart = PolicyHead(updater._policy).next_logprobs(canary_prompts(updater.vocab_size)).numpy()
     np.testing.assert_allclose(apart, updater.canary_logprobs(), atol=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_dropout_acts_in_updates_alone(folder, shard):
     )
     np.testing.assert_array_equal(updater.canary_logprobs(), updater.canary_logprobs())
     prompts = canary_prompts(updater.vocab_size)
-    assert torch.equal(*(next_logprobs(updater._policy, prompts) for _ in range(2)))
+    assert torch.equal(*(PolicyHead(updater._policy).next_logprobs(prompts) for _ in range(2)))
 
 
 @pytest.mark.parametrize("save_merged", [True, False])
@@ -222,7 +222,7 @@ def test_the_saved_model_loads_plainly_and_the_adapter_with_peft(
     updater = trained(settings(folder, {"save_merged": save_merged}), shard, save_to=model)
     updater.save()
     prompts = canary_prompts(updater.vocab_size)
-    expected = next_logprobs(updater._policy, prompts)
+    expected = PolicyHead(updater._policy).next_logprobs(prompts)
     loaded = [
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), model / "adapter")
     ]

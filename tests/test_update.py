@@ -449,6 +449,8 @@ def test_two_ranks_with_uneven_shards_train_like_one(folder: Path, tmp_path: Pat
         for row, other in zip(rows, other_rows, strict=True):
             assert row.keys() == other.keys(), algo
             for name, value in row.items():
+                if name in ("padding_share", "rank_balance"):  # of the ranks themselves
+                    continue
                 assert other[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (algo, name)
         for name, tensor in weights.items():
             torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-5)

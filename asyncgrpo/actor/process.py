@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from asyncgrpo.actor.judge import JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
 from asyncgrpo.config import Config
+from asyncgrpo.launch.memory_report import memory_explained
 from asyncgrpo.observe.exporter import serve_metrics
 from asyncgrpo.protocols import Engine
 from asyncgrpo.rundir import RunDir, leave
@@ -32,7 +33,8 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
         os.sched_setaffinity(0, cores)
     judge = JudgePool(run.config.rewards)  # first: its workers start while the engine loads
     tokenizer = load_tokenizer(run.config.model.path)
-    engine = load_engine(run.config, stop_token_ids(run.config, tokenizer), index, restart)
+    with memory_explained(run.config, name):
+        engine = load_engine(run.config, stop_token_ids(run.config, tokenizer), index, restart)
     from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
 
     keys = read_keys(run, "client")

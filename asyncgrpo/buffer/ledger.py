@@ -322,6 +322,16 @@ class LedgerReader:
                 raise LedgerError(f"the question took longer than {limit}: {sql}") from None
             raise ConfigError(f"{error}: {sql}; `asyncgrpo ledger RUN` lists the tables") from None
 
+    def batches(self, first: int, last: int) -> dict[int, list[Group]]:
+        """Groups of the steps whose groups are all still kept, in the batch's order."""
+        found = _batches(
+            self._db,
+            "step BETWEEN ? AND ? AND NOT EXISTS (SELECT 1 FROM json_each(tickets)"
+            " LEFT JOIN payloads ON ticket = value WHERE packet IS NULL)",
+            *(first, last),
+        )
+        return {step: [group for _, group in batch] for step, batch in found.items()}
+
     def close(self) -> None:
         self._db.close()
 

@@ -139,14 +139,12 @@ def tickets(batch: Iterable[Stored]) -> list[int]:
 
 
 def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
-    """Splits a batch over ranks so that their token counts are close: largest group first.
+    """Splits a batch over ranks so that their estimated FLOPs are close: largest group first.
 
     Deterministic in the order of `groups`; each rank gets at least one group if there are enough.
     """
-    sizes = [
-        group.num_tokens + len(group.prompt_token_ids) * len(group.completions) for group in groups
-    ]
-    load = [0] * world_size
+    sizes = [group.cost for group in groups]
+    load = [0.0] * world_size
     hands: list[list[int]] = [[] for _ in range(world_size)]
     for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
         rank = min(range(world_size), key=lambda r: (load[r], len(hands[r]), r))

@@ -111,11 +111,11 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _random_model(
-    tokenizer: PreTrainedTokenizerFast, tied: bool, seed: int, std: float
-) -> Qwen3ForCausalLM:
-    """float32; normal weights of the given std, norms 1; the caller's random state is kept."""
-    config = Qwen3Config(
+def model_config(
+    tokenizer: PreTrainedTokenizerFast, tied: bool = True, std: float = UNTRAINED_STD
+) -> Qwen3Config:
+    """Of the embedded model; std: of random weights."""
+    return Qwen3Config(
         **MODEL_SHAPE,
         vocab_size=len(tokenizer),
         tie_word_embeddings=tied,
@@ -125,6 +125,13 @@ def _random_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _random_model(
+    tokenizer: PreTrainedTokenizerFast, tied: bool, seed: int, std: float
+) -> Qwen3ForCausalLM:
+    """float32; normal weights of the given std, norms 1; the caller's random state is kept."""
+    config = model_config(tokenizer, tied, std)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config).float()

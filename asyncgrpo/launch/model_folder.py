@@ -52,6 +52,24 @@ def check_model_folder(path: str, *, download: bool = True) -> Path | None:
     return None
 
 
+def config_folder(path: str) -> Path:
+    """The folder on this machine that has a model's config.json; weights need not be there.
+
+    ModelError without one; AbsentModel for a hub name that was not downloaded.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        found = _cached_snapshot(path) if HUB_NAME.fullmatch(path) else None
+        if found is None:
+            raise AbsentModel(
+                f"model.path={path!r} is no folder and is not in the hub cache {_hub_cache()}; its "
+                "config.json is enough here: give a folder that holds it"
+            )
+        folder = found
+    _check_architecture(folder, _read_config(folder))
+    return folder
+
+
 def quick_tokenizer(path: str) -> Any:
     """The model's tokenizer, without torch; None when it is not on this machine in one file.
 

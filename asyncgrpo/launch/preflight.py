@@ -94,8 +94,10 @@ def check_run_dir(path: Path) -> None:
 
 
 def missing_extra(config: Config) -> str:
-    """What learner.lora needs and is not installed, with the remedy; "" when nothing is."""
+    """What the learner needs and is not installed, with the remedy; "" when nothing is."""
     lora = config.learner.lora
+    if config.learner.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        return "learner.optimizer='adamw_8bit' needs bitsandbytes: pip install 'asyncgrpo[qlora]'"
     needed = {"peft": lora, "bitsandbytes": lora and lora.quantize}
     missing = [name for name, use in needed.items() if use and find_spec(name) is None]
     install = f"pip install 'asyncgrpo[{'qlora' if lora and lora.quantize else 'lora'}]'"

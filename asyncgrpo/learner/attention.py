@@ -58,6 +58,19 @@ def packing_of(cu_seqlens: NDArray[np.int32], device: str | torch.device) -> Pac
     )
 
 
+def has_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether all sequences of a row go through attention in one call without padding."""
+    return varlen is not None and device == "cuda" and dtype != torch.float32
+
+
+def num_slots(cu_seqlens: NDArray[np.int32], *, by_kernel: bool) -> int:
+    """Places that attention is computed for, padding included. cu_seqlens: int32 [N + 1]."""
+    lengths = np.diff(cu_seqlens).tolist()
+    if by_kernel:
+        return int(sum(lengths))
+    return sum((b - a) * max(lengths[a:b]) for a, b in pairwise(_cut_points(lengths)))
+
+
 def _cut_points(lengths: Sequence[int]) -> list[int]:
     """Indices of the sequences at which a new block begins, and the end."""
     cuts, shortest, longest = [0], lengths[0], lengths[0]
@@ -109,7 +122,7 @@ def packed_attention(
     if options.get("s_aux") is not None or options.get("softcap") or options.get("dropout"):
         raise ModelError(f"{type(module).__name__}: no sinks, soft caps or dropout in attention")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, D]
-    if varlen is not None and v.is_cuda and v.dtype != torch.float32:  # a half-precision kernel
+    if has_kernel(v.device.type, v.dtype):
         return _attend_varlen(q, k, v, packing, scaling)[None], None
     return torch.cat([_attend_block(q, k, v, b, scaling) for b in packing.blocks])[None], None
 

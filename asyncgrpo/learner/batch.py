@@ -18,6 +18,7 @@ of the batch, counted over its groups, that sequence is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -27,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.staleness import StalenessAction, bound_of
-from asyncgrpo.types import Completion, Float32, Group, Int32
+from asyncgrpo.types import Completion, Float32, Group, Int32, sequence_cost
 
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -86,6 +87,10 @@ class _Scored:
     def num_places(self) -> int:
         return len(self.prompt_token_ids) + len(self.completion.token_ids) - 1
 
+    @property
+    def cost(self) -> float:
+        return sequence_cost(self.num_places)
+
 
 def pack(
     groups: Sequence[Group],
@@ -95,14 +100,18 @@ def pack(
     max_staleness: int,
     staleness_action: StalenessAction,
     mask_truncated: bool = False,
+    agree: Callable[[int], int] = lambda count: count,
 ) -> tuple[tuple[Batch, ...], PackReport]:
     """Micro-batches of at most max_tokens places each, and a report of what was masked.
+
+    agree: makes the fewest micro-batches that this rank needs those that any rank needs, which is
+    how many there will be. Their estimated FLOPs are close.
 
     Advantages are still 0: see `with_advantages`. Sequences are sorted by length, so that a
     micro-batch holds similar lengths; the order is a function of the groups alone. A single
     sequence longer than max_tokens is a micro-batch of its own. Completions with nothing in the
-    loss take no places. There is always at least one micro-batch (possibly with an empty mask):
-    every rank must join the gradient's all-reduce.
+    loss take no places. Micro-batches that nothing is left for have one place outside the loss:
+    every rank must join in every collective.
 
     Masking stale or non-finite tokens does not change the normaliser: the loss divides by all
     completion tokens of the whole batch on all ranks, so that neither the split into micro-batches
@@ -119,8 +128,9 @@ def pack(
     trained = sorted(
         (item for item in scored if item.loss_mask.any()), key=lambda item: item.num_places
     )
-    batches = tuple(_join(items) for items in _fill(trained, max_tokens))
-    return batches or (_empty_batch(),), _report(scored)
+    count = agree(max(len(_fill(trained, max_tokens)), 1))
+    batches = [_join(items) for items in _balanced(trained, max_tokens, count)]
+    return (*batches, *[_empty_batch()] * (count - len(batches))), _report(scored)
 
 
 def with_advantages(
@@ -189,18 +199,31 @@ def _report(scored: Sequence[_Scored]) -> PackReport:
     )
 
 
-def _fill(items: Sequence[_Scored], max_tokens: int) -> Iterator[list[_Scored]]:
-    """Cuts the items, in their order, into runs of at most max_tokens places."""
-    run: list[_Scored] = []
-    used = 0
+def _fill(
+    items: Sequence[_Scored], max_tokens: int, max_cost: float = math.inf
+) -> list[list[_Scored]]:
+    """Cuts the items, in their order, into runs of at most max_tokens places and max_cost."""
+    runs: list[list[_Scored]] = []
+    places, cost = 0, math.inf
     for item in items:
-        if run and used + item.num_places > max_tokens:
-            yield run
-            run, used = [], 0
-        run.append(item)
-        used += item.num_places
-    if run:
-        yield run
+        places, cost = places + item.num_places, cost + item.cost
+        if places > max_tokens or cost > max_cost or not runs:
+            runs.append([])
+            places, cost = item.num_places, item.cost
+        runs[-1].append(item)
+    return runs
+
+
+def _balanced(items: Sequence[_Scored], max_tokens: int, count: int) -> list[list[_Scored]]:
+    """Cuts the items into at most `count` runs, the costliest of which is as cheap as can be."""
+    low, high = 0.0, sum(item.cost for item in items)
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        if len(_fill(items, max_tokens, middle)) <= count:
+            high = middle
+        else:
+            low = middle
+    return _fill(items, max_tokens, high)
 
 
 def _join(items: Sequence[_Scored]) -> Batch:

@@ -36,10 +36,13 @@ class Updater(Protocol):
         """One optimizer update from this rank's shard; metrics of the whole batch."""
 
     def weights(self) -> NamedTensors:
-        """Present weights by their Hugging Face names."""
+        """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
+
+    def help_gather(self) -> None:
+        """On every rank when rank 0 is done with `weights`: until then the others help it."""
 
     def canary_logprobs(self) -> Float32:
-        """float32 [NUM_CANARIES, V]: own log-probs after the canary prompts."""
+        """float32 [NUM_CANARIES, V]: own log-probs after the canary prompts; on every rank."""
 
     def save(self) -> None:
         """Writes the model and its tokenizer for everyone to load."""
@@ -52,6 +55,9 @@ class Updater(Protocol):
 
     def checkpoint(self, step: int, add: Callable[[Path], None]) -> None:
         """Begins to save the state after `step` updates, with what `add` puts into its folder."""
+
+    def export(self, step: int) -> None:
+        """Writes the model after `step` updates for everyone to load, when it is due."""
 
 
 class Recorder(Protocol):
@@ -139,6 +145,7 @@ class Learner:
             self._tell(step, row)
             if self._updater.is_checkpoint_due(version):
                 self._updater.checkpoint(version, self._add_to_checkpoint)
+            self._updater.export(version)
         self._finish(version)
         return True
 
@@ -163,11 +170,12 @@ class Learner:
         return False
 
     def _publish(self, version: int, *, is_first: bool = False) -> None:
-        if self._sender is None:
-            return
-        self._sender.publish(version, self._updater.weights(), self._updater.canary_logprobs())
+        canaries = self._updater.canary_logprobs()
+        if self._sender is not None:
+            self._sender.publish(version, self._updater.weights(), canaries)
+        self._updater.help_gather()
         self._published = version
-        if is_first:
+        if self._sender is not None and is_first:
             self._sender.wait_for_actors(
                 self._config.launch.actors, self._config.launch.start_timeout_seconds
             )
@@ -202,10 +210,10 @@ class Learner:
 
     def _finish(self, version: int) -> None:
         self._updater.save()
-        if self._sender is None or self._recorder is None:
-            return
         if self._published != version:
             self._publish(version)
+        if self._sender is None or self._recorder is None:
+            return
         self._sender.settle(self._eval_seconds)
         self._evaluate(version, self._evals)
         answer = self._client.call(Packet(kind="results"), self._eval_seconds)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from asyncgrpo.config import LoraSettings
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.learner import ranks
 
 ADAPTER = "default"  # peft's name of the only one
 
@@ -61,12 +62,22 @@ class Adapter:
             for layer in self._layers:
                 layer.lora_dropout.eval()
 
-    def save(self, folder: Path) -> None:
-        """Writes folder/adapter for peft, and the merged model for everyone unless it is off."""
-        self._peft.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-        if not self._settings.save_merged:
+    def save(self, folder: Path | None) -> None:
+        """Writes folder/adapter for peft, and the merged model for everyone unless it is off.
+
+        None on ranks that only help to gather.
+        """
+        named = self._peft.named_parameters()
+        trained = {name: ranks.whole(weight) for name, weight in named if weight.requires_grad}
+        merged = merged_parameters(self._policy) if self._settings.save_merged else ()
+        tensors = {name: tensor.cpu() for name, tensor in merged if ranks.rank() == 0}
+        if folder is None:
             return
-        tensors = {name: tensor.cpu() for name, tensor in merged_parameters(self._policy)}
+        self._peft.save_pretrained(
+            str(folder / "adapter"), save_embedding_layers=False, state_dict=trained
+        )
+        if not tensors:
+            return
         save_torch_state_dict(tensors, folder)
         config = copy.copy(self._policy.config)
         vars(config).pop("quantization_config", None)  # merged weights are in full precision again
@@ -93,8 +104,10 @@ def _merged_forward(layer: LoraLayer, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def merged_weight(layer: LoraLayer) -> Tensor:
     """W + alpha / r B A [out, in] in a tensor of its own; the layer stays as it is."""
-    a, b = (cast(Tensor, each[ADAPTER].weight) for each in (layer.lora_A, layer.lora_B))
-    base: Tensor = dequantize_module_weight(layer.get_base_layer())
+    a, b = (
+        ranks.whole(cast(Tensor, each[ADAPTER].weight)) for each in (layer.lora_A, layer.lora_B)
+    )
+    base = ranks.whole(dequantize_module_weight(layer.get_base_layer()))
     return base + layer.scaling[ADAPTER] * (b @ a)
 
 
@@ -113,7 +126,7 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
             tensor = merged_weight(module)
         elif kind == "weight":
             tensor = dequantize_module_weight(module).detach()
-        yield name, tensor
+        yield name, ranks.whole(tensor)
 
 
 def check_targets(path: str, targets: Sequence[str]) -> None:

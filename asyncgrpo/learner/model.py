@@ -10,10 +10,12 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from asyncgrpo.errors import ModelError
+from asyncgrpo.learner import ranks
 from asyncgrpo.learner.attention import Packing, packing_of
 from asyncgrpo.learner.batch import Batch
 
@@ -71,7 +73,7 @@ def load_policy(
         policy.eval().to(torch.device(device))
         _check_separation(policy, path)
     except Exception as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError | torch.OutOfMemoryError):
             raise
         raise ModelError(
             f"model {path!r} cannot be loaded: {type(error).__name__}: {error}; set model.path to "
@@ -108,7 +110,7 @@ def _hidden_states(policy: PreTrainedModel, ids: Tensor, places: Tensor, pack: P
 
 
 class PolicyHead(nn.Module):
-    """Scores the targets of packed rows. What DistributedDataParallel wraps.
+    """Scores the targets of packed rows. What DistributedDataParallel wraps and FSDP shards.
 
     Only places inside the loss meet the vocabulary, in chunks that are computed again in the
     backward pass: tokens x vocabulary never exists whole.
@@ -121,8 +123,15 @@ class PolicyHead(nn.Module):
         temperature: float = 1.0,
         entropy_gradient: bool = False,
         chunk_tokens: int | None = None,
+        autocast: torch.dtype | None = None,
+        float32_head: bool = False,
     ) -> None:
+        """autocast: what matrix products of float32 weights are computed in.
+
+        float32_head: the output layer's are not.
+        """
         super().__init__()
+        self._autocast, self._float32_head = autocast, float32_head
         self.policy = policy
         self._entropy_gradient = entropy_gradient
         self._temperature = temperature
@@ -135,11 +144,23 @@ class PolicyHead(nn.Module):
         Both float32 [S] in nats, 0 outside the loss; the entropies carry a gradient only when
         there is an entropy bonus.
         """
-        hidden = _hidden_states(self.policy, row.input_ids, row.position_ids, row.packing)
-        logprobs, entropy = self._score(hidden[row.loss_places], row.targets)
+        with torch.autocast(row.input_ids.device.type, self._autocast, self._autocast is not None):
+            hidden = _hidden_states(self.policy, row.input_ids, row.position_ids, row.packing)
+            logprobs, entropy = self._score(hidden[row.loss_places], row.targets)
         zeros = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         on_row = zeros.index_copy(0, row.loss_places, logprobs)
         return on_row, zeros.index_copy(0, row.loss_places, entropy)
+
+    @torch.no_grad()
+    def next_logprobs(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """float32 [N, V] on the CPU: log-probs of the token after each prompt, temperature 1."""
+        lengths = [len(prompt) for prompt in prompts]
+        packing = packing_of(np.cumsum([0, *lengths], dtype=np.int32), self.policy.device)
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+        positions = torch.tensor([[place for length in lengths for place in range(length)]])
+        hidden = _hidden_states(self.policy, ids, positions, packing)
+        last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
+        return self._logits(hidden[last]).float().log_softmax(-1).cpu()
 
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, width], targets [n] -> log-probs and entropies, float32 [n]."""
@@ -154,12 +175,20 @@ class PolicyHead(nn.Module):
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _score_chunk(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.policy.get_output_embeddings()(hidden).float() / self._temperature
+        logits = self._logits(hidden).float() / self._temperature
         table = logits.log_softmax(-1)
         logprobs = table.gather(-1, targets[:, None])[:, 0]
         with torch.set_grad_enabled(self._entropy_gradient and torch.is_grad_enabled()):
             entropy = -(table.exp() * table).sum(-1)
         return logprobs, entropy
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        output = self.policy.get_output_embeddings()
+        if not self._float32_head:
+            return cast(Tensor, output(hidden))
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if output.bias is None else output.bias.float()
+            return functional.linear(hidden.float(), output.weight.float(), bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +196,8 @@ class PublishedParameters:
     """(name as in Hugging Face's named_parameters, tensor) of a policy, however it is wrapped.
 
     Looks through DistributedDataParallel and PolicyHead; a tied output layer does not appear.
-    Anew for each iteration, with an adapter merged into the one tensor that is at hand.
+    Anew for each iteration, gathered if ranks hold parts, and with an adapter merged into the one
+    tensor that is at hand.
     """
 
     module: nn.Module
@@ -183,16 +213,6 @@ class PublishedParameters:
 
             yield from merged_parameters(module)
         else:
-            yield from ((name, tensor.detach()) for name, tensor in module.named_parameters())
-
-
-@torch.no_grad()
-def next_logprobs(policy: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """float32 [N, V] on the CPU: log-probs of the token after each prompt, at temperature 1."""
-    lengths = [len(prompt) for prompt in prompts]
-    packing = packing_of(np.cumsum([0, *lengths], dtype=np.int32), policy.device)
-    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-    positions = torch.tensor([[place for length in lengths for place in range(length)]])
-    hidden = _hidden_states(policy, ids, positions, packing)
-    last = torch.tensor(lengths, device=hidden.device).cumsum(0) - 1
-    return policy.get_output_embeddings()(hidden[last]).float().log_softmax(-1).cpu()
+            yield from (
+                (n, ranks.whole(tensor.detach())) for n, tensor in module.named_parameters()
+            )

@@ -119,6 +119,7 @@ class Preparer:
             max_staleness=config.buffer.max_staleness,
             staleness_action=config.buffer.staleness_action,
             mask_truncated=config.algo.mask_truncated,
+            agree=lambda count: int(ranks.largest(count, self._device)),
         )
 
     def _needed_head(self) -> PolicyHead | None:

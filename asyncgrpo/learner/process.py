@@ -14,6 +14,8 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED
+from asyncgrpo.launch.memory_report import memory_explained
+from asyncgrpo.learner import ranks
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.observe.exporter import serve_metrics
@@ -34,10 +36,11 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     cores = run.endpoints.cores.get(name)
     if cores:
         os.sched_setaffinity(0, cores)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if world_size > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
         seconds = run.config.buffer.take_timeout_seconds + run.config.launch.start_timeout_seconds
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        dist.init_process_group(ranks.backend(), timeout=timedelta(seconds=seconds))
     transformers_logging.disable_progress_bar()
     sender = recorder = None
     exporter = serve_metrics(run, name)
@@ -46,21 +49,22 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         sender = CollectiveSender(run.config, run.endpoints.weights, run.endpoints.store, keys)
         recorder = RunRecorder(run, exporter)
     save_to = run.model_path if rank == 0 else None
-    updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
-    learner = Learner(
-        run.config,
-        rank=rank,
-        world_size=world_size,
-        updater=updater,
-        client=DealerClient(run.endpoints.buffer, name, "the buffer", read_keys(run, "client")),
-        sender=sender,
-        recorder=recorder,
-        show=exporter.show,
-        observe=exporter.observe,
-        stopping=stopping,
-    )
-    log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)
-    is_done = learner.run()
+    with memory_explained(run.config, name):
+        updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
+        learner = Learner(
+            run.config,
+            rank=rank,
+            world_size=world_size,
+            updater=updater,
+            client=DealerClient(run.endpoints.buffer, name, "the buffer", read_keys(run, "client")),
+            sender=sender,
+            recorder=recorder,
+            show=exporter.show,
+            observe=exporter.observe,
+            stopping=stopping,
+        )
+        log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)
+        is_done = learner.run()
     if sender is not None:
         sender.close()
     leave(EXIT_DONE if is_done else EXIT_INTERRUPTED)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -17,6 +18,33 @@ def world_size() -> int:
 def rank() -> int:
     """This rank's number."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def backend() -> str:
+    """Of the process group: NCCL for tensors on a GPU, gloo for those that stay on the CPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each rank may hold a part, gathered; every rank must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def from_first(flag: bool) -> bool:
+    """What rank 0 says; the others' own flag is not looked at."""
+    told = [flag]
+    if world_size() > 1:
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
+def largest(value: float, device: str) -> float:
+    """The largest of all ranks' values."""
+    if world_size() == 1:
+        return value
+    table = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    return float(table)
 
 
 def summed(values: Sequence[float], device: str) -> list[float]:

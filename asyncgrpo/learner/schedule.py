@@ -18,13 +18,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def learning_rate(step: int, settings: LearnerSettings, max_steps: int) -> float:
     """Learning rate of optimizer update number `step` (0 is the first).
 
-    Rises linearly from lr / warmup_steps to lr over the first warmup_steps updates, then follows
-    the schedule and reaches lr * min_lr_ratio at step max_steps (constant stays at lr).
+    Rises linearly from lr / warmup to lr over the first `warmup` updates, which are warmup_steps,
+    or with warmup_ratio that share of max_steps, rounded up. Then follows the schedule and reaches
+    lr * min_lr_ratio at step max_steps (constant stays at lr).
     """
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
+    ratio = settings.warmup_ratio
+    warmup = settings.warmup_steps if ratio is None else math.ceil(ratio * max_steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
     # max: a warm-up as long as the run leaves no steps to decay over, which would divide by zero.
-    decay_steps = max(max_steps - settings.warmup_steps, 1)
-    progress = min((step - settings.warmup_steps) / decay_steps, 1.0)
+    decay_steps = max(max_steps - warmup, 1)
+    progress = min((step - warmup) / decay_steps, 1.0)
     height = SCHEDULES[settings.schedule](progress)
     return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * height)

@@ -13,21 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer
+from transformers import PreTrainedModel
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError, RunError
-from asyncgrpo.learner import ranks
+from asyncgrpo.learner import parallel, ranks
+from asyncgrpo.learner.attention import has_kernel, num_slots
 from asyncgrpo.learner.checkpoint import AddFiles, Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
+from asyncgrpo.learner.export import whole_or_not, write_model
 from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import (
     PolicyHead,
     PublishedParameters,
     load_policy,
-    next_logprobs,
     packed_row,
 )
 from asyncgrpo.learner.objective import Objective, objective
@@ -79,40 +81,56 @@ class PolicyUpdater:
         torch.manual_seed(config.run.seed)
         lora = config.learner.lora
         quantized = lora is not None and lora.quantize is not None
-        self._policy = load_policy(config.model.path, device=self._device, quantized=quantized)
+        settings = config.learner
+        self._sharded = settings.parallel == "fsdp"
+        if self._sharded:
+            parallel.open_lone_group()
+        self._policy = self._load(config.model.path, quantized=quantized)
         self._adapter = None
         if lora is not None:
             from asyncgrpo.learner.lora import Adapter  # peft: slow, and an extra
 
             self._adapter = Adapter(self._policy, lora)
-        algo, temperature = config.algo, config.sampling.temperature
-        head = PolicyHead(
-            self._policy, temperature=temperature, entropy_gradient=algo.entropy_coef > 0
-        )
-        self._head = DistributedDataParallel(head) if self._world_size > 1 else head
+        algo = config.algo
+        head = self._make_head(self._policy)
+        is_copied = self._world_size > 1 and not self._sharded
+        self._head = DistributedDataParallel(head) if is_copied else head
+        self._plain_head = head  # runs without the other ranks, unless they hold parts of it
         self._reference = None
         if algo.kl_coef > 0 and self._adapter is not None and not algo.reference.path:
             self._reference = Reference(head, self._adapter.off)
         elif algo.kl_coef > 0:
-            model = load_policy(algo.reference.path or config.model.path, device=self._device)
-            frozen = PolicyHead(model.requires_grad_(False), temperature=temperature)
-            self._reference = Reference(frozen)
+            model = self._load(algo.reference.path or config.model.path)
+            self._reference = Reference(self._make_head(model.requires_grad_(False)))
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._kl_coef = algo.kl_coef
         self._num_skipped = self._num_syncs = 0
         self.advantages = np.zeros(0, np.float32)  # [C] of the last update, see Updater
-        settings = config.learner
-        self._optimizer = torch.optim.AdamW(
-            [weight for weight in self._policy.parameters() if weight.requires_grad],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.adam_eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._optimizer = parallel.make_optimizer(self._policy, settings)
+        self._weights = parallel.Gathered(PublishedParameters(self._policy))
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
+
+    def _load(self, path: str, *, quantized: bool = False) -> PreTrainedModel:
+        """Sharded models are loaded in host memory: no GPU ever holds one whole."""
+        device = "cpu" if self._sharded else self._device
+        return load_policy(path, device=device, quantized=quantized)
+
+    def _make_head(self, policy: PreTrainedModel) -> PolicyHead:
+        settings = self._config.learner
+        parallel.set_up_blocks(policy, settings)
+        is_mixed = settings.dtype != "float32" and not self._sharded  # FSDP casts by itself
+        head = PolicyHead(
+            policy,
+            temperature=self._config.sampling.temperature,
+            entropy_gradient=self._config.algo.entropy_coef > 0,
+            autocast=getattr(torch, settings.dtype) if is_mixed else None,
+            float32_head=settings.float32_head,
+        )
+        if self._sharded:
+            parallel.shard(head, settings, self._device)
+        return head
 
     @property
     def vocab_size(self) -> int:
@@ -150,13 +168,18 @@ class PolicyUpdater:
         return metrics | self._batch_metrics(shard, ready)
 
     def weights(self) -> NamedTensors:
-        """Present weights by their Hugging Face names."""
-        return PublishedParameters(self._policy)
+        """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
+        return self._weights if self._sharded else PublishedParameters(self._policy)
+
+    def help_gather(self) -> None:
+        """On every rank when rank 0 is done with `weights`: until then the others help it."""
+        if self._sharded:
+            self._weights.help()
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
         with self._adapter.merged() if self._adapter else contextlib.nullcontext():
-            return next_logprobs(self._policy, canary_prompts(self.vocab_size)).numpy()
+            return self._plain_head.next_logprobs(canary_prompts(self.vocab_size)).numpy()
 
     def is_checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` updates is to be saved."""
@@ -182,13 +205,17 @@ class PolicyUpdater:
         path = self._checkpoints.newest() if self._checkpoints is not None else None
         if self._checkpoints is None or path is None:
             return 0
+        self.go_to(self._checkpoints, path)
+        return step_of(path)
+
+    def go_to(self, checkpoints: Checkpoints, path: Path) -> None:
+        """Takes up the state of one checkpoint, also of another run with the same model."""
         state = self._state()
-        counters = self._checkpoints.load(path, state)
+        counters = checkpoints.load(path, state)
         states.set_optimizer_state_dict(self._policy, self._optimizer, state["optimizer"])
         self._kl_coef = counters["kl_coef"]
         self._num_skipped, self._num_syncs = int(counters["skipped"]), int(counters["syncs"])
         log.info("restored %s", path)
-        return step_of(path)
 
     def _state(self) -> dict[str, Any]:
         """What is trained and its optimizer; the weights are the policy's own, filled in place."""
@@ -207,12 +234,19 @@ class PolicyUpdater:
         """
         if self._checkpoints is not None:
             self._checkpoints.wait()
-        if self._save_to is not None:
-            if self._adapter is not None:
-                self._adapter.save(self._save_to)
-            else:
-                self._policy.save_pretrained(self._save_to)
-            AutoTokenizer.from_pretrained(self._config.model.path).save_pretrained(self._save_to)
+        self._write(self._save_to)
+
+    def export(self, step: int) -> None:
+        """Writes the model after `step` updates to RUN/exports/step_<k>, when it is due."""
+        every = self._config.checkpoint.export_every
+        if self._run_dir is None or not every or step % every:
+            return
+        with whole_or_not(self._run_dir / "exports" / f"step_{step}") as folder:
+            self._write(folder)
+
+    def _write(self, folder: Path | None) -> None:
+        if self._sharded or folder is not None:
+            write_model(self._policy, self._adapter, self._config.model.path, folder)
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
         """One optimizer update."""
@@ -221,16 +255,14 @@ class PolicyUpdater:
         for index, last in self._microbatches(batch):
             dropping = self._adapter.dropping() if self._adapter else contextlib.nullcontext()
             with contextlib.nullcontext() if last else self._without_sync(), dropping:
-                inputs, found = self._objective(batch, index)
+                inputs, found = self._objective(batch, index, self._head)
                 (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
             update.add(*measure(inputs, found, self._config.algo))
             if is_last and self._config.observe.token_log:
                 record.tokens += self._token_rows(batch, index, inputs, found)
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(
-                self._policy.parameters(), self._config.learner.max_grad_norm
-            )
-        )
+        limit = self._config.learner.max_grad_norm
+        gradients = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), limit)
+        norm = float(ranks.whole(gradients))
         # over ranks, so that all decide alike
         (loss,) = ranks.summed([float(update.sums["loss"])], self._device)
         if not (math.isfinite(norm) and math.isfinite(loss)):
@@ -244,13 +276,15 @@ class PolicyUpdater:
         record.norms.append(norm)
 
     def _microbatches(self, batch: OptimizerBatch) -> Iterator[tuple[int, bool]]:
-        """(index, is the last one): ranks meet in the last one's backward pass only."""
+        """(index, is the last one): with DDP ranks meet in the last one's backward pass only."""
         for index in range(len(batch.batches)):
             yield index, index == len(batch.batches) - 1
 
-    def _objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
+    def _objective(
+        self, batch: OptimizerBatch, index: int, head: nn.Module
+    ) -> tuple[LossInputs, Objective]:
         row = packed_row(batch.batches[index], self._device)
-        logprobs, entropy = self._head(row)
+        logprobs, entropy = head(row)
         inputs = batch.inputs(index, logprobs, entropy, self._config)
         kl_coef = self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
         return inputs, objective(inputs, self._config.algo, kl_coef)
@@ -290,8 +324,11 @@ class PolicyUpdater:
     @torch.no_grad()
     def _culprit(self, batch: OptimizerBatch) -> str:
         """The first token of this rank whose loss is not finite, by its group."""
-        for index, micro in enumerate(batch.batches):
-            _, found = self._plain_objective(batch, index)
+        losses = [
+            self._objective(batch, index, self._plain_head)[1]
+            for index in range(len(batch.batches))
+        ]
+        for micro, found in zip(batch.batches, losses, strict=True):
             bad = (~torch.isfinite(found.per_token)).nonzero().flatten().tolist()
             if bad:
                 sequence = int(micro.sequence_ids[bad[0]])
@@ -304,14 +341,6 @@ class PolicyUpdater:
                     f"completion {sample}, token {place} (id {int(micro.target_ids[bad[0]])})"
                 )
         return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
-
-    def _plain_objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
-        """As `_objective`, without the other ranks."""
-        wrapped, self._head = self._head, getattr(self._head, "module", self._head)
-        try:
-            return self._objective(batch, index)
-        finally:
-            self._head = wrapped
 
     def _after(self, shard: Shard, metrics: dict[str, float]) -> None:
         """What the reference and the KL coefficient learn from the step."""
@@ -336,11 +365,12 @@ class PolicyUpdater:
             return metrics
         sums = ranks.reduced(record.sums, dist.ReduceOp.SUM)
         maxima = ranks.reduced(record.maxima, dist.ReduceOp.MAX)
-        count = len(record.norms)
+        count, limit = len(record.norms), self._config.learner.max_grad_norm
         return metrics | {
             **finish(sums, maxima),
             "loss": float(sums["loss"]) / count,
             "grad_norm": sum(record.norms) / count,
+            "grad_norm_clipped": sum(min(n, limit) for n in record.norms) / count,
             "optimizer_steps": float(count),
             "lr": record.rate,
         }
@@ -349,6 +379,9 @@ class PolicyUpdater:
         """Rewards and lengths of the whole batch, from every rank's shard."""
         rewards = [group.rewards for group in shard.groups]
         reports = [batch.report for batch in ready]
+        micros = [micro for batch in ready for micro in batch.batches]
+        by_kernel = has_kernel(self._device, getattr(torch, self._config.learner.dtype))
+        own_cost = sum(group.cost for group in shard.groups)
         reasons = [c.finish_reason for group in shard.groups for c in group.completions]
         counts = [
             sum(float(r.mean()) for r in rewards),
@@ -359,10 +392,14 @@ class PolicyUpdater:
             sum(report.num_masked_stale + report.num_masked_nonfinite for report in reports),
             sum(report.num_nonfinite_sequences for report in reports),
             reasons.count("length"),
+            own_cost,
+            sum(len(micro.input_ids) for micro in micros if micro.loss_mask.any()),
+            sum(num_slots(micro.cu_seqlens, by_kernel=by_kernel) for micro in micros),
         ]
         totals = ranks.summed(counts, self._device)
-        mean, best, worst, groups, tokens, masked, nonfinite, truncated = totals
+        mean, best, worst, groups, tokens, masked, nonfinite, truncated, cost, used, slots = totals
         completions = shard.num_completions_global
+        largest = ranks.largest(own_cost, self._device)
         return {
             "rewards/mean": mean / groups,
             "rewards/best": best / groups,
@@ -371,6 +408,8 @@ class PolicyUpdater:
             "tokens_masked": masked,
             "nonfinite_completions": nonfinite,
             "truncated_share": truncated / completions,
+            "padding_share": 1.0 - used / slots,
+            "rank_balance": cost / (largest * self._world_size),
             "completions/mean_length": shard.num_loss_tokens_global / completions,
         }
 

@@ -106,3 +106,24 @@ def test_a_run_that_was_stopped_keeps_its_step_and_goes_on(tmp_path):
     assert int(newest.name[5:]) == len(rows(stopped, "metrics.jsonl")) >= 5
     assert launch(stopped, model, "--resume", "auto").wait(SECONDS) == 0
     assert len([row for row in rows(stopped, "metrics.jsonl") if "loss" in row]) == STEPS
+
+
+def test_recorded_steps_are_made_again_to_the_last_bit(tmp_path):
+    run = tmp_path / "run"
+    assert launch(run, build_untrained(tmp_path / "untrained", True, 5)).wait(SECONDS) == 0
+
+    def replay(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "asyncgrpo.cli", "replay", str(run), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = replay("--from-step", "9", "--to-step", "11", "--out", str(tmp_path / "again"))
+    assert (code, said.count("the same to the last bit")) == (0, 3), said
+    again = [json.loads(line) for line in (tmp_path / "again" / "rows.jsonl").open()]
+    recorded = {row["step"]: row for row in rows(run, "metrics.jsonl") if "loss" in row}
+    assert [row["step"] for row in again] == [9, 10, 11]
+    assert [row["loss"] for row in again] == [recorded[step]["loss"] for step in (9, 10, 11)]
+    code, said = replay("--from-step", "9", "--to-step", "10", "--set", "learner.lr=0.1")
+    assert (code, said.count("the same to the last bit")) == (0, 0), said
+    code, said = replay("--from-step", "11", "--to-step", "12")
+    assert (code, "the groups of step 12 are not in the ledger" in said) == (2, True), said

@@ -1,0 +1,244 @@
+"""Estimates what each GPU of a run must hold, and what a change of a setting would save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from asyncgrpo.config import Config, LoraSettings
+
+GIB = 1 << 30
+FLOAT = 4  # bytes: the learner computes in float32
+# What a process takes beside its tensors. On a GPU the CUDA context: 0.33 to 0.39 GiB of "non-torch
+# memory" in vLLM's logs (vllm issues 14452 and 11251). On a CPU its resident memory with everything
+# imported: measured for the learner; README's figure for the actor, less its KV cache.
+CUDA_CONTEXT = 0.4 * GIB
+ON_CPU = {"learner": 0.35 * GIB, "actor": 0.9 * GIB}
+# 0.21 GiB with 1e9 parameters (vllm pull request 11349), 0.36 in a log of gpustack/runner's 251.
+CUDA_GRAPHS = 0.4 * GIB
+ENGINE_TOKENS = 2048  # of one engine step: vLLM's DEFAULT_MAX_NUM_BATCHED_TOKENS
+SPARE_SEQUENCES = 64  # beside the training groups, as in actor/vllm_engine.py
+NF4_BYTES = 0.5 + 4 / 64  # half a byte per weight, a float32 scale per block of 64
+
+Line = tuple[str, float, str]  # what, bytes, how they are computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model that memory depends on."""
+
+    parameters: int
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    hidden_norms: int  # normalisations of the hidden state in one layer
+    head_norms: bool  # whether queries and keys are normalised
+    linears: Mapping[str, tuple[int, int]]  # of one layer: name -> inputs, outputs
+    chunk_tokens: int  # tokens that meet the vocabulary at once, see PolicyHead
+
+    def adapted(self, lora: LoraSettings) -> list[tuple[int, int]]:
+        """Inputs and outputs of the linear layers of one layer that get an adapter."""
+        every = lora.targets == "all-linear"
+        return [sizes for name, sizes in self.linears.items() if every or name in lora.targets]
+
+    def kv_bytes(self, config: Config) -> int:
+        """Keys and values of the longest sequence in the engine."""
+        per_token = 2 * self.layers * self.kv_heads * self.head_dim * engine_bytes(config)
+        return per_token * config.max_sequence_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU, or the machine of a CPU run, with what each of its processes holds."""
+
+    name: str
+    lines: Mapping[str, tuple[Line, ...]]  # by role, such as "learner-0"
+
+    @property
+    def num_bytes(self) -> float:
+        return sum(size for lines in self.lines.values() for _, size, _ in lines)
+
+
+def engine_bytes(config: Config) -> int:
+    """Of one weight, key or value in the engine."""
+    return 2 if config.model.dtype == "bfloat16" else FLOAT
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt with the longest training completion."""
+    return config.data.max_prompt_tokens + config.sampling.max_completion_tokens
+
+
+def row_tokens(config: Config) -> int:
+    """The most tokens of one micro-batch: the budget, or all that a rank gets if that is less."""
+    budget = config.learner.max_tokens_per_microbatch
+    if config.buffer.tokens_per_step:
+        return budget
+    groups = -(-config.buffer.groups_per_step // config.min_groups)
+    return min(budget, groups * config.algo.group_size * longest_sequence(config))
+
+
+def score_elements(config: Config, shape: ModelShape) -> int:
+    """Attention scores that one layer keeps per token for its backward pass.
+
+    On CUDA enable_gqa is for flash attention, which has no float32, and for the plain kernel, which
+    keeps them (documentation of torch's scaled_dot_product_attention).
+    """
+    grouped = config.launch.gpus > 0 and shape.heads != shape.kv_heads
+    return shape.heads * longest_sequence(config) if grouped else 0
+
+
+def layer_elements(shape: ModelShape, lora: LoraSettings | None) -> float:
+    """What else one layer keeps per token, as tests/test_memory.py counts it.
+
+    An upper bound when learner.lora.targets leaves layers out.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    hidden = shape.hidden_norms * shape.hidden
+    normed = hidden + shape.head_norms * (queries + keys)
+    # Of a norm: its input, what it makes of it (for the gradient of its weight), its output, which
+    # the linear layers keep. q, k, v and the output twice; gate, its activation, up, their product.
+    kept = (1 if lora else 2) * normed + hidden + 3 * queries + 2 * keys + 4 * shape.intermediate
+    if lora is None:
+        return kept
+    adapted = shape.adapted(lora)
+    dropped = sum(inputs for inputs, _ in adapted) if lora.dropout else 0
+    return kept + lora.r * len(adapted) + 1.25 * dropped  # each its own input, and a mask of a byte
+
+
+def learner_lines(
+    config: Config, shape: ModelShape, reference: int, *, is_first: bool
+) -> Iterator[Line]:
+    """A rank when tokens meet the vocabulary, with the gradients of earlier micro-batches at hand.
+
+    reference: parameters of the reference model. is_first: this rank publishes.
+    """
+    lora, algo = config.learner.lora, config.algo
+    trained = total = shape.parameters
+    if lora is not None:
+        trained = shape.layers * sum(lora.r * sum(sizes) for sizes in shape.adapted(lora))
+        total += trained
+    size, how = float(FLOAT * total), f"4 bytes x {total:.3g}"
+    if lora is not None and lora.quantize:
+        packed = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
+        size -= (FLOAT - NF4_BYTES) * packed
+        how = f"{NF4_BYTES:.3g} bytes x {packed:.3g}, 4 bytes x {total - packed:.3g}"
+    yield "weights", size, how
+    yield "gradients", FLOAT * trained, f"4 bytes x {trained:.3g}"
+    if config.launch.learners > 1:
+        yield "DDP buckets", FLOAT * trained, "the gradients once more, to be reduced"
+    yield "optimizer", 2 * FLOAT * trained, f"2 moments x 4 bytes x {trained:.3g}"
+    if algo.kl_coef > 0 and (lora is None or algo.reference.path):
+        yield "reference model", FLOAT * reference, f"4 bytes x {reference:.3g}"
+    tokens, scores = row_tokens(config), score_elements(config, shape)
+    per_layer = layer_elements(shape, lora) + scores
+    ends = 3 * shape.hidden + 2 * shape.head_dim  # the last norm, angles of the positions
+    kept = shape.layers * per_layer + ends
+    how = f"4 bytes x {tokens} tokens x {shape.layers} layers x {per_layer:.0f}"
+    how += f", of these {scores} attention scores" if scores else ""
+    yield "activations", FLOAT * tokens * kept, how
+    # Logits, log-softmax, probabilities, their product; in the backward pass the gradient of the
+    # output layer instead: with several chunks a sum, a summand and the result.
+    chunk = min(tokens, shape.chunk_tokens)
+    rows = 0 if lora else shape.hidden * (3 if tokens > chunk else 1)
+    what = f"{rows} (gradients of the output layer)" if rows > 4 * chunk else f"4 x {chunk} tokens"
+    yield "logits", FLOAT * shape.vocab * max(4 * chunk, rows), f"4 bytes x {shape.vocab} x {what}"
+    yield from _process_lines(config, shape, "learner", publishes=is_first)
+
+
+def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
+    """An engine in the midst of a step."""
+    size = engine_bytes(config)
+    yield "weights", size * shape.parameters, f"{size} bytes x {shape.parameters:.3g}"
+    if config.actor.engine == "vllm":
+        cache, each = config.actor.kv_cache_bytes, shape.kv_bytes(config)
+        how = f"{cache / each:.1f} sequences of {config.max_sequence_tokens} tokens"
+        yield "KV cache", cache, f"actor.kv_cache_bytes: {how}"
+        width = 3 * shape.intermediate + 4 * shape.hidden
+        how = f"{size} bytes x {ENGINE_TOKENS} tokens x {width}"
+        yield "activations", size * ENGINE_TOKENS * width, how
+        # vLLM's sampler: logits, these in float32, log-softmax, softmax and noise.
+        rows = config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES
+        width = 4 * FLOAT + size
+        how = f"{width} bytes x {shape.vocab} x {rows} sequences"
+        yield "logits", width * shape.vocab * rows, how
+        if config.launch.gpus:
+            yield "CUDA graphs", CUDA_GRAPHS, "an estimate"
+    yield from _process_lines(config, shape, "actor", publishes=True)
+
+
+def _process_lines(
+    config: Config, shape: ModelShape, kind: str, *, publishes: bool
+) -> Iterator[Line]:
+    on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
+    if publishes and (not on_gpu or config.weights.backend != "gloo"):
+        how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
+        yield "publishing", size * shape.parameters, how
+    yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else (ON_CPU[kind], "Python"))
+
+
+def estimate(
+    config: Config, shape: ModelShape, places: Mapping[str, str], reference: int
+) -> tuple[Device, ...]:
+    """All devices with what they hold. places: role -> device; reference: as in learner_lines."""
+    found: dict[str, dict[str, tuple[Line, ...]]] = {}
+    for role, place in places.items():
+        lines = actor_lines(config, shape)
+        if role.startswith("learner"):
+            lines = learner_lines(config, shape, reference, is_first=role == "learner-0")
+        found.setdefault(place, {})[role] = tuple(lines)
+    return tuple(Device(name, lines) for name, lines in found.items())
+
+
+def remedies(
+    config: Config, shape: ModelShape, device: Device, room: float, reference: int
+) -> list[tuple[str, float]]:
+    """(what to set, bytes that it alone saves on the device), mildest first.
+
+    room: bytes that the device has; of several values of a setting the first that suffices.
+    """
+    places = dict.fromkeys(device.lines, device.name)
+    found: dict[str, tuple[object, float]] = {}
+    for setting, value, changed in _changes(config, shape):
+        (after,) = estimate(changed, shape, places, reference)
+        best = found.get(setting, (value, 0.0))[1]
+        saved = device.num_bytes - after.num_bytes
+        if device.num_bytes - best > room and saved > best:
+            found[setting] = (value, saved)
+    return [(f"{setting} = {value!r}", saved) for setting, (value, saved) in found.items()]
+
+
+def _changes(config: Config, shape: ModelShape) -> Iterator[tuple[str, object, Config]]:
+    """(setting, value, settings with it), mildest first; several values of one: ever smaller."""
+
+    def changed(room: str, key: str, *values: object) -> Iterator[tuple[str, object, Config]]:
+        for value in values:
+            own = getattr(config, room).model_copy(update={key: value})
+            yield f"{room}.{key}", value, config.model_copy(update={room: own})
+
+    tokens, cache = row_tokens(config), config.actor.kv_cache_bytes
+    longest, least = longest_sequence(config), max(shape.kv_bytes(config), 1 << 20)
+    yield from changed("learner", "max_tokens_per_microbatch", *_halves(tokens, longest))
+    yield from changed("actor", "kv_cache_bytes", *_halves(cache, least))
+    yield from changed("model", "dtype", "bfloat16")
+    yield from changed("weights", "backend", "gloo")
+    lora = config.learner.lora
+    if lora is None:
+        adapter = LoraSettings()
+        for _, _, new in changed("learner", "lora", adapter):
+            yield "learner.lora.r", adapter.r, new
+    elif config.launch.gpus:
+        for _, _, new in changed("learner", "lora", lora.model_copy(update={"quantize": "4bit"})):
+            yield "learner.lora.quantize", "4bit", new
+    half = config.sampling.max_completion_tokens // 2
+    yield from changed("sampling", "max_completion_tokens", *([half] if half else []))
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while value > least:
+        value = max(value // 2, least)
+        yield value

@@ -1,0 +1,127 @@
+"""How the policy lies on the ranks and how its blocks run: sharded, recomputed, compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from asyncgrpo.config import LearnerSettings
+from asyncgrpo.learner import ranks
+from asyncgrpo.learner.attention import packed_attention
+from asyncgrpo.learner.model import PolicyHead
+from asyncgrpo.protocols import NamedTensors
+
+
+def set_up_blocks(policy: nn.Module, settings: LearnerSettings) -> None:
+    """Makes the blocks that are to be compiled or computed again in the backward pass so."""
+    every = settings.checkpoint_activations
+    if settings.compile:
+        # Its loop over the sequences of a row would be compiled anew for each row.
+        AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+    for number, block in enumerate(_blocks(policy)):
+        forward = block.forward
+        if settings.compile:
+            forward = torch.compile(forward, dynamic=True)
+        if every and number % every == 0:
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        vars(block)["forward"] = forward
+
+
+def shard(head: PolicyHead, settings: LearnerSettings, device: str) -> None:
+    """Leaves each rank its part of every parameter (FSDP2); a lone rank keeps all in one part.
+
+    A block's parameters are gathered when it runs, in settings.dtype; gradients are summed over
+    ranks in float32. The rest (embedding, norm, output layer) is gathered with the head.
+    """
+    mesh = _mesh(settings.shard_ranks, device)
+    dtype = getattr(torch, settings.dtype)
+    offload = CPUOffloadPolicy(pin_memory=device == "cuda")
+    place = offload if settings.cpu_offload else OffloadPolicy()
+    for block in _blocks(head.policy):
+        fully_shard(block, mesh=mesh, offload_policy=place, mp_policy=_precision(dtype))
+    outer = _precision(torch.float32 if settings.float32_head else dtype)
+    # The root stays gathered after its forward pass by default, and would be published stale.
+    fully_shard(head, mesh=mesh, offload_policy=place, mp_policy=outer, reshard_after_forward=True)
+    register_fsdp_forward_method(head, "next_logprobs")
+
+
+def open_lone_group() -> None:
+    """FSDP wants a process group, also of a rank that torchrun did not start with others."""
+    if not dist.is_initialized():
+        dist.init_process_group(ranks.backend(), store=HashStore(), rank=0, world_size=1)
+
+
+def make_optimizer(policy: nn.Module, settings: LearnerSettings) -> Optimizer:
+    """AdamW on what is trained; weight decay on matrices only, not on biases and norms."""
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    groups = [
+        {"params": weights, "weight_decay": decay}
+        for weights, decay in (
+            ([weight for weight in trained if weight.ndim > 1], settings.weight_decay),
+            ([weight for weight in trained if weight.ndim <= 1], 0.0),
+        )
+        if weights
+    ]
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.adam_eps}
+    if settings.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # an extra
+
+        return AdamW8bit(groups, **options)
+    return AdamW(groups, **options, fused=True)
+
+
+class Gathered:
+    """Weights that can only be gathered by all ranks at once, though rank 0 alone wants them."""
+
+    def __init__(self, tensors: NamedTensors) -> None:
+        """tensors: gathers one after the other on every rank that iterates."""
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """On rank 0; to the end, as the other ranks do."""
+        ranks.from_first(True)
+        yield from self._tensors
+
+    def help(self) -> None:
+        """On every rank when rank 0 is done: until then the others take part in each pass."""
+        if ranks.rank() == 0:
+            ranks.from_first(False)
+            return
+        while ranks.from_first(False):
+            for _ in self._tensors:
+                pass
+
+
+def _blocks(policy: nn.Module) -> Iterable[nn.Module]:
+    return [block for block in policy.modules() if isinstance(block, GradientCheckpointingLayer)]
+
+
+def _precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+
+def _mesh(shard_ranks: int, device: str) -> DeviceMesh:
+    """One group, or several that each hold the whole model and average their gradients."""
+    size = ranks.world_size()
+    if shard_ranks in (0, size):
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    shape = (size // shard_ranks, shard_ranks)
+    return init_device_mesh(device, shape, mesh_dim_names=("copy", "shard"))
