@@ -69,6 +69,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
             shown_at = now
     ledger.close()
     server.close()
+    exporter.close()
 
 
 def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> None:

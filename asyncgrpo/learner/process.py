@@ -67,4 +67,5 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         is_done = learner.run()
     if sender is not None:
         sender.close()
+    exporter.close()
     leave(EXIT_DONE if is_done else EXIT_INTERRUPTED)

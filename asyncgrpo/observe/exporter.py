@@ -29,16 +29,7 @@ class Exporter(Collector):
     What other libraries of the process keep for Prometheus, as vLLM does, is served beside ours.
     """
 
-    def __init__(
-        self,
-        role: str,
-        port: int,
-        run_dir: Path,
-        host: str = "127.0.0.1",
-        *,
-        is_target: bool = True,
-    ) -> None:
-        """port: 0 is any free one. is_target: false keeps it off run_dir/targets."""
+    def __init__(self, role: str, port: int, run_dir: Path, host: str = "127.0.0.1") -> None:
         self.role = role
         self._values: dict[str, float] = {}
         self._histograms: dict[str, tuple[NDArray[np.int64], float]] = {}  # per bucket; the sum
@@ -56,8 +47,7 @@ class Exporter(Collector):
             ) from None
         Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         self._target = run_dir / "targets" / f"{role}.json"
-        if is_target:
-            self._announce(run_dir.name, f"{host}:{server.server_port}")
+        self._announce(run_dir.name, f"{host}:{server.server_port}")
 
     def show(self, values: Mapping[str, float]) -> None:
         """Replaces values by name; histograms count them. KeyError for names not in the table."""
@@ -122,17 +112,14 @@ class Exporter(Collector):
 
 
 def serve_metrics(run: RunDir, role: str) -> Exporter:
-    """The exporter of a role, where observe.metrics_host says.
-
-    On loopback of another machine than the launcher's it is no target: Prometheus would look for
-    it on its own.
-    """
+    """The exporter of a role, where observe.metrics_host says."""
     launch, host = run.config.launch, run.config.observe.metrics_host
     own = own_address(*run.endpoints.store)
-    port, is_target = run.endpoints.metrics.get(role, 0), launch.on_loopback or own == launch.host
-    if host == "auto":
-        host, is_target = own, True
-    return Exporter(role, port, run.path, host, is_target=is_target)
+    port, asked = run.endpoints.metrics.get(role, 0), own if host == "auto" else host
+    exporter = Exporter(role, port, run.path, asked)
+    if host != "auto" and not launch.on_loopback and own != launch.host:
+        exporter.close()  # on loopback of another machine: Prometheus would look on its own
+    return exporter
 
 
 class _Handler(MetricsHandler):

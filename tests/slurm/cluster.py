@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from asyncgrpo.wire.address import own_address
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "srun")
 SECONDS = 30.0
 CONF = """
@@ -75,12 +77,14 @@ class Cluster:
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(1024))
         ports = free_ports(nodes + 1)
+        self.address = outer_address()
         host = socket.gethostname().partition(".")[0]
         lines = [CONF.format(host=host, port=ports[0], folder=folder)]
         gpus = []
         for node, port in zip(self.nodes, ports[1:], strict=True):
             lines.append(
-                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
+                f"NodeName={node} NodeHostname={host} NodeAddr={self.address} Port={port} "
+                f"CPUs={cpus} "
                 "RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
             )
             gpus.append(f"NodeName={node} Name=gpu File=/dev/tty[0-1]")
@@ -102,6 +106,11 @@ class Cluster:
         for node in self.nodes:
             self.start_node(node)
         self.until(lambda: self.states() == {node: "idle" for node in self.nodes}, "nodes idle")
+
+    def start_dead_nodes(self) -> None:
+        for node in self.nodes:
+            if not is_alive(int((self.folder / f"slurmd-{node}.pid").read_text())):
+                self.start_node(node)
 
     def start_node(self, node: str) -> None:
         self.call("slurmd", "-N", node, "-f", str(self.conf))
@@ -176,6 +185,14 @@ class Cluster:
     def _parts(self, job: str) -> list[str]:
         text = self.call("scontrol", "-o", "show", "job", job)
         return re.findall(r"(?<!\S)JobId=(\d+)", text)
+
+
+def outer_address() -> str:
+    """This machine's address in its network; loopback when it is in none."""
+    try:
+        return own_address("192.0.2.1", 9)
+    except OSError:
+        return "127.0.0.1"
 
 
 def free_ports(count: int) -> list[int]:
