@@ -21,14 +21,16 @@ from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.commands import plan_app
 from asyncgrpo.launch.error_file import record_error
-from asyncgrpo.launch.slurm_commands import (
+from asyncgrpo.launch.options import (
     Actors,
     ConfigFile,
     Learners,
     NewFolder,
     Overrides,
-    slurm_app,
+    Seed,
+    overridden,
 )
+from asyncgrpo.launch.slurm_commands import slurm_app
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
 from asyncgrpo.replay import replay
@@ -62,7 +64,7 @@ def launch(
     max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
     run_dir: NewFolder = None,
     set_: Overrides = None,
-    seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    seed: Seed = None,
     insecure: Annotated[bool, typer.Option(help="leave loopback without keys")] = False,
     resume: Annotated[
         str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
@@ -80,17 +82,16 @@ def launch(
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,
-        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
+        "run.dir": run_dir,
         "run.seed": seed,
-        "launch.insecure": "true" if insecure else None,
+        "launch.insecure": insecure or None,
     }
     found = find_run(resume, run_dir) if resume else None
     if found is not None:  # its settings, unless others are given
         # not by a link such as runs/latest, which moves on to the next run
-        flags["run.dir"] = json.dumps(str(found.resolve()), ensure_ascii=False)
+        flags["run.dir"] = found.resolve()
         config = config or found / "config.json"
-    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    settings = load_config(config, [*(set_ or []), *overrides])
+    settings = load_config(config, overridden(set_, flags))
     session = Session(settings, resume=found is not None)
     if dry_run:
         session.show_plan()
@@ -189,8 +190,8 @@ def buffer(
     from asyncgrpo.launch.session import Session
 
     folder = join or run_dir
-    place = [f"run.dir={json.dumps(str(folder.absolute()), ensure_ascii=False)}"] if folder else []
-    settings = load_config(config or (join and join / "config.json"), [*(set_ or []), *place])
+    overrides = overridden(set_, {"run.dir": folder and folder.absolute()})
+    settings = load_config(config or (join and join / "config.json"), overrides)
     with Session(settings, resume=join is not None, seats={}).prepared() as (run, _):
         print(f"then  asyncgrpo learner --join {run.path}   on this machine")
         print(f"and   asyncgrpo actor --join {run.path} --index 0   (1, 2 ..) anywhere", flush=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from asyncgrpo.launch.options import (
+    Actors,
+    ConfigFile,
+    Learners,
+    NewFolder,
+    Overrides,
+    Seed,
+    overridden,
+)
+
 slurm_app = typer.Typer(help="Runs on the nodes of a Slurm cluster.", no_args_is_help=True)
-ConfigFile = Annotated[Path | None, typer.Option(help="TOML settings or preset name")]
-Actors = Annotated[int | None, typer.Option(help="actor processes, one engine each")]
-Learners = Annotated[int | None, typer.Option(help="learner ranks under torchrun")]
-NewFolder = Annotated[Path | None, typer.Option(help="new folder for everything written")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="room.key=value, repeatable")]
 
 
 @slurm_app.command("render", help="Writes the batch script, with code and settings frozen.")
@@ -38,12 +42,8 @@ def render(
     from asyncgrpo.launch.session import Session
     from asyncgrpo.launch.steps import ask
 
-    flags = {
-        "launch.actors": actors,
-        "launch.learners": learners,
-        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
-    }
-    overrides = [*(set_ or []), *(f"{key}={v}" for key, v in flags.items() if v is not None)]
+    flags = {"launch.actors": actors, "launch.learners": learners, "run.dir": run_dir}
+    overrides = overridden(set_, flags)
     settings = load_config(config, overrides)
     if "grace_seconds" not in settings.launch.model_fields_set:  # a last checkpoint takes longer
         settings = load_config(config, [*overrides, "launch.grace_seconds=30"])
@@ -76,18 +76,13 @@ def render(
 def run(
     config: ConfigFile = None,
     run_dir: Annotated[Path | None, typer.Option(help="goes on with the run there, if any")] = None,
-    seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    seed: Seed = None,
 ) -> None:
     """Runs on the nodes of the job that this is called in: by the batch script, or in salloc."""
     from asyncgrpo.config import load_config
     from asyncgrpo.launch.slurm import SlurmSession
     from asyncgrpo.launch.steps import Job
 
-    flags = {
-        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
-        "run.seed": seed,
-    }
-    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     resume = run_dir is not None and (run_dir / "config.json").exists()
-    settings = load_config(config, overrides)
+    settings = load_config(config, overridden(None, {"run.dir": run_dir, "run.seed": seed}))
     raise typer.Exit(SlurmSession(settings, Job(settings), resume=resume).run())

@@ -99,7 +99,9 @@ class Submitted:
         self.assert_nothing_left()
         for config in (*self.run_dir.glob("config.json"), *self.run_dir.glob("seed-*/config.json")):
             command = (sys.executable, "-m", "asyncgrpo.cli", "audit", str(config.parent))
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(
+                command, env=self.cluster.environment, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stdout + done.stderr
 
     def assert_sound(self, steps: int, run_dir: Path | None = None) -> None:
