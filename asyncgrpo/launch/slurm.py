@@ -29,7 +29,7 @@ class SlurmSession(Session):
         self._job, self._nodes = job, job.nodes()
         others = [node.address for node in self._nodes[1:]]
         host = own_address(others[0], 1) if others else LOOPBACK  # as the others see it
-        rooms = config.model_dump(exclude_unset=True)
+        rooms = config.model_dump(mode="json", exclude_unset=True)
         config = from_mapping({**rooms, "launch": {**rooms.get("launch", {}), "host": host}})
         super().__init__(config, resume=resume, seats=find_seats(config, self._nodes))
         self._ports = choose_ports(config)

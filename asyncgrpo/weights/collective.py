@@ -88,7 +88,7 @@ def open_group(
             address = own_address(store.host, store.port)
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
             handle = dist.ProcessGroupGloo(prefixed, rank, world_size, gloo)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # OSError: no way to the store's host now
         raise WeightsError(f"group of generation {generation} did not form: {error}") from error
     return WeightGroup(generation=generation, handle=handle)
 

@@ -115,15 +115,11 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self.call("slurmd", "-N", node, "-f", str(self.conf))
 
-    def kill_node(self, node: str, *, is_noticed: bool = False) -> None:
-        """As a crash of its slurmd: what runs there goes on, unknown to Slurm.
-
-        It takes Slurm half a minute to notice, unless it is told.
-        """
+    def kill_node(self, node: str) -> None:
+        """As a crash of its slurmd: what runs there goes on, unknown to Slurm, which is told so."""
         os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
-        if is_noticed:
-            down = (f"nodename={node}", "state=down", "reason=crashed")
-            self.call("scontrol", "update", *down)
+        down = (f"nodename={node}", "state=down", "reason=crashed")  # else it takes half a minute
+        self.call("scontrol", "update", *down)
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)

@@ -97,8 +97,10 @@ class Submitted:
         if self.cluster.state(self.job) in ("RUNNING", "PENDING"):
             self.cluster.call("scancel", self.job)
         self.assert_nothing_left()
-        for config in (*self.run_dir.glob("config.json"), *self.run_dir.glob("seed-*/config.json")):
-            command = (sys.executable, "-m", "asyncgrpo.cli", "audit", str(config.parent))
+        ledgers = [*self.run_dir.glob("ledger.sqlite"), *self.run_dir.glob("seed-*/ledger.sqlite")]
+        assert ledgers or not self.rows()
+        for ledger in ledgers:
+            command = (sys.executable, "-m", "asyncgrpo.cli", "audit", str(ledger.parent))
             done = subprocess.run(
                 command, env=self.cluster.environment, capture_output=True, text=True
             )
@@ -167,7 +169,7 @@ def test_a_run_over_two_nodes_with_the_real_engine_is_done_and_leaves_nothing(su
 
 
 def test_before_its_time_is_up_a_job_is_saved_requeued_and_goes_on(submit):
-    run = submit("--set", "run.max_steps=100")
+    run = submit("--set", "run.max_steps=50")
     run.until_trained(3)
     steps = run.cluster.steps(run.job)
     assert {"learner"} <= set(steps)
@@ -175,7 +177,7 @@ def test_before_its_time_is_up_a_job_is_saved_requeued_and_goes_on(submit):
     run.until_state("PENDING")
     run.assert_nothing_left()
     saved = run.checkpoints()[-1]
-    assert 3 <= saved < 100
+    assert 3 <= saved < 50
     run.cluster.start_now(run.job)
     run.until_state("COMPLETED")
     assert f"at step {saved}" in run.shown()
@@ -183,7 +185,7 @@ def test_before_its_time_is_up_a_job_is_saved_requeued_and_goes_on(submit):
         f"{run.job}.0",
         f"{run.job}.1",
     }
-    run.assert_sound(100)
+    run.assert_sound(50)
     run.assert_nothing_left()
 
 
@@ -254,14 +256,12 @@ def test_when_a_node_is_lost_its_actors_move_to_what_remains(submit):
 def test_when_what_remains_is_too_small_the_job_is_requeued(submit):
     run = submit("--set", "run.max_steps=100000")
     run.until_trained(3)
-    run.cluster.kill_node("n1", is_noticed=True)
+    run.cluster.kill_node("n1")
     run.until_state("PENDING")
     assert "no room for actor-" in run.shown()
     run.cluster.start_node("n1")
     run.cluster.start_now(run.job)
     run.until(lambda: "going on with" in run.shown(), "second attempt")
-    steps = run.checkpoints()[-1]
-    run.until_trained(steps + 2)
 
 
 def test_a_preempted_job_is_saved_and_goes_on_afterwards(submit, tmp_path):
@@ -276,7 +276,6 @@ def test_a_preempted_job_is_saved_and_goes_on_afterwards(submit, tmp_path):
     run.until(lambda: run.cluster.state(other) == "COMPLETED", "the urgent job")
     run.cluster.start_now(run.job)
     run.until(lambda: f"at step {saved}" in run.shown(), "second attempt")
-    run.until_trained(saved + 2)
 
 
 @pytest.mark.parametrize("cluster", [3], indirect=True)
