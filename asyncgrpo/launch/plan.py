@@ -333,9 +333,7 @@ def _endpoints(
 
 
 def _render_spec(spec: ProcessSpec) -> str:
-    if spec.nodes:
-        place = f"nodes {', '.join(spec.nodes)}"
-    elif spec.gpus:
+    if spec.gpus:
         place = f"GPU {', '.join(spec.gpus)}"
     else:
         place = f"cores {', '.join(map(str, spec.cores))}" if spec.cores else "any core"
