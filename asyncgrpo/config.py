@@ -6,6 +6,7 @@ import difflib
 import ipaddress
 import json
 import logging
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -296,6 +297,12 @@ class BufferSettings(Room):
         "would get too old",
     )
     credit: int = Field(8, ge=1, description="unacknowledged groups an actor may have on the wire")
+    replay_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=8,
+        description="groups of a batch that were trained before, per new one, none past the bound",
+    )
     lease_deadline_seconds: Unbounded = Field(600.0, gt=0, description="then a lease is taken back")
     take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
 
@@ -603,6 +610,18 @@ class Config(Room):
                 "are published only after a batch that the gate does not let start (deadlock); "
                 f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
             )
+        if self.buffer.replay_ratio and (self.buffer.tokens_per_step or not staleness):
+            yield (
+                f"buffer.replay_ratio={self.buffer.replay_ratio} needs batches counted in groups "
+                "and buffer.max_staleness >= 1: leave tokens_per_step out, and let groups be old "
+                "enough to be trained again"
+            )
+        if self.buffer.replay_ratio and self.new_groups < self.min_groups:
+            yield (
+                f"buffer.replay_ratio={self.buffer.replay_ratio} leaves {self.new_groups} new "
+                f"groups of buffer.groups_per_step={self.buffer.groups_per_step}, but at least "
+                f"{self.min_groups} are needed (ranks x algo.minibatches); use more groups per step"
+            )
         if self.launch.share_gpus and self.weights.backend != "gloo":
             yield (
                 f"launch.share_gpus=true with weights.backend={self.weights.backend!r}: NCCL "
@@ -725,6 +744,11 @@ class Config(Room):
     def min_groups(self) -> int:
         """The fewest groups of a batch: one for each rank and minibatch."""
         return self.launch.learners * self.algo.minibatches
+
+    @property
+    def new_groups(self) -> int:
+        """Groups of a batch that were not trained before."""
+        return math.ceil(self.buffer.groups_per_step / (1 + self.buffer.replay_ratio))
 
     @property
     def canary_tolerance(self) -> float:

@@ -127,7 +127,7 @@ class EndedGroup:
     """A group that was trained or dropped, for the record of samples."""
 
     group: Group
-    status: Literal["trained", "filtered", "evicted"]
+    status: Literal["trained", "replayed", "filtered", "evicted"]  # replayed: trained once more
     reason: str = ""  # of a dropped one, such as all_wrong or stale
     advantages: Float32 | None = None  # [G] of a trained one, as the learner computed them
 

@@ -74,6 +74,11 @@ CREATE TABLE steps (            -- every batch
     num_tokens INTEGER NOT NULL,
     tickets TEXT NOT NULL       -- JSON list in the batch's order; see json_each
 );
+CREATE TABLE replays (          -- groups that were trained before and trained once more
+    step INTEGER NOT NULL,
+    ticket INTEGER NOT NULL,
+    PRIMARY KEY (step, ticket)
+);
 CREATE TABLE payloads (         -- groups that a restart needs
     arrival INTEGER PRIMARY KEY,
     ticket INTEGER NOT NULL UNIQUE,
@@ -215,6 +220,15 @@ class Ledger:
                 step,
             )
 
+    def replayed(self, step: int, tickets: Sequence[int]) -> None:
+        self._write("DELETE FROM replays WHERE step = ?", step)
+        for ticket in tickets:
+            self._write("INSERT INTO replays VALUES (?, ?)", step, ticket)
+
+    def replays(self, step: int) -> Batches:
+        with _explained(self._path):
+            return _replays(self._db, step)
+
     def began(self, step: int) -> None:
         self._write("UPDATE evaluations SET is_lost = 1 WHERE version > ?", step)
         self._write(
@@ -330,7 +344,9 @@ class LedgerReader:
             " LEFT JOIN payloads ON ticket = value WHERE packet IS NULL)",
             *(first, last),
         )
-        return {step: [group for _, group in batch] for step, batch in found.items()}
+        added = _replays(self._db, first)
+        whole = {step: [*batch, *added.get(step, ())] for step, batch in found.items()}
+        return {step: [group for _, group in batch] for step, batch in whole.items()}
 
     def close(self) -> None:
         self._db.close()
@@ -401,6 +417,7 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             " WHERE state = 'stored' ORDER BY arrival",
         ),
         batches=_batches(db, "trained_at IS NULL"),
+        replays=_replays(db, step),
         reports={
             (version, name): report and json.loads(report)
             for version, name, _, report, is_lost in evaluations
@@ -415,6 +432,12 @@ def _batches(db: sqlite3.Connection, which: str, *values: Any) -> Batches:
     )
     rows = db.execute(f"SELECT step, tickets FROM steps WHERE {which} ORDER BY step", values)
     return {step: _groups(db, batch, tickets) for step, tickets in rows.fetchall()}
+
+
+def _replays(db: sqlite3.Connection, step: int) -> Batches:
+    added = "SELECT ticket, packet FROM replays LEFT JOIN payloads USING (ticket) WHERE step = ?"
+    steps = db.execute("SELECT DISTINCT step FROM replays WHERE step >= ?", (step,)).fetchall()
+    return {number: _groups(db, f"{added} ORDER BY ticket", number) for (number,) in steps}
 
 
 def _groups(db: sqlite3.Connection, sql: str, *values: Any) -> list[tuple[int, Group]]:

@@ -154,6 +154,10 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
         "nonfinite_completions": ("completions", "the engine returned NaN log-probs: dropped"),
         "truncated_share": ("share", "more completions hit sampling.max_completion_tokens"),
         "staleness/mean": ("versions", "trained tokens are older"),
+        "staleness/publish": ("versions", "actors get work while they hold older weights"),
+        "staleness/generation": ("versions", "groups take longer to make, counted in versions"),
+        "staleness/queue": ("versions", "groups wait longer for their batch: make fewer ahead"),
+        "queue_age_seconds": ("seconds", "groups wait longer between arrival and batch"),
         "staleness/max": ("versions", "the oldest trained token is older; bounded by the config"),
         "tokens_trained": ("tokens", "completion tokens in this step's loss"),
         "tokens_masked": ("tokens", "more tokens left the loss (stale or not finite)"),
@@ -215,6 +219,7 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
             f"leases_{state}": ("leases", "leases end in this state")
             for state in ("trained", "filtered", "expired", "failed", "evicted")
         },
+        "groups_replayed": ("groups", "groups are trained once more (buffer.replay_ratio)"),
         "groups_filtered_all_correct": ("groups", "prompts are too easy to learn from"),
         "groups_filtered_all_wrong": ("groups", "prompts are too hard to learn from"),
         "groups_filtered_empty_completion": ("groups", "the engine returned nothing"),
