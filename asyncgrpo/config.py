@@ -472,6 +472,10 @@ def _reachable(text: str) -> str:
     )
 
 
+def _reachable_or_auto(text: str) -> str:
+    return text if text == "auto" else _reachable(text)
+
+
 Address = Annotated[str, AfterValidator(_reachable)]
 
 
@@ -523,7 +527,10 @@ class LaunchSettings(Room):
 
 
 class ObserveSettings(Room):
-    metrics_host: Address = Field("127.0.0.1", description="address of the metrics endpoints")
+    metrics_host: Annotated[str, AfterValidator(_reachable_or_auto)] = Field(
+        "127.0.0.1",
+        description="address of the metrics endpoints; auto: each machine's own, as launch.host's",
+    )
     trajectories: bool = Field(
         True,
         description="write trajectories/step_<k>.jsonl: what was trained, and what was dropped",

@@ -65,6 +65,7 @@ FLOORS = {
         "data",
         "rewards",
         "actor.concurrency",
+        "wire.address",
         "wire.codec",
         "wire.schema",
         "buffer",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from asyncgrpo.launch.options import ConfigFile, Overrides
 
 plan_app = typer.Typer(help="What a run needs, before it is started.", no_args_is_help=True)
 
@@ -17,13 +18,11 @@ def _group() -> None:
 
 @plan_app.command()
 def memory(
-    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
+    config: ConfigFile = None,
     gpu_gib: Annotated[
         float | None, typer.Option(min=0.1, help="GiB of one GPU; default: of those found here")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
-    ] = None,
+    set_: Overrides = None,
 ) -> None:
     """Estimates the memory of each GPU, item by item; exit code 1 when something does not fit."""
     from asyncgrpo.config import load_config

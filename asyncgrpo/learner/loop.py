@@ -155,6 +155,7 @@ class Learner:
         fields = {"step": step, "rank": self._rank, "world_size": self._world_size}
         seconds = self._config.buffer.take_timeout_seconds
         packet = Packet(kind="take", fields=fields)
+        self._pass_on_stop()
         return self._client.call(packet, seconds, meanwhile=self._pass_on_stop)
 
     def _pass_on_stop(self) -> None:

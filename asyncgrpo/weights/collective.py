@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.wire.address import own_address
 
 RETIRED_SECONDS = 60.0
 LISTEN_BACKLOG = 1024
@@ -39,13 +40,6 @@ def open_store(host: str, port: int, *, is_master: bool, timeout_seconds: float)
         wait_for_workers=False,
         **listening,
     )
-
-
-def _own_address(store: Any) -> str:
-    """The address under which this machine is seen from the store's; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((store.host, store.port))
-        return str(probe.getsockname()[0])
 
 
 def choose_backend(setting: str) -> str:
@@ -91,9 +85,10 @@ def open_group(
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._timeout = timeout
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(store))]
+            address = own_address(store.host, store.port)
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
             handle = dist.ProcessGroupGloo(prefixed, rank, world_size, gloo)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # OSError: no way to the store's host now
         raise WeightsError(f"group of generation {generation} did not form: {error}") from error
     return WeightGroup(generation=generation, handle=handle)
 
