@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from asyncgrpo.config import Config
@@ -34,7 +35,7 @@ def unusual(config: Config) -> Iterator[str]:
         room, name = key.split(".")
         value = getattr(getattr(config, room), name)
         if key == "learner.lr":
-            if config.model.path == "tiny":
+            if Path(config.model.path).name.startswith("tiny"):  # by name, or its folder
                 continue
             high *= LORA_FACTOR if config.learner.lora else 1
         if value and not low <= value <= high:

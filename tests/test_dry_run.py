@@ -178,6 +178,8 @@ def test_hints_are_about_values_outside_of_the_usual_range(
     key: str, usual: tuple[float, ...], not_usual: tuple[float, ...]
 ) -> None:
     room, name = key.split(".")
+    for model in ("tiny", "cache/tiny-0123"):  # its folder stands in a run's config.json
+        assert not list(unusual(from_mapping({"model": {"path": model}})))
     for value in (*usual, *not_usual):
         found = list(unusual(from_mapping({room: {name: value}})))
         assert [line.split("=")[0] for line in found] == [key] * (value in not_usual)
