@@ -19,7 +19,7 @@ from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
-from asyncgrpo.launch.commands import plan_app
+from asyncgrpo.launch.commands import env, plan_app
 from asyncgrpo.launch.error_file import record_error
 from asyncgrpo.launch.options import (
     Actors,
@@ -49,6 +49,7 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 app.command()(audit)
+app.command()(env)
 app.command()(ledger)
 app.command()(replay)
 app.add_typer(traj_app, name="traj")
@@ -56,9 +57,31 @@ app.add_typer(slurm_app, name="slurm")
 app.command()(chat)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from asyncgrpo import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
+    """Options before any command; the text of --help is that of the app."""
+
+
 @app.command()
 def launch(
     config: ConfigFile = None,
+    model: Annotated[str | None, typer.Option(help="folder or hub name (model.path)")] = None,
+    data: Annotated[str | None, typer.Option(help="training prompts (data.train)")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="held-out prompts, or none (data.eval)")
+    ] = None,
     actors: Actors = None,
     learners: Learners = None,
     max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
@@ -79,6 +102,9 @@ def launch(
     from asyncgrpo.rundir import stop_flag
 
     flags = {
+        "model.path": model,
+        "data.train": data,
+        "data.eval": eval_data,
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,

@@ -577,9 +577,10 @@ class Config(Room):
             return raw
         if completions % group_size:
             down = completions // group_size * group_size
+            fitting = " or ".join(str(n) for n in (down, down + group_size) if n)
             raise ValueError(
                 f"buffer.completions_per_step={completions} is not a multiple of "
-                f"algo.group_size={group_size}; use {down or group_size} or {down + group_size}"
+                f"algo.group_size={group_size}; use {fitting}"
             )
         groups = raw["buffer"].get("groups_per_step", completions // group_size)
         if groups != completions // group_size or raw["buffer"].get("tokens_per_step"):

@@ -78,7 +78,7 @@ FLOORS = {
         "launch.memory",
         "launch.memory_report",
     ),
-    1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
+    1: ("config", "aliases", "algo", "algorithms", "hints", "protocols", "observe.metrics"),
     0: ("errors", "types", "imports", "packing", "room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")

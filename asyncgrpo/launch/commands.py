@@ -1,7 +1,8 @@
-"""`asyncgrpo plan ...`: what a run would need, before it is started. Imports late, starts fast."""
+"""`asyncgrpo plan ...` and `env`: what a run needs, and what is here. Imports late, starts fast."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -9,6 +10,33 @@ import typer
 from asyncgrpo.launch.options import ConfigFile, Overrides
 
 plan_app = typer.Typer(help="What a run needs, before it is started.", no_args_is_help=True)
+
+
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="as a run writes it to env.json")] = False,
+) -> None:
+    """Shows versions, hardware and source, and which optional extras are not installed."""
+    from asyncgrpo.launch.environment import machine_report, missing_extras
+
+    report = machine_report()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    packages, hardware = report["packages"], report["hardware"]
+    gpus = ", ".join(hardware["gpus"]) or "no GPU"
+    memory = hardware["memory_bytes"] / 2**30
+    git = report["git"]
+    rows = {
+        "python": f"{report['python']} on {report['os']}",
+        "packages": ", ".join(f"{name} {v}" for name, v in packages.items() if v),
+        "hardware": f"{hardware['cores']} cores ({hardware['cpu']}), {memory:.0f} GiB, {gpus}",
+        "git": f"{git['commit']}{' with changes' if git['dirty'] else ''}" if git else "",
+    }
+    rows |= {
+        f"no {extra}": f"{', '.join(names)}: pip install 'asyncgrpo[{extra}]'"
+        for extra, names in missing_extras().items()
+    }
+    typer.echo("\n".join(f"{name:<15} {text}" for name, text in rows.items() if text))
 
 
 @plan_app.callback()

@@ -17,7 +17,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="room.key=val
 Seed = Annotated[int | None, typer.Option(help="of prompts and sampling")]
 
 
-def overridden(asked: Sequence[str] | None, flags: Mapping[str, Path | int | None]) -> list[str]:
+def overridden(
+    asked: Sequence[str] | None, flags: Mapping[str, Path | str | int | None]
+) -> list[str]:
     """What --set asks for, then the flags by their settings' names; None is a flag not given."""
     given = {key: str(v) if isinstance(v, Path) else v for key, v in flags.items() if v is not None}
     words = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())

@@ -30,6 +30,7 @@ from asyncgrpo.errors import (
     DataError,
     ModelError,
 )
+from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import Child, with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
@@ -86,7 +87,7 @@ class Session:
         self.stopped_by: int | None = None  # the signal that ended the run
         self._log_dir = self.run_dir / "logs"
         self._ports: Ports | None = None  # None: any free ones
-        self._warnings = list(notices(config.algo))
+        self._warnings = [*notices(config.algo), *unusual(config)]
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
@@ -269,6 +270,7 @@ class Session:
             report = json.dumps(environment_report(config), indent=2)
             (self.run_dir / "env.json").write_text(report, encoding="utf-8")
             self._console.print(f"run directory {self.run_dir}", markup=False)
+            self._console.print(render_sizes(config), markup=False)
             yield run, plan
 
     def _make_tiny(self) -> str:
