@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from asyncgrpo.config import Config, LoraSettings
 
 GIB = 1 << 30
-FLOAT = 4  # bytes: the learner computes in float32
+FLOAT = 4  # bytes: the learner's weights, and its products unless learner.dtype is bfloat16
 # What a process takes beside its tensors. On a GPU the CUDA context: 0.33 to 0.39 GiB of "non-torch
 # memory" in vLLM's logs (vllm issues 14452 and 11251). On a CPU its resident memory with everything
 # imported: measured for the learner; README's figure for the actor, less its KV cache.
@@ -103,7 +103,7 @@ def layer_bytes(config: Config, shape: ModelShape) -> float:
 
     An upper bound when learner.lora.targets leaves layers out.
     """
-    lora, size, stream = config.learner.lora, _product_bytes(config), _stream_bytes(config)
+    lora, (size, stream) = config.learner.lora, _dtype_bytes(config)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # Of a norm: its input in float32, what it makes of it (for the gradient of its weight), and its
     # output, which the linear layers keep: autocast makes a copy for each of them.
@@ -121,14 +121,10 @@ def layer_bytes(config: Config, shape: ModelShape) -> float:
     return hidden + heads + size * kept + dropped  # .. and a mask of a byte
 
 
-def _product_bytes(config: Config) -> int:
-    """Of one element that matrix products take."""
-    return 2 if config.learner.dtype == "bfloat16" else FLOAT
-
-
-def _stream_bytes(config: Config) -> int:
-    """Of one element between layers: autocast leaves it in float32, FSDP does not."""
-    return _product_bytes(config) if config.learner.parallel == "fsdp" else FLOAT
+def _dtype_bytes(config: Config) -> tuple[int, int]:
+    """Of what matrix products take, of what layers hand on: float32 with autocast, unlike FSDP."""
+    size = 2 if config.learner.dtype == "bfloat16" else FLOAT
+    return size, size if config.learner.parallel == "fsdp" else FLOAT
 
 
 def learner_lines(
@@ -170,77 +166,73 @@ def learner_lines(
     yield from _process_lines(config, shape, "learner", publishes=is_first)
 
 
-def _activations(config: Config, shape: ModelShape, *, kept: int) -> Line:
+def _activations(config: Config, shape: ModelShape, kept: int) -> Line:
     """Of a micro-batch; kept: layers of which all is kept, the others are computed again."""
-    size, stream = _product_bytes(config), _stream_bytes(config)
-    tokens, per_layer = row_tokens(config), layer_bytes(config, shape)
-    scores, again = score_elements(config, shape), shape.layers - kept
+    (size, stream), per_layer = _dtype_bytes(config), layer_bytes(config, shape)
+    tokens, scores = row_tokens(config), size * score_elements(config, shape)
+    how = [f"{tokens} tokens x {kept} layers x {per_layer:.0f} bytes"] if kept else []
+    how += [f"of these {scores} attention scores"] if scores and kept else []
+    again, inputs = shape.layers - kept, stream * shape.hidden
+    how += [f"inputs of {again} layers: {tokens} tokens x {inputs} bytes"] if again else []
     # The last norm, angles of the positions.
     ends = (FLOAT + 2 * stream) * shape.hidden + 2 * stream * shape.head_dim
-    how = f"{tokens} tokens x {kept} layers x {per_layer:.0f} bytes"
-    how += f", of these {size * scores} attention scores" if scores else ""
-    how += f", and the inputs of {again} layers" if again else ""
-    held = kept * per_layer + again * stream * shape.hidden + ends
-    return "activations", tokens * held, how
+    return "activations", tokens * (kept * per_layer + again * inputs + ends), ", ".join(how)
 
 
-def _logits(config: Config, shape: ModelShape) -> Line:
+def _logits(config: Config, shape: ModelShape, head: int) -> Line:
     """Logits, log-softmax, probabilities, their product: float32 with any dtype.
 
     Or, in the backward pass, the gradient of the output layer: with several chunks a sum, a summand
-    and the result; with autocast in float32 too.
+    and the result; with autocast in float32 too. head: bytes of one of its elements.
     """
-    learner, tokens = config.learner, row_tokens(config)
-    chunk, output = min(tokens, shape.chunk_tokens), shape.vocab * shape.hidden
-    size = FLOAT if learner.float32_head else _product_bytes(config)
-    rounded = size < _stream_bytes(config)
-    each = max(size * (3 if tokens > chunk else 1), rounded * (size + FLOAT))
-    logits, made = 4 * FLOAT * chunk * shape.vocab, 0 if learner.lora else each * output
-    how = f"4 bytes x {shape.vocab} x 4 x {chunk} tokens"
+    tokens, output = row_tokens(config), shape.vocab * shape.hidden
+    chunk = min(tokens, shape.chunk_tokens)
+    is_rounded = head < _dtype_bytes(config)[1]
+    each = max(head * (3 if tokens > chunk else 1), is_rounded * (head + FLOAT))
+    logits, made = 4 * FLOAT * chunk * shape.vocab, 0 if config.learner.lora else each * output
     if made > logits:
-        how = f"{each} bytes x {output:.3g} (gradients of the output layer)"
-    return "logits", float(max(logits, made)), how
+        return "logits", made, f"{each} bytes x {output:.3g} (gradients of the output layer)"
+    return "logits", logits, f"4 bytes x {shape.vocab} x 4 x {chunk} tokens"
 
 
 def _moments(config: Config, shape: ModelShape, parts: int) -> Iterator[list[Line]]:
     """What a micro-batch adds, at each moment that may be the worst. parts: ranks of one copy."""
-    learner, size, weights = config.learner, _product_bytes(config), shape.layer_weights
+    learner, (size, _), weights = config.learner, _dtype_bytes(config), shape.layer_weights
     lora, tokens, every = learner.lora, row_tokens(config), learner.checkpoint_activations
     kept = shape.layers - (-(-shape.layers // every) if every else 0)
-    held = [_activations(config, shape, kept=kept)]
-    # In the backward pass of a layer gradients of its products come on top.
-    within = tokens * size * (shape.intermediate + shape.hidden)
-    layer = tokens * layer_bytes(config, shape)
-    again = layer if every else 0.0
+    held, again = [_activations(config, shape, kept)], layer_bytes(config, shape) if every else 0
+    # Inside the backward pass of a layer: what was computed again, gradients of its products.
+    inside = tokens * (again + size * (shape.intermediate + shape.hidden))
+    what = "one layer again, and its gradients" if every else "gradients inside one layer"
     head = FLOAT if learner.float32_head else size
     output, outer = shape.vocab * shape.hidden, shape.parameters - shape.layers * weights
+    logits = _logits(config, shape, head)
     if learner.parallel == "ddp":
         if size < FLOAT:
-            copied = output * (head < FLOAT)
-            if not (lora and lora.quantize):
-                copied += (kept if lora else shape.layers) * weights
-            held.append(("rounded weights", size * copied, f"2 bytes x {copied:.3g}: autocast's"))
-        yield [*held, _logits(config, shape)]
-        yield [*held, ("one layer", again + within, "computed again, and gradients within")]
+            quantized = lora is not None and lora.quantize
+            copied = 0 if quantized else (kept if lora else shape.layers) * weights
+            copied += output * (head < FLOAT)
+            held.append(("rounded weights", size * copied, f"{size} bytes x {copied:.3g}"))
+        yield [*held, logits]
+        yield [*held, ("backward", inside, what)]
         return
 
     def gathered(layers: int) -> Line:
-        how = f"{head} bytes x {outer:.3g}"
-        how += f", {size} bytes x {layers} layers of {weights:.3g}" if layers else ""
+        how = f"{head} bytes x {outer:.3g}, {size} bytes x {layers} layers of {weights:.3g}"
         return "gathered weights", head * outer + layers * size * weights, how
 
-    def reduced(own: int, count: int, waiting: float) -> Line:
+    def reduced(own: int, count: int, where: str) -> Line:
         each = FLOAT + max(own, FLOAT / parts)  # copied into float32, replaced by a rank's part
-        return "reduced", each * count + waiting, f"{each:.3g} bytes x {count:.3g}: gradients"
+        return "reduced", each * count, f"{each:.3g} bytes x {count:.3g} gradients {where}"
 
     waiting = 0 if lora else head * output  # the output layer's gradient is reduced at the end
-    yield [*held, gathered(0), _logits(config, shape)]
-    yield [*held, gathered(2), ("one layer", again + within + waiting, "computed again, gradients")]
+    yield [*held, gathered(0), logits]
+    yield [*held, gathered(2), ("backward", inside + waiting, what)]
     if lora is None:
-        what, all_layers, how = held[0]
-        rest = all_layers - (0 if every else layer)
-        yield [(what, rest, how), gathered(1), reduced(size, weights, waiting)]
-        yield [reduced(head, outer, 0.0)]
+        rest = _activations(config, shape, kept - (not every))  # the layer's own are gone
+        ends = ("backward", waiting, "gradient of the output layer")
+        yield [rest, gathered(1), ends, reduced(size, weights, "of a layer")]
+        yield [reduced(head, outer, "outside of layers, after all of these")]
 
 
 def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
@@ -316,10 +308,9 @@ def _changes(config: Config, shape: ModelShape) -> Iterator[tuple[str, object, C
     tokens, cache = row_tokens(config), config.actor.kv_cache_bytes
     longest, least = longest_sequence(config), max(shape.kv_bytes(config), 1 << 20)
     learner = config.learner
-    every = learner.checkpoint_activations
-    intervals = [n for n in (4, 2, 1) if n < (every or shape.layers)]
+    every = learner.checkpoint_activations or shape.layers
     yield from changed("learner", "max_tokens_per_microbatch", *_halves(tokens, longest))
-    yield from changed("learner", "checkpoint_activations", *intervals)
+    yield from changed("learner", "checkpoint_activations", *(n for n in (4, 2, 1) if n < every))
     is_8bit, lora = learner.optimizer == "adamw_8bit", learner.lora
     if config.launch.learners > 1 and not is_8bit and not (lora and lora.quantize):
         yield from changed("learner", "parallel", "fsdp")
