@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,12 @@ class Row(NamedTuple):
     where: str
 
 
+@cache
+def commands() -> Any:
+    return typer.main.get_command(app)
+
+
+@cache
 def rows() -> list[Row]:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -52,7 +59,7 @@ def names(text: str) -> list[str]:
 
 def command_of(words: list[str]) -> Any | None:
     """The command that the words call, options looked up; None when there is none."""
-    command: Any = typer.main.get_command(app)
+    command = commands()
     while words and hasattr(command, "commands") and words[0] in command.commands:
         command = command.commands[words.pop(0)]
     known = {option for parameter in command.params for option in parameter.opts}
@@ -63,10 +70,10 @@ def command_of(words: list[str]) -> Any | None:
 
 def is_there(name: str) -> bool:
     words = name.split()
-    if words[0] in (group := typer.main.get_command(app)).commands:  # type: ignore[attr-defined]
+    if words[0] in (group := commands()).commands:
         return command_of(words) is not None
     if name.startswith("--"):
-        subs = [group, *group.commands.values()]  # type: ignore[attr-defined]
+        subs = [group, *group.commands.values()]
         subs += [sub for each in subs[1:] for sub in getattr(each, "commands", {}).values()]
         option = words[0]
         return option == "--help" or any(
@@ -124,7 +131,7 @@ def test_made_up_names_are_not_there() -> None:
 
 def test_every_command_that_is_named_has_help() -> None:
     named = {tuple(name.split()) for row in rows() for name in names(row.where)}
-    group: Any = typer.main.get_command(app)
+    group = commands()
     called = set()
     for words in (list(name) for name in named):
         if words[0] in group.commands:
