@@ -74,7 +74,7 @@ QWEN_1_7B = QWEN_8B | {
     "num_attention_heads": 16,
     "tie_word_embeddings": True,
 }
-# preset -> model, its parameters, GiB that the preset claims to fit, GiB of its GPUs as its comment says
+# preset -> model, its parameters, GiB that the preset claims to fit, GiB by its comment
 CLAIMS: dict[str, tuple[dict[str, Any], int, float, list[str]]] = {
     "gsm8k-qwen3-8b-8gpu": (QWEN_8B, 8_190_735_360, 80e9 / GIB, ["63.17", "47.91", "72.29"]),
     "math-long": (QWEN_1_7B, 1_720_574_976, 80e9 / GIB, ["42.78", "39.58", "67.80"]),
