@@ -226,12 +226,16 @@ def _moments(config: Config, shape: ModelShape, parts: int) -> Iterator[list[Lin
         return "reduced", each * count, f"{each:.3g} bytes x {count:.3g} gradients {where}"
 
     waiting = 0 if lora else head * output  # the output layer's gradient is reduced at the end
-    yield [*held, gathered(0), logits]
-    yield [*held, gathered(2), ("backward", inside + waiting, what)]
+    # Several ranks keep what they gathered last beside it: a layer's, and then that of the ends.
+    yield [*held, gathered(int(parts > 1)), logits]
+    table = ("logits", FLOAT * min(tokens, shape.chunk_tokens) * shape.vocab, "log-softmax")
+    yield [*held, gathered(0), ("gathered again", (parts > 1) * head * outer, "its copy"), table]
+    before = FLOAT * weights if every and not lora else 0  # of the layer before, on its way
+    yield [*held, gathered(2), ("backward", inside + waiting + before, what)]
     if lora is None:
         rest = _activations(config, shape, kept - (not every))  # the layer's own are gone
         ends = ("backward", waiting, "gradient of the output layer")
-        yield [rest, gathered(1), ends, reduced(size, weights, "of a layer")]
+        yield [rest, gathered(2), ends, reduced(size, weights, "of a layer")]
         yield [reduced(head, outer, "outside of layers, after all of these")]
 
 
