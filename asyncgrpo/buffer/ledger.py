@@ -28,7 +28,7 @@ from asyncgrpo.types import Group
 from asyncgrpo.wire.codec import from_bytes, group_packet, groups_from, to_bytes
 
 FILE = "ledger.sqlite"
-VERSION = 1  # of the tables
+VERSION = 2  # of the tables and of the packets in them
 BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
 PROGRESS_STEPS = 100_000  # of SQLite's machine between two looks at the time limit
 TABLES = """
@@ -166,7 +166,7 @@ class Ledger:
 
     def arrived(self, group: Group, *, keep: bool) -> None:
         lease_id = group.lease.lease_id
-        versions = np.concatenate([completion.versions for completion in group.completions])
+        versions = group.versions
         span = (int(versions.min()), int(versions.max())) if len(versions) else (None, None)
         self._write(
             "UPDATE leases SET arrived_at = ?, num_completions = ?, num_tokens = ?,"
