@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, RECONNECT_MS = 1000, 10_000, 50
 RESEND_SECONDS = 3.0
 REMEMBERED_ANSWERS, REMEMBERED_PEERS = 256, 1024
-MESSAGES_PER_TURN = 256  # then the server's owner has its turn, however much a peer sends
+# then the server's owner has its turn and answers, however much peers send: some 8 groups of 4k
+MESSAGES_PER_TURN, BYTES_PER_TURN = 256, 1 << 19
 UNREAD_REQUESTS, UNREAD_ANSWERS = 64, 4096  # per peer; beyond it waits, or counts as gone
 NOTE_SECONDS = 1.0  # between two remarks on refused messages: a flood must not fill the log
 DOMAIN = "asyncgrpo"
@@ -90,13 +91,15 @@ class Server:
         """New requests of all peers, in fair turns; garbage is counted, repeats are re-answered."""
         requests: list[tuple[str, Packet]] = []
         wait_ms = max(0, int(timeout_seconds * 1000))
-        if not self._socket.poll(wait_ms):
-            return requests
+        left = BYTES_PER_TURN if self._socket.poll(wait_ms) else 0
         for _ in range(MESSAGES_PER_TURN):
+            if left <= 0:
+                break
             try:
                 peer, *frames = self._socket.recv_multipart(NOBLOCK)
             except zmq.Again:
                 break
+            left -= sum(map(len, frames))
             name = peer.decode("utf-8", "replace")
             try:
                 packet = decode(frames, MAX_REQUEST_FRAME_BYTES)
