@@ -163,6 +163,17 @@ def test_one_peer_cannot_keep_the_server_from_its_other_duties(server, stranger,
     assert server.num_refused < 3 * sockets.MESSAGES_PER_TURN, "others had to wait for its end"
 
 
+def test_a_turn_ends_after_so_many_bytes_and_the_next_goes_on_without_loss(server, client):
+    half = "y" * (sockets.BYTES_PER_TURN // 2)
+    for number in range(6):
+        client.post(Packet(kind="put", fields={"number": number, "text": half}))
+    turns = []
+    while sum(map(len, turns)) < 6:
+        turns.append(server.receive(5.0))
+    assert max(map(len, turns)) <= 2
+    assert [packet.fields["number"] for turn in turns for _, packet in turn] == list(range(6))
+
+
 def test_a_frame_over_the_limit_ends_the_connection_before_it_is_received(address, monkeypatch):
     monkeypatch.setattr(sockets, "MAX_REQUEST_FRAME_BYTES", 4096)
     opened = Server(address)
