@@ -581,7 +581,7 @@ def test_a_ledger_of_another_release_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / FILE)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(LedgerError, match=r"tables of version 99, not 1"):
+    with pytest.raises(LedgerError, match=r"tables of version 99, not 2"):
         Ledger(tmp_path)
 
 

@@ -28,7 +28,7 @@ from asyncgrpo.types import Group
 from asyncgrpo.wire.codec import from_bytes, group_packet, groups_from, to_bytes
 
 FILE = "ledger.sqlite"
-VERSION = 1  # of the tables
+VERSION = 2  # of the tables and of the packets in them
 BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
 PROGRESS_STEPS = 100_000  # of SQLite's machine between two looks at the time limit
 TABLES = """
@@ -110,6 +110,7 @@ PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = NORMAL",
     "wal_autocheckpoint = 4000",  # pages
+    "secure_delete = OFF",  # some builds overwrite what is deleted: a step's groups, at once
 )
 CHANGE = "INSERT INTO changes (ticket, state, reason, step, time) VALUES (?, ?, ?, ?, ?)"
 ENDS = ("trained", "filtered", "expired", "failed", "evicted")
@@ -166,7 +167,7 @@ class Ledger:
 
     def arrived(self, group: Group, *, keep: bool) -> None:
         lease_id = group.lease.lease_id
-        versions = np.concatenate([completion.versions for completion in group.completions])
+        versions = group.versions
         span = (int(versions.min()), int(versions.max())) if len(versions) else (None, None)
         self._write(
             "UPDATE leases SET arrived_at = ?, num_completions = ?, num_tokens = ?,"
@@ -188,12 +189,12 @@ class Ledger:
             "UPDATE leases SET state = ?, reason = ?, step = coalesce(?, step), again = ?,"
             f" ended_at = NULL, {time_of} = ? WHERE ticket = ?"
         )
-        for ticket in tickets:
-            self._write(CHANGE, ticket, state, reason, step, now)
-            self._write(lease, state, reason, step, again, now, ticket)
-            if state == "evicted":
-                self._write("DELETE FROM payloads WHERE ticket = ?", ticket)
-        if state == "taken":
+        self._write_all(CHANGE, [(ticket, state, reason, step, now) for ticket in tickets])
+        self._write_all(lease, [(state, reason, step, again, now, ticket) for ticket in tickets])
+        if state == "evicted":
+            dropped = "DELETE FROM payloads WHERE ticket = ?"
+            self._write_all(dropped, [(ticket,) for ticket in tickets])
+        elif state == "taken":
             batch = json.dumps(tickets)
             self._write(
                 "INSERT INTO steps (step, formed_at, num_tokens, tickets) SELECT ?, ?,"
@@ -222,8 +223,7 @@ class Ledger:
 
     def replayed(self, step: int, tickets: Sequence[int]) -> None:
         self._write("DELETE FROM replays WHERE step = ?", step)
-        for ticket in tickets:
-            self._write("INSERT INTO replays VALUES (?, ?)", step, ticket)
+        self._write_all("INSERT INTO replays VALUES (?, ?)", [(step, t) for t in tickets])
 
     def replays(self, step: int) -> Batches:
         with _explained(self._path):
@@ -287,10 +287,15 @@ class Ledger:
                 db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _write(self, sql: str, *values: Any) -> None:
-        with _explained(self._path):
+        self._write_all(sql, [values])
+
+    def _write_all(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        try:  # a context manager would take as long as a statement
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(sql, values)
+            self._db.executemany(sql, rows)
+        except sqlite3.Error as error:
+            raise _explanation(self._path, error) from error
 
 
 def put_back(copy: Path, run_dir: Path) -> None:
@@ -357,9 +362,13 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        usual = "the file and its folder must be readable and writable"
-        remedy = next((r for word, r in REMEDIES.items() if word in str(error)), usual)
-        raise LedgerError(f"ledger {path}: {error}; {remedy}") from error
+        raise _explanation(path, error) from error
+
+
+def _explanation(path: Path, error: sqlite3.Error) -> LedgerError:
+    usual = "the file and its folder must be readable and writable"
+    remedy = next((r for word, r in REMEDIES.items() if word in str(error)), usual)
+    return LedgerError(f"ledger {path}: {error}; {remedy}")
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:

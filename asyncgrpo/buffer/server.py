@@ -5,6 +5,7 @@ Whatever a round of packets changes is committed before any of it is answered.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import time
@@ -56,6 +57,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     flow = FlowFile(run.path)
     log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
+    gc.freeze()  # else a full collection looks at all modules, and actors wait for 60 ms
     while not stopping():
         replies: Replies = []
         for peer, packet in server.receive(POLL_SECONDS):
