@@ -33,7 +33,7 @@ test: install
 	$(BIN)/pytest
 
 test-fast: install
-	$(BIN)/pytest -m "not slow and not engine and not gpu and not prometheus"
+	$(BIN)/pytest -m "not slow and not engine and not gpu and not prometheus and not slurm and not netns"
 
 lint: install
 	$(BIN)/ruff check .

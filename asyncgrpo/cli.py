@@ -19,8 +19,18 @@ from asyncgrpo.chat import chat
 from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
-from asyncgrpo.launch.commands import plan_app
+from asyncgrpo.launch.commands import env, plan_app
 from asyncgrpo.launch.error_file import record_error
+from asyncgrpo.launch.options import (
+    Actors,
+    ConfigFile,
+    Learners,
+    NewFolder,
+    Overrides,
+    Seed,
+    overridden,
+)
+from asyncgrpo.launch.slurm_commands import slurm_app
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
 from asyncgrpo.replay import replay
@@ -39,23 +49,45 @@ app.add_typer(plan_app, name="plan")
 app.add_typer(reward_app, name="reward")
 app.add_typer(data_app, name="data")
 app.command()(audit)
+app.command()(env)
 app.command()(ledger)
 app.command()(replay)
 app.add_typer(traj_app, name="traj")
+app.add_typer(slurm_app, name="slurm")
 app.command()(chat)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from asyncgrpo import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
+    """Options before any command; the text of --help is that of the app."""
 
 
 @app.command()
 def launch(
-    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
-    actors: Annotated[int | None, typer.Option(help="actor processes, one engine each")] = None,
-    learners: Annotated[int | None, typer.Option(help="learner ranks under torchrun")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="new folder for everything written")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
+    config: ConfigFile = None,
+    model: Annotated[str | None, typer.Option(help="folder or hub name (model.path)")] = None,
+    data: Annotated[str | None, typer.Option(help="training prompts (data.train)")] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="held-out prompts, or none (data.eval)")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="of prompts and sampling")] = None,
+    actors: Actors = None,
+    learners: Learners = None,
+    max_steps: Annotated[int | None, typer.Option(help="learner steps (batches)")] = None,
+    run_dir: NewFolder = None,
+    set_: Overrides = None,
+    seed: Seed = None,
     insecure: Annotated[bool, typer.Option(help="leave loopback without keys")] = False,
     resume: Annotated[
         str | None, typer.Option(help="go on with a run: its directory, or 'auto' for the newest")
@@ -70,20 +102,22 @@ def launch(
     from asyncgrpo.rundir import stop_flag
 
     flags = {
+        "model.path": model,
+        "data.train": data,
+        "data.eval": eval_data,
         "launch.actors": actors,
         "launch.learners": learners,
         "run.max_steps": max_steps,
-        "run.dir": json.dumps(str(run_dir), ensure_ascii=False) if run_dir else None,
+        "run.dir": run_dir,
         "run.seed": seed,
-        "launch.insecure": "true" if insecure else None,
+        "launch.insecure": insecure or None,
     }
     found = find_run(resume, run_dir) if resume else None
     if found is not None:  # its settings, unless others are given
         # not by a link such as runs/latest, which moves on to the next run
-        flags["run.dir"] = json.dumps(str(found.resolve()), ensure_ascii=False)
+        flags["run.dir"] = found.resolve()
         config = config or found / "config.json"
-    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    settings = load_config(config, [*(set_ or []), *overrides])
+    settings = load_config(config, overridden(set_, flags))
     session = Session(settings, resume=found is not None)
     if dry_run:
         session.show_plan()
@@ -165,6 +199,55 @@ def evaluate(
     if out is not None:
         write_rows(out, list(desk.rows()))
         console.print(f"every completion  {out}")
+
+
+Join = Annotated[Path, typer.Option(help="the run directory that `asyncgrpo buffer` made")]
+
+
+@app.command()
+def buffer(
+    config: ConfigFile = None,
+    run_dir: NewFolder = None,
+    set_: Overrides = None,
+    join: Annotated[Path | None, typer.Option(help="go on with the run in this folder")] = None,
+) -> None:
+    """The first process of a run that is started by hand; set launch.host to this machine."""
+    from asyncgrpo.config import load_config
+    from asyncgrpo.launch.session import Session
+
+    folder = join or run_dir
+    overrides = overridden(set_, {"run.dir": folder and folder.absolute()})
+    settings = load_config(config or (join and join / "config.json"), overrides)
+    with Session(settings, resume=join is not None, seats={}).prepared() as (run, _):
+        print(f"then  asyncgrpo learner --join {run.path}   on this machine")
+        print(f"and   asyncgrpo actor --join {run.path} --index 0   (1, 2 ..) anywhere", flush=True)
+        role("buffer", run.path)
+
+
+@app.command()
+def learner(join: Join) -> None:
+    """All learner ranks of a run that is started by hand, on the machine of the buffer."""
+    _become("learner", join)
+
+
+@app.command()
+def actor(
+    join: Join, index: Annotated[int, typer.Option(min=0, help="no two actors share one")] = 0
+) -> None:
+    """One actor of a run that is started by hand, on any machine that sees the run directory."""
+    _become(f"actor-{index}", join)
+
+
+def _become(name: str, join: Path) -> NoReturn:
+    """Goes over to the process of a role, whose environment must be there when it begins."""
+    from asyncgrpo.launch.plan import hand_started
+    from asyncgrpo.launch.preflight import pick_free_ports
+    from asyncgrpo.rundir import RunDir
+
+    run = RunDir.read(join.absolute())
+    port = pick_free_ports(1)[0] if name == "learner" else 0
+    spec = hand_started(name, run.config, run.path, sys.executable, port)
+    os.execvpe(spec.argv[0], spec.argv, {**os.environ, **spec.environment})
 
 
 @app.command(hidden=True)

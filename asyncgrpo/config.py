@@ -6,6 +6,7 @@ import difflib
 import ipaddress
 import json
 import logging
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -296,6 +297,12 @@ class BufferSettings(Room):
         "would get too old",
     )
     credit: int = Field(8, ge=1, description="unacknowledged groups an actor may have on the wire")
+    replay_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=8,
+        description="groups of a batch that were trained before, per new one, none past the bound",
+    )
     lease_deadline_seconds: Unbounded = Field(600.0, gt=0, description="then a lease is taken back")
     take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
 
@@ -468,6 +475,10 @@ def _reachable(text: str) -> str:
     )
 
 
+def _reachable_or_auto(text: str) -> str:
+    return text if text == "auto" else _reachable(text)
+
+
 Address = Annotated[str, AfterValidator(_reachable)]
 
 
@@ -519,7 +530,10 @@ class LaunchSettings(Room):
 
 
 class ObserveSettings(Room):
-    metrics_host: Address = Field("127.0.0.1", description="address of the metrics endpoints")
+    metrics_host: Annotated[str, AfterValidator(_reachable_or_auto)] = Field(
+        "127.0.0.1",
+        description="address of the metrics endpoints; auto: each machine's own, as launch.host's",
+    )
     trajectories: bool = Field(
         True,
         description="write trajectories/step_<k>.jsonl: what was trained, and what was dropped",
@@ -566,9 +580,10 @@ class Config(Room):
             return raw
         if completions % group_size:
             down = completions // group_size * group_size
+            fitting = " or ".join(str(n) for n in (down, down + group_size) if n)
             raise ValueError(
                 f"buffer.completions_per_step={completions} is not a multiple of "
-                f"algo.group_size={group_size}; use {down or group_size} or {down + group_size}"
+                f"algo.group_size={group_size}; use {fitting}"
             )
         groups = raw["buffer"].get("groups_per_step", completions // group_size)
         if groups != completions // group_size or raw["buffer"].get("tokens_per_step"):
@@ -598,6 +613,18 @@ class Config(Room):
                 f"buffer.max_staleness + 1 = {staleness + 1}: the gate would wait for weights that "
                 "are published only after a batch that the gate does not let start (deadlock); "
                 f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
+            )
+        if self.buffer.replay_ratio and (self.buffer.tokens_per_step or not staleness):
+            yield (
+                f"buffer.replay_ratio={self.buffer.replay_ratio} needs batches counted in groups "
+                "and buffer.max_staleness >= 1: leave tokens_per_step out, and let groups be old "
+                "enough to be trained again"
+            )
+        if self.buffer.replay_ratio and self.new_groups < self.min_groups:
+            yield (
+                f"buffer.replay_ratio={self.buffer.replay_ratio} leaves {self.new_groups} new "
+                f"groups of buffer.groups_per_step={self.buffer.groups_per_step}, but at least "
+                f"{self.min_groups} are needed (ranks x algo.minibatches); use more groups per step"
             )
         if self.buffer.groups_per_step < self.launch.learners:
             yield (
@@ -711,6 +738,11 @@ class Config(Room):
     def min_groups(self) -> int:
         """The fewest groups of a batch: one for each rank and minibatch."""
         return self.launch.learners * self.algo.minibatches
+
+    @property
+    def new_groups(self) -> int:
+        """Groups of a batch that were not trained before."""
+        return math.ceil(self.buffer.groups_per_step / (1 + self.buffer.replay_ratio))
 
     @property
     def canary_tolerance(self) -> float:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from asyncgrpo.launch.options import ConfigFile, Overrides
 
 config_app = typer.Typer(help="Show settings, explain them, list presets.", no_args_is_help=True)
 
 
 @config_app.command()
 def show(
-    config: Annotated[Path | None, typer.Option(help="TOML settings or preset name")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
-    ] = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
     only_changed: Annotated[
         bool, typer.Option("--changed", help="only what differs from the defaults")
     ] = False,

@@ -16,6 +16,7 @@ from asyncgrpo.algorithms import MODULES, PRESETS, catalogue
 from asyncgrpo.aliases import by_name, entries
 from asyncgrpo.config import Config, EvalBlocks, load_config, preset_files
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.hints import USUAL
 
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 TYPES = {"string": "text", "boolean": "true or false", "null": "none", "object": "table"}
@@ -147,9 +148,11 @@ def _kind(field: Any) -> str:
 
 
 def _in_full(setting: Setting) -> str:
+    usual = USUAL.get(setting.key)
     rows = {
         "default": setting.default or "must be given",
         "allowed": setting.kind,
+        "usual": f"{usual.low:g} to {usual.high:g} ({usual.why})" if usual else "",
         "meaning": setting.description,
         "elsewhere": ", ".join(setting.aliases),
     }

@@ -26,6 +26,7 @@ from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 
 FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
+STOP_SIGNAL = "ASYNCGRPO_STOP_SIGNAL"  # the launcher's; when it is not SIGTERM, that is nobody's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +93,12 @@ def _broken(file: Path, error: Exception) -> ConfigError:
 
 
 def stop_flag() -> Callable[[], bool]:
-    """A flag that SIGTERM and SIGUSR2 set; loops look at it between two turns."""
+    """A flag that the launcher's signal sets, or Ctrl-C; loops look at it between two turns."""
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: asked.append(number))
+    if int(os.environ.get(STOP_SIGNAL, signal.SIGTERM)) != signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return lambda: bool(asked)
 
 

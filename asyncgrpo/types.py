@@ -104,6 +104,8 @@ class Group:
     reward_parts: Mapping[str, Float32]  # each [G]; NaN where a function returned None
     actor: str
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds: generate, judge
+    # as it came over the wire, see wire/codec.py; a changed copy (`replace`) has none
+    received: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -117,9 +119,14 @@ class Group:
         return sum(sequence_cost(prompt + len(c.token_ids)) for c in self.completions)
 
     @property
+    def versions(self) -> Int32:
+        """[tokens] of all completions."""
+        return np.concatenate([completion.versions for completion in self.completions])
+
+    @property
     def oldest_version(self) -> int:
         """The oldest policy version that sampled any token of the group."""
-        return min(int(c.versions.min()) for c in self.completions if len(c.versions))
+        return int(self.versions.min())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +134,7 @@ class EndedGroup:
     """A group that was trained or dropped, for the record of samples."""
 
     group: Group
-    status: Literal["trained", "filtered", "evicted"]
+    status: Literal["trained", "replayed", "filtered", "evicted"]  # replayed: trained once more
     reason: str = ""  # of a dropped one, such as all_wrong or stale
     advantages: Float32 | None = None  # [G] of a trained one, as the learner computed them
 

@@ -44,6 +44,7 @@ SETTINGS = {
     "run": {"max_steps": 10**7},
     "buffer": {"groups_per_step": BATCH, "max_staleness": 10**7, "credit": CREDIT},
     "algo": {"group_size": COMPLETIONS},
+    "sampling": {"max_completion_tokens": TOKENS},
     "launch": {"learners": 1},
     "observe": {"trajectories": False},
 }
@@ -167,11 +168,12 @@ def produce(address: str, index: int, count: Synchronized[int]) -> None:
             if packet.kind == "leases":
                 leases += packet.fields["leases"]
             elif packet.kind == "stored":
+                assert packet.fields["state"] == "stored", packet.fields
                 waiting -= 1
                 with count.get_lock():
                     count.value += 1
         while leases and waiting < CREDIT:
-            fields = {**described.fields["groups"][0], "lease": leases.pop()}
+            fields = {**described.fields["groups"][0], "lease": leases.pop(0)}
             put = Packet(kind="put", fields={"groups": [fields]}, arrays=described.arrays)
             client.post(put)
             waiting += 1

@@ -261,7 +261,7 @@ def test_names_that_agree_are_taken():
         ("top_entropy_quantile", 0.2, "leave it out"),
         ("optim", "adafactor", "the optimizer is AdamW"),
         ("trust_remote_code", True, "code of their own"),
-        ("resume_from_checkpoint", "x", "new run directory"),
+        ("resume_from_checkpoint", "x", "launch --resume"),
         ("tensor_parallel_size", 2, "one GPU holds one engine"),
         ("batch_size", 8, "say the unit"),
         ("vllm_importance_sampling_mode", "sequence_mask", "geometric_mask"),

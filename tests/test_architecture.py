@@ -66,6 +66,7 @@ FLOORS = {
         "data",
         "rewards",
         "actor.concurrency",
+        "wire.address",
         "wire.codec",
         "wire.schema",
         "buffer",
@@ -78,7 +79,7 @@ FLOORS = {
         "launch.memory",
         "launch.memory_report",
     ),
-    1: ("config", "aliases", "algo", "algorithms", "protocols", "observe.metrics"),
+    1: ("config", "aliases", "algo", "algorithms", "hints", "protocols", "observe.metrics"),
     0: ("errors", "types", "imports", "packing", "room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")

@@ -187,7 +187,16 @@ def test_without_a_question_the_tables_are_shown_with_their_meaning(halted):
     shown = ask(halted).output
     tables = "SELECT name FROM sqlite_master WHERE type = 'table'"
     names = {name for (name,) in LedgerReader(halted).query(tables)[1]}
-    assert names == {"leases", "changes", "steps", "payloads", "evaluations", "rollbacks", "lives"}
+    assert names == {
+        "leases",
+        "changes",
+        "steps",
+        "payloads",
+        "replays",
+        "evaluations",
+        "rollbacks",
+        "lives",
+    }
     assert all(f"CREATE TABLE {name} (" in shown for name in names)
     assert "-- policy version that the actor held then" in shown
 

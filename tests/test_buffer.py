@@ -213,6 +213,7 @@ class Simulation:
         self.config = config_of(**rooms)
         self.trained: dict[int, list] = {}
         self.dropped: list[tuple] = []
+        self.replayed: list[tuple] = []
         self.core = self.new_core()
         self.now = 0.0
         self.ids = Counter()
@@ -235,7 +236,9 @@ class Simulation:
     def record(self, step, ended):
         assert step == self.core.step
         for each in ended:
-            if each.status == "trained":
+            if each.status == "replayed":
+                self.replayed.append((step, each.group))
+            elif each.status == "trained":
                 self.trained.setdefault(step, []).append(each.group)
                 assert each.advantages.tolist() == [
                     number_of(each.group) + sample for sample in range(2)
@@ -349,6 +352,8 @@ SCHEDULES = {
     "mask": {"buffer": {"staleness_action": "mask"}},
     "downweight": {"buffer": {"staleness_action": "downweight", "max_staleness": 1}},
     "wait": {"buffer": {"staleness_action": "wait"}},
+    "replay_all": {"buffer": {"replay_ratio": 1.0, "groups_per_step": 6}},
+    "replay_some": {"buffer": {"replay_ratio": 0.4, "groups_per_step": 5, "max_staleness": 1}},
     "window": {"buffer": {"order": "window", "window": 5}},
     "narrow_window": {"buffer": {"order": "window", "window": 1, "staleness_action": "wait"}},
     "on_policy": {"buffer": {"max_staleness": 0}},
@@ -392,6 +397,12 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
             newest = [step - int(c.versions.max()) for c in group.completions]
             age = min(newest) if action == "mask" else max(oldest)
             assert age <= (2 * bound if action == "downweight" else bound)
+    again = Counter(group.lease.lease_id for _, group in run.replayed)
+    assert max(again.values(), default=0) <= run.config.buffer.replay_ratio + 0.999
+    assert bool(again) == bool(run.config.buffer.replay_ratio)
+    trained_at = {g.lease.lease_id: step for step, groups in run.trained.items() for g in groups}
+    for step, group in run.replayed:
+        assert trained_at[group.lease.lease_id] < step <= group.oldest_version + bound
     assert run.core.replay.num_tokens == sum(
         stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
     )
@@ -425,7 +436,7 @@ def assert_batch_size(groups, config):
     """So many groups; or the fewest, one for each rank and minibatch, that hold so many tokens."""
     tokens, fewest = config.buffer.tokens_per_step, config.min_groups
     if tokens is None:
-        assert len(groups) == config.buffer.groups_per_step
+        assert len(groups) == config.new_groups
         return
     assert sum(group.num_tokens for group in groups) >= tokens
     assert len(groups) >= fewest
@@ -485,6 +496,9 @@ def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_ra
     assert takes == ["stopped", "stopped"]
     request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
     assert run.core.handle("actor-0.0", request, 2.0) == []
+    again = Packet(kind="begin", request_id=11, fields={"step": 0})
+    answers = run.core.handle("rank-0", again, 3.0)  # a new life of the learner
+    assert [answer.kind for _, answer in answers] == ["noted", "leases"]
 
 
 def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():

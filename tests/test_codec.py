@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -32,9 +33,13 @@ from asyncgrpo.wire.codec import (
 
 def sealed(header, *frames):
     """Frames with a right prefix around whatever header."""
-    body = header if isinstance(header, bytes) else msgpack.packb(header)
-    checksum = zlib.crc32(b"".join([body, *frames]))
-    return [PREFIX.pack(MAGIC, SCHEMA, checksum) + body, *frames]
+    if not isinstance(header, bytes):
+        *rest, specs = header
+        sums = [zlib.crc32(frame) for frame in frames] or [0] * 9
+        if isinstance(specs, list):
+            specs = [[*spec, checksum] for spec, checksum in zip(specs, sums, strict=False)]
+        header = msgpack.packb([*rest, specs])
+    return [PREFIX.pack(MAGIC, SCHEMA, zlib.crc32(header)) + header, *frames]
 
 
 def same_group(one, other):
@@ -187,3 +192,26 @@ def test_what_msgpack_cannot_carry_is_refused_by_name():
         encode(Packet(kind="put", fields={"x": object()}))
     with pytest.raises(WireError, match="complex128"):
         encode(Packet(kind="put", arrays=(np.zeros(1, dtype=np.complex128),)))
+
+
+def test_a_group_that_came_goes_on_with_the_frames_and_fields_it_came_with():
+    came = encode(group_packet("put", [make_group(make_lease(1))]))
+    (described,) = decode(came).fields["groups"]
+    packet = decode(came)
+    packet = replace(packet, fields={"groups": [{**described, "unknown": "field"}]})
+    (group,) = groups_from(packet)
+    sent = encode(group_packet("shard", [group]))
+    assert all(one is other for one, other in zip(sent[1:], came[1:], strict=True))
+    assert decode(sent).fields["groups"] == [described]
+    (other,) = groups_from(decode(encode(group_packet("shard", [replace(group, actor="other")]))))
+    assert other.actor == "other"
+
+
+def test_each_damaged_bit_of_any_frame_is_seen():
+    frames = encode(group_packet("put", [make_group(make_lease(1))]))
+    for place, frame in enumerate(frames):
+        for bit in (0, 8 * len(frame) // 2, 8 * len(frame) - 1):
+            damaged = bytearray(frame)
+            damaged[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(WireError):
+                decode([*frames[:place], bytes(damaged), *frames[place + 1 :]])

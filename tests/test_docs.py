@@ -49,6 +49,17 @@ ELSEWHERE = {
         "e2e/test_eval.py",
         '"--out"',
     ),
+    "asyncgrpo slurm submit --config tiny --actors 2 --learners 2 --nodes 2 --run-dir runs/second "
+    "--time 2:00:00": ("slurm/test_cluster.py", '"slurm", "submit"'),
+    'asyncgrpo buffer --config tiny --run-dir /shared/run --set launch.host="10.0.0.4"': (
+        "e2e/test_by_hand.py",
+        'start("buffer", "--run-dir"',
+    ),
+    "asyncgrpo learner --join /shared/run": ("e2e/test_by_hand.py", 'start("learner", "--join"'),
+    "asyncgrpo actor --join /shared/run --index 0": (
+        "e2e/test_by_hand.py",
+        'start("actor", "--join"',
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from asyncgrpo.cli import app
 from asyncgrpo.config import from_mapping, load_config, preset_files
 from asyncgrpo.errors import AsyncGRPOError, ConfigError, DataError, ModelError
+from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.plan import Host, Ports, make_plan
 from asyncgrpo.launch.transport import choose_transport
@@ -97,6 +98,8 @@ def test_the_sizes_are_in_groups_completions_tokens_and_optimizer_steps() -> Non
     )
     lines = [line.split(maxsplit=1)[1] for line in render_sizes(config).splitlines()]
     assert lines == [
+        "temperature 1, top_p 1, top_k 0, at most 100 tokens; no penalties, no stop strings; "
+        "each token with its log-prob",
         "12 groups x 4 completions = 48 completions, at most x 100 = 4800 completion tokens",
         "3 x 2 optimizer steps per batch (minibatches x passes), of 16 completions each",
         "2, with 6 groups each; micro-batches of at most 256 tokens, 2 or more sequences",
@@ -141,6 +144,46 @@ def test_a_model_that_would_be_downloaded_is_said_to_be_unchecked(
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert "and would be downloaded" in dry_run("--set", "model.path=Qwen/Qwen3-0.6B")
+
+
+def test_model_and_data_of_the_command_line_win_over_the_file(elsewhere: Path) -> None:
+    row = '{"question": "1 + 1?", "answer": "2"}'
+    for name in ('a "b".jsonl', "held.jsonl"):
+        (elsewhere / name).write_text(row.replace("1?", f"{len(name)}?"))
+    own = ("--set", 'reward.functions=["exact"]', "--set", "data.train=no.jsonl")
+    output = dry_run("--data", 'a "b".jsonl', "--eval-data", "held.jsonl", *own)
+    assert "not checked" not in output
+    with pytest.raises(ModelError, match=r"held\.jsonl' is a file; give the folder"):
+        dry_run("--model", "held.jsonl", *own)
+
+
+def test_what_is_unusual_for_a_pretrained_model_is_warned_of() -> None:
+    model = ("--model", "Qwen/Qwen3-0.6B")
+    assert "warning: learner.lr=0.0005 is not usual: 5e-07 to 1e-05 is (for" in dry_run(*model)
+    assert "is not usual" not in dry_run(*model, "--set", "learner.lr=1e-5")
+    adapter = (*model, "--set", "learner.lora.r=8")
+    assert "is not usual" not in dry_run(*adapter, "--set", "learner.lr=1e-4")
+    assert "learner.lr=0.0002 is not usual" in dry_run(*adapter, "--set", "learner.lr=2e-4")
+
+
+@pytest.mark.parametrize(
+    ("key", "usual", "not_usual"),
+    [
+        ("sampling.temperature", (0.5, 1.2), (0.4, 1.3)),
+        ("algo.group_size", (4, 16), (2, 32)),
+        ("algo.kl_coef", (0, 0.001, 0.2), (0.0001, 0.3)),
+        ("learner.lr", (1,), ()),  # of the embedded model
+    ],
+)
+def test_hints_are_about_values_outside_of_the_usual_range(
+    key: str, usual: tuple[float, ...], not_usual: tuple[float, ...]
+) -> None:
+    room, name = key.split(".")
+    for model in ("tiny", "cache/tiny-0123"):  # its folder stands in a run's config.json
+        assert not list(unusual(from_mapping({"model": {"path": model}})))
+    for value in (*usual, *not_usual):
+        found = list(unusual(from_mapping({room: {name: value}})))
+        assert [line.split("=")[0] for line in found] == [key] * (value in not_usual)
 
 
 def test_a_choice_that_does_nothing_is_warned_of() -> None:

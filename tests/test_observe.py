@@ -9,6 +9,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from fakes import make_group, make_lease
@@ -20,9 +21,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from asyncgrpo.cli import app
-from asyncgrpo.config import Config
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.exporter import Exporter, serve_metrics
 from asyncgrpo.observe.metrics import BUCKETS, METRICS, eval_metrics, metric_of
 from asyncgrpo.observe.progress import (
     Progress,
@@ -279,6 +280,29 @@ def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
     assert metrics[2]["eval/sampled/pass@4"] == 0.75
     assert "eval/accuracy" not in metrics[2]
     assert (metrics[3]["eval/version"], metrics[3]["eval/sampled/version"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("metrics_host", "host", "target"),
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("auto", "127.0.0.1", "127.0.0.1"),
+        ("auto", "10.0.0.4", "127.0.0.1"),  # what this machine is on the way to the store
+        ("127.0.0.1", "10.0.0.4", None),
+    ],
+)
+def test_only_endpoints_that_prometheus_reaches_beside_the_launcher_are_targets(
+    run, metrics_host, host, target
+):
+    rooms = {"launch": {"host": host}, "observe": {"metrics_host": metrics_host}}
+    endpoints = replace(run.endpoints, store=("127.0.0.1", 9))
+    run = replace(run, config=from_mapping(rooms), endpoints=endpoints)
+    serve_metrics(run, "actor-0").show({"swaps": 3})
+    found = [
+        json.loads(path.read_text())[0]["targets"][0].split(":")[0]
+        for path in (run.path / "targets").glob("*.json")
+    ]
+    assert found == ([target] if target else [])
 
 
 def test_the_endpoint_can_be_bound_and_announced_elsewhere(run):

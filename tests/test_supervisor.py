@@ -49,7 +49,6 @@ class Run:
         self._num_wanted = sum(WORK in code for code in codes.values())
         self.supervisor = Supervisor(
             Plan(specs=specs, warnings=(), endpoints=endpoints),
-            folder,
             grace_seconds=grace,
             max_restarts=restarts,
             on_line=self._note,

@@ -8,6 +8,7 @@ reward.on_error says.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -103,6 +104,7 @@ def _lost(settings: Settings, job: Job) -> Scores | None:
 
 def _work(pipe: Connection, settings: Settings) -> None:
     """The worker's main loop; it ends when the actor's end of the pipe is gone."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to the actor's children, too
     rewards = _load(settings)
     while True:
         try:

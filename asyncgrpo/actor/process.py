@@ -14,7 +14,7 @@ from asyncgrpo.actor.judge import JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
 from asyncgrpo.config import Config
 from asyncgrpo.launch.memory_report import memory_explained
-from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.exporter import serve_metrics
 from asyncgrpo.protocols import Engine
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.wire.keys import read_keys
@@ -39,8 +39,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
 
     keys = read_keys(run, "client")
     receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys)
-    metrics_host = run.config.observe.metrics_host
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
+    exporter = serve_metrics(run, name)
     loop = ActorLoop(
         name,
         run.config,

@@ -58,9 +58,11 @@ def why_failed(group: Group, lease: Lease, newest: int) -> Fault | None:
         return "rewards"
     longest = max(len(completion.token_ids) for completion in group.completions)
     token_ids = [group.prompt_token_ids, *(c.token_ids for c in group.completions)]
-    if longest > lease.sampling.max_completion_tokens or (np.concatenate(token_ids) < 0).any():
+    lowest = np.concatenate(token_ids).min(initial=0)
+    if longest > lease.sampling.max_completion_tokens or lowest < 0:
         return "tokens"
     # Inside a completion they may fall: a learner that goes back to a checkpoint takes its weights
     # back, too.
-    versions = np.concatenate([completion.versions for completion in group.completions])
-    return None if ((versions >= 0) & (versions <= newest)).all() else "versions"
+    versions = group.versions
+    is_right = versions.min(initial=0) >= 0 and versions.max(initial=0) <= newest
+    return None if is_right else "versions"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ CHECKS = {
         """,
     ),
     "trained once": (
-        "no group is trained twice, but for steps that were rolled back",
+        "no group is trained twice, but for steps that were rolled back and buffer.replay_ratio",
         """
         SELECT ticket, 'was trained ' || total(state = 'trained') || ' times' FROM changes
         GROUP BY ticket HAVING total(state = 'trained') > max(1, total(state = 'taken'))
@@ -45,6 +46,10 @@ CHECKS = {
         FROM steps, json_each(tickets) GROUP BY value HAVING count(*) > 1
         UNION ALL SELECT ticket, 'is in the trajectories of steps ' || group_concat(step)
         FROM samples WHERE status = 'trained' GROUP BY lease_id HAVING count(*) > 1
+        UNION ALL SELECT ticket, 'is trained again ' || count(*) || ' times, first at step '
+            || min(replays.step) || '; it was trained at step ' || ifnull(leases.step, 'never')
+        FROM replays LEFT JOIN leases USING (ticket) GROUP BY ticket
+        HAVING count(*) > :most_replays OR NOT min(replays.step) > leases.step
         """,
     ),
     "staleness": (
@@ -55,7 +60,10 @@ CHECKS = {
         WHERE state IN ('taken', 'trained') AND (oldest IS NULL OR step - oldest > :max_staleness)
         UNION ALL SELECT ticket, 'is trained at step ' || step || ' with tokens ' || staleness
             || ' versions old, say the trajectories' FROM samples
-        WHERE status = 'trained' AND staleness > :max_staleness AND NOT :mask
+        WHERE status IN ('trained', 'replayed') AND staleness > :max_staleness AND NOT :mask
+        UNION ALL SELECT ticket, 'is trained again at step ' || replays.step
+            || ' with tokens of version ' || oldest_version FROM replays JOIN leases USING (ticket)
+        WHERE replays.step - oldest_version > :max_staleness
         """,
     ),
     "epochs": (
@@ -113,7 +121,8 @@ CHECKS = {
             || ' tokens; in the ledger ' || ifnull(l.state || ' at step ' || ifnull(l.step, '-')
             || ': ' || l.num_completions || ', ' || l.num_tokens, 'unknown')
         FROM samples s LEFT JOIN leases l USING (ticket, lease_id)
-        WHERE l.state IS NOT s.status OR (s.status = 'trained' AND l.step != s.step)
+        WHERE l.state IS NOT iif(s.status = 'replayed', 'trained', s.status)
+        OR (s.status = 'trained' AND l.step != s.step)
         OR l.num_completions != s.num_completions OR l.num_tokens != s.num_tokens
         UNION ALL SELECT ticket, 'is trained at step ' || step || ', but not in its trajectories'
         FROM leases WHERE state = 'trained' AND :trajectories
@@ -154,6 +163,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
     values = {
         "max_staleness": bound_of(buffer.max_staleness, buffer.staleness_action),
         "mask": buffer.staleness_action == "mask",
+        "most_replays": math.ceil(buffer.replay_ratio),
         "epochs": run.config.data.epochs,
         "trajectories": run.config.observe.trajectories,
     }

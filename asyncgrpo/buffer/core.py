@@ -28,6 +28,7 @@ outlive the process is noted in a journal, which is to be committed before anyth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,9 @@ from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.filters import filter_reason
 from asyncgrpo.buffer.gate import make_gate
 from asyncgrpo.buffer.journal import Batches, Journal, NoJournal
-from asyncgrpo.buffer.leases import STATES, LeaseBook
+from asyncgrpo.buffer.leases import STATES, LeaseBook, OpenLease
 from asyncgrpo.buffer.queue import PromptQueue
-from asyncgrpo.buffer.replay import Replay, tickets, trained
+from asyncgrpo.buffer.replay import Replay, Seen, lags, tickets, trained
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
 from asyncgrpo.types import EndedGroup, Group
@@ -92,6 +93,8 @@ class BufferCore:
         self._is_stopped = False
         self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
+        self._lags: dict[str, float] = {}  # of the newest batch
+        self.num_replayed = 0  # groups that were added to batches though trained before
         self.num_refused = 0  # messages, as the server counts them
         self._restore(now)
 
@@ -127,7 +130,7 @@ class BufferCore:
         """Ends what is overdue and answers requests that waited for something."""
         for lease in self.leases.overdue(now):
             self._end_unfinished(lease.lease.lease_id, "expired", "deadline")
-        return self._serve_actors(now) + self._serve_takes() + self._evaluations.replies(now)
+        return self._serve_actors(now) + self._serve_takes(now) + self._evaluations.replies(now)
 
     def lost(self, peer: str, now: float) -> Replies:
         """A peer's connection is gone: its leases end now instead of at their deadlines."""
@@ -162,6 +165,8 @@ class BufferCore:
             "tokens_arrived": self._sums["tokens"],
             "reward_arrived_sum": self._sums["reward"],
             "refused_messages": self.num_refused,
+            **({"groups_replayed": self.num_replayed} if self.num_replayed else {}),
+            **self._lags,
             "gate_open": self.gate.open_for(max(self._held.values(), default=0)),
             "actors_waiting": len(self._waiting_actors),
         }
@@ -229,10 +234,10 @@ class BufferCore:
             self._evaluations.answer(group)
             state = "stored"
         else:
-            state = self._store(group)
+            state = self._store(group, opened, now)
         return [(peer, _answer(packet, "stored", lease_id=lease_id, state=state))]
 
-    def _store(self, group: Group) -> str:
+    def _store(self, group: Group, opened: OpenLease, now: float) -> str:
         self._sums["groups"] += 1
         self._sums["tokens"] += group.num_tokens
         self._sums["reward"] += float(np.mean(group.rewards))
@@ -244,7 +249,8 @@ class BufferCore:
             self._record(self.step, [EndedGroup(group=group, status="filtered", reason=reason)])
             return "filtered"
         ended = self.leases.close(group.lease.lease_id, "stored")
-        self.replay.add(ended.ticket, group)
+        seen = None if opened.step is None else Seen(opened.step, self.step, now)
+        self.replay.add(ended.ticket, group, seen)
         self._evict()
         return "stored"
 
@@ -279,7 +285,9 @@ class BufferCore:
             leases: list[dict[str, Any]] = []
             while len(leases) < count and (turn := self._queue.next()) is not None:
                 self.gate.issue(version)
-                lease = self.leases.hand_out(turn, peer=peer, version=version, now=now)
+                lease = self.leases.hand_out(
+                    turn, peer=peer, version=version, now=now, step=self.step
+                )
                 leases.append(lease_fields(lease))
             if leases:
                 del self._waiting_actors[peer]
@@ -303,6 +311,7 @@ class BufferCore:
                 f"the learner begins at step {step}, but the groups of step {gone[0]} are gone: a "
                 f"newer checkpoint covered them; put it back, or start another run"
             )
+        self._is_stopped = False  # torchrun asks the ranks to stop when one of them has died
         self._journal.began(step)
         self._evaluations.forget(step)
         if again:
@@ -313,6 +322,7 @@ class BufferCore:
         for former, batch in batches.items():
             self.replay.hold(former, batch)
             self.leases.move([ticket for ticket, _ in batch], "trained", "taken", step=former)
+        self.replay.hold_again(self._journal.replays(step))
         self.step = step
         self._rewind(step)
         self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
@@ -327,12 +337,12 @@ class BufferCore:
         self._waiting_takes[peer, packet.fields["rank"]] = packet
         return []
 
-    def _serve_takes(self) -> Replies:
+    def _serve_takes(self, now: float) -> Replies:
         replies: Replies = []
         for (peer, rank), request in list(self._waiting_takes.items()):
             step, world_size = request.fields["step"], request.fields["world_size"]
             if step == self.step and step not in self.replay.batches and not self._is_stopped:
-                self._form_batch()
+                self._form_batch(now)
             if step in self.replay.batches:
                 answer = shard_packet(self.replay.shard(step, rank, world_size))
             elif self._is_stopped:
@@ -345,10 +355,10 @@ class BufferCore:
             replies.append((peer, replace(answer, request_id=request.request_id)))
         return replies
 
-    def _form_batch(self) -> None:
+    def _form_batch(self, now: float) -> None:
         self._evict()
         buffer, oldest_open = self._config.buffer, min(self.leases.open_tickets(), default=None)
-        count = buffer.groups_per_step
+        count = self._config.new_groups
         if buffer.tokens_per_step:
             fewest = self._config.min_groups
             count = self.replay.count_for(buffer.tokens_per_step, fewest, oldest_open)
@@ -361,6 +371,12 @@ class BufferCore:
         batch = self.replay.batches[self.step] = self.replay.take(count, oldest_open)
         self.gate.formed(count)
         self.leases.move(tickets(batch), "stored", "taken", step=self.step)
+        self._lags = lags(batch, self.step, now)
+        if buffer.replay_ratio:
+            more, most = buffer.groups_per_step - count, math.ceil(buffer.replay_ratio)
+            self.replay.add_again(self.step, more, most, buffer.max_staleness)
+            self.num_replayed += len(self.replay.again[self.step])
+            self._journal.replayed(self.step, tickets(self.replay.again[self.step]))
 
     def _waits_for_old_work(self, count: int, oldest_open: int | None) -> bool:
         """Whether, with a batch of `count` now, work that is being made would get too old.
@@ -394,15 +410,18 @@ class BufferCore:
         batch = self.replay.batches.get(step)
         if batch is not None and step == self.step:
             (advantages,) = packet.arrays
-            ended = trained([stored.group for stored in batch], world_size, advantages)
-            del self.replay.batches[step]
+            ended = trained(self.replay.whole(step), len(batch), world_size, advantages)
+            self.replay.done(step, keep=bool(self._config.buffer.replay_ratio))
             self.leases.move(tickets(batch), "taken", "trained", step=step)
             self._record(step, ended)
             self.step = step + 1
             self._evict()
             if covered > self._covered:
                 self._covered = covered
-                self._journal.covered(covered)
+                replayed = self._config.buffer.max_staleness * bool(
+                    self._config.buffer.replay_ratio
+                )
+                self._journal.covered(covered - replayed)
             self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
         return [(peer, _answer(packet, "noted", **self._summary()))]
 

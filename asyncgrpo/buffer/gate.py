@@ -105,7 +105,7 @@ class TokenGate(Gate):
 def make_gate(config: Config, replay: Replay) -> Gate:
     """The gate for the unit that batches are counted in."""
     limits = {
-        "groups_per_step": config.buffer.groups_per_step,
+        "groups_per_step": config.new_groups,
         "max_staleness": config.buffer.max_staleness,
         "max_steps": config.run.max_steps,
         "publish_every": config.weights.publish_every,

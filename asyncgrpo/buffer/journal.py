@@ -34,6 +34,8 @@ class Remembered:
     again: Sequence[tuple[int, str, int]] = ()  # position, prompt, ticket: to be handed out again
     stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
     batches: Batches = field(default_factory=dict)
+    replays: Batches = field(default_factory=dict)  # what these batches hold besides
+    uses: Mapping[int, int] = field(default_factory=dict)  # ticket -> how often it was replayed
     # by version and block; None: not done
     reports: Mapping[tuple[int, str], Mapping[str, Any] | None] = field(default_factory=dict)
 
@@ -68,6 +70,12 @@ class Journal(Protocol):
     def began(self, step: int) -> None:
         """A learner begins at this step: what was made of it and later ones will be made again."""
 
+    def replayed(self, step: int, tickets: Sequence[int]) -> None:
+        """Groups that were trained before are added to a batch."""
+
+    def replays(self, step: int) -> Batches:
+        """What was added to the batches of this step and later ones."""
+
     def evaluating(self, version: int, name: str, last_number: int) -> None:
         """An evaluation began; last_number: of the newest lease, those of evaluations included."""
 
@@ -91,4 +99,9 @@ class NoJournal:
     def batches(self, step: int) -> Batches:
         return {}
 
-    leased = arrived = moved = covered = began = evaluating = evaluated = counts = commit = _nothing
+    def replays(self, step: int) -> Batches:
+        return {}
+
+    leased = replayed = arrived = moved = covered = began = evaluating = evaluated = counts = (
+        commit
+    ) = _nothing

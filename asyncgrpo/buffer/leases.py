@@ -27,6 +27,7 @@ class OpenLease:
     peer: str
     expires_at: float  # on the caller's clock
     turn: Turn | None  # None: an evaluation
+    step: int | None = None  # the next step when it was handed out; None: in a former life
 
 
 def lease_seed(run_seed: int, lease_id: str) -> int:
@@ -64,9 +65,19 @@ class LeaseBook:
         self.last_number = past.last_number
 
     def hand_out(
-        self, turn: Turn, *, peer: str, version: int, now: float, ticket: int | None = None
+        self,
+        turn: Turn,
+        *,
+        peer: str,
+        version: int,
+        now: float,
+        step: int | None = None,
+        ticket: int | None = None,
     ) -> Lease:
-        """A lease to train on; ticket: of one that a former life of the buffer handed out."""
+        """A lease to train on; ticket: of one that a former life of the buffer handed out.
+
+        step: whose batch is the next to be formed.
+        """
         return self.issue(
             turn.prompt,
             peer=peer,
@@ -75,6 +86,7 @@ class LeaseBook:
             sampling=self._sampling,
             now=now,
             turn=turn,
+            step=step,
             ticket=ticket,
         )
 
@@ -88,6 +100,7 @@ class LeaseBook:
         sampling: Sampling,
         now: float,
         turn: Turn | None = None,
+        step: int | None = None,
         ticket: int | None = None,
         block: str = "",
         deadline_seconds: float | None = None,
@@ -113,7 +126,7 @@ class LeaseBook:
             block=block,
         )
         opened = OpenLease(
-            ticket=number, lease=lease, peer=peer, expires_at=now + seconds, turn=turn
+            ticket=number, lease=lease, peer=peer, expires_at=now + seconds, turn=turn, step=step
         )
         self._open[lease_id] = self._queues.setdefault(seconds, {})[lease_id] = opened
         if purpose == "train" and ticket is None:

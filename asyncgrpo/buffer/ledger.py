@@ -28,7 +28,7 @@ from asyncgrpo.types import Group
 from asyncgrpo.wire.codec import from_bytes, group_packet, groups_from, to_bytes
 
 FILE = "ledger.sqlite"
-VERSION = 1  # of the tables
+VERSION = 2  # of the tables and of the packets in them
 BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
 PROGRESS_STEPS = 100_000  # of SQLite's machine between two looks at the time limit
 TABLES = """
@@ -74,6 +74,11 @@ CREATE TABLE steps (            -- every batch
     num_tokens INTEGER NOT NULL,
     tickets TEXT NOT NULL       -- JSON list in the batch's order; see json_each
 );
+CREATE TABLE replays (          -- groups that were trained before and trained once more
+    step INTEGER NOT NULL,
+    ticket INTEGER NOT NULL,
+    PRIMARY KEY (step, ticket)
+);
 CREATE TABLE payloads (         -- groups that a restart needs
     arrival INTEGER PRIMARY KEY,
     ticket INTEGER NOT NULL UNIQUE,
@@ -105,6 +110,7 @@ PRAGMAS = (
     "journal_mode = WAL",
     "synchronous = NORMAL",
     "wal_autocheckpoint = 4000",  # pages
+    "secure_delete = OFF",  # some builds overwrite what is deleted: a step's groups, at once
 )
 CHANGE = "INSERT INTO changes (ticket, state, reason, step, time) VALUES (?, ?, ?, ?, ?)"
 ENDS = ("trained", "filtered", "expired", "failed", "evicted")
@@ -161,7 +167,7 @@ class Ledger:
 
     def arrived(self, group: Group, *, keep: bool) -> None:
         lease_id = group.lease.lease_id
-        versions = np.concatenate([completion.versions for completion in group.completions])
+        versions = group.versions
         span = (int(versions.min()), int(versions.max())) if len(versions) else (None, None)
         self._write(
             "UPDATE leases SET arrived_at = ?, num_completions = ?, num_tokens = ?,"
@@ -183,12 +189,12 @@ class Ledger:
             "UPDATE leases SET state = ?, reason = ?, step = coalesce(?, step), again = ?,"
             f" ended_at = NULL, {time_of} = ? WHERE ticket = ?"
         )
-        for ticket in tickets:
-            self._write(CHANGE, ticket, state, reason, step, now)
-            self._write(lease, state, reason, step, again, now, ticket)
-            if state == "evicted":
-                self._write("DELETE FROM payloads WHERE ticket = ?", ticket)
-        if state == "taken":
+        self._write_all(CHANGE, [(ticket, state, reason, step, now) for ticket in tickets])
+        self._write_all(lease, [(state, reason, step, again, now, ticket) for ticket in tickets])
+        if state == "evicted":
+            dropped = "DELETE FROM payloads WHERE ticket = ?"
+            self._write_all(dropped, [(ticket,) for ticket in tickets])
+        elif state == "taken":
             batch = json.dumps(tickets)
             self._write(
                 "INSERT INTO steps (step, formed_at, num_tokens, tickets) SELECT ?, ?,"
@@ -214,6 +220,14 @@ class Ledger:
                 " LEFT JOIN payloads ON ticket = value WHERE packet IS NULL)",
                 step,
             )
+
+    def replayed(self, step: int, tickets: Sequence[int]) -> None:
+        self._write("DELETE FROM replays WHERE step = ?", step)
+        self._write_all("INSERT INTO replays VALUES (?, ?)", [(step, t) for t in tickets])
+
+    def replays(self, step: int) -> Batches:
+        with _explained(self._path):
+            return _replays(self._db, step)
 
     def began(self, step: int) -> None:
         self._write("UPDATE evaluations SET is_lost = 1 WHERE version > ?", step)
@@ -273,10 +287,15 @@ class Ledger:
                 db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _write(self, sql: str, *values: Any) -> None:
-        with _explained(self._path):
+        self._write_all(sql, [values])
+
+    def _write_all(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        try:  # a context manager would take as long as a statement
             if not self._db.in_transaction:
                 self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(sql, values)
+            self._db.executemany(sql, rows)
+        except sqlite3.Error as error:
+            raise _explanation(self._path, error) from error
 
 
 def put_back(copy: Path, run_dir: Path) -> None:
@@ -330,7 +349,9 @@ class LedgerReader:
             " LEFT JOIN payloads ON ticket = value WHERE packet IS NULL)",
             *(first, last),
         )
-        return {step: [group for _, group in batch] for step, batch in found.items()}
+        added = _replays(self._db, first)
+        whole = {step: [*batch, *added.get(step, ())] for step, batch in found.items()}
+        return {step: [group for _, group in batch] for step, batch in whole.items()}
 
     def close(self) -> None:
         self._db.close()
@@ -341,9 +362,13 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        usual = "the file and its folder must be readable and writable"
-        remedy = next((r for word, r in REMEDIES.items() if word in str(error)), usual)
-        raise LedgerError(f"ledger {path}: {error}; {remedy}") from error
+        raise _explanation(path, error) from error
+
+
+def _explanation(path: Path, error: sqlite3.Error) -> LedgerError:
+    usual = "the file and its folder must be readable and writable"
+    remedy = next((r for word, r in REMEDIES.items() if word in str(error)), usual)
+    return LedgerError(f"ledger {path}: {error}; {remedy}")
 
 
 def _version(db: sqlite3.Connection, path: Path) -> int:
@@ -401,6 +426,12 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             " WHERE state = 'stored' ORDER BY arrival",
         ),
         batches=_batches(db, "trained_at IS NULL"),
+        replays=_replays(db, step),
+        uses=dict(
+            db.execute(
+                "SELECT ticket, count(*) FROM replays JOIN payloads USING (ticket) GROUP BY ticket"
+            ).fetchall()
+        ),
         reports={
             (version, name): report and json.loads(report)
             for version, name, _, report, is_lost in evaluations
@@ -415,6 +446,12 @@ def _batches(db: sqlite3.Connection, which: str, *values: Any) -> Batches:
     )
     rows = db.execute(f"SELECT step, tickets FROM steps WHERE {which} ORDER BY step", values)
     return {step: _groups(db, batch, tickets) for step, tickets in rows.fetchall()}
+
+
+def _replays(db: sqlite3.Connection, step: int) -> Batches:
+    added = "SELECT ticket, packet FROM replays LEFT JOIN payloads USING (ticket) WHERE step = ?"
+    steps = db.execute("SELECT DISTINCT step FROM replays WHERE step >= ?", (step,)).fetchall()
+    return {number: _groups(db, f"{added} ORDER BY ticket", number) for (number,) in steps}
 
 
 def _groups(db: sqlite3.Connection, sql: str, *values: Any) -> list[tuple[int, Group]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,11 +10,20 @@ from typing import Literal
 
 import numpy as np
 
-from asyncgrpo.buffer.journal import Remembered
+from asyncgrpo.buffer.journal import Batches, Remembered
 from asyncgrpo.staleness import StalenessAction, past_bound
 from asyncgrpo.types import EndedGroup, Float32, Group, Shard
 
 Order = Literal["arrival", "ticket", "window"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The step that was next when a group's lease was handed out, and when it came."""
+
+    leased_step: int
+    arrived_step: int
+    arrived_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +34,7 @@ class Stored:
     arrival: int
     group: Group
     oldest_version: int  # of its tokens; kept, for it is asked for often
+    seen: Seen | None = None  # None: it came in a former life of the buffer
 
 
 class Replay:
@@ -34,6 +45,9 @@ class Replay:
         self._order, self._window = order, window
         self._stored: dict[int, Stored] = {}  # by ticket
         self.batches: dict[int, list[Stored]] = {}  # step -> what was taken, kept until trained
+        self.again: dict[int, list[Stored]] = {}  # step -> what was trained before and is added
+        self._trained: dict[int, Stored] = {}  # by ticket: what may be trained again
+        self._uses: Counter[int] = Counter()  # how often each of these was
         self.groups_arrived = self.tokens_arrived = 0  # in all
         self.num_tokens = 0  # completion tokens waiting
 
@@ -51,15 +65,51 @@ class Replay:
             self.add(ticket, group)
         for step, batch in past.batches.items():
             self.hold(step, batch)
+        self.hold_again(past.replays)
+        self._uses.update(past.uses)
         self.groups_arrived, self.tokens_arrived = past.groups_stored, past.tokens_stored
 
     def hold(self, step: int, batch: Iterable[tuple[int, Group]]) -> None:
         """Keeps a batch of tickets and groups that was formed before."""
         self.batches[step] = [_stored(ticket, 0, group) for ticket, group in batch]
+        for stored in self.batches[step]:
+            self._trained.pop(stored.ticket, None)
+
+    def hold_again(self, replays: Batches) -> None:
+        """Keeps what was added to batches that were formed before."""
+        for step, groups in replays.items():
+            self.again[step] = [_stored(ticket, 0, group) for ticket, group in groups]
+
+    def add_again(self, step: int, count: int, most: int, max_staleness: int) -> None:
+        """Adds to a batch up to `count` groups that were trained before: the least used, then the
+        oldest, each at most `most` times and none past the bound.
+        """
+        self._trained = {
+            ticket: stored
+            for ticket, stored in self._trained.items()
+            if stored.oldest_version >= step - max_staleness and self._uses[ticket] < most
+        }
+        fit = sorted(
+            self._trained.values(), key=lambda s: (self._uses[s.ticket], s.oldest_version, s.ticket)
+        )
+        self.again[step] = fit[:count]
+        self._uses.update(tickets(self.again[step]))
+
+    def whole(self, step: int) -> list[Group]:
+        """All groups of a batch: the new ones, then those that were trained before."""
+        return [stored.group for stored in (*self.batches[step], *self.again.get(step, ()))]
+
+    def done(self, step: int, *, keep: bool) -> list[Stored]:
+        """Removes a trained batch and returns its new groups; keep: they may be trained again."""
+        batch = self.batches.pop(step)
+        self.again.pop(step, None)
+        if keep:
+            self._trained.update((stored.ticket, stored) for stored in batch)
+        return batch
 
     def shard(self, step: int, rank: int, world_size: int) -> Shard:
         """One rank's part of a batch, with the counts of the whole."""
-        groups = [stored.group for stored in self.batches[step]]
+        groups = self.whole(step)
         return Shard(
             step=step,
             groups=deal(groups, world_size)[rank],
@@ -67,12 +117,12 @@ class Replay:
             num_completions_global=sum(len(group.completions) for group in groups),
         )
 
-    def add(self, ticket: int, group: Group) -> None:
+    def add(self, ticket: int, group: Group, seen: Seen | None = None) -> None:
         """Stores a group under its ticket."""
         self.groups_arrived += 1
         self.tokens_arrived += group.num_tokens
         self.num_tokens += group.num_tokens
-        self._stored[ticket] = _stored(ticket, self.groups_arrived, group)
+        self._stored[ticket] = _stored(ticket, self.groups_arrived, group, seen)
 
     def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
         """Removes and returns what can no longer be trained at `step`."""
@@ -128,9 +178,27 @@ class Replay:
         return sorted(stored, key=lambda each: (each.oldest_version, each.arrival))
 
 
-def _stored(ticket: int, arrival: int, group: Group) -> Stored:
+def _stored(ticket: int, arrival: int, group: Group, seen: Seen | None = None) -> Stored:
     oldest = group.oldest_version
-    return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest)
+    return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest, seen=seen)
+
+
+def lags(batch: Iterable[Stored], step: int, now: float) -> dict[str, float]:
+    """Means over a batch's groups: where the age of their oldest tokens comes from, in versions.
+
+    publish: the actor held an older version than the newest when it got the work. generation:
+    versions that came while the group was made. queue: while it waited here; also in seconds.
+    """
+    known = [(stored.seen, stored.group.lease.version) for stored in batch if stored.seen]
+    if not known:
+        return {}
+    parts: dict[str, list[float]] = {
+        "staleness/publish": [seen.leased_step - version for seen, version in known],
+        "staleness/generation": [seen.arrived_step - seen.leased_step for seen, _ in known],
+        "staleness/queue": [step - seen.arrived_step for seen, _ in known],
+        "queue_age_seconds": [now - seen.arrived_at for seen, _ in known],
+    }
+    return {name: float(np.mean(values)) for name, values in parts.items()}
 
 
 def tickets(batch: Iterable[Stored]) -> list[int]:
@@ -153,9 +221,12 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
     return [tuple(groups[i] for i in sorted(hand)) for hand in hands]
 
 
-def trained(groups: Sequence[Group], world_size: int, advantages: Float32) -> list[EndedGroup]:
-    """A batch at its end. advantages: [C] of its completions, rank by rank as they were dealt.
+def trained(
+    groups: Sequence[Group], num_new: int, world_size: int, advantages: Float32
+) -> list[EndedGroup]:
+    """A batch at its end; its first num_new groups were not trained before.
 
+    advantages: [C] of its completions, rank by rank as they were dealt.
     ValueError when these are not as many as the batch has completions.
     """
     dealt = [group.lease.lease_id for hand in deal(groups, world_size) for group in hand]
@@ -165,6 +236,10 @@ def trained(groups: Sequence[Group], world_size: int, advantages: Float32) -> li
     pieces = np.split(advantages, np.cumsum([sizes[lease_id] for lease_id in dealt])[:-1])
     values = dict(zip(dealt, pieces, strict=True))
     return [
-        EndedGroup(group=group, status="trained", advantages=values[group.lease.lease_id])
-        for group in groups
+        EndedGroup(
+            group=group,
+            status="trained" if number < num_new else "replayed",
+            advantages=values[group.lease.lease_id],
+        )
+        for number, group in enumerate(groups)
     ]

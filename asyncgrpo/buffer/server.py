@@ -5,6 +5,7 @@ Whatever a round of packets changes is committed before any of it is answered.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import time
@@ -15,7 +16,7 @@ from asyncgrpo.buffer.core import BufferCore, Replies
 from asyncgrpo.buffer.flow import FlowFile
 from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.exporter import serve_metrics
 from asyncgrpo.observe.metrics import TABLE
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
@@ -41,8 +42,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
         time.monotonic(),
         rewind=partial(samples.rewind, state=ledger.state),
     )
-    metrics_host = config.observe.metrics_host
-    exporter = Exporter("buffer", run.endpoints.metrics.get("buffer", 0), run.path, metrics_host)
+    exporter = serve_metrics(run, "buffer")
     exporter.show(
         {
             # A counter that begins at 0 is known before the first thing it counts.
@@ -57,6 +57,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     flow = FlowFile(run.path)
     log.info("listening on %s, start %d of this run", run.endpoints.buffer, ledger.life)
     shown_at = 0.0
+    gc.freeze()  # else a full collection looks at all modules, and actors wait for 60 ms
     while not stopping():
         replies: Replies = []
         for peer, packet in server.receive(POLL_SECONDS):
@@ -70,6 +71,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
             shown_at = now
     ledger.close()
     server.close()
+    exporter.close()
 
 
 def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> None:

@@ -15,7 +15,11 @@ def render_sizes(config: Config) -> str:
     ahead = config.buffer.max_staleness + 1
     row = config.learner.max_tokens_per_microbatch
     tokens = config.buffer.tokens_per_step
+    drawn = config.sampling
     lines = {
+        "sampling": f"temperature {drawn.temperature:g}, top_p {drawn.top_p:g}, "
+        f"top_k {drawn.top_k}, at most {length} tokens; no penalties, no stop strings; "
+        "each token with its log-prob",
         "batch": f"{groups} groups x {size} completions = {completions} completions, at most "
         f"x {length} = {completions * length} completion tokens"
         if tokens is None

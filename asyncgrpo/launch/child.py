@@ -16,6 +16,7 @@ from asyncgrpo.launch.error_file import ERROR_FILE, RecordedError, read_error
 from asyncgrpo.launch.lifeline import KILL_SECONDS, ROLE, RUN_ID, find_run_processes, send
 from asyncgrpo.launch.logs import LogTail
 from asyncgrpo.launch.plan import ProcessSpec
+from asyncgrpo.rundir import STOP_SIGNAL
 
 RESTART = "ASYNCGRPO_RESTART"
 PRELUDE = Path(__file__).with_name("prelude.py")
@@ -29,8 +30,11 @@ def with_prelude(argv: Sequence[str]) -> list[str]:
 class Child:
     """A process leads a group of its own: Ctrl-C reaches the launcher only, which decides."""
 
-    def __init__(self, spec: ProcessSpec, run_id: str) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: ProcessSpec, run_id: str, stop_signal: signal.Signals = signal.SIGTERM
+    ) -> None:
+        """stop_signal: what asks the role to end; any other than SIGTERM makes it ignore that."""
+        self.spec, self._stop_signal = spec, stop_signal
         self.tail = LogTail(spec.log_file)
         self.restarts = 0
         self.exit_code: int | None = None
@@ -79,7 +83,7 @@ class Child:
     def terminate(self) -> None:
         """Asks the process, and only it, to end: it knows best how to end its own children."""
         if self._process is not None and self.running:
-            self._process.terminate()
+            self._process.send_signal(self._stop_signal)
 
     def kill(self) -> None:
         """Ends the process and all that it started, these first: torchrun cannot do it then."""
@@ -107,6 +111,7 @@ class Child:
             RUN_ID: self._run_id,
             ROLE: self.spec.name,
             RESTART: str(self.restarts),
+            STOP_SIGNAL: str(int(self._stop_signal)),
             ERROR_FILE: str(self._error_file),
             PATH: os.pathsep.join(entry or os.getcwd() for entry in sys.path),
         }

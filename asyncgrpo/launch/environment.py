@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,18 @@ def detect_host(devices: Path = Path("/dev")) -> Host:
 
 def environment_report(config: Config) -> dict[str, Any]:
     """Everything env.json says: enough to tell two runs apart and to repeat one."""
-    host = detect_host()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": sys.argv,
         "seed": config.run.seed,
+        **machine_report(),
+    }
+
+
+def machine_report() -> dict[str, Any]:
+    """Versions, hardware and source: the part of env.json that no run changes."""
+    host = detect_host()
+    return {
         "python": platform.python_version(),
         "os": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -48,6 +56,18 @@ def environment_report(config: Config) -> dict[str, Any]:
         },
         "git": git_state(Path(__file__).resolve().parents[2]),
     }
+
+
+def missing_extras() -> dict[str, list[str]]:
+    """Extra -> its packages that are not installed; one engine (cpu or cuda) is enough."""
+    missing: dict[str, list[str]] = {}
+    for requirement in requires("asyncgrpo") or ():
+        found = re.match(r"([\w.-]+).*; *extra *== *['\"](\w+)['\"]", requirement)
+        if found and found[2] != "dev" and _version(found[1]) is None:
+            missing.setdefault(found[2], []).append(found[1])
+    if not {"cpu", "cuda"} <= set(missing):
+        missing = {name: its for name, its in missing.items() if name not in ("cpu", "cuda")}
+    return missing
 
 
 def git_state(root: Path) -> dict[str, Any] | None:

@@ -13,14 +13,13 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
 from asyncgrpo.launch.logs import before_torchrun_report, last_lines
-from asyncgrpo.launch.plan import Plan
+from asyncgrpo.launch.plan import Plan, ProcessSpec
 from asyncgrpo.launch.verdict import Verdict, describe_exit, failure, judge_exit
 
 POLL_SECONDS = 0.05
@@ -28,7 +27,8 @@ POLL_SECONDS = 0.05
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
 READ_LINES, SHOWN_LINES = 100, 15
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-STOP_ORDER = (("actor", "learner"), ("buffer",))  # the buffer goes last: it takes what comes in
+# The learner needs actors to finish a publish; the buffer takes what comes in from both.
+STOP_ORDER = ("learner", "actor", "buffer")
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -43,17 +43,17 @@ class Supervisor:
     def __init__(
         self,
         plan: Plan,
-        run_dir: Path,
         *,
         grace_seconds: float,
         max_restarts: int,
         restart_window_seconds: float = 3600.0,
         on_line: Callable[[str, str], None],
         on_tick: Callable[[], None] = lambda: None,
+        new_child: Callable[[ProcessSpec, str], Child] = Child,
     ) -> None:
         self.run_id = uuid.uuid4().hex
-        self._children = [Child(spec, self.run_id) for spec in plan.specs]
-        self._log_file = run_dir / "logs" / "launcher.log"
+        self._children = [new_child(spec, self.run_id) for spec in plan.specs]
+        self._log_file = plan.specs[0].log_file.with_name("launcher.log")
         self._grace_seconds = grace_seconds
         self._max_restarts, self._window = max_restarts, restart_window_seconds
         self._on_line, self._on_tick = on_line, on_tick
@@ -80,6 +80,11 @@ class Supervisor:
                 say_goodbye()
         self._raise_callback_error()
         return code
+
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended the run, if one did."""
+        return self._signals[0] if self._signals else None
 
     def _start(self) -> None:
         for child in self._children:
@@ -164,9 +169,8 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Ends all that is left, in order. Nothing a callback does can keep it from that."""
-        for roles in STOP_ORDER:
-            stage = [c for role in roles for c in self._children if c.spec.role == role]
-            self._stop_stage(stage)
+        for role in STOP_ORDER:
+            self._stop_stage([child for child in self._children if child.spec.role == role])
         if strays := kill_strays(self.run_id):
             self.say(f"killed processes that the roles left behind: {strays}")
         self._forward_lines(at_end=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from asyncgrpo.config import Config, LoraSettings
 
 GIB = 1 << 30
-FLOAT = 4  # bytes: the learner computes in float32
+FLOAT = 4  # bytes: the learner's weights, and its products unless learner.dtype is bfloat16
 # What a process takes beside its tensors. On a GPU the CUDA context: 0.33 to 0.39 GiB of "non-torch
 # memory" in vLLM's logs (vllm issues 14452 and 11251). On a CPU its resident memory with everything
 # imported: measured for the learner; README's figure for the actor, less its KV cache.
@@ -19,6 +19,7 @@ CUDA_GRAPHS = 0.4 * GIB
 ENGINE_TOKENS = 2048  # of one engine step: vLLM's DEFAULT_MAX_NUM_BATCHED_TOKENS
 SPARE_SEQUENCES = 64  # beside the training groups, as in actor/vllm_engine.py
 NF4_BYTES = 0.5 + 4 / 64  # half a byte per weight, a float32 scale per block of 64
+EIGHT_BIT = 1 + 4 / 256  # bytes of a moment: a float32 scale per block of 256
 
 Line = tuple[str, float, str]  # what, bytes, how they are computed
 
@@ -39,6 +40,11 @@ class ModelShape:
     head_norms: bool  # whether queries and keys are normalised
     linears: Mapping[str, tuple[int, int]]  # of one layer: name -> inputs, outputs
     chunk_tokens: int  # tokens that meet the vocabulary at once, see PolicyHead
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of one layer that matter: those of its matrices."""
+        return sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     def adapted(self, lora: LoraSettings) -> list[tuple[int, int]]:
         """Inputs and outputs of the linear layers of one layer that get an adapter."""
@@ -88,66 +94,149 @@ def score_elements(config: Config, shape: ModelShape) -> int:
     On CUDA enable_gqa is for flash attention, which has no float32, and for the plain kernel, which
     keeps them (documentation of torch's scaled_dot_product_attention).
     """
-    grouped = config.launch.gpus > 0 and shape.heads != shape.kv_heads
-    return shape.heads * longest_sequence(config) if grouped else 0
+    plain = config.launch.gpus > 0 and config.learner.dtype == "float32"
+    return shape.heads * longest_sequence(config) if plain and shape.heads != shape.kv_heads else 0
 
 
-def layer_elements(shape: ModelShape, lora: LoraSettings | None) -> float:
-    """What else one layer keeps per token, as tests/test_memory.py counts it.
+def layer_bytes(config: Config, shape: ModelShape) -> float:
+    """What one layer keeps per token, as tests/test_memory.py counts it.
 
     An upper bound when learner.lora.targets leaves layers out.
     """
+    lora, (size, stream) = config.learner.lora, _dtype_bytes(config)
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    hidden = shape.hidden_norms * shape.hidden
-    normed = hidden + shape.head_norms * (queries + keys)
-    # Of a norm: its input, what it makes of it (for the gradient of its weight), its output, which
-    # the linear layers keep. q, k, v and the output twice; gate, its activation, up, their product.
-    kept = (1 if lora else 2) * normed + hidden + 3 * queries + 2 * keys + 4 * shape.intermediate
+    # Of a norm: its input in float32, what it makes of it (for the gradient of its weight), and its
+    # output, which the linear layers keep: autocast makes a copy for each of them.
+    hidden = shape.hidden_norms * (FLOAT + (0 if lora else stream)) * shape.hidden
+    heads = shape.head_norms * (FLOAT + (0 if lora else size)) * (queries + keys)
+    outputs = shape.hidden_norms if size == stream else len(shape.linears) - 2
+    # q, k, v and the output twice; gate, its activation, up, their product.
+    kept = outputs * shape.hidden + 3 * queries + 2 * keys + 4 * shape.intermediate
+    kept += score_elements(config, shape)
     if lora is None:
-        return kept
+        return hidden + heads + size * kept
     adapted = shape.adapted(lora)
     dropped = sum(inputs for inputs, _ in adapted) if lora.dropout else 0
-    return kept + lora.r * len(adapted) + 1.25 * dropped  # each its own input, and a mask of a byte
+    kept += lora.r * len(adapted) + dropped  # each its own input ..
+    return hidden + heads + size * kept + dropped  # .. and a mask of a byte
+
+
+def _dtype_bytes(config: Config) -> tuple[int, int]:
+    """Of what matrix products take, of what layers hand on: float32 with autocast, unlike FSDP."""
+    size = 2 if config.learner.dtype == "bfloat16" else FLOAT
+    return size, size if config.learner.parallel == "fsdp" else FLOAT
 
 
 def learner_lines(
     config: Config, shape: ModelShape, reference: int, *, is_first: bool
 ) -> Iterator[Line]:
-    """A rank when tokens meet the vocabulary, with the gradients of earlier micro-batches at hand.
+    """A rank at its worst moment, with the gradients of earlier micro-batches at hand.
 
     reference: parameters of the reference model. is_first: this rank publishes.
     """
-    lora, algo = config.learner.lora, config.algo
+    learner, algo = config.learner, config.algo
+    lora, is_sharded = learner.lora, learner.parallel == "fsdp"
+    parts = (learner.shard_ranks or config.launch.learners) if is_sharded else 1
     trained = total = shape.parameters
     if lora is not None:
         trained = shape.layers * sum(lora.r * sum(sizes) for sizes in shape.adapted(lora))
         total += trained
+
+    def part(what: str, size: float, how: str) -> Line:
+        how += f" / {parts} ranks" if parts > 1 else ""
+        if learner.cpu_offload:
+            return what, 0.0, f"{how} = {size / parts / GIB:.2f} GiB of the host"
+        return what, size / parts, how
+
     size, how = float(FLOAT * total), f"4 bytes x {total:.3g}"
     if lora is not None and lora.quantize:
-        packed = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
+        packed = shape.layers * shape.layer_weights
         size -= (FLOAT - NF4_BYTES) * packed
         how = f"{NF4_BYTES:.3g} bytes x {packed:.3g}, 4 bytes x {total - packed:.3g}"
-    yield "weights", size, how
-    yield "gradients", FLOAT * trained, f"4 bytes x {trained:.3g}"
-    if config.launch.learners > 1:
+    yield part("weights", size, how)
+    yield part("gradients", FLOAT * trained, f"4 bytes x {trained:.3g}")
+    if config.launch.learners > 1 and not is_sharded:
         yield "DDP buckets", FLOAT * trained, "the gradients once more, to be reduced"
-    yield "optimizer", 2 * FLOAT * trained, f"2 moments x 4 bytes x {trained:.3g}"
+    each = EIGHT_BIT if learner.optimizer == "adamw_8bit" else FLOAT
+    yield part("optimizer", 2 * each * trained, f"2 moments x {each:.3g} bytes x {trained:.3g}")
     if algo.kl_coef > 0 and (lora is None or algo.reference.path):
-        yield "reference model", FLOAT * reference, f"4 bytes x {reference:.3g}"
-    tokens, scores = row_tokens(config), score_elements(config, shape)
-    per_layer = layer_elements(shape, lora) + scores
-    ends = 3 * shape.hidden + 2 * shape.head_dim  # the last norm, angles of the positions
-    kept = shape.layers * per_layer + ends
-    how = f"4 bytes x {tokens} tokens x {shape.layers} layers x {per_layer:.0f}"
-    how += f", of these {scores} attention scores" if scores else ""
-    yield "activations", FLOAT * tokens * kept, how
-    # Logits, log-softmax, probabilities, their product; in the backward pass the gradient of the
-    # output layer instead: with several chunks a sum, a summand and the result.
-    chunk = min(tokens, shape.chunk_tokens)
-    rows = 0 if lora else shape.hidden * (3 if tokens > chunk else 1)
-    what = f"{rows} (gradients of the output layer)" if rows > 4 * chunk else f"4 x {chunk} tokens"
-    yield "logits", FLOAT * shape.vocab * max(4 * chunk, rows), f"4 bytes x {shape.vocab} x {what}"
+        yield part("reference model", FLOAT * reference, f"4 bytes x {reference:.3g}")
+    moments = _moments(config, shape, parts)
+    yield from max(moments, key=lambda lines: sum(size for _, size, _ in lines))
     yield from _process_lines(config, shape, "learner", publishes=is_first)
+
+
+def _activations(config: Config, shape: ModelShape, kept: int) -> Line:
+    """Of a micro-batch; kept: layers of which all is kept, the others are computed again."""
+    (size, stream), per_layer = _dtype_bytes(config), layer_bytes(config, shape)
+    tokens, scores = row_tokens(config), size * score_elements(config, shape)
+    how = [f"{tokens} tokens x {kept} layers x {per_layer:.0f} bytes"] if kept else []
+    how += [f"of these {scores} attention scores"] if scores and kept else []
+    again, inputs = shape.layers - kept, stream * shape.hidden
+    how += [f"inputs of {again} layers: {tokens} tokens x {inputs} bytes"] if again else []
+    # The last norm, angles of the positions.
+    ends = (FLOAT + 2 * stream) * shape.hidden + 2 * stream * shape.head_dim
+    return "activations", tokens * (kept * per_layer + again * inputs + ends), ", ".join(how)
+
+
+def _logits(config: Config, shape: ModelShape, head: int) -> Line:
+    """Logits, log-softmax, probabilities, their product: float32 with any dtype.
+
+    Or, in the backward pass, the gradient of the output layer: with several chunks a sum, a summand
+    and the result; with autocast in float32 too. head: bytes of one of its elements.
+    """
+    tokens, output = row_tokens(config), shape.vocab * shape.hidden
+    chunk = min(tokens, shape.chunk_tokens)
+    is_rounded = head < _dtype_bytes(config)[1]
+    each = max(head * (3 if tokens > chunk else 1), is_rounded * (head + FLOAT))
+    logits, made = 4 * FLOAT * chunk * shape.vocab, 0 if config.learner.lora else each * output
+    if made > logits:
+        return "logits", made, f"{each} bytes x {output:.3g} (gradients of the output layer)"
+    return "logits", logits, f"4 bytes x {shape.vocab} x 4 x {chunk} tokens"
+
+
+def _moments(config: Config, shape: ModelShape, parts: int) -> Iterator[list[Line]]:
+    """What a micro-batch adds, at each moment that may be the worst. parts: ranks of one copy."""
+    learner, (size, _), weights = config.learner, _dtype_bytes(config), shape.layer_weights
+    lora, tokens, every = learner.lora, row_tokens(config), learner.checkpoint_activations
+    kept = shape.layers - (-(-shape.layers // every) if every else 0)
+    held, again = [_activations(config, shape, kept)], layer_bytes(config, shape) if every else 0
+    # Inside the backward pass of a layer: what was computed again, gradients of its products.
+    inside = tokens * (again + size * (shape.intermediate + shape.hidden))
+    what = "one layer again, and its gradients" if every else "gradients inside one layer"
+    head = FLOAT if learner.float32_head else size
+    output, outer = shape.vocab * shape.hidden, shape.parameters - shape.layers * weights
+    logits = _logits(config, shape, head)
+    if learner.parallel == "ddp":
+        if size < FLOAT:
+            quantized = lora is not None and lora.quantize
+            copied = 0 if quantized else (kept if lora else shape.layers) * weights
+            copied += output * (head < FLOAT)
+            held.append(("rounded weights", size * copied, f"{size} bytes x {copied:.3g}"))
+        yield [*held, logits]
+        yield [*held, ("backward", inside, what)]
+        return
+
+    def gathered(layers: int) -> Line:
+        how = f"{head} bytes x {outer:.3g}, {size} bytes x {layers} layers of {weights:.3g}"
+        return "gathered weights", head * outer + layers * size * weights, how
+
+    def reduced(own: int, count: int, where: str) -> Line:
+        each = FLOAT + max(own, FLOAT / parts)  # copied into float32, replaced by a rank's part
+        return "reduced", each * count, f"{each:.3g} bytes x {count:.3g} gradients {where}"
+
+    waiting = 0 if lora else head * output  # the output layer's gradient is reduced at the end
+    # Several ranks keep what they gathered last beside it: a layer's, and then that of the ends.
+    yield [*held, gathered(int(parts > 1)), logits]
+    table = ("logits", FLOAT * min(tokens, shape.chunk_tokens) * shape.vocab, "log-softmax")
+    yield [*held, gathered(0), ("gathered again", (parts > 1) * head * outer, "its copy"), table]
+    before = FLOAT * weights if every and not lora else 0  # of the layer before, on its way
+    yield [*held, gathered(2), ("backward", inside + waiting + before, what)]
+    if lora is None:
+        rest = _activations(config, shape, kept - (not every))  # the layer's own are gone
+        ends = ("backward", waiting, "gradient of the output layer")
+        yield [rest, gathered(2), ends, reduced(size, weights, "of a layer")]
+        yield [reduced(head, outer, "outside of layers, after all of these")]
 
 
 def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
@@ -176,7 +265,8 @@ def _process_lines(
 ) -> Iterator[Line]:
     on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
     is_here = not on_gpu or config.weights.transport not in ("gloo", "disk")
-    if publishes and is_here and kind == "actor":
+    gathers = config.learner.parallel == "fsdp" or config.weights.publish_every > 1
+    if publishes and (is_here and kind == "actor" or gathers and not on_gpu):
         how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
         yield "publishing", size * shape.parameters, how
     elif publishes and is_here:
@@ -226,11 +316,19 @@ def _changes(config: Config, shape: ModelShape) -> Iterator[tuple[str, object, C
 
     tokens, cache = row_tokens(config), config.actor.kv_cache_bytes
     longest, least = longest_sequence(config), max(shape.kv_bytes(config), 1 << 20)
+    learner = config.learner
+    every = learner.checkpoint_activations or shape.layers
     yield from changed("learner", "max_tokens_per_microbatch", *_halves(tokens, longest))
+    yield from changed("learner", "checkpoint_activations", *(n for n in (4, 2, 1) if n < every))
+    is_8bit, lora = learner.optimizer == "adamw_8bit", learner.lora
+    if config.launch.learners > 1 and not is_8bit and not (lora and lora.quantize):
+        yield from changed("learner", "parallel", "fsdp")
     yield from changed("actor", "kv_cache_bytes", *_halves(cache, least))
+    yield from changed("learner", "dtype", "bfloat16")
     yield from changed("model", "dtype", "bfloat16")
     yield from changed("weights", "transport", "gloo")
-    lora = config.learner.lora
+    if config.launch.gpus and learner.parallel == "ddp":
+        yield from changed("learner", "optimizer", "adamw_8bit")
     if lora is None:
         adapter = LoraSettings()
         for _, _, new in changed("learner", "lora", adapter):

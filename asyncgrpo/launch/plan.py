@@ -12,6 +12,7 @@ from typing import Literal
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.cores import Cores, assign_cores, core_sharers
+from asyncgrpo.launch.nodes import Seat
 from asyncgrpo.launch.transport import choose_transport
 from asyncgrpo.rundir import Endpoints
 
@@ -60,6 +61,7 @@ class ProcessSpec:
     cores: Cores  # () = not pinned
     gpus: tuple[str, ...]
     log_file: Path
+    nodes: tuple[str, ...] = ()  # of a Slurm job; () = the launcher's own machine
     note: str = ""  # which rank is on which core, who else uses its cores
 
 
@@ -87,17 +89,26 @@ def make_plan(
     python: str,
     *,
     model_is_local: bool = False,
+    seats: Mapping[str, Seat] | None = None,
+    log_dir: Path | None = None,
 ) -> Plan:
-    """The processes of one run on one machine, their cores or GPUs, and warnings worth reading.
+    """The processes of one run, their cores or GPUs, and warnings worth reading.
+
+    seats: None for one machine, whose cores and GPUs are shared out here; else who is on which
+    nodes of a Slurm job, which binds cores and GPUs; {} when nobody does, and roles are started by
+    hand. log_dir: default is run_dir/logs.
 
     With `model_is_local` the actors are kept off the model hub. ConfigError: more GPUs than the
     host has, more roles than GPUs, or weights that cannot travel as they should.
     """
     actors, learners = config.launch.actors, config.launch.learners
-    gpus = _assign_gpus(config, host)
-    transport, reason = choose_transport(config, gpus)
-    cores = {} if gpus else assign_cores(host.cores, actors, learners, config.actor.threads)
-    draft = _Draft(config, run_dir, python, cores, gpus, core_sharers(cores))
+    gpus = _assign_gpus(config, host) if seats is None else {}
+    placed = gpus if seats is None else _own_gpus(config)
+    transport, reason = choose_transport(config, placed)
+    cores: Mapping[str, Cores] = {}
+    if seats is None and not gpus:
+        cores = assign_cores(host.cores, actors, learners, config.actor.threads)
+    draft = _Draft(config, run_dir, python, cores, gpus, core_sharers(cores), seats, log_dir)
     offline = model_is_local or config.model.path == "tiny"
     specs = (
         draft.buffer(),
@@ -127,6 +138,16 @@ def lone_actor(config: Config, host: Host) -> ProcessSpec:
     return _Draft(config, Path(), "python", cores, gpus, {}).actor(0, offline)
 
 
+def hand_started(
+    name: str, config: Config, run_dir: Path, python: str, rendezvous_port: int = 0
+) -> ProcessSpec:
+    """A role that somebody starts where and when he likes: "learner", or "actor-3"."""
+    draft = _Draft(config, run_dir, python, {}, {}, {}, seats={})
+    if name == "learner":
+        return draft.learner(rendezvous_port)
+    return draft.actor(int(name.removeprefix("actor-")), Path(config.model.path).is_dir())
+
+
 def render_plan(plan: Plan) -> str:
     """The plan as text: per process its cores or GPUs, log, environment and command line."""
     blocks = [_render_spec(spec) for spec in plan.specs]
@@ -151,6 +172,8 @@ class _Draft:
     cores: Mapping[str, Cores]  # {} on GPUs
     gpus: Mapping[str, str]  # {} on CPU
     shared: Mapping[int, Sequence[str]]
+    seats: Mapping[str, Seat] | None = None  # None: cores and GPUs are bound here
+    log_dir: Path | None = None
 
     def buffer(self) -> ProcessSpec:
         """Never imports torch, never pinned."""
@@ -171,10 +194,13 @@ class _Draft:
     def learner(self, rendezvous_port: int) -> ProcessSpec:
         """torchrun with all ranks."""
         ranks = [f"learner-{rank}" for rank in range(self.config.launch.learners)]
+        seat = (self.seats or {}).get("learner")
+        num_nodes = len(seat.nodes) if seat else 1
+        host = LOOPBACK if num_nodes == 1 else self.config.launch.host
         argv = (
-            *(self.python, "-m", TORCHRUN_MODULE, "--nnodes", "1"),
-            *("--nproc-per-node", str(len(ranks)), "--rdzv-backend", "asyncgrpo"),
-            *("--rdzv-endpoint", f"{LOOPBACK}:{rendezvous_port}"),
+            *(self.python, "-m", TORCHRUN_MODULE, "--nnodes", str(num_nodes)),
+            *("--nproc-per-node", str(len(ranks) // num_nodes), "--rdzv-backend", "asyncgrpo"),
+            *("--rdzv-endpoint", f"{host}:{rendezvous_port}"),
             *("--max-restarts", "0", "--monitor-interval", "0.2"),
             *self._role_arguments("learner"),
         )
@@ -189,16 +215,18 @@ class _Draft:
 
     def _torch_environment(self, names: Sequence[str], threads: int) -> Environment:
         """Must be set before torch is imported."""
-        if not self.gpus:
+        if self.cores:
             threads = min(threads, *(len(self.cores[name]) for name in names))
         environment = {
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": ",".join(self.gpus[n] for n in names if n in self.gpus),
             # of groups within one machine; else they listen on what the host's name stands for
             "GLOO_SOCKET_IFNAME": LOOPBACK_DEVICE,
         }
+        if self.seats is None or not self.config.launch.gpus:
+            visible = ",".join(self.gpus[name] for name in names if name in self.gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = visible
         if self.config.launch.on_loopback:
             environment["NCCL_SOCKET_IFNAME"] = LOOPBACK_DEVICE
         if any(core in self.shared for name in names for core in self.cores.get(name, ())):
@@ -207,9 +235,9 @@ class _Draft:
         return environment
 
     def _cpu_engine_environment(self, name: str) -> Environment:
-        if self.gpus:
+        if self.config.launch.gpus:
             return {}
-        bind = ",".join(map(str, self.cores[name]))
+        bind = ",".join(map(str, self.cores.get(name, ()))) or "nobind"
         return {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind}
 
     def _spec(
@@ -221,15 +249,17 @@ class _Draft:
         environment: Environment,
         members: Sequence[str],
     ) -> ProcessSpec:
+        seat = (self.seats or {}).get(name)
         return ProcessSpec(
             role=role,
             index=index,
             name=name,
-            argv=argv,
+            argv=(*seat.srun(name), *argv) if seat else argv,
             environment=environment,
             cores=tuple(sorted({core for m in members for core in self.cores.get(m, ())})),
             gpus=tuple(self.gpus[m] for m in members if m in self.gpus),
-            log_file=self.run_dir / "logs" / f"{name}.log",
+            log_file=(self.log_dir or self.run_dir / "logs") / f"{name}.log",
+            nodes=tuple(node.name for node in seat.nodes) if seat else (),
             note=self._sharing_note(members),
         )
 
@@ -265,6 +295,12 @@ def _assign_gpus(config: Config, host: Host) -> dict[str, str]:
             "GPU for each learner"
         )
     return dict(zip(names, host.gpu_ids, strict=False))
+
+
+def _own_gpus(config: Config) -> dict[str, str]:
+    """Name -> GPU where Slurm or a person gives each role one of its own; {} for a CPU run."""
+    names = role_names(config.launch.actors, config.launch.learners)[1:]
+    return {name: f"of {name}" for name in names} if config.launch.gpus else {}
 
 
 def _core_warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> list[str]:

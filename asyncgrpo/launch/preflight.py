@@ -48,7 +48,7 @@ def choose_ports(config: Config) -> Ports:
     asked = [(setting, port) for setting, port in fixed.items() if port]
     asked += [("launch.metrics_port", port) for port in _metrics_ports(config)]
     _check_distinct(asked)
-    metrics_host = config.observe.metrics_host
+    metrics_host = config.observe.metrics_host.replace("auto", launch.host)
     _check_own_address(launch.host, "launch.host")
     _check_own_address(metrics_host, "observe.metrics_host")
     for setting, port in asked:

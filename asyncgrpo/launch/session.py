@@ -30,12 +30,14 @@ from asyncgrpo.errors import (
     DataError,
     ModelError,
 )
+from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
-from asyncgrpo.launch.child import with_prelude
+from asyncgrpo.launch.child import Child, with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
-from asyncgrpo.launch.plan import Host, Plan, make_plan, render_plan
+from asyncgrpo.launch.nodes import Seat
+from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
 from asyncgrpo.launch.preflight import (
     check_run_dir,
     choose_ports,
@@ -71,18 +73,26 @@ class Session:
     """One call of the launcher."""
 
     def __init__(
-        self, config: Config, console: Console | None = None, *, resume: bool = False
+        self,
+        config: Config,
+        console: Console | None = None,
+        *,
+        resume: bool = False,
+        seats: Mapping[str, Seat] | None = None,
     ) -> None:
-        """resume: run.dir holds a run, go on with it."""
-        self._config, self._resume = config, resume
+        """resume: run.dir holds a run, go on with it. seats: as of make_plan."""
+        self._config, self._resume, self._seats = config, resume, seats
         self._console = console or Console(highlight=False, soft_wrap=True)
         self.run_dir = new_run_dir(config)
-        self._warnings = list(notices(config.algo))
+        self.stopped_by: int | None = None  # the signal that ended the run
+        self._log_dir = self.run_dir / "logs"
+        self._ports: Ports | None = None  # None: any free ones
+        self._warnings = [*notices(config.algo), *unusual(config)]
 
     def show_plan(self) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
         absent: list[str] = []
-        self._check(absent)
+        self.check(absent)
         host, gpus = detect_host(), self._config.launch.gpus
         if gpus > len(host.gpu_ids):
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
@@ -95,16 +105,15 @@ class Session:
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        with self._prepared() as (run, plan):
+        with self.prepared() as (run, plan):
             self._warn(plan)
-            if run.config.launch.encrypted:
-                make_keys(self.run_dir)
             code = self._supervise(run.config, plan)
         if code == 0:
             show_summary(self.run_dir, self._console)
         return code
 
     def _supervise(self, config: Config, plan: Plan) -> int:
+        plan.specs[0].log_file.parent.mkdir(parents=True, exist_ok=True)
         shown = Progress(self.run_dir, config.run.max_steps, self._console)
         with shown.skip() if self._resume else shown as progress:
 
@@ -114,25 +123,29 @@ class Session:
 
             supervisor = Supervisor(
                 plan,
-                self.run_dir,
                 grace_seconds=config.launch.grace_seconds,
                 max_restarts=config.launch.max_restarts,
                 restart_window_seconds=config.launch.restart_window_seconds,
                 on_line=progress.line,
                 on_tick=tick,
+                new_child=self._new_child,
             )
             stalls = StallWatch(self.run_dir, config.launch, supervisor.run_id, supervisor.say)
             code = supervisor.run()
             progress.tick()
         self._end_scraping()
+        self.stopped_by = supervisor.stopped_by
         return code
+
+    def _new_child(self, spec: ProcessSpec, run_id: str) -> Child:
+        return Child(spec, run_id)
 
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
         """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        with self._prepared() as (run, plan):
+        with self.prepared() as (run, plan):
             self._warn(plan)
             self._console.print("serial: one actor with the toy engine, one learner, no sockets")
             from asyncgrpo.serial import run_serial  # torch
@@ -148,7 +161,7 @@ class Session:
         for target in (self.run_dir / "targets").glob("*.json"):
             target.unlink()
 
-    def _check(self, absent: list[str] | None = None) -> None:
+    def check(self, absent: list[str] | None = None) -> None:
         """Refuses what cannot work. Starts nothing, writes nothing.
 
         With a list `absent`, models and data that are not on this machine are noted there instead.
@@ -212,14 +225,16 @@ class Session:
             self._console.print(f"warning: {warning}", style="yellow", markup=False)
 
     def _plan(self, config: Config, host: Host) -> Plan:
-        """Chosen late, so that nobody takes a free port meanwhile."""
+        """Ports are chosen late, so that nobody takes one meanwhile."""
         return make_plan(
             config,
             host,
-            choose_ports(config),
+            self._ports or choose_ports(config),
             self.run_dir,
             sys.executable,
             model_is_local=Path(config.model.path).is_dir(),
+            seats=self._seats,
+            log_dir=self._log_dir,
         )
 
     def _with_model(self) -> Config:
@@ -231,9 +246,9 @@ class Session:
         return self._config.model_copy(update={"model": model})
 
     @contextmanager
-    def _prepared(self) -> Iterator[tuple[RunDir, Plan]]:
+    def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
         """Checks everything, then writes the run directory and holds it."""
-        self._check()
+        self.check()
         config = self._with_model()
         lora = config.learner.lora
         if lora is not None and lora.targets != "all-linear":
@@ -250,9 +265,12 @@ class Session:
             plan = self._plan(config, detect_host())
             run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
             run.write()
+            if config.launch.encrypted:
+                make_keys(self.run_dir)
             report = json.dumps(environment_report(config), indent=2)
             (self.run_dir / "env.json").write_text(report, encoding="utf-8")
             self._console.print(f"run directory {self.run_dir}", markup=False)
+            self._console.print(render_sizes(config), markup=False)
             yield run, plan
 
     def _make_tiny(self) -> str:

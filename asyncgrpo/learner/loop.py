@@ -19,6 +19,7 @@ from asyncgrpo.types import Float32, Int32, Shard
 from asyncgrpo.wire.codec import Packet, shard_from
 
 log = logging.getLogger(__name__)
+STOP_SECONDS = 1.0
 CALL_SECONDS = 60.0  # for answers that the buffer gives at once
 OWN_TIMES = ("wait_seconds", "train_seconds", "step_seconds")  # in which ranks differ
 
@@ -104,7 +105,7 @@ class Learner:
         self._sender, self._recorder = sender, recorder
         self._show, self._observe, self._stopping = show, observe, stopping
         self._add_to_checkpoint = add_to_checkpoint
-        self._has_asked_to_stop = False
+        self._asked_to_stop = float("-inf")  # when
         self._published = -1
         self._evals = config.evals
         self._evaluated: dict[str, int] = {}  # block -> version of its last evaluation
@@ -157,12 +158,17 @@ class Learner:
         fields = {"step": step, "rank": self._rank, "world_size": self._world_size}
         seconds = self._config.buffer.take_timeout_seconds
         packet = Packet(kind="take", fields=fields)
+        self._pass_on_stop()
         return self._client.call(packet, seconds, meanwhile=self._pass_on_stop)
 
     def _pass_on_stop(self) -> None:
-        """The buffer, which all ranks ask for their shards, decides after which step they stop."""
-        if self._stopping() and not self._has_asked_to_stop:
-            self._has_asked_to_stop = True
+        """The buffer, which all ranks ask for their shards, decides after which step they stop.
+
+        Said again and again: a buffer that was restarted does not know it.
+        """
+        now = time.monotonic()
+        if self._stopping() and now - self._asked_to_stop > STOP_SECONDS:
+            self._asked_to_stop = now
             self._client.post(Packet(kind="stop"))
 
     def _stop(self, version: int) -> bool:

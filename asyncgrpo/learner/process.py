@@ -18,7 +18,7 @@ from asyncgrpo.launch.memory_report import memory_explained
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.exporter import serve_metrics
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.weights.sender import CollectiveSender
@@ -43,8 +43,7 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         dist.init_process_group(ranks.backend(), timeout=timedelta(seconds=seconds))
     transformers_logging.disable_progress_bar()
     sender = recorder = None
-    metrics_host = run.config.observe.metrics_host
-    exporter = Exporter(name, run.endpoints.metrics.get(name, 0), run.path, metrics_host)
+    exporter = serve_metrics(run, name)
     if rank == 0:
         keys = read_keys(run, "server")
         at = run.endpoints
@@ -76,4 +75,5 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
         is_done = learner.run()
     if sender is not None:
         sender.close()
+    exporter.close()
     leave(EXIT_DONE if is_done else EXIT_INTERRUPTED)

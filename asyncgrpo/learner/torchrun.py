@@ -5,6 +5,8 @@ usage: python -m asyncgrpo.learner.torchrun --rdzv-backend asyncgrpo --rdzv-endp
 
 from __future__ import annotations
 
+import os
+
 from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
     rendezvous_handler_registry,
@@ -14,23 +16,30 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import main
 
 from asyncgrpo.weights.collective import open_store
+from asyncgrpo.wire.address import device_of, own_address
 
 BACKEND = "asyncgrpo"
 STORE_SECONDS = 600
 
 
-class OneMachine(StaticTCPRendezvous):
-    """torch's static rendezvous with a store of our own, and this agent as its only member."""
+class OwnStore(StaticTCPRendezvous):
+    """torch's static rendezvous with an own store; of several nodes Slurm says which this is."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         host, port = parse_rendezvous_endpoint(parameters.endpoint, -1)
-        super().__init__(host, port, 0, 1, parameters.run_id, STORE_SECONDS)
-        self._store = open_store(host, port, is_master=True, timeout_seconds=STORE_SECONDS)
+        count, place = parameters.max_nodes, 0
+        if count > 1:
+            place = int(os.environ["SLURM_NODEID"])
+            device = device_of(own_address(host, port))  # for the ranks, which this agent starts
+            os.environ |= {"GLOO_SOCKET_IFNAME": device, "NCCL_SOCKET_IFNAME": device}
+        super().__init__(host, port, place, count, parameters.run_id, STORE_SECONDS)
+        is_master = place == 0
+        self._store = open_store(host, port, is_master=is_master, timeout_seconds=STORE_SECONDS)
 
     def get_backend(self) -> str:
         return BACKEND
 
 
 if __name__ == "__main__":
-    rendezvous_handler_registry.register(BACKEND, OneMachine)
+    rendezvous_handler_registry.register(BACKEND, OwnStore)
     main()

@@ -20,7 +20,7 @@ from asyncgrpo.observe.samples import Row, Samples, shown
 SHOWN_GROUPS, SHOWN_CHARACTERS, COMPARED_CHARACTERS = 2, 800, 200
 FORMATS = {"answers": "d", "correct": ".1%", "reward": "+.3f", "std": ".3f", "tokens": ".1f"}
 FORMATS |= {"p95": "d", "truncated": ".1%", "duplicate": ".1%", "stale": ".2f", "max": "d"}
-Status = StrEnum("Status", ["trained", "filtered", "evicted", "all"])
+Status = StrEnum("Status", ["trained", "replayed", "filtered", "evicted", "all"])
 Format = StrEnum("Format", ["jsonl", "csv", "parquet"])
 Shape = StrEnum("Shape", ["rows", "messages"])
 

@@ -19,6 +19,8 @@ from prometheus_client.utils import floatToGoString
 
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.metrics import metric_of
+from asyncgrpo.rundir import RunDir
+from asyncgrpo.wire.address import own_address
 
 
 class Exporter(Collector):
@@ -39,8 +41,9 @@ class Exporter(Collector):
             server = ThreadingHTTPServer((host, port), handler)
         except OSError as error:
             raise ConfigError(
-                f"metrics port {port} of {role} cannot be used: {error}; choose another "
-                "launch.metrics_port, or 0 for any free port"
+                f"metrics port {port} of {role} on {host} cannot be used: {error}; choose another "
+                "launch.metrics_port, 0 for any free port, or observe.metrics_host='auto' when "
+                "the run is on several machines"
             ) from None
         Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         self._target = run_dir / "targets" / f"{role}.json"
@@ -106,6 +109,17 @@ class Exporter(Collector):
         draft = self._target.with_name(f".{self.role}.tmp")
         draft.write_text(json.dumps(target))
         draft.rename(self._target)
+
+
+def serve_metrics(run: RunDir, role: str) -> Exporter:
+    """The exporter of a role, where observe.metrics_host says."""
+    launch, host = run.config.launch, run.config.observe.metrics_host
+    own = own_address(*run.endpoints.store)
+    port, asked = run.endpoints.metrics.get(role, 0), own if host == "auto" else host
+    exporter = Exporter(role, port, run.path, asked)
+    if host != "auto" and not launch.on_loopback and own != launch.host:
+        exporter.close()  # on loopback of another machine: Prometheus would look on its own
+    return exporter
 
 
 class _Handler(MetricsHandler):

@@ -198,6 +198,10 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
         },
         "gate_open": ("groups", "more work may start; 0: actors wait for the learner"),
         "actors_waiting": ("actors", "more actors ask for work that the gate holds back"),
+        "staleness/publish": ("versions", "actors get work while they hold older weights"),
+        "staleness/generation": ("versions", "groups take longer to make, counted in versions"),
+        "staleness/queue": ("versions", "groups wait longer for their batch: make fewer ahead"),
+        "queue_age_seconds": ("seconds", "groups wait longer between arrival and batch"),
         "reward_arrived_sum": ("reward", "sum of the mean rewards of arrived groups"),
     },
     ("counter", "buffer"): {
@@ -216,6 +220,7 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
             f"leases_{state}": ("leases", "leases end in this state")
             for state in ("trained", "filtered", "expired", "failed", "evicted")
         },
+        "groups_replayed": ("groups", "groups are trained once more (buffer.replay_ratio)"),
         "groups_filtered_all_correct": ("groups", "prompts are too easy to learn from"),
         "groups_filtered_all_wrong": ("groups", "prompts are too hard to learn from"),
         "groups_filtered_empty_completion": ("groups", "the engine returned nothing"),

@@ -70,7 +70,7 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, Any]]:
-    group, prompt, is_trained = ended.group, ended.group.lease.prompt, ended.status == "trained"
+    group, prompt, is_trained = ended.group, ended.group.lease.prompt, ended.advantages is not None
     for index, completion in enumerate(group.completions):
         versions = completion.versions
         oldest, newest = (

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.wire.address import own_address
 
 ON_DEVICE = ("nccl", "cuda_ipc")  # transports whose buckets lie on the GPU
 NUM_POSTED = 8  # buckets that an actor is ready to take while it looks at an earlier one
@@ -43,13 +44,6 @@ def open_store(host: str, port: int, *, is_master: bool, timeout_seconds: float)
         wait_for_workers=False,
         **listening,
     )
-
-
-def _own_address(store: Any) -> str:
-    """The address under which this machine is seen from the store's; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((store.host, store.port))
-        return str(probe.getsockname()[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +153,10 @@ def open_group(
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._timeout = timeout
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(store))]
+            address = own_address(store.host, store.port)
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
             handle = dist.ProcessGroupGloo(prefixed, rank, world_size, gloo)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # OSError: no way to the store's host now
         raise WeightsError(f"group of generation {generation} did not form: {error}") from error
     if transport == "cuda_ipc":
         return SharedGroup(generation=generation, handle=handle, opened=opened)

@@ -1,11 +1,12 @@
 """Packets as frames: one header with a schema number and a checksum, one raw frame per array.
 
-    frame 0   b"AG", SCHEMA, CRC-32 of all that follows, then
-              msgpack [kind, request_id, fields, [[dtype, shape], ...]]
+    frame 0   b"AG", SCHEMA, CRC-32 of the rest of this frame, which is
+              msgpack [kind, request_id, fields, [[dtype, shape, CRC-32 of the frame], ...]]
     frame i   the bytes of array i, C order, little endian
 
-Sizes and the checksum are checked before anything is built from a frame: what was damaged on its
-way is never taken for what was sent. Nothing here can execute code: no pickle, no object hooks.
+Sizes and checksums are checked before anything is built from a frame: what was damaged on its way
+is never taken for what was sent. A group that came keeps its frames and their checksums, and goes
+on as it came. Nothing here can execute code: no pickle, no object hooks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import msgpack
@@ -26,7 +27,7 @@ from asyncgrpo.errors import SchemaMismatch, WireError
 from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
 from asyncgrpo.wire.schema import GROUP, check_fields
 
-MAGIC, SCHEMA = b"AG", 1
+MAGIC, SCHEMA = b"AG", 2
 PREFIX = struct.Struct("<2sBI")
 # The largest request is one group: 512 completions of 32k tokens are 64 MiB per array. The largest
 # answer is a rank's shard, whose header holds all its texts. No message has over 8 full frames.
@@ -34,6 +35,7 @@ MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 64 << 20, 1 <
 MAX_ARRAYS, MAX_DIMENSIONS, MAX_SIZE = 1 << 16, 4, 1 << 31
 MAX_ITEMS = 1 << 18  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
 DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64", "bool")}
+KNOWN_NAMES = tuple(DTYPES)  # a list can be looked up in it
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # a dtype's own name is slow to make
 # prompt ids, lengths, token ids, log-probs, versions, rewards, reward parts: dtype, dimensions
 INT, FLOAT = DTYPES["int32"], DTYPES["float32"]
@@ -41,6 +43,9 @@ GROUP_ARRAYS = ((INT, 1), (INT, 1), (INT, 1), (FLOAT, 1), (INT, 1), (FLOAT, 1), 
 ARRAYS_PER_GROUP = len(GROUP_ARRAYS)
 
 Frame = bytes | memoryview
+Sealed = tuple[Frame, int]  # an array's frame and its checksum
+# of one group: fields, arrays, and these as frames
+Part = tuple[dict[str, Any], tuple[np.ndarray[Any, Any], ...], tuple[Sealed, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +56,16 @@ class Packet:
     request_id: int = 0  # answers carry the id of their request; 0 = pushed, not asked for
     fields: Mapping[str, Any] = field(default_factory=dict)
     arrays: tuple[np.ndarray[Any, Any], ...] = ()
+    sealed: tuple[Sealed, ...] = ()  # the arrays as they came; empty: they are made here
 
 
 def encode(packet: Packet, max_frame_bytes: int = MAX_ANSWER_FRAME_BYTES) -> list[Frame]:
     """Frames of a packet; WireError when a field, dtype or size cannot travel."""
-    specs = [[NAMES.get(array.dtype), list(array.shape)] for array in packet.arrays]
-    for (name, _), array in zip(specs, packet.arrays, strict=True):
-        if name is None:
-            allowed = ", ".join(DTYPES)
-            raise WireError(f"array of dtype {array.dtype} cannot be sent; allowed: {allowed}")
+    sealed = packet.sealed or tuple(map(_seal, packet.arrays))
+    specs = [
+        [NAMES[array.dtype], array.shape, checksum]
+        for array, (_, checksum) in zip(packet.arrays, sealed, strict=True)
+    ]
     header = [packet.kind, packet.request_id, packet.fields, specs]
     try:
         body = msgpack.packb(header, use_bin_type=True)
@@ -67,8 +73,8 @@ def encode(packet: Packet, max_frame_bytes: int = MAX_ANSWER_FRAME_BYTES) -> lis
         raise WireError(
             f"packet {packet.kind!r} holds a field that cannot be sent: {error}"
         ) from error
-    arrays = [np.ascontiguousarray(array).tobytes() for array in packet.arrays]
-    frames = [PREFIX.pack(MAGIC, SCHEMA, _checksum([body, *arrays])) + body, *arrays]
+    prefix = PREFIX.pack(MAGIC, SCHEMA, zlib.crc32(body))
+    frames = [prefix + body, *(frame for frame, _ in sealed)]
     _check_sizes(frames, max_frame_bytes)
     return frames
 
@@ -84,13 +90,21 @@ def decode(frames: Sequence[Frame], max_frame_bytes: int = MAX_ANSWER_FRAME_BYTE
     if schema != SCHEMA:
         raise SchemaMismatch(f"schema {schema} is not {SCHEMA}; both sides need the same version")
     body = memoryview(frames[0])[PREFIX.size :]
-    if _checksum([body, *frames[1:]]) != checksum:
-        raise WireError("a message was damaged on its way (checksum)")
+    _check_sum(body, checksum)
     return _packet(body, frames[1:])
 
 
-def _checksum(pieces: Sequence[Frame]) -> int:
-    return reduce(lambda total, piece: zlib.crc32(piece, total), pieces, 0)
+def _seal(array: np.ndarray[Any, Any]) -> Sealed:
+    if array.dtype not in NAMES:
+        allowed = ", ".join(DTYPES)
+        raise WireError(f"array of dtype {array.dtype} cannot be sent; allowed: {allowed}")
+    frame = np.ascontiguousarray(array).tobytes()
+    return frame, zlib.crc32(frame)
+
+
+def _check_sum(frame: Frame, checksum: int) -> None:
+    if zlib.crc32(frame) != checksum:
+        raise WireError("a message was damaged on its way (checksum)")
 
 
 def _check_sizes(frames: Sequence[Frame], max_frame_bytes: int) -> None:
@@ -115,29 +129,29 @@ def _packet(body: Frame, frames: Sequence[Frame]) -> Packet:
     kind, request_id, fields, specs = header
     if not (isinstance(kind, str) and type(request_id) is int and isinstance(fields, dict)):
         raise WireError("header fields have wrong types")
-    return Packet(kind=kind, request_id=request_id, fields=fields, arrays=_arrays(specs, frames))
-
-
-def _arrays(specs: Any, frames: Sequence[Frame]) -> tuple[np.ndarray[Any, Any], ...]:
     if not isinstance(specs, list) or len(specs) != len(frames):
         raise WireError(f"header announces other arrays than the {len(frames)} frames sent")
-    return tuple(_array(spec, frame) for spec, frame in zip(specs, frames, strict=True))
+    arrays = tuple(map(_array, specs, frames))
+    sealed = tuple((frame, int(spec[2])) for frame, spec in zip(frames, specs, strict=True))
+    return Packet(kind=kind, request_id=request_id, fields=fields, arrays=arrays, sealed=sealed)
 
 
 def _array(spec: Any, frame: Frame) -> np.ndarray[Any, Any]:
-    if not isinstance(spec, list) or len(spec) != 2 or spec[0] not in tuple(DTYPES):
-        raise WireError(f"array spec {reprlib.repr(spec)} is not [dtype, shape]")
-    name, shape = spec
+    if not isinstance(spec, list) or len(spec) != 3 or spec[0] not in KNOWN_NAMES:
+        raise WireError(f"array spec {reprlib.repr(spec)} is not [dtype, shape, checksum]")
+    name, shape, checksum = spec
+    _check_sum(frame, checksum)
     if not (
         isinstance(shape, list)
         and len(shape) <= MAX_DIMENSIONS
         and all(type(size) is int and 0 <= size < MAX_SIZE for size in shape)
     ):
         raise WireError(f"array shape {reprlib.repr(shape)} is not a list of sizes")
-    if math.prod(shape) * DTYPES[name].itemsize != len(frame):
+    dtype = DTYPES[name]
+    if math.prod(shape) * dtype.itemsize != len(frame):
         raise WireError(f"array {name} {shape} needs other than the {len(frame)} bytes sent")
     try:
-        return np.frombuffer(frame, dtype=DTYPES[name]).reshape(shape)
+        return np.ndarray(shape, dtype, frame)
     except ValueError as error:  # such as [0, 2^30, 2^30, 2^30]: empty, but too large for numpy
         raise WireError(f"array {name} {shape}: {error}") from None
 
@@ -180,11 +194,13 @@ def same_lease(one: Lease, other: Lease) -> bool:
 
 
 def group_packet(kind: str, groups: Sequence[Group], **fields: Any) -> Packet:
-    """A packet that carries whole groups beside its own fields."""
+    """A packet that carries whole groups beside its own fields; what came is not encoded anew."""
+    parts: list[Part] = [group.received or _part(group) for group in groups]
     return Packet(
         kind=kind,
-        fields={**fields, "groups": [_group_fields(group) for group in groups]},
-        arrays=tuple(array for group in groups for array in _group_arrays(group)),
+        fields={**fields, "groups": [part[0] for part in parts]},
+        arrays=tuple(array for part in parts for array in part[1]),
+        sealed=tuple(sealed for part in parts for sealed in part[2]),
     )
 
 
@@ -193,9 +209,10 @@ def groups_from(packet: Packet) -> tuple[Group, ...]:
     described = packet.fields.get("groups")
     if not isinstance(described, list) or len(packet.arrays) != ARRAYS_PER_GROUP * len(described):
         raise WireError(f"packet {packet.kind!r} does not hold {ARRAYS_PER_GROUP} arrays per group")
+    spans = [slice(i, i + ARRAYS_PER_GROUP) for i in range(0, len(packet.arrays), ARRAYS_PER_GROUP)]
     return tuple(
-        _group_from(fields, packet.arrays[i * ARRAYS_PER_GROUP : (i + 1) * ARRAYS_PER_GROUP])
-        for i, fields in enumerate(described)
+        _group_from(fields, packet.arrays[span], packet.sealed[span])
+        for fields, span in zip(described, spans, strict=True)
     )
 
 
@@ -223,6 +240,11 @@ def shard_from(packet: Packet) -> Shard:
         raise WireError(f"packet {packet.kind!r} is not a shard: {error} is missing") from None
 
 
+def _part(group: Group) -> Part:
+    arrays = _group_arrays(group)
+    return _group_fields(group), arrays, tuple(map(_seal, arrays))
+
+
 def _group_fields(group: Group) -> dict[str, Any]:
     return {
         "lease": lease_fields(group.lease),
@@ -248,33 +270,36 @@ def _group_arrays(group: Group) -> tuple[np.ndarray[Any, Any], ...]:
     )
 
 
-def _group_from(fields: Any, arrays: Sequence[np.ndarray[Any, Any]]) -> Group:
+def _group_from(
+    fields: Any, arrays: tuple[np.ndarray[Any, Any], ...], sealed: tuple[Sealed, ...]
+) -> Group:
     check_fields("group", fields, {"group": GROUP})
     if tuple((array.dtype, array.ndim) for array in arrays) != GROUP_ARRAYS:
         raise WireError("a group's arrays have other dtypes or dimensions")
     prompt_ids, lengths, token_ids, logprobs, versions, rewards, parts = arrays
     try:
         size, names = len(lengths), fields["reward_parts"]
-        if (lengths < 0).any() or len(set(names)) != len(names):
+        sizes = lengths.tolist()
+        ends = list(accumulate(sizes, initial=0))
+        if min(sizes, default=0) < 0 or len(set(names)) != len(names):
             raise WireError("a group has a negative length or two reward parts of one name")
-        if not (token_ids.shape == logprobs.shape == versions.shape == (int(lengths.sum()),)):
+        if not (token_ids.shape == logprobs.shape == versions.shape == (ends[-1],)):
             raise WireError("a group's token arrays differ in length")
         if rewards.shape != (size,) or parts.shape != (len(names), size):
             raise WireError(f"a group of {size} completions has rewards {rewards.shape}")
-        ends = np.cumsum(lengths)
         completions = tuple(
             Completion(
-                token_ids=token_ids[end - length : end],
-                behavior_logprobs=logprobs[end - length : end],
-                versions=versions[end - length : end],
+                token_ids=token_ids[start:end],
+                behavior_logprobs=logprobs[start:end],
+                versions=versions[start:end],
                 finish_reason=reason,
                 text=text,
             )
-            for end, length, reason, text in zip(
-                ends, lengths, fields["finish_reasons"], fields["texts"], strict=True
+            for start, end, reason, text in zip(
+                ends[:-1], ends[1:], fields["finish_reasons"], fields["texts"], strict=True
             )
         )
-        return Group(
+        group = Group(
             lease=lease_from(fields["lease"]),
             prompt_token_ids=prompt_ids,
             completions=completions,
@@ -285,3 +310,7 @@ def _group_from(fields: Any, arrays: Sequence[np.ndarray[Any, Any]]) -> Group:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError(f"not a group: {error}") from None
+    if sealed:
+        known = {name: fields[name] for name in GROUP.model_fields}
+        object.__setattr__(group, "received", (known, arrays, sealed))
+    return group

@@ -33,10 +33,12 @@ log = logging.getLogger(__name__)
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, RECONNECT_MS = 1000, 10_000, 50
 RESEND_SECONDS = 3.0
 REMEMBERED_ANSWERS, REMEMBERED_PEERS = 256, 1024
-MESSAGES_PER_TURN = 256  # then the server's owner has its turn, however much a peer sends
+# then the server's owner has its turn and answers, however much peers send: some 8 groups of 4k
+MESSAGES_PER_TURN, BYTES_PER_TURN = 256, 1 << 19
 UNREAD_REQUESTS, UNREAD_ANSWERS = 64, 4096  # per peer; beyond it waits, or counts as gone
 NOTE_SECONDS = 1.0  # between two remarks on refused messages: a flood must not fill the log
 DOMAIN = "asyncgrpo"
+NOBLOCK, SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # its own numbers take longer to combine
 
 
 def _prepare(socket: zmq.Socket[bytes], max_frame_bytes: int, keys: Keys | None) -> None:
@@ -89,11 +91,15 @@ class Server:
         """New requests of all peers, in fair turns; garbage is counted, repeats are re-answered."""
         requests: list[tuple[str, Packet]] = []
         wait_ms = max(0, int(timeout_seconds * 1000))
+        left = BYTES_PER_TURN if self._socket.poll(wait_ms) else 0
         for _ in range(MESSAGES_PER_TURN):
-            if not self._socket.poll(wait_ms):
+            if left <= 0:
                 break
-            wait_ms = 0
-            peer, *frames = self._socket.recv_multipart()
+            try:
+                peer, *frames = self._socket.recv_multipart(NOBLOCK)
+            except zmq.Again:
+                break
+            left -= sum(map(len, frames))
             name = peer.decode("utf-8", "replace")
             try:
                 packet = decode(frames, MAX_REQUEST_FRAME_BYTES)
@@ -119,8 +125,11 @@ class Server:
     def push(self, peer: str, packet: Packet) -> bool:
         """Sends without being asked; False when the peer is gone, or reads nothing any more."""
         self.num_refused += packet.kind == "refused"
+        *first, last = [peer.encode(), *encode(packet)]
         try:
-            self._socket.send_multipart([peer.encode(), *encode(packet)], zmq.NOBLOCK)
+            for frame in first:
+                self._socket.send(frame, NOBLOCK | SNDMORE)
+            self._socket.send(last, NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

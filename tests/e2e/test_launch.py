@@ -479,7 +479,7 @@ def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(laun
     assert not [key for key in keys if key in shown]
     lines = (run.run_dir / "trajectories/step_0.jsonl").read_text().splitlines()
     prompts = [message["content"] for line in lines for message in json.loads(line)["prompt"]]
-    assert "asyncgrpo_leases_total" in metrics
+    assert "asyncgrpo_buffer_leases_total" in metrics
     assert not [prompt for prompt in prompts if prompt in metrics]
 
 

@@ -1,0 +1,55 @@
+"""A run whose processes are started one by one, as on several machines."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_launch import SMALL, TESTS
+
+from asyncgrpo.data.tiny import build_untrained
+
+pytestmark = pytest.mark.slow
+OTHER = "127.0.0.2"  # this machine, too; nobody listens there unless he is told to
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "asyncgrpo.cli", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=TESTS, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def test_buffer_learner_and_actors_find_each_other_on_the_given_address(tmp_path: Path) -> None:
+    model = build_untrained(tmp_path / "untrained", True, 5)
+    run_dir = str(tmp_path / "run")
+    settings = [f'launch.host="{OTHER}"', "actor.engine=toy", f"model.path={model}", *SMALL]
+    own = [word for setting in settings for word in ("--set", setting)]
+    buffer = start("buffer", "--run-dir", run_dir, *own)
+    others = []
+    try:
+        assert buffer.stdout is not None
+        shown = [next(line for line in buffer.stdout if "then " in line), buffer.stdout.readline()]
+        assert f"asyncgrpo learner --join {run_dir}" in shown[0]
+        assert f"asyncgrpo actor --join {run_dir} --index 0" in shown[1]
+        others = [start("actor", "--join", run_dir, "--index", index) for index in ("0", "1")]
+        learner = start("learner", "--join", run_dir)
+        others.append(learner)
+        said, _ = learner.communicate(timeout=120)
+        assert learner.returncode == 0, said
+        time.sleep(0.5)
+        for process in (*others[:2], buffer):
+            process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=20)
+            assert process.returncode == 0, said
+    finally:
+        for process in (*others, buffer):
+            process.kill()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
+    assert f"tcp://{OTHER}:" in (tmp_path / "run" / "endpoints.json").read_text()
+    assert not list((tmp_path / "run" / "targets").glob("*.json"))  # all ended as they should
+    assert start("audit", run_dir).wait() == 0

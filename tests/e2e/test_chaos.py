@@ -1,0 +1,26 @@
+"""Five minutes of kills and stops across all roles of a run with real engines."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.timeout(1200)
+def test_a_run_under_attack_learns_and_loses_nothing_and_counts_nothing_twice(tmp_path):
+    spec = importlib.util.spec_from_file_location("chaos", SCRIPT)
+    chaos = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chaos)
+    found = chaos.main(["--minutes", "5", "--seed", "0", "--run-dir", str(tmp_path / "run")])
+    assert set(found["faults"]) == set(chaos.FAULTS)
+    assert sum(found["faults"].values()) >= 15
+    assert (found["exit_code"], found["audit_exit_code"]) == (0, 0)
+    assert (found["groups_lost"], found["groups_trained_twice"]) == (0, 0)
+    assert found["accuracy_after"] > found["accuracy_before"] + 0.1
+    assert found["orphans"] == []
