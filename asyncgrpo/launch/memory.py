@@ -266,7 +266,7 @@ def _process_lines(
     on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
     is_here = not on_gpu or config.weights.transport not in ("gloo", "disk")
     gathers = config.learner.parallel == "fsdp" or config.weights.publish_every > 1
-    if publishes and (is_here and kind == "actor" or gathers and not on_gpu):
+    if publishes and ((is_here and kind == "actor") or (gathers and not on_gpu)):
         how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
         yield "publishing", size * shape.parameters, how
     elif publishes and is_here:
