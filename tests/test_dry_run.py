@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -284,11 +284,12 @@ def test_an_evaluation_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("option", ["--config", "--run-dir", "model.path", "data.train"])
-def test_paths_that_are_too_long_are_one_message(option: str) -> None:
+def test_paths_that_are_too_long_are_one_message(
+    option: str, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     path = "x" * 5000
     arguments = [option, path] if option.startswith("--") else ["--set", f"{option}={path}"]
-    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--dry-run", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = command("launch", "--dry-run", *arguments)
     assert done.returncode == 2
     assert "longer than a path may be" in done.stderr
     assert "Traceback" not in done.stderr

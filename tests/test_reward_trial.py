@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -171,27 +168,16 @@ def test_a_real_sample_of_gsm8k_passes_with_both_extractions():
         assert rows(built_in(judge), read_prompts(GSM8K))["gsm8k"].flags == ()
 
 
-def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "asyncgrpo.cli", "reward", "test", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))},
-    )
-
-
 @pytest.fixture
-def sums(tmp_path: Path) -> list[str]:
+def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
     records = [{"question": f"{i} + {i}", "answer": 2 * i} for i in range(20)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return ["--set", "data.train=sums.jsonl", "--set", "data.eval=none"]
+    return ["reward", "test", "--set", "data.train=sums.jsonl", "--set", "data.eval=none"]
 
 
-def test_the_command_shows_a_table_and_leaves_with_0_for_sound_rewards(tmp_path, sums):
-    done = command(tmp_path, *sums, "--set", "reward.routes={sums='gsm8k'}", "-n", "5")
+def test_the_command_shows_a_table_and_leaves_with_0_for_sound_rewards(command, sums):
+    done = command(*sums, "--set", "reward.routes={sums='gsm8k'}", "-n", "5")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[0] == ["data_source", "function", "gold", "empty", "shuffled", "random", "verdict"]
@@ -199,9 +185,9 @@ def test_the_command_shows_a_table_and_leaves_with_0_for_sound_rewards(tmp_path,
     assert "sums: answers are written as '#### {answer}' (--template)" in done.stdout
 
 
-def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(tmp_path, sums):
+def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(command, sums):
     route = "reward.routes={sums={use='gsm8k', options={format_score=0.2}}}"
-    done = command(tmp_path, *sums, "--set", route)
+    done = command(*sums, "--set", route)
     assert done.returncode == 1, done.stderr
     assert "FLAGGED" in done.stdout
     assert "sums, gsm8k: rewards format without correctness: shuffled gets 0.2" in done.stdout
@@ -218,8 +204,8 @@ def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(tmp_path, sums):
         (["-n", "0"], "Invalid value for '-n'"),
     ],
 )
-def test_the_command_leaves_with_2_for_bad_input(tmp_path, sums, arguments, said):
-    done = command(tmp_path, *sums, *arguments)
+def test_the_command_leaves_with_2_for_bad_input(command, sums, arguments, said):
+    done = command(*sums, *arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr

@@ -483,16 +483,7 @@ def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(laun
     assert not [prompt for prompt in prompts if prompt in metrics]
 
 
-def refused(*arguments: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "asyncgrpo.cli", "launch", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))},
-    )
+def check_refused(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "started" not in done.stdout
@@ -523,19 +514,26 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda a: a[-1])
-def test_bad_input_is_refused_before_anything_is_started_or_written(arguments, tmp_path):
-    assert BAD_INPUT[arguments] in refused(*arguments, cwd=tmp_path)
+def test_bad_input_is_refused_before_anything_is_started_or_written(
+    arguments, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    assert BAD_INPUT[arguments] in check_refused(command("launch", *arguments))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path):
+def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path, command):
     (tmp_path / "config.json").write_text("{}")
-    assert "already holds a run" in refused("--run-dir", str(tmp_path), cwd=tmp_path)
+    said = check_refused(command("launch", "--run-dir", str(tmp_path)))
+    assert "already holds a run" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_data_file_with_a_broken_line_is_refused_with_its_number(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": \n')
-    assert "d.jsonl:2" in refused("--set", "data.train=d.jsonl", cwd=tmp_path)
+    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--set", "data.train=d.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "d.jsonl:2" in check_refused(done)
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
