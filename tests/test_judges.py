@@ -479,10 +479,10 @@ FUZZED = {
 }
 
 
-def test_no_judge_raises_on_ten_thousand_texts_and_scores_stay_bounded():
+def test_no_judge_raises_on_thousands_of_texts_and_scores_stay_bounded():
     chance = random.Random(0)
-    texts = ["".join(chance.choices(PIECES, k=chance.randint(0, 12))) for _ in range(10_000)]
-    texts += ["".join(map(chr, chance.choices(range(0xFFFF), k=20))) for _ in range(500)]
+    texts = ["".join(chance.choices(PIECES, k=chance.randint(0, 12))) for _ in range(2_500)]
+    texts += ["".join(map(chr, chance.choices(range(0xFFFF), k=20))) for _ in range(200)]
     assert {*FUZZED, "task", "http"} == set(BUILTINS)
     for use, options in FUZZED.items():
         function = find(RewardFunction(use=use, options=options))

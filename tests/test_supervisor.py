@@ -99,6 +99,11 @@ def _handlers_are_given_back() -> Iterator[None]:
     assert after == before
 
 
+@pytest.fixture(autouse=True)
+def _restarts_follow_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "BACKOFF_SECONDS", 0.05)
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
@@ -236,7 +241,7 @@ def test_an_actor_is_restarted_with_a_count_and_then_the_run_fails(tmp_path: Pat
     message = str(caught.value)
     assert "actor-0 ended with exit code 7 after 1 restarts" in message
     assert message.endswith("\n  life 0\n  life 1")
-    assert run.said("restart 1 of 1 follows in 1 s")
+    assert run.said("restart 1 of 1 follows in 0.05 s")
 
 
 @pytest.mark.parametrize("victim", ["buffer", "learner"])
@@ -261,12 +266,11 @@ def test_a_killed_buffer_or_learner_gets_another_life_beside_the_others(
     run.assert_nothing_left()
 
 
-def test_waits_between_restarts_double(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "BACKOFF_SECONDS", 0.1)
+def test_waits_between_restarts_double(tmp_path: Path) -> None:
     run = Run(tmp_path, buffer=WORK, learner=WORK, actor_0="sys.exit(7)", restarts=3)
     with pytest.raises(RoleFailed, match="after 3 restarts"):
         run.supervisor.run()
-    for count, seconds in ((1, "0.1"), (2, "0.2"), (3, "0.4")):
+    for count, seconds in ((1, "0.05"), (2, "0.1"), (3, "0.2")):
         assert run.said(f"restart {count} of 3 follows in {seconds} s")
 
 
@@ -276,12 +280,16 @@ def test_an_actor_that_was_asked_to_go_leaves_the_others_at_work(tmp_path: Path)
     left: list[bool] = []
 
     def look() -> None:
-        left.append(run.said("actor-0 has left the run") and is_alive(run.pid("actor-1")))
-        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            wait_until(lambda: run.said("actor-0 has left the run"))
+            threading.Event().wait(4 * local.POLL_SECONDS)
+            left.append(is_alive(run.pid("actor-1")))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
 
     def ask_to_go() -> None:
         os.kill(run.pid("actor-0"), signal.SIGTERM)
-        threading.Timer(1.0, look).start()
+        threading.Thread(target=look).start()
 
     run.on_ready = ask_to_go
     assert run.supervisor.run() == 130
