@@ -26,7 +26,7 @@ from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
 HeldOut = Mapping[str, Sequence[Prompt]]  # evaluation block -> its prompts
-SURVEYED = 10_000  # prompts of an endless stream that stand for all of it
+SURVEYED = 2_000  # prompts of an endless stream that stand for all of it
 
 
 class PromptSource:

@@ -20,6 +20,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 
 from asyncgrpo.config import TaskSettings
@@ -120,18 +121,23 @@ def _held_out_tasks(settings: TaskSettings, count: int) -> list[Task]:
     """The first `count` held-out tasks; a shorter list is always a beginning of a longer one."""
     kinds = _checked_weights(settings)
     per_kind = math.ceil(count / len(kinds))
-    columns = [_held_out_of_kind(kind, settings)[:per_kind] for kind in kinds]
+    sizes = settings.model_copy(update={"kinds": {}}).model_dump_json()
+    columns = [_held_out_of_kind(kind, sizes)[:per_kind] for kind in kinds]
     in_turn = [task for row in zip_longest(*columns) for task in row if task is not None]
     return in_turn[:count]
 
 
-def _held_out_of_kind(kind: str, settings: TaskSettings) -> list[Task]:
-    rng = random.Random(f"{HELD_OUT_SEED}:{kind}")
+@lru_cache
+def _held_out_of_kind(kind: str, sizes: str) -> tuple[Task, ...]:
+    rng, settings = (
+        random.Random(f"{HELD_OUT_SEED}:{kind}"),
+        TaskSettings.model_validate_json(sizes),
+    )
     distinct: dict[str, Task] = {}
     for _ in range(SURVEY_DRAWS):
         task = draw_task(kind, settings, rng)
         distinct.setdefault(task.text, task)
-    return list(distinct.values())[: int(len(distinct) * MAX_HELD_OUT_SHARE)]
+    return tuple(distinct.values())[: int(len(distinct) * MAX_HELD_OUT_SHARE)]
 
 
 def _as_prompt(task: Task, prompt_id: str) -> Prompt:
