@@ -9,10 +9,18 @@ from collections.abc import Callable
 from subprocess import CompletedProcess
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The fast suite draws fewer examples; `make test` draws as many as ever."""
+    is_fast = "not slow" in config.option.markexpr
+    settings.register_profile("asyncgrpo", deadline=None, max_examples=40 if is_fast else 100)
+    settings.load_profile("asyncgrpo")
 
 
 def pytest_sessionstart() -> None:

@@ -382,7 +382,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(seed=st.integers(0, 2**32))
 def test_any_schedule_ends_with_every_bound_kept(name, seed):
     run = Simulation(seed, **SCHEDULES[name])
@@ -414,7 +414,7 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     assert sorted(run.trained) == list(range(run.config.run.max_steps))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(seed=st.integers(0, 2**32))
 def test_a_buffer_that_waits_never_evicts(seed):
     run = Simulation(seed, buffer={"staleness_action": "wait"})

@@ -53,7 +53,7 @@ TRICKY = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=settings().max_examples // 3)
 @given(TRICKY)
 def test_settings_written_as_toml_load_as_the_same_settings(raw: dict[str, Any]) -> None:
     config = from_mapping(raw)

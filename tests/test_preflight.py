@@ -306,8 +306,8 @@ def test_an_address_that_is_not_ours_is_refused_with_its_setting(setting: str) -
 
 
 def test_ports_are_looked_for_where_they_will_be_used() -> None:
-    with socket.create_server(("127.0.0.2", 0)) as taken:
-        port = taken.getsockname()[1]
+    (port,) = pick_free_ports(1)
+    with socket.create_server(("127.0.0.2", port)):
         launch = {"buffer_port": port}
         assert choose_ports(from_mapping({"launch": launch})).buffer == port
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be used"):

@@ -101,8 +101,8 @@ def test_a_run_ends_at_a_stall_when_that_is_wanted(tmp_path):
 
 def test_what_moves_is_no_stall(tmp_path):
     said: list[str] = []
-    look = watch(tmp_path, said, stall_seconds=0.3)
-    for events in range(10):
+    look = watch(tmp_path, said, stall_seconds=0.2)
+    for events in range(8):
         write_flow(tmp_path, events)
         look()
         time.sleep(0.05)
