@@ -6,14 +6,18 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from subprocess import CompletedProcess
 
 import pytest
+import typer.main
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Otherwise each call of a command builds all commands anew.
+typer.main.get_command = cache(typer.main.get_command)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +35,7 @@ def pytest_collection_finish() -> None:
     """What the imports left lives to the end: the collector need not look at it after each test."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
     gc.enable()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 
@@ -172,10 +172,10 @@ def test_light_processes_never_load_torch_nor_readers_of_data(module):
 
 
 def test_help_answers_in_half_a_second():
-    command = [sys.executable, "-m", "asyncgrpo.cli", "--help"]
-    seconds = []
-    for _ in range(5):  # the best of five: other processes may hold the cores
-        start = time.perf_counter()
-        subprocess.run(command, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+    before = os.times()
+    subprocess.run(
+        [sys.executable, "-m", "asyncgrpo.cli", "--help"], capture_output=True, check=True
+    )
+    after = os.times()  # seconds of a core: other processes may hold the cores
+    used = after.children_user + after.children_system
+    assert used - before.children_user - before.children_system < 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -194,6 +195,7 @@ def measured_peak(updater: PolicyUpdater, shard: Shard) -> int:
         held += updater._reference.state().values()
     for state in updater._optimizer.state.values():
         held += [state["exp_avg"], state["exp_avg_sq"]]
+    gc.collect()  # nor those of tests before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         updater.update(shard)
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
