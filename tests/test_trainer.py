@@ -20,6 +20,7 @@ import reward_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from small_run import BY_THE_CLOCK
 
 from asyncgrpo import Trainer, TrainResult
 from asyncgrpo.config import from_mapping
@@ -27,7 +28,6 @@ from asyncgrpo.data.files import as_jsonl, read_rows
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError, DataError, ModelError, RewardError, RunError
 from asyncgrpo.imports import find_function
-from asyncgrpo.observe.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 ROWS = [{"prompt": f"Say {word}", "answer": word} for word in ("ja", "nein", "vielleicht", "好")]
@@ -287,13 +287,6 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     return str(build_untrained(tmp_path_factory.mktemp("model") / "untrained", True, 5))
-
-
-BY_THE_CLOCK = {  # durations, and what the actor reports once a second
-    *(n for n, metric in METRICS.items() if metric.unit in ("seconds", "tokens/s")),
-    *("tokens_generated", "groups_generated", "judged_groups", "judge_errors", "failed_groups"),
-    *("swaps", "prompts_truncated", "actor_idle_share", "judge/error_rate"),
-}
 
 
 def command_line(folder: Path, model: str) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_launch import SMALL, TESTS
+from test_launch import SIX_STEPS, TESTS
 
 from asyncgrpo.data.tiny import build_untrained
 
@@ -116,7 +116,7 @@ def test_an_actor_elsewhere_outlives_a_short_cut_and_is_let_in_again_after_a_lon
 ) -> None:
     run_dir = tmp_path / "run"
     model = build_untrained(tmp_path / "untrained", True, 5)
-    settings = [*SMALL, *SETTINGS, f"model.path={model}"]
+    settings = [*SIX_STEPS, *SETTINGS, f"model.path={model}"]
     own = [word for setting in settings for word in ("--set", setting)]
     buffer = hosts.start(HEAD, "buffer", "buffer", "--run-dir", str(run_dir), *own)
     hosts.until(lambda: "listening on" in hosts.shown("buffer"), "the buffer listens")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_launch import SMALL, TESTS
+from test_launch import SIX_STEPS, TESTS
 
 from asyncgrpo.data.tiny import build_untrained
 
@@ -27,7 +27,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 def test_buffer_learner_and_actors_find_each_other_on_the_given_address(tmp_path: Path) -> None:
     model = build_untrained(tmp_path / "untrained", True, 5)
     run_dir = str(tmp_path / "run")
-    settings = [f'launch.host="{OTHER}"', "actor.engine=toy", f"model.path={model}", *SMALL]
+    settings = [f'launch.host="{OTHER}"', "actor.engine=toy", f"model.path={model}", *SIX_STEPS]
     own = [word for setting in settings for word in ("--set", setting)]
     buffer = start("buffer", "--run-dir", run_dir, *own)
     others = []

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from small_run import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncgrpo.buffer.audit import audit
@@ -32,22 +33,7 @@ from asyncgrpo.wire.sockets import DealerClient
 
 TESTS = Path(__file__).parent.parent
 SECONDS = 240
-SMALL = [
-    "run.max_steps=6",
-    "data.max_prompt_tokens=32",
-    "sampling.max_completion_tokens=8",
-    'reward.functions=[{use="reward_functions:vowels"}]',
-    "algo.drop_uniform_groups=false",
-    "algo.group_size=4",
-    "buffer.groups_per_step=4",
-    "buffer.max_staleness=2",
-    "actor.concurrency=8",
-    "eval.num_prompts=12",
-    "eval.every=3",
-    "launch.grace_seconds=3",
-]
-
-
+SIX_STEPS = [*SMALL, "run.max_steps=6", "launch.grace_seconds=3"]
 TWO_BLOCKS = (
     "[{num_prompts=12, every=3}, {name='sampled', num_prompts=6, every=2, num_samples=4, k=4, "
     "sampling={temperature=1.0, max_completion_tokens=12}}]"
@@ -62,7 +48,7 @@ class Launch:
     ) -> None:
         self.run_dir = base / "run"
         self.out = base / "out.txt"
-        settings = [*SMALL, f"actor.engine={engine}", f"model.path={model}", *overrides]
+        settings = [*SIX_STEPS, f"actor.engine={engine}", f"model.path={model}", *overrides]
         command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--run-dir", str(self.run_dir)]
         command += ["--resume", str(self.run_dir)] if resume else []
         command += [part for setting in settings for part in ("--set", setting)]

@@ -11,32 +11,20 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from small_run import BY_THE_CLOCK, SMALL
 
 from asyncgrpo.data.tiny import build_untrained
-from asyncgrpo.observe.metrics import METRICS
 
 pytestmark = pytest.mark.slow
 STEPS, SECONDS = 12, 200
 SETTINGS = [
+    *SMALL,
     f"run.max_steps={STEPS}",
     "checkpoint.every=4",
-    "data.max_prompt_tokens=32",
-    "sampling.max_completion_tokens=8",
-    'reward.functions=[{use="reward_functions:vowels"}]',
-    "algo.drop_uniform_groups=false",
-    "algo.group_size=4",
     "algo.kl_coef=0.01",
-    "buffer.groups_per_step=4",
-    "buffer.max_staleness=2",
     "actor.concurrency=6",
     "eval.num_prompts=6",
-    "eval.every=3",
 ]
-BY_THE_CLOCK = {  # durations, and what the actor reports once a second
-    *(n for n, metric in METRICS.items() if metric.unit in ("seconds", "tokens/s")),
-    *("tokens_generated", "groups_generated", "judged_groups", "judge_errors", "failed_groups"),
-    *("swaps", "prompts_truncated", "actor_idle_share", "judge/error_rate"),
-}
 
 
 def launch(run_dir: Path, model: Path, *arguments: str) -> subprocess.Popen:

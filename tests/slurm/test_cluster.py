@@ -12,6 +12,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 from cluster import Cluster, missing
+from small_run import MAX_STALENESS, SMALL
 
 from asyncgrpo.data.tiny import build_untrained
 
@@ -21,20 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {missing()}"),
 ]
-MAX_STALENESS = 2
-SMALL = [
-    "data.max_prompt_tokens=32",
-    "sampling.max_completion_tokens=8",
-    'reward.functions=[{use="reward_functions:vowels"}]',
-    "algo.drop_uniform_groups=false",
-    "algo.group_size=4",
-    "buffer.groups_per_step=4",
-    f"buffer.max_staleness={MAX_STALENESS}",
-    "actor.concurrency=8",
-    "eval.num_prompts=12",
-    "eval.every=0",
-    "checkpoint.every=5",
-]
+SETTINGS = [*SMALL, "eval.every=0", "checkpoint.every=5"]
 
 
 class Submitted:
@@ -42,7 +30,7 @@ class Submitted:
 
     def __init__(self, cluster: Cluster, base: Path, model: Path, *arguments: str) -> None:
         self.cluster, self.run_dir = cluster, base / "a run's 2% $HOME"
-        own = [word for setting in SMALL for word in ("--set", setting)]
+        own = [word for setting in SETTINGS for word in ("--set", setting)]
         text = cluster.call(
             *(sys.executable, "-m", "asyncgrpo.cli", "slurm", "submit"),
             *("--set", f"model.path={model}", "--set", "actor.engine=toy", *own),
