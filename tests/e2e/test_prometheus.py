@@ -119,6 +119,16 @@ def shown() -> Iterator[tuple[str, str]]:
         yield f"{name}, limit", expression(alert["limit"])
 
 
+def without_data(server: Prometheus, run: str, seconds: float) -> list[str]:
+    """What is shown and had no value in the last seconds."""
+    empty = []
+    for place, text in shown():
+        query = text.replace("$run", run).replace("$__rate_interval", "5s")
+        if not server.series(re.sub(r"\b\d+[mh]\b", "5s", query), seconds):
+            empty.append(f"{place}: {query}")
+    return empty
+
+
 @pytest.mark.engine
 def test_every_panel_and_rule_has_data_of_a_real_run_across_the_restart_of_an_actor(tmp_path):
     start = time.time()
@@ -135,13 +145,10 @@ def test_every_panel_and_rule_has_data_of_a_real_run_across_the_restart_of_an_ac
         run.until(lambda: server.series(began, 5), "scraped again after a restart")
         steps = len(run.rows())
         run.until(lambda: len(run.rows()) > steps + 20, "trained on")
-        time.sleep(5)  # a few more scrapes, and evaluations of the rules
-        empty, seconds = [], time.time() - start
-        for place, text in shown():
-            query = text.replace("$run", run.run_dir.name).replace("$__rate_interval", "5s")
-            if not server.series(re.sub(r"\b\d+[mh]\b", "5s", query), seconds):
-                empty.append(f"{place}: {query}")
-        assert empty == []
+        end = time.monotonic() + 30  # a few more scrapes, and evaluations of the rules
+        while empty := without_data(server, run.run_dir.name, time.time() - start):
+            assert time.monotonic() < end, empty
+            time.sleep(0.5)
         run.process.send_signal(signal.SIGINT)
         assert run.wait() == 130
         end = time.monotonic() + 20
