@@ -162,6 +162,18 @@ def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_
         assert replay.count_for(tokens, groups) == count
 
 
+def test_groups_that_are_trained_again_stand_in_the_order_in_which_a_ledger_keeps_them():
+    replay = Replay("arrival")
+    versions = {14: 0, 11: 1, 12: 2}  # the two oldest are taken
+    replay.hold(
+        0, [(t, make_group(make_lease(t), versions=[[v]] * 2)) for t, v in versions.items()]
+    )
+    replay.done(0, keep=True)
+    replay.hold(1, [(20, make_group(make_lease(20)))])
+    replay.add_again(1, count=2, most=1, max_staleness=4)
+    assert [group.lease.lease_id for group in replay.whole(1)] == ["t20", "t11", "t14"]
+
+
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=24), st.integers(1, 4))
 def test_dealing_loses_nothing_and_balances_tokens(lengths, world_size):
     groups = [make_group(make_lease(i), versions=[[0] * n, [0] * n]) for i, n in enumerate(lengths)]

@@ -92,7 +92,7 @@ class Replay:
         fit = sorted(
             self._trained.values(), key=lambda s: (self._uses[s.ticket], s.oldest_version, s.ticket)
         )
-        self.again[step] = fit[:count]
+        self.again[step] = sorted(fit[:count], key=lambda s: s.ticket)  # as a ledger keeps them
         self._uses.update(tickets(self.again[step]))
 
     def whole(self, step: int) -> list[Group]:
