@@ -323,15 +323,16 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
     doomed = ranks[0]
 
     def reports() -> list[str]:  # the start may have been slow enough for one, too
-        texts = [path.read_text() for path in run.run_dir.glob("stalls/*.txt")]
+        texts = [path.read_text() for path in sorted(run.run_dir.glob("stalls/*.txt"))]
         return [text for text in texts if "for the learner to train step" in text]
 
+    known = len(reports())
     doomed.suspend()
     try:
-        run.until(reports, "reported")
+        run.until(lambda: len(reports()) > known, "reported")
     finally:
         doomed.resume()
-    (text,) = reports()
+    text = reports()[known]
     assert f"(pid {doomed.pid}, stopped by a signal)\nno answer" in text
     assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
     assert run.wait() == 0, run.text()[-4000:]
