@@ -97,6 +97,9 @@ class WeightSender(Protocol):
     def release(self) -> None:
         """Before the weights change: waits until they were read, within the deadlines."""
 
+    def serve(self) -> None:
+        """While the learner waits for something else: sends to late actors what it alone can."""
+
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         """Waits until `count` actors proved the newest version; PeerTimeout if none ever did."""
 

@@ -101,6 +101,7 @@ class Learner:
         files into the folder of each.
         """
         self._config, self._rank, self._world_size = config, rank, world_size
+        self._is_sharded = config.learner.parallel == "fsdp"
         self._updater, self._client = updater, client
         self._sender, self._recorder = sender, recorder
         self._show, self._observe, self._stopping = show, observe, stopping
@@ -159,7 +160,19 @@ class Learner:
         seconds = self._config.buffer.take_timeout_seconds
         packet = Packet(kind="take", fields=fields)
         self._pass_on_stop()
-        return self._client.call(packet, seconds, meanwhile=self._pass_on_stop)
+        if self._sender is None:  # until rank 0 has its shard; then there is one for every rank
+            self._updater.help_gather()
+        answer = self._client.call(packet, seconds, meanwhile=self._while_waiting)
+        if self._sender is not None and self._is_sharded:
+            self._sender.release()
+            self._updater.help_gather()
+        return answer
+
+    def _while_waiting(self) -> None:
+        """An actor that joins now gets weights: the batch may need it."""
+        self._pass_on_stop()
+        if self._sender is not None:
+            self._sender.serve()
 
     def _pass_on_stop(self) -> None:
         """The buffer, which all ranks ask for their shards, decides after which step they stop.
@@ -181,12 +194,12 @@ class Learner:
         canaries = self._updater.canary_logprobs()
         if self._sender is not None:
             self._sender.publish(version, self._updater.weights(), canaries)
+            if is_first:
+                self._sender.wait_for_actors(
+                    self._config.launch.actors, self._config.launch.start_timeout_seconds
+                )
         self._updater.help_gather()
         self._published = version
-        if self._sender is not None and is_first:
-            self._sender.wait_for_actors(
-                self._config.launch.actors, self._config.launch.start_timeout_seconds
-            )
 
     def _release(self) -> None:
         if self._sender is not None:
@@ -225,9 +238,11 @@ class Learner:
         if self._published != version:
             self._publish(version)
         if self._sender is None or self._recorder is None:
+            self._updater.help_gather()
             return
         self._sender.settle(self._eval_seconds)
         self._evaluate(version, self._evals)
-        answer = self._client.call(Packet(kind="results"), self._eval_seconds)
+        answer = self._client.call(Packet(kind="results"), self._eval_seconds, self._sender.serve)
+        self._updater.help_gather()
         summary = self._client.call(Packet(kind="summary"), CALL_SECONDS).fields
         self._recorder.finish(answer.fields["reports"], summary)

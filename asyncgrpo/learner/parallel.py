@@ -94,20 +94,28 @@ class Gathered:
     def __init__(self, tensors: NamedTensors) -> None:
         """tensors: gathers one after the other on every rank that iterates."""
         self._tensors = tensors
+        self._pass: Iterator[tuple[str, Tensor]] = iter(())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """On rank 0; to the end, as the other ranks do."""
+        """On rank 0; the others take part to the end of a pass, so one that is given up goes on."""
+        self._end_pass()
         ranks.from_first(True)
-        yield from self._tensors
+        self._pass = iter(self._tensors)
+        return self._pass
 
     def help(self) -> None:
         """On every rank when rank 0 is done: until then the others take part in each pass."""
         if ranks.rank() == 0:
+            self._end_pass()
             ranks.from_first(False)
             return
         while ranks.from_first(False):
-            for _ in self._tensors:
-                pass
+            self._pass = iter(self._tensors)
+            self._end_pass()
+
+    def _end_pass(self) -> None:
+        for _ in self._pass:
+            pass
 
 
 def _blocks(policy: nn.Module) -> Iterable[nn.Module]:

@@ -34,6 +34,9 @@ class LocalLink:
     def release(self) -> None:
         """The weights were copied."""
 
+    def serve(self) -> None:
+        """The actor takes the weights by itself."""
+
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         """The one actor is here."""
 

@@ -5,8 +5,9 @@ Produces: offer, go, sent, reject to the actors; a broadcast over the group, or 
 Waits for: answers until a deadline; then it goes on without the late ones.
 
 Weights are read from the learner's own parameters while they stand still, from publish to release,
-two buckets at a time. Where they cannot be (they lie on several ranks, or change before the next
-publish) there is one copy in host memory.
+two buckets at a time: by the thread, or, when ranks hold parts of them, by the learner loop, which
+gathers one parameter after the other while earlier ones are sent. Where they change before the
+next publish there is one copy in host memory.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class CollectiveSender:
         self._transport, self._folder = transport, folder
         if transport == "disk" and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)  # versions of an earlier life
-        self._keeps_copy = config.learner.parallel == "fsdp" or self._settings.publish_every > 1
+        self._keeps_copy = transport != "disk" and self._settings.publish_every > 1
+        # Gathering is for the loop's own thread, which runs all other collectives of the learner.
+        self._loop_sends = config.learner.parallel == "fsdp" and not self._keeps_copy
         self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
@@ -126,7 +129,7 @@ class CollectiveSender:
             self._take(version, tensors)
             self._handshake.publish(version)
             self._published_at = time.perf_counter()
-            if not self._settings.overlap:
+            if self._loop_sends or not self._settings.overlap:
                 self._wait(self._handshake.at_rest, "end of a broadcast")
             blocked = self._blocked_seconds + time.perf_counter() - start
             self._metrics["publish/blocked_seconds"], self._blocked_seconds = blocked, 0.0
@@ -164,6 +167,12 @@ class CollectiveSender:
             self._handshake.hold()
             self._tensors = ()
             self._blocked_seconds += time.perf_counter() - start
+
+    def serve(self) -> None:
+        """Sends to actors that are late or new, if that is for the caller to do."""
+        with self._changed:
+            if self._loop_sends and self._handshake.decided():
+                self._broadcast()
 
     @contextmanager
     def _digesting(self, version: int) -> Iterator[Callable[[torch.Tensor], None]]:
@@ -215,10 +224,20 @@ class CollectiveSender:
                 self._settings.loaded_timeout_seconds,
             )
         )
-        if not self._changed.wait_for(lambda: self._failure is not None or done(), limit):
-            raise PeerTimeout("actors " + ", ".join(self._handshake.members), what, limit)
-        if self._failure is not None:
-            raise WeightsError(f"the weights sender stopped: {self._failure}") from self._failure
+        end = time.monotonic() + limit
+
+        def is_over() -> bool:
+            to_send = self._loop_sends and self._handshake.decided()
+            return self._failure is not None or to_send or done()
+
+        while self._changed.wait_for(is_over, end - time.monotonic()):
+            if self._failure is not None:
+                message = f"the weights sender stopped: {self._failure}"
+                raise WeightsError(message) from self._failure
+            if done():
+                return
+            self._broadcast()
+        raise PeerTimeout("actors " + ", ".join(self._handshake.members), what, limit)
 
     # -- the thread ---------------------------------------------------------------------------
 
@@ -249,7 +268,7 @@ class CollectiveSender:
         offered = self._handshake.open_round(time.monotonic())
         if offered is not None:
             self._offer()
-        if self._handshake.decided():
+        if self._handshake.decided() and not self._loop_sends:
             self._broadcast()
 
     def _on_join(self, peer: str, packet: Packet) -> None:

@@ -252,6 +252,21 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
 
 
+@pytest.mark.slow
+def test_the_only_actor_of_a_sharded_learner_is_killed_and_gets_its_weights_while_all_wait(launch):
+    """No batch can be complete without it, and no rank may gather weights without the others."""
+    settings = ("run.max_steps=8", "learner.parallel=fsdp", "launch.actors=1", "eval=[]")
+    run = launch(*settings, "launch.learners=2", "buffer.max_staleness=0")
+    run.until_training()
+    run.find("actor", "0").kill()
+    assert run.wait() == 0, run.text()[-4000:]
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(8))
+    last = [row for row in run.rows() if "publish/proofs" in row][-1]
+    assert last["publish/proofs"] >= 8
+    assert last["publish/rejections"] == 0
+    assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
+
+
 @pytest.mark.engine
 def test_nothing_is_left_when_the_launcher_is_killed(launch):
     run = launch("run.max_steps=5000", engine="vllm")
