@@ -10,18 +10,25 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from receiver_process import VOCAB, logprobs
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.learner.parallel import Gathered
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.weights import flat as flat_module
 from asyncgrpo.weights.collective import open_group, open_store
@@ -689,3 +696,74 @@ def test_weights_that_change_before_the_next_publish_are_copied(make_network):
     assert network.start("actor-0").next_line() == "live 1"
     network.sender.settle(30)
     assert network.sender.metrics()["publish/proofs"] == 1
+
+
+class Sharded:
+    """Matrices of which each rank holds a part; counts how many are gathered at a time."""
+
+    def __init__(self, version: int) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        rest = [(f"rest.{i}", torch.ones(1 << 16)) for i in range(16)]
+        whole = [*tensors(version), *rest]
+        self._parts = [(n, distribute_tensor(t, mesh, [Shard(0)])) for n, t in whole]
+        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        self.most = 0
+
+    def __iter__(self):
+        for name, part in self._parts:
+            tensor = part.full_tensor()
+            self.alive.add(tensor)
+            self.most = max(self.most, len(self.alive))
+            yield name, tensor
+
+
+def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None:
+    """Publishes 0 to a good and a doomed actor, 1 to the good one, and 1 to one that is late."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    sender = None
+    if rank == 0:
+        settings = {"ready_timeout_seconds": 2.0, "bucket_bytes": 65536}
+        config = from_mapping({"weights": settings, "learner": {"parallel": "fsdp"}})
+        sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
+        with sender._changed:
+            sender._wait(lambda: len(sender._waiting_joins) == 2, "joining", 30)
+    for version in range(2):
+        sharded = Sharded(version)
+        weights = Gathered(sharded)
+        if sender is not None:
+            sender.publish(version, weights, logprobs(dict(tensors(version))).numpy())
+            sender.wait_for_actors(1, 30)
+            if version == 1:
+                is_late_there.wait(30)
+                while sender.metrics()["publish/proofs"] < 3:
+                    sender.serve()
+            sender.release()
+        weights.help()
+        assert sharded.most <= 2
+    if sender is not None:
+        sender.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_gather_while_rank_0_sends_whoever_dies_or_is_late():
+    address, context = f"tcp://127.0.0.1:{free_port()}", mp.get_context("spawn")
+    good, doomed = Actor("actor-1", address), Actor("actor-0", address, "die_in_broadcast")
+    is_late_there, port, late = context.Event(), free_port(), None
+    learners = [
+        context.Process(target=learner_rank, args=(rank, address, port, is_late_there))
+        for rank in range(2)
+    ]
+    try:
+        for process in learners:
+            process.start()
+        assert [good.next_line() for _ in range(2)] == ["live 0", "live 1"]
+        late = Actor("actor-2", address)
+        is_late_there.set()
+        assert late.next_line() == "live 1"
+        for process in learners:
+            process.join(30)
+        assert [process.exitcode for process in learners] == [0, 0]
+    finally:
+        for process in (*learners, *(each.process for each in (good, doomed, late) if each)):
+            process.kill()

@@ -265,8 +265,8 @@ def _process_lines(
 ) -> Iterator[Line]:
     on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
     is_here = not on_gpu or config.weights.transport not in ("gloo", "disk")
-    gathers = config.learner.parallel == "fsdp" or config.weights.publish_every > 1
-    if publishes and ((is_here and kind == "actor") or (gathers and not on_gpu)):
+    copies = config.weights.publish_every > 1 and config.weights.transport != "disk"
+    if publishes and ((is_here and kind == "actor") or (copies and not on_gpu)):
         how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
         yield "publishing", size * shape.parameters, how
     elif publishes and is_here:

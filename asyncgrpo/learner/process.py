@@ -32,9 +32,7 @@ log = logging.getLogger(__name__)
 def longest_wait(config: Config) -> float:
     """Seconds that rank 0 may let the others wait: for a batch, the actors, evaluations."""
     evaluation = max((block.timeout_seconds for block in config.evals), default=0.0)
-    return (
-        config.buffer.take_timeout_seconds + config.launch.start_timeout_seconds + 2 * evaluation
-    )
+    return config.buffer.take_timeout_seconds + config.launch.start_timeout_seconds + 2 * evaluation
 
 
 def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
@@ -48,7 +46,9 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if world_size > 1:
-        dist.init_process_group(ranks.backend(), timeout=timedelta(seconds=longest_wait(run.config)))
+        dist.init_process_group(
+            ranks.backend(), timeout=timedelta(seconds=longest_wait(run.config))
+        )
     transformers_logging.disable_progress_bar()
     sender = recorder = None
     exporter = serve_metrics(run, name)
