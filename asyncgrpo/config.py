@@ -383,6 +383,9 @@ class WeightSettings(Room):
         "auto", description="auto: gloo on CPU, nccl between GPUs, cuda_ipc on a shared one"
     )
     overlap: bool = Field(True, description="send while the next forward and backward pass runs")
+    only_changed: bool = Field(
+        False, description="leave out buckets whose bytes the receivers have; reads all twice"
+    )
     bucket_bytes: int = Field(8 << 20, ge=1 << 10, description="largest piece of one broadcast")
     ready_timeout_seconds: float = Field(10.0, gt=0, description="offer -> ready, per actor")
     transfer_timeout_seconds: float = Field(60.0, gt=0, description="one broadcast")
@@ -613,6 +616,11 @@ class Config(Room):
                 f"buffer.max_staleness + 1 = {staleness + 1}: the gate would wait for weights that "
                 "are published only after a batch that the gate does not let start (deadlock); "
                 f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
+            )
+        if self.weights.only_changed and self.weights.transport == "disk":
+            yield (
+                'weights.only_changed=true cannot be with weights.transport="disk", which writes '
+                "whole versions: set another transport, or weights.only_changed=false"
             )
         if self.buffer.replay_ratio and (self.buffer.tokens_per_step or not staleness):
             yield (

@@ -371,7 +371,7 @@ class Network:
     """A sender and the actors that were started."""
 
     def __init__(self, folder: Path, transport: str = "gloo", **weights) -> None:
-        settings = {"ready_timeout_seconds": 2.0, "bucket_bytes": 1024, **weights}
+        settings = {"ready_timeout_seconds": 4.0, "bucket_bytes": 1024, **weights}
         self.address, self._actors = f"tcp://127.0.0.1:{free_port()}", []
         self.sender = CollectiveSender(
             from_mapping({"weights": settings, "buffer": {"max_staleness": 4}}),
@@ -698,6 +698,56 @@ def test_weights_that_change_before_the_next_publish_are_copied(make_network):
     assert network.sender.metrics()["publish/proofs"] == 1
 
 
+def test_only_buckets_that_changed_are_sent_to_those_who_have_the_others(make_network):
+    """Two buckets of 1 KiB: the embedding and the head."""
+    network = make_network(only_changed=True)
+    sender, first = network.sender, network.start("actor-0")
+    seeds = [(0, 0), (0, 1), (0, 1), (2, 3), (2, 4)]  # of embedding and head, by version
+    saved = []
+
+    def publish_mixed(version: int) -> None:
+        embed, head = (dict(tensors(seed)) for seed in seeds[version])
+        named = {"embed": embed["embed"], "head": head["head"]}
+        sender.publish(version, list(named.items()), logprobs(named).numpy())
+        sender.wait_for_actors(1, 30)
+        sender.settle(30)
+        metrics = sender.metrics()
+        assert metrics["publish/bytes"] + metrics["publish/bytes_saved"] == 2048
+        saved.append(metrics["publish/bytes_saved"])
+
+    for version in range(4):
+        publish_mixed(version)
+        assert first.next_line() == f"live {version}"
+    assert saved == [0, 1024, 2048, 0]
+    late = network.start("actor-1")
+    assert late.next_line() == "live 3"  # all of it
+    sender.settle(30)
+    publish_mixed(4)
+    assert saved[-1] == 1024
+    assert [first.next_line(), late.next_line()] == ["live 4", "live 4"]
+    assert sender.metrics()["publish/proofs"] == 7
+    assert sender.metrics()["publish/rejections"] == 0
+
+
+def test_after_a_broken_broadcast_buckets_that_did_not_change_are_sent_too(make_network):
+    network = make_network(only_changed=True, bucket_bytes=65536)
+    sender, good = network.sender, network.start("actor-1")
+    publish(sender, 0, size=1 << 20)
+    assert good.next_line() == "live 0"
+    sender.settle(30)
+    sender.release()
+    network.start("actor-0", "die_in_broadcast")
+    with sender._changed:
+        sender._wait(lambda: len(sender._handshake.members) == 2, "joining", 30)
+    publish(sender, 1, size=1 << 20)
+    assert good.next_line() == "live 1"
+    assert sender.metrics()["publish/bytes_saved"] == 0
+    sender.settle(30)
+    publish(sender, 2, size=1 << 20)
+    assert good.next_line() == "live 2"
+    assert sender.metrics()["publish/bytes_saved"] == 63 * 65536 + 2048  # all but the first
+
+
 class Sharded:
     """Matrices of which each rank holds a part; counts how many are gathered at a time."""
 
@@ -722,7 +772,7 @@ def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     sender = None
     if rank == 0:
-        settings = {"ready_timeout_seconds": 2.0, "bucket_bytes": 65536}
+        settings = {"ready_timeout_seconds": 4.0, "bucket_bytes": 65536}
         config = from_mapping({"weights": settings, "learner": {"parallel": "fsdp"}})
         sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
         with sender._changed:

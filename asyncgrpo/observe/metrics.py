@@ -180,6 +180,7 @@ TABLE: Mapping[tuple[Kind, str], Mapping[str, tuple[str, str]]] = {
         "publish/live_seconds": ("seconds", "from publish to the last actor's proof takes longer"),
         "publish/canary_difference": ("nats", "engine and learner compute less alike"),
         "publish/bytes": ("bytes", "more is sent per broadcast"),
+        "publish/bytes_saved": ("bytes", "more of a version was there already (only_changed)"),
         "publish/actors": ("actors", "more actors take part"),
     },
     ("counter", "weights"): {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any
@@ -64,6 +64,15 @@ class Manifest:
         """Size of the buffer, gaps included."""
         return max((-(-end // ALIGNMENT) * ALIGNMENT for *_, end in self.spans()), default=0)
 
+    def buckets(self, size: int) -> Manifest:
+        """The same bytes as pieces of `size` bytes, of which the last may be shorter."""
+        lengths = [min(size, self.num_bytes - at) for at in range(0, self.num_bytes, size)]
+        return Manifest(
+            names=tuple(map(str, range(len(lengths)))),
+            dtypes=("uint8",) * len(lengths),
+            shapes=tuple((length,) for length in lengths),
+        )
+
     def check(self, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors as they come; WeightsError when names or shapes differ."""
         expected = zip(self.names, self.shapes, strict=True)
@@ -79,15 +88,19 @@ class Manifest:
 
     @torch.no_grad()
     def pieces(
-        self, tensors: NamedTensors, staging: Sequence[torch.Tensor]
+        self,
+        tensors: NamedTensors,
+        staging: Sequence[torch.Tensor],
+        wanted: Container[int] | None = None,
     ) -> Iterator[torch.Tensor]:
         """The buffer's bytes, each piece in the next of `staging`, cast as it is copied there.
 
         staging: uint8, all of one size, a multiple of ALIGNMENT. A piece is good until as many
-        more are asked for as there are; only the last one is shorter.
+        more are asked for as there are; only the last one is shorter. wanted: numbers of the
+        pieces that are to come; None: all.
         """
         turns = cycle(staging)
-        bucket, used = next(turns), 0
+        bucket, used, number = next(turns), 0, 0
         for (_, tensor), dtype_name in zip(self.check(tensors), self.dtypes, strict=False):
             dtype = getattr(torch, dtype_name)
             rest = tensor.detach().reshape(-1)
@@ -99,9 +112,11 @@ class Manifest:
                 used = -(-end // ALIGNMENT) * ALIGNMENT
                 bucket[end:used] = 0
                 if used == len(bucket):
-                    yield bucket
-                    bucket, used = next(turns), 0
-        if used:
+                    if wanted is None or number in wanted:
+                        yield bucket
+                        bucket = next(turns)
+                    used, number = 0, number + 1
+        if used and (wanted is None or number in wanted):
             yield bucket[:used]
 
 

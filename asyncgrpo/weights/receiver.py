@@ -180,7 +180,12 @@ class CollectiveReceiver:
                     seconds=self._settings.transfer_timeout_seconds,
                     opened=self._opened,
                 )
-            self._group.broadcast(self._flat.bytes.split(self._bucket_bytes), digester.add)
+            pieces, wanted = self._flat.bytes.split(self._bucket_bytes), fields["buckets"]
+            if wanted is None:
+                self._group.broadcast(pieces, digester.add)
+            else:
+                self._group.broadcast([pieces[n] for n in wanted], lambda piece: None)
+                digester.add(self._flat.bytes)
         except WeightsError as error:
             log.warning("version %d did not arrive: %s", fields["version"], error)
             retire(self._group)

@@ -96,10 +96,12 @@ class CollectiveSender:
         self._copy: FlatWeights | None = None
         self._tensors: NamedTensors = ()
         self._file = ""
+        self._sent: tuple[int, list[int]] = (-1, [])  # last version tried, digests of its buckets
         self._proofs: dict[int, Proof] = {}
         self._group: WeightGroup | None = None
         self._group_peers: tuple[str, ...] = ()
         self._generation = 0
+        self._bucket_seed = secrets.randbits(SEED_BITS)
         self._life = uuid.uuid4().hex  # actors find out that this is another learner
         self._published_at = 0.0
         self._blocked_seconds = 0.0  # the learner's, in `release` since the last publish
@@ -378,10 +380,38 @@ class CollectiveSender:
 
     def _send(self, names: list[str], version: int) -> None:
         assert self._manifest is not None, "nothing to send"
-        self._form_group(names, version)
+        wanted = self._find_changes(names, version) if self._settings.only_changed else None
+        self._form_group(names, version, wanted)
         assert self._group is not None, "no group was formed"
+        pieces = self._manifest.pieces(self._tensors, self._staging, wanted)
+        if wanted is None:
+            with self._digesting(version) as add:
+                self._group.broadcast(pieces, add)
+        else:
+            self._group.broadcast(pieces, lambda piece: None)
+
+    def _find_changes(self, names: list[str], version: int) -> list[int]:
+        """Numbers of the buckets that these actors lack; digests of all are made on the way.
+
+        Who proved the last version that was sent has its bytes: a later broadcast, even one that
+        failed, would have put another version in its place.
+        """
+        assert self._manifest is not None, "nothing to send"
+        held, former = self._sent
+        buckets = self._manifest.buckets(self._bucket_bytes)
+        digester = Digester(buckets, self._bucket_seed)
         with self._digesting(version) as add:
-            self._group.broadcast(self._manifest.pieces(self._tensors, self._staging), add)
+            for piece in self._manifest.pieces(self._tensors, self._staging):
+                add(piece)
+                digester.add(piece)
+        self._sent = version, digester.values
+        wanted = list(range(len(buckets.names)))
+        if former and all(self._handshake.members[name].held == held for name in names):
+            wanted = [n for n in wanted if digester.values[n] != former[n]]
+        sent = sum(buckets.shapes[n][0] for n in wanted)
+        self._metrics["publish/bytes"] = float(sent)
+        self._metrics["publish/bytes_saved"] = float(self._manifest.num_bytes - sent)
+        return wanted
 
     def _tell_sent(self, names: list[str], version: int) -> None:
         proof = self._proofs[version]
@@ -392,7 +422,7 @@ class CollectiveSender:
             peer = self._handshake.members[name].peer
             self._server.push(peer, Packet(kind="sent", fields=fields))
 
-    def _form_group(self, names: list[str], version: int) -> None:
+    def _form_group(self, names: list[str], version: int, wanted: list[int] | None) -> None:
         """Tells the members their ranks, and makes a new group if they are not the last ones."""
         peers = tuple(self._handshake.members[name].peer for name in names)
         fresh = peers != self._group_peers or self._group is None
@@ -404,6 +434,7 @@ class CollectiveSender:
                 "rank": rank,
                 "world_size": len(peers) + 1,
                 "seed": self._proofs[version].seed,
+                "buckets": wanted,
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
         if fresh:

@@ -310,8 +310,9 @@ def until_step(run: Launch, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(launch):
-    run = launch("run.max_steps=12", "checkpoint.every=4")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(parallel, launch):
+    run = launch("run.max_steps=12", "checkpoint.every=4", f"learner.parallel={parallel}")
     until_step(run, 5)
     started = run.processes()
     before = {step: trained_rows(run.run_dir, step) for step in range(5)}

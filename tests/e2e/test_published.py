@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from asyncgrpo.config import from_mapping
@@ -41,23 +43,27 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "lora"),
+    ("kind", "tied", "learner", "only_changed"),
     [
-        (Qwen3Config, True, False),
-        (Qwen3Config, False, True),
-        (Qwen2Config, True, False),
-        (LlamaConfig, False, False),
+        (Qwen3Config, True, {}, False),
+        (Qwen3Config, False, {"lora": {"r": 4, "targets": ["q_proj"]}}, True),
+        (Qwen2Config, True, {"parallel": "fsdp"}, False),
+        (LlamaConfig, False, {}, False),
     ],
-    ids=["qwen3-tied", "qwen3-untied-lora", "qwen2-tied", "llama-untied"],
+    ids=["qwen3-tied", "qwen3-untied-lora-only-changed", "qwen2-tied-fsdp", "llama-untied"],
 )
-def test_the_engine_computes_after_each_publish_as_the_learner_does(kind, tied, lora, tmp_path):
+def test_the_engine_computes_after_each_publish_as_the_learner_does(
+    kind, tied, learner, only_changed, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(kind(tie_word_embeddings=tied, **SIZES))
     model.float().save_pretrained(tmp_path)
-    learner = {"lora": {"r": 4}} if lora else {}
-    config = from_mapping({"model": {"path": str(tmp_path)}, "learner": learner})
+    weights = {"only_changed": only_changed, "bucket_bytes": 1024}
+    config = from_mapping(
+        {"model": {"path": str(tmp_path)}, "learner": learner, "weights": weights}
+    )
     updater = PolicyUpdater(config)
     address = f"tcp://127.0.0.1:{free_port()}"
     sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
@@ -69,7 +75,8 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(kind, tied, 
                 with torch.no_grad():
                     for weight in updater._policy.parameters():
                         if weight.requires_grad:
-                            weight.add_(torch.randn_like(weight) * 0.1)
+                            part = weight.to_local() if isinstance(weight, DTensor) else weight
+                            part.add_(torch.randn_like(part) * 0.1)
                 sender.publish(version, updater.weights(), updater.canary_logprobs())
                 sender.wait_for_actors(1, 60)
                 row = json.loads(actor.stdout.readline())
@@ -80,6 +87,9 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(kind, tied, 
                 own = table[torch.arange(len(starts)), row["token_ids"]]
                 assert (own - torch.tensor(row["logprobs"])).abs().max() < TOLERANCE
             assert sender.metrics()["publish/proofs"] == VERSIONS
+            assert (sender.metrics().get("publish/bytes_saved", 0) > 0) == only_changed
         finally:
             actor.kill()
             sender.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
