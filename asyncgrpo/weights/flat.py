@@ -21,42 +21,39 @@ DIGEST_CHUNK = 1 << 17  # elements; their int64 products stay in a core's cache
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Names, dtypes and shapes in the order in which they lie in the buffer."""
+    """Names and shapes in the order in which they lie in the buffer, all of one dtype."""
 
     names: tuple[str, ...]
-    dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtype: str
 
     @classmethod
     def of(cls, tensors: NamedTensors, dtype: str) -> Manifest:
         """The manifest of tensors that will be sent as `dtype`."""
-        named = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-        return cls(
-            names=tuple(name for name, _ in named),
-            dtypes=(dtype,) * len(named),
-            shapes=tuple(shape for _, shape in named),
-        )
+        named = {name: tuple(tensor.shape) for name, tensor in tensors}
+        return cls(names=tuple(named), shapes=tuple(named.values()), dtype=dtype)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Manifest:
         """The manifest that `as_fields` described."""
-        return cls(
-            names=tuple(fields["names"]),
-            dtypes=tuple(fields["dtypes"]),
-            shapes=tuple(tuple(shape) for shape in fields["shapes"]),
-        )
+        names, shapes = tuple(fields["names"]), tuple(map(tuple, fields["shapes"]))
+        return cls(names=names, shapes=shapes, dtype=fields["dtype"])
 
     def as_fields(self) -> dict[str, Any]:
         """Plain values for the wire."""
         return asdict(self)
 
-    def spans(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int, int]]:
-        """(name, dtype, shape, first byte, end byte) of every tensor."""
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of all tensors in the buffer."""
+        return getattr(torch, self.dtype)
+
+    def spans(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+        """(name, shape, first byte, end byte) of every tensor."""
         start = 0
-        for name, dtype_name, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
-            dtype = getattr(torch, dtype_name)
-            size = math.prod(shape) * dtype.itemsize
-            yield name, dtype, shape, start, start + size
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            size = math.prod(shape) * self.torch_dtype.itemsize
+            yield name, shape, start, start + size
             start += -(-size // ALIGNMENT) * ALIGNMENT
 
     @property
@@ -67,11 +64,8 @@ class Manifest:
     def buckets(self, size: int) -> Manifest:
         """The same bytes as pieces of `size` bytes, of which the last may be shorter."""
         lengths = [min(size, self.num_bytes - at) for at in range(0, self.num_bytes, size)]
-        return Manifest(
-            names=tuple(map(str, range(len(lengths)))),
-            dtypes=("uint8",) * len(lengths),
-            shapes=tuple((length,) for length in lengths),
-        )
+        names = tuple(map(str, range(len(lengths))))
+        return Manifest(names=names, shapes=tuple((n,) for n in lengths), dtype="uint8")
 
     def check(self, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors as they come; WeightsError when names or shapes differ."""
@@ -100,9 +94,8 @@ class Manifest:
         pieces that are to come; None: all.
         """
         turns = cycle(staging)
-        bucket, used, number = next(turns), 0, 0
-        for (_, tensor), dtype_name in zip(self.check(tensors), self.dtypes, strict=False):
-            dtype = getattr(torch, dtype_name)
+        bucket, used, number, dtype = next(turns), 0, 0, self.torch_dtype
+        for _, tensor in self.check(tensors):
             rest = tensor.detach().reshape(-1)
             while len(rest):
                 count = min(len(rest), (len(bucket) - used) // dtype.itemsize)
@@ -134,15 +127,13 @@ class FlatWeights:
 
     def views(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in manifest order; tensors share the buffer's memory."""
-        for name, dtype, shape, start, end in self.manifest.spans():
-            yield name, self.bytes[start:end].view(dtype).view(shape)
+        for name, shape, start, end in self.manifest.spans():
+            yield name, self.bytes[start:end].view(self.manifest.torch_dtype).view(shape)
 
-    @torch.no_grad()
     def fill(self, tensors: NamedTensors) -> None:
-        """Copies tensors in, cast to the manifest's dtypes; WeightsError when names differ."""
-        views = self.views()
-        for _, tensor in self.manifest.check(tensors):
-            next(views)[1].copy_(tensor)
+        """Copies tensors in, cast to the manifest's dtype; WeightsError when names differ."""
+        for _ in self.manifest.pieces(tensors, [self.bytes]):
+            pass
 
     def digests(self, seed: int) -> list[int]:
         """Those of a Digester that got the whole buffer."""

@@ -81,9 +81,10 @@ class CollectiveSender:
         self._transport, self._folder = transport, folder
         if transport == "disk" and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)  # versions of an earlier life
-        self._keeps_copy = transport != "disk" and self._settings.publish_every > 1
+        # Else they are read in `publish`, to a file or a copy.
+        self._reads_later = transport != "disk" and self._settings.publish_every == 1
         # Gathering is for the loop's own thread, which runs all other collectives of the learner.
-        self._loop_sends = config.learner.parallel == "fsdp" and not self._keeps_copy
+        self._loop_sends = config.learner.parallel == "fsdp" and self._reads_later
         self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
@@ -91,7 +92,7 @@ class CollectiveSender:
             ready_timeout_seconds=self._settings.ready_timeout_seconds,
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
         )
-        self._manifest: Manifest | None = None
+        self._manifest = Manifest(names=(), shapes=(), dtype=config.model.dtype)  # not known yet
         self._staging: list[torch.Tensor] = []
         self._copy: FlatWeights | None = None
         self._tensors: NamedTensors = ()
@@ -99,7 +100,7 @@ class CollectiveSender:
         self._sent: tuple[int, list[int]] = (-1, [])  # last version tried, digests of its buckets
         self._proofs: dict[int, Proof] = {}
         self._group: WeightGroup | None = None
-        self._group_peers: tuple[str, ...] = ()
+        self._peers: tuple[str, ...] = ()  # its other members
         self._generation = 0
         self._bucket_seed = secrets.randbits(SEED_BITS)
         self._life = uuid.uuid4().hex  # actors find out that this is another learner
@@ -120,7 +121,7 @@ class CollectiveSender:
         with self._changed:
             start = time.perf_counter()
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
-            if self._manifest is None:
+            if not self._manifest.names:
                 self._manifest = Manifest.of(tensors, self._config.model.dtype)
                 device = "cuda" if self._transport in ON_DEVICE else "cpu"
                 size = min(self._bucket_bytes, max(self._manifest.num_bytes, ALIGNMENT))
@@ -143,7 +144,6 @@ class CollectiveSender:
 
     def _take(self, version: int, tensors: NamedTensors) -> None:
         """Makes the weights readable for the thread."""
-        assert self._manifest is not None, "its sizes are known"
         if self._transport == "disk":
             assert self._folder is not None, "the disk needs a folder"
             place = self._folder / f"v{version}"
@@ -151,17 +151,16 @@ class CollectiveSender:
             with self._digesting(version) as add:
                 self._file = str(write_version(place, self._manifest, pieces, add))
             prune(self._folder, self._proofs)
-        elif self._keeps_copy:
-            if self._copy is None:
-                self._copy = FlatWeights(self._manifest)
+        elif self._reads_later:
+            self._tensors = tensors
+        else:
+            self._copy = self._copy or FlatWeights(self._manifest)
             self._copy.fill(tensors)
             self._tensors = list(self._copy.views())
-        else:
-            self._tensors = tensors
 
     def release(self) -> None:
         """Waits until nobody reads the learner's parameters, and lets nobody until `publish`."""
-        if self._keeps_copy or self._transport == "disk":
+        if not self._reads_later:
             return
         start = time.perf_counter()
         with self._changed:
@@ -179,7 +178,6 @@ class CollectiveSender:
     @contextmanager
     def _digesting(self, version: int) -> Iterator[Callable[[torch.Tensor], None]]:
         """A function that takes each piece; at the end the version's digests are known."""
-        assert self._manifest is not None, "its sizes are known"
         proof = self._proofs[version]
         digester = Digester(self._manifest, proof.seed)
         yield digester.add
@@ -278,7 +276,7 @@ class CollectiveSender:
 
     def _welcome(self) -> None:
         """Lets actors in once there is something to hold."""
-        if self._manifest is None:
+        if not self._manifest.names:
             return
         for peer, packet in self._waiting_joins:
             name = packet.fields["actor"]
@@ -299,23 +297,25 @@ class CollectiveSender:
 
     def _on_ready(self, peer: str, packet: Packet) -> None:
         if not self._handshake.answer(packet.fields["actor"], packet.fields["round"], ready=True):
-            self._ask_to_rejoin(peer, packet)
+            self._on_alive(peer, packet)
 
     def _on_later(self, peer: str, packet: Packet) -> None:
         self._handshake.answer(packet.fields["actor"], packet.fields["round"], ready=False)
 
-    def _on_alive(self, peer: str, packet: Packet) -> None:
-        self._ask_to_rejoin(peer, packet)
-
     def _on_free(self, peer: str, packet: Packet) -> None:
         self._handshake.free(packet.fields["actor"])
+
+    def _on_alive(self, peer: str, packet: Packet) -> None:
+        """From who may not know that it was evicted."""
+        if packet.fields["actor"] not in self._handshake.members:
+            self._server.push(peer, Packet(kind="rejoin"))
 
     def _on_loaded(self, peer: str, packet: Packet) -> None:
         fields = packet.fields
         actor, version = fields["actor"], fields["version"]
         member = self._handshake.members.get(actor)
         if member is None or member.peer != peer or member.pending != version:
-            self._ask_to_rejoin(peer, packet)
+            self._on_alive(peer, packet)
             return
         self._check(peer, packet)
         self._handshake.loaded(actor, version)
@@ -324,7 +324,6 @@ class CollectiveSender:
         self._metrics["publish/live_seconds"] = time.perf_counter() - self._published_at
 
     def _check(self, peer: str, packet: Packet) -> None:
-        assert self._manifest is not None, "nothing was published"
         proof = self._proofs[packet.fields["version"]]
         wrong = differing(self._manifest, proof.digests, packet.fields["digests"])
         try:
@@ -340,10 +339,6 @@ class CollectiveSender:
             self._metrics["publish/rejections"] += 1
             self._server.push(peer, Packet(kind="reject", fields={"reason": str(error)}))
             self._evict(packet.fields["actor"], str(error))
-
-    def _ask_to_rejoin(self, peer: str, packet: Packet) -> None:
-        if packet.fields["actor"] not in self._handshake.members:
-            self._server.push(peer, Packet(kind="rejoin"))
 
     def _evict(self, name: str, reason: str) -> None:
         if self._handshake.evict(name) is not None:
@@ -375,20 +370,18 @@ class CollectiveSender:
             except WeightsError as error:
                 log.warning("publish of version %d to %s failed: %s", version, names, error)
                 retire(self._group)
-                self._group, self._group_peers = None, ()
+                self._group, self._peers = None, ()
         self._handshake.close_round(time.monotonic(), sent=sent)
 
     def _send(self, names: list[str], version: int) -> None:
-        assert self._manifest is not None, "nothing to send"
         wanted = self._find_changes(names, version) if self._settings.only_changed else None
-        self._form_group(names, version, wanted)
-        assert self._group is not None, "no group was formed"
+        group = self._form_group(names, version, wanted)
         pieces = self._manifest.pieces(self._tensors, self._staging, wanted)
         if wanted is None:
             with self._digesting(version) as add:
-                self._group.broadcast(pieces, add)
+                group.broadcast(pieces, add)
         else:
-            self._group.broadcast(pieces, lambda piece: None)
+            group.broadcast(pieces, lambda piece: None)
 
     def _find_changes(self, names: list[str], version: int) -> list[int]:
         """Numbers of the buckets that these actors lack; digests of all are made on the way.
@@ -396,7 +389,6 @@ class CollectiveSender:
         Who proved the last version that was sent has its bytes: a later broadcast, even one that
         failed, would have put another version in its place.
         """
-        assert self._manifest is not None, "nothing to send"
         held, former = self._sent
         buckets = self._manifest.buckets(self._bucket_bytes)
         digester = Digester(buckets, self._bucket_seed)
@@ -422,11 +414,10 @@ class CollectiveSender:
             peer = self._handshake.members[name].peer
             self._server.push(peer, Packet(kind="sent", fields=fields))
 
-    def _form_group(self, names: list[str], version: int, wanted: list[int] | None) -> None:
+    def _form_group(self, names: list[str], version: int, wanted: list[int] | None) -> WeightGroup:
         """Tells the members their ranks, and makes a new group if they are not the last ones."""
         peers = tuple(self._handshake.members[name].peer for name in names)
-        fresh = peers != self._group_peers or self._group is None
-        self._generation += fresh
+        self._generation += peers != self._peers
         for rank, peer in enumerate(peers, start=1):
             fields = {
                 "version": version,
@@ -437,8 +428,9 @@ class CollectiveSender:
                 "buckets": wanted,
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
-        if fresh:
+        if self._group is None or peers != self._peers:
             retire(self._group)
+            self._group, self._peers = None, ()
             self._group = open_group(
                 self._store,
                 transport=self._transport,
@@ -447,4 +439,5 @@ class CollectiveSender:
                 world_size=len(peers) + 1,
                 seconds=self._settings.ready_timeout_seconds,
             )
-            self._group_peers = peers
+            self._peers = peers
+        return self._group
