@@ -91,7 +91,7 @@ class WeightSender(Protocol):
 
         They may be read until `release`. canary_logprobs: float32 [NUM_CANARIES, V], the learner's
         own at this version. Blocks only while the last version is still on its way, within the
-        deadlines.
+        deadlines; with FSDP or without weights.overlap until this one was sent.
         """
 
     def release(self) -> None:

@@ -366,6 +366,11 @@ class Actor:
     def next_line(self) -> str:
         return self.lines.get(timeout=30)
 
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
 
 class Network:
     """A sender and the actors that were started."""
@@ -388,9 +393,7 @@ class Network:
     def stop(self) -> None:
         self.sender.close()
         for actor in self._actors:
-            actor.process.kill()
-            actor.process.wait()
-            actor.process.stdout.close()
+            actor.stop()
 
 
 @pytest.fixture
@@ -420,6 +423,14 @@ def publish(sender: CollectiveSender, version: int, *, size: int = 0) -> None:
     sender.publish(version, named, logprobs(dict(named)).numpy())
 
 
+def publish_twice(sender: CollectiveSender, count: int) -> None:
+    """Version 0 to so many actors, then version 1."""
+    publish(sender, 0)
+    sender.wait_for_actors(count, 30)
+    publish(sender, 1)
+    sender.settle(30)
+
+
 def test_every_actor_gets_every_version_and_late_ones_get_the_newest(network):
     sender, start = network
     first, second = start("actor-0"), start("actor-1")
@@ -442,10 +453,7 @@ def test_every_actor_gets_every_version_and_late_ones_get_the_newest(network):
 def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network):
     sender, start = network
     good, bad = start("actor-0"), start("actor-1", "stale_engine")
-    publish(sender, 0)
-    sender.wait_for_actors(2, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 2)
     assert [bad.next_line() for _ in range(2)] == ["live 0", "live 1"]
     assert "does not compute with it" in bad.next_line()
     assert [good.next_line() for _ in range(2)] == ["live 0", "live 1"]
@@ -457,10 +465,7 @@ def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network
 def test_wrong_bytes_are_found_and_the_tensor_is_named(network):
     sender, start = network
     bad = start("actor-0", "bit_flip")
-    publish(sender, 0)
-    sender.wait_for_actors(1, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 1)
     assert [bad.next_line() for _ in range(2)] == ["live 0", "live 1"]
     assert "1 tensors differ, first head" in bad.next_line()
 
@@ -468,10 +473,7 @@ def test_wrong_bytes_are_found_and_the_tensor_is_named(network):
 def test_bytes_that_somebody_changed_on_the_way_never_reach_the_engine(network):
     sender, start = network
     victim = start("actor-0", "tampered")
-    publish(sender, 0)
-    sender.wait_for_actors(1, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 1)
     assert victim.next_line() == "live 0"
     assert "version 1 intact: 1 tensors differ, first head" in victim.next_line()
 
@@ -483,10 +485,7 @@ def test_senseless_requests_are_refused_and_publishing_goes_on(network):
     stranger._socket.send(b"garbage")
     for kind in (*WEIGHTS_REQUESTS, "dance"):
         stranger.tell(Packet(kind=kind))
-    publish(sender, 0)
-    sender.wait_for_actors(1, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 1)
     assert [actor.next_line() for _ in range(2)] == ["live 0", "live 1"]
     metrics = sender.metrics()
     assert metrics["publish/refused_messages"] == len(WEIGHTS_REQUESTS) + 2
@@ -511,10 +510,8 @@ def test_with_keys_only_their_holders_take_part(tmp_path, monkeypatch):
     assert sender.metrics()["publish/actors"] == 1
     assert stranger.lines.empty()
     sender.close()
-    for each in (actor, stranger):
-        each.process.kill()
-        each.process.wait()
-        each.process.stdout.close()
+    actor.stop()
+    stranger.stop()
 
 
 @pytest.mark.parametrize("doomed_name", ["actor-0", "actor-2"])
@@ -815,5 +812,7 @@ def test_ranks_gather_while_rank_0_sends_whoever_dies_or_is_late():
             process.join(30)
         assert [process.exitcode for process in learners] == [0, 0]
     finally:
-        for process in (*learners, *(each.process for each in (good, doomed, late) if each)):
+        for process in learners:
             process.kill()
+        for each in filter(None, (good, doomed, late)):
+            each.stop()

@@ -407,11 +407,15 @@ def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "engine",
-    [pytest.param("toy", marks=pytest.mark.slow), pytest.param("vllm", marks=pytest.mark.engine)],
+    ("engine", "parallel"),
+    [
+        pytest.param("toy", "fsdp", marks=pytest.mark.slow),
+        pytest.param("vllm", "ddp", marks=pytest.mark.engine),
+    ],
 )
-def test_engines_load_the_weights_from_disk(engine, launch):
-    run = launch("weights.transport=disk", "run.max_steps=4", engine=engine)
+def test_engines_load_the_weights_from_disk(engine, parallel, launch):
+    settings = ("weights.transport=disk", f"learner.parallel={parallel}")
+    run = launch(*settings, "run.max_steps=4", engine=engine)
     assert run.wait() == 0, run.text()[-4000:]
     check_run_directory(run.run_dir, steps=4, max_staleness=2)
     folders = (run.run_dir / "weights").iterdir()
