@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,15 +66,7 @@ class LocalClient:
 
     def post(self, packet: Packet) -> int:
         self._last_id += 1
-        self._hub().send(
-            self._name,
-            Packet(
-                kind=packet.kind,
-                request_id=self._last_id,
-                fields=packet.fields,
-                arrays=packet.arrays,
-            ),
-        )
+        self._hub().send(self._name, replace(packet, request_id=self._last_id))
         return self._last_id
 
     def poll(self, timeout_seconds: float) -> list[Packet]:

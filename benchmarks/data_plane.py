@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -34,7 +35,7 @@ from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.rundir import Endpoints, RunDir
-from asyncgrpo.types import Completion, Group, Lease
+from asyncgrpo.types import Completion, Completions, Group, Lease
 from asyncgrpo.wire.codec import Packet, encode, group_packet, lease_from
 from asyncgrpo.wire.sockets import DealerClient
 
@@ -84,12 +85,16 @@ def make_group(lease: Lease) -> Group:
     return Group(
         lease=lease,
         prompt_token_ids=np.arange(200, dtype=np.int32),
-        completions=(completion,) * COMPLETIONS,
+        completions=Completions.of([completion] * COMPLETIONS),
         rewards=rewards,
         reward_parts={"judge": rewards},
         actor="bench",
         timings={"generate": 1.0, "judge": 0.1},
     )
+
+
+def put_for(template: Group, lease: bytes) -> Packet:
+    return group_packet("put", [replace(template, lease=lease_from(lease))])
 
 
 # -- processes ----------------------------------------------------------------------------------
@@ -162,7 +167,6 @@ def produce(address: str, index: int, count: Synchronized[int]) -> None:
     ask = Packet(kind="lease", fields={"version": 0, "max": 2 * CREDIT})
     client.post(ask)
     template, leases, waiting = make_group(any_lease()), [], 0
-    described = group_packet("put", [template])
     while True:
         for packet in client.poll(0.1):
             if packet.kind == "leases":
@@ -173,9 +177,7 @@ def produce(address: str, index: int, count: Synchronized[int]) -> None:
                 with count.get_lock():
                     count.value += 1
         while leases and waiting < CREDIT:
-            fields = {**described.fields["groups"][0], "lease": leases.pop(0)}
-            put = Packet(kind="put", fields={"groups": [fields]}, arrays=described.arrays)
-            client.post(put)
+            client.post(put_for(template, leases.pop(0)))
             waiting += 1
             if len(leases) == CREDIT:
                 client.post(ask)
@@ -188,9 +190,9 @@ def consume(address: str) -> None:
         fields = {"step": step, "rank": 0, "world_size": 1}
         socket.send_multipart(encode(Packet(kind="take", request_id=2 * step + 1, fields=fields)))
         socket.recv_multipart()
-        fields = {"step": step, "world_size": 1, "covered": step}
-        arrays = (np.zeros(BATCH * COMPLETIONS, np.float32),)
-        done = Packet(kind="trained", request_id=2 * step + 2, fields=fields, arrays=arrays)
+        advantages = bytes(4 * BATCH * COMPLETIONS)
+        fields = {"step": step, "world_size": 1, "covered": step, "advantages": advantages}
+        done = Packet(kind="trained", request_id=2 * step + 2, fields=fields)
         socket.send_multipart(encode(done))
         socket.recv_multipart()
 
@@ -273,7 +275,7 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
         hello = Packet(kind="hello", fields={"actor": client.identity.partition(".")[0]})
         client.call(hello, 30.0)
     ask = Packet(kind="lease", fields={"version": 0, "max": 1})
-    described = group_packet("put", [make_group(any_lease())])
+    template = make_group(any_lease())
     due = [time.monotonic() + i / rate / ACTORS for i in range(ACTORS)]
     asked = [0.0] * ACTORS
     waits: list[float] = []
@@ -292,9 +294,7 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
                         waits.append(1000 * (time.monotonic() - asked[i]))
                         asked[i] = 0.0
                         (lease,) = packet.fields["leases"]
-                        fields = {**described.fields["groups"][0], "lease": lease}
-                        fields = {"groups": [fields]}
-                        client.post(Packet(kind="put", fields=fields, arrays=described.arrays))
+                        client.post(put_for(template, lease))
     for process in (learner, buffer):
         process.kill()
         process.join()

@@ -30,7 +30,7 @@ from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import Preparer
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
+from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling, Shard
 
 ALGOS = {
     "ppo_clip, decoupled (default)": {},
@@ -73,7 +73,7 @@ def make_shard(num_tokens: int, length: int, vocab: int) -> Shard:
             Group(
                 lease=lease,
                 prompt_token_ids=random.integers(3, vocab, 8).astype(np.int32),
-                completions=completions,
+                completions=Completions.of(completions),
                 rewards=rewards,
                 reward_parts={"task": rewards},
                 actor="a",

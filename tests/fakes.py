@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling
+from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=16)
 
@@ -65,7 +65,7 @@ def make_group(
     return Group(
         lease=lease,
         prompt_token_ids=np.arange(4, dtype=np.int32),
-        completions=tuple(make_completion(span, seed=i) for i, span in enumerate(spans)),
+        completions=Completions.of([make_completion(span, seed=i) for i, span in enumerate(spans)]),
         rewards=np.array(values, dtype=np.float32),
         reward_parts={"task": np.array(values, dtype=np.float32)},
         actor=actor,

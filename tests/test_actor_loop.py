@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.observe.metrics import METRICS
 from asyncgrpo.types import Completion, Sampled
 from asyncgrpo.weights.proof import NUM_CANARIES
-from asyncgrpo.wire.codec import Packet, groups_from, lease_fields
+from asyncgrpo.wire.codec import Packet, groups_from, pack_lease
 
 
 class FakeEngine:
@@ -97,7 +98,7 @@ class FakeClient:
         return [packet for packet in self.sent if packet.kind == kind]
 
     def grant(self, *leases):
-        fields = {"leases": [lease_fields(lease) for lease in leases]}
+        fields = {"leases": [pack_lease(lease) for lease in leases]}
         self.inbox.append(Packet(kind="leases", fields=fields))
 
 
@@ -272,8 +273,8 @@ def test_an_overlong_prompt_may_end_the_run_as_bad_input():
 def test_an_evaluation_waits_for_its_version_and_keeps_it_until_done():
     stage = Stage().with_version(0)
     lease = make_lease(5, group_size=1, purpose="eval")
-    fields = {**lease_fields(lease), "version": 1}
-    pushed = Packet(kind="evaluate", fields={"version": 1, "leases": [fields]})
+    packed = pack_lease(replace(lease, version=1))
+    pushed = Packet(kind="evaluate", fields={"version": 1, "leases": [packed]})
     stage.client.inbox.append(pushed)
     stage.tick()
     assert stage.client.of("accept") == []
@@ -293,7 +294,7 @@ def test_an_evaluation_waits_for_its_version_and_keeps_it_until_done():
 def test_an_evaluation_of_a_version_that_has_passed_is_refused():
     stage = Stage().with_version(3)
     lease = make_lease(5, group_size=1, purpose="eval")
-    fields = {"version": 0, "leases": [lease_fields(lease)]}
+    fields = {"version": 0, "leases": [pack_lease(lease)]}
     stage.client.inbox.append(Packet(kind="evaluate", fields=fields))
     stage.tick()
     assert stage.client.of("accept")[0].fields == {"lease_ids": ["e5"], "refused": ["e5"]}
@@ -333,8 +334,8 @@ def test_status_is_sent_once_a_second_with_what_was_generated():
 def test_a_second_evaluation_does_not_displace_one_that_still_waits():
     stage = Stage().with_version(0)
     for number, version in ((5, 1), (6, 2)):
-        lease = {**lease_fields(make_lease(number, 1, "eval")), "version": version}
-        fields = {"version": version, "leases": [lease]}
+        lease = replace(make_lease(number, 1, "eval"), version=version)
+        fields = {"version": version, "leases": [pack_lease(lease)]}
         stage.client.inbox.append(Packet(kind="evaluate", fields=fields))
     stage.tick()
     for version in (1, 2):

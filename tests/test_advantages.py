@@ -14,7 +14,7 @@ from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import AlgorithmError
 from asyncgrpo.learner.advantages import GroupRewards
 from asyncgrpo.learner.shaping import advantages, penalties, reward_to_go
-from asyncgrpo.types import Completion, Group
+from asyncgrpo.types import Completion, Completions, Group
 
 
 def group_of(
@@ -25,14 +25,16 @@ def group_of(
     return Group(
         lease=make_lease(1, group_size=len(rewards)),
         prompt_token_ids=np.array([1], np.int32),
-        completions=tuple(
-            Completion(
-                token_ids=np.zeros(n, np.int32),
-                behavior_logprobs=np.zeros(n, np.float32),
-                versions=np.zeros(n, np.int32),
-                finish_reason="stop",
-            )
-            for n in lengths
+        completions=Completions.of(
+            [
+                Completion(
+                    token_ids=np.zeros(n, np.int32),
+                    behavior_logprobs=np.zeros(n, np.float32),
+                    versions=np.zeros(n, np.int32),
+                    finish_reason="stop",
+                )
+                for n in lengths
+            ]
         ),
         rewards=scores,
         reward_parts={n: np.array(p, np.float32) for n, p in (parts or {"task": rewards}).items()},

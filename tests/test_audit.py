@@ -251,7 +251,7 @@ def test_pages_that_were_overwritten_are_noticed(halted, tmp_path):
         Ledger(file.parent).remembered()
 
 
-@pytest.mark.parametrize("sql", ["UPDATE payloads SET packet = x'00'", "DELETE FROM payloads"])
+@pytest.mark.parametrize("sql", ["UPDATE payloads SET frame = x'00'", "DELETE FROM payloads"])
 def test_a_lost_or_damaged_group_is_refused_with_its_lease(sql, halted, tmp_path):
     copy = spoilt(halted, tmp_path, sql)
     with pytest.raises(LedgerError, match=r"malformed group of lease t\d+"):

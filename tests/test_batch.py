@@ -13,7 +13,7 @@ from fakes import make_lease
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.staleness import share_of
-from asyncgrpo.types import Completion, Group, Shard, sequence_cost
+from asyncgrpo.types import Completion, Completions, Group, Shard, sequence_cost
 
 STEP = 9
 
@@ -37,7 +37,7 @@ def group(
     return Group(
         lease=make_lease(number, group_size=len(completions)),
         prompt_token_ids=np.array(prompt, np.int32),
-        completions=tuple(completions),
+        completions=Completions.of(completions),
         rewards=scores,
         reward_parts={"task": scores},
         actor="actor-0",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from asyncgrpo.config import EvalSettings
 from asyncgrpo.evaluate import pass_at_k, summarise
+from asyncgrpo.types import Completions
 
 
 @given(st.data())
@@ -35,9 +36,10 @@ def group(number: int, scores: list[float], lengths: list[int], reason="stop", s
         make_lease(number, len(scores), "eval"), prompt=make_prompt(number, data_source=source)
     )
     made = make_group(lease, versions=[[3] * length for length in lengths], scores=scores)
-    last = replace(made.completions[-1], finish_reason=reason)
+    *others, last = made.completions
+    completions = Completions.of([*others, replace(last, finish_reason=reason)])
     rewards = made.rewards - np.float32(0.5)
-    return replace(made, rewards=rewards, completions=(*made.completions[:-1], last))
+    return replace(made, rewards=rewards, completions=completions)
 
 
 def test_a_report_averages_completions_and_estimates_pass_at_k_per_prompt():

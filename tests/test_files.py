@@ -19,7 +19,7 @@ from asyncgrpo.data.files import read_rows, source_name
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
 from asyncgrpo.types import Lease, Prompt
-from asyncgrpo.wire.codec import Packet, decode, encode, lease_fields, lease_from
+from asyncgrpo.wire.codec import Packet, decode, encode, lease_from, pack_lease
 
 ROWS = [
     {
@@ -107,8 +107,8 @@ def test_dates_and_decimals_of_parquet_become_text_that_can_travel(tmp_path):
     (prompt,) = read_prompts(as_parquet(tmp_path / "rows.parquet", [row]))
     assert prompt.answer == "7.50"
     assert prompt.columns == {"question": "?", "answer": "7.50", "day": "2024-02-29", "n": 1}
-    packet = decode(encode(Packet(kind="lease", fields=lease_fields(lease_of(prompt)))))
-    assert lease_from(packet.fields).prompt == prompt
+    packet = decode(encode(Packet(kind="lease", fields={"lease": pack_lease(lease_of(prompt))})))
+    assert lease_from(packet.fields["lease"]).prompt == prompt
 
 
 def test_columns_that_other_rows_lack_do_not_hide_an_answer(tmp_path):

@@ -41,7 +41,7 @@ from asyncgrpo.learner import process as learner_process
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Completion, Completions, Group, Shard
 
 PROMPT, COMPLETION, SIZE = 2, 126, 4  # nearly every token is in the loss: the worst case
 QWEN_HALF_B = {
@@ -171,7 +171,7 @@ def full_shard(count: int = 4) -> Shard:
             Group(
                 lease=make_lease(number, group_size=SIZE),
                 prompt_token_ids=random.integers(3, 90, PROMPT).astype(np.int32),
-                completions=completions,
+                completions=Completions.of(completions),
                 rewards=rewards,
                 reward_parts={"task": rewards},
                 actor="actor-0",

@@ -26,7 +26,7 @@ from asyncgrpo.learner.model import (
 )
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import OptimizerBatch
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Completion, Completions, Group, Shard
 
 VOCAB = 97
 
@@ -87,7 +87,7 @@ def make_shard(lengths: list[int], seed: int = 0, prompt: int = 3) -> Shard:
             Group(
                 lease=make_lease(first, group_size=len(completions)),
                 prompt_token_ids=random.integers(0, VOCAB, prompt).astype(np.int32),
-                completions=completions,
+                completions=Completions.of(completions),
                 rewards=rewards,
                 reward_parts={},
                 actor="actor-0",

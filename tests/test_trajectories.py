@@ -17,7 +17,7 @@ from asyncgrpo.observe.samples import Samples
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.serial import run_serial
-from asyncgrpo.types import EndedGroup
+from asyncgrpo.types import Completions, EndedGroup
 
 FIELDS = [
     *("step", "group", "sample", "status", "reason", "prompt_id", "data_source", "prompt"),
@@ -116,7 +116,7 @@ def test_a_completion_without_tokens_and_a_score_that_does_not_apply_are_null(tm
 def test_the_masked_share_is_what_the_settings_take_out_of_the_loss(tmp_path, rooms, share):
     group = make_group(make_lease(), versions=[[2, 3, 4, 5], [5, 5]])
     cut = replace(group.completions[1], finish_reason="length")
-    group = replace(group, completions=(group.completions[0], cut))
+    group = replace(group, completions=Completions.of([group.completions[0], cut]))
     TrajectoryWriter(tmp_path, from_mapping(rooms))(5, [ended(group)])
     assert [row["masked_share"] for row in read(tmp_path, 5)] == share
 
@@ -133,7 +133,7 @@ def test_any_text_stays_text(tmp_path, text):
     lease = make_lease()
     prompt = replace(lease.prompt, messages=({"role": "user", "content": text},), answer=text)
     group = make_group(replace(lease, prompt=prompt))
-    completions = tuple(replace(completion, text=text) for completion in group.completions)
+    completions = Completions.of([replace(c, text=text) for c in group.completions])
     (tmp_path / "config.json").write_text("{}")
     endpoints = Endpoints(buffer="", weights="", store=("", 0))
     RunDir(path=tmp_path, config=from_mapping({}), endpoints=endpoints).write()

@@ -24,7 +24,7 @@ from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import update
 from asyncgrpo.learner.reference import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Completion, Completions, Group, Shard
 
 STEP = 6
 
@@ -82,7 +82,7 @@ def make_groups(folder: Path, count: int = 6, noise: float = 0.3, seed: int = 0)
             Group(
                 lease=make_lease(number, group_size=4),
                 prompt_token_ids=prompt,
-                completions=tuple(completions),
+                completions=Completions.of(completions),
                 rewards=rewards,
                 reward_parts={"task": rewards},
                 actor="actor-0",

@@ -20,7 +20,7 @@ from asyncgrpo.data.templates import fit, tokenise
 from asyncgrpo.errors import EngineError, PeerTimeout, WireError
 from asyncgrpo.protocols import Client, Engine, WeightReceiver
 from asyncgrpo.rewards.health import RewardHealth
-from asyncgrpo.types import Group, Lease, Sampled
+from asyncgrpo.types import Completions, Group, Lease, Sampled
 from asyncgrpo.weights.proof import CANARY_SAMPLING, NUM_CANARIES, canary_prompts
 from asyncgrpo.wire.codec import Packet, group_packet, lease_from
 
@@ -129,7 +129,7 @@ class ActorLoop:
         while (self._scoring or self._outbox or self._unacked) and self._clock() < end:
             for packet in self._client.poll(IDLE_SECONDS):
                 if packet.kind == "leases":
-                    self._hand_back([fields["lease_id"] for fields in packet.fields["leases"]])
+                    self._hand_back([lease_from(each).lease_id for each in packet.fields["leases"]])
                 elif packet.kind == "stored":
                     self._unacked.pop(packet.request_id, None)
             for verdict in self._judge.done():
@@ -163,10 +163,10 @@ class ActorLoop:
             self._introduce(packet)
         elif packet.kind == "leases":
             self._asked = None
-            for fields in packet.fields["leases"]:
-                self._start(lease_from(fields))
+            for packed in packet.fields["leases"]:
+                self._start(lease_from(packed))
         elif packet.kind == "evaluate":
-            self._next_eval += [lease_from(fields) for fields in packet.fields["leases"]]
+            self._next_eval += map(lease_from, packet.fields["leases"])
             self._start_evaluation()
         elif packet.kind == "stored":
             self._unacked.pop(packet.request_id, None)
@@ -350,7 +350,7 @@ class ActorLoop:
         group = Group(
             lease=scoring.lease,
             prompt_token_ids=scoring.sampled.prompt_token_ids,
-            completions=scoring.sampled.completions,
+            completions=Completions.of(scoring.sampled.completions),
             rewards=verdict.scores.rewards,
             reward_parts=verdict.scores.parts,
             actor=self._name,
@@ -358,7 +358,7 @@ class ActorLoop:
         )
         self._outbox.append(group)
         if group.lease.purpose == "train":
-            self._observe("completion/tokens", [len(c.token_ids) for c in group.completions])
+            self._observe("completion/tokens", group.completions.lengths)
             self._observe("completion/reward", group.rewards.tolist())
             self._observe("group/generate_seconds", [group.timings["generate"]])
             self._observe("group/judge_seconds", [group.timings["judge"]])

@@ -95,7 +95,7 @@ CHECKS = {
         """
         SELECT ticket, 'is ' || state || ', but its group is lost'
         FROM leases LEFT JOIN payloads USING (ticket)
-        WHERE state IN ('stored', 'taken') AND packet IS NULL
+        WHERE state IN ('stored', 'taken') AND frame IS NULL
         """,
     ),
     "steps": (

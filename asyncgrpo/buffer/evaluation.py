@@ -16,7 +16,7 @@ from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config, EvalSettings
 from asyncgrpo.evaluate import EvalReport, summarise
 from asyncgrpo.types import Group, Prompt, Sampling
-from asyncgrpo.wire.codec import Packet, lease_fields
+from asyncgrpo.wire.codec import Packet
 
 HeldOut = Callable[[int, str], Sequence[Prompt]]  # how many, of which block
 ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evaluation
@@ -74,7 +74,7 @@ class Evaluations:
         """Leases for the actors, if there are any: all prompts of the blocks that are wanted."""
         pushes: list[tuple[str, Packet]] = []
         for version in sorted({version for version, _ in self._wanted} if actors else ()):
-            hands: dict[str, list[dict[str, Any]]] = {actor: [] for actor in actors}
+            hands: dict[str, list[bytes]] = {actor: [] for actor in actors}
             turns = itertools.cycle(hands.items())
             for name, block in self._blocks.items():
                 if (key := (version, name)) in self._wanted:
@@ -144,7 +144,7 @@ class Evaluations:
         self,
         block: EvalSettings,
         version: int,
-        turns: Iterator[tuple[str, list[dict[str, Any]]]],
+        turns: Iterator[tuple[str, list[bytes]]],
         now: float,
     ) -> _Job:
         prompts = self._held_out(block.num_prompts, block.name)
@@ -152,7 +152,7 @@ class Evaluations:
         own = block.sampling.model_dump(exclude_none=True)
         sampling = Sampling(**{**self._config.sampling.model_dump(), **own})
         for prompt, (actor, hand) in zip(prompts, turns, strict=False):
-            lease = self._leases.issue(
+            opened = self._leases.issue(
                 prompt,
                 peer=actor,
                 version=version,
@@ -162,8 +162,8 @@ class Evaluations:
                 block=block.name,
                 deadline_seconds=block.timeout_seconds,
             )
-            hand.append(lease_fields(lease))
-            job.unanswered.add(lease.lease_id)
+            hand.append(opened.packed)
+            job.unanswered.add(opened.lease.lease_id)
         job.unaccepted = set(job.unanswered)
         return job
 

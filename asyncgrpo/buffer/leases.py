@@ -13,6 +13,7 @@ from asyncgrpo.buffer.queue import PromptQueue, Turn
 from asyncgrpo.config import Config
 from asyncgrpo.errors import LedgerError
 from asyncgrpo.types import Lease, Prompt, Purpose, Sampling
+from asyncgrpo.wire.codec import lease_from, pack_lease
 
 # Every lease is in exactly one of these; `open` and `stored` and `taken` are on the way.
 STATES = ("open", "stored", "taken", "trained", "filtered", "expired", "failed", "evicted")
@@ -24,6 +25,7 @@ class OpenLease:
 
     ticket: int
     lease: Lease
+    packed: bytes  # the lease, as it was handed out
     peer: str
     expires_at: float  # on the caller's clock
     turn: Turn | None  # None: an evaluation
@@ -48,6 +50,7 @@ class LeaseBook:
         self._group_size = config.algo.group_size
         self._sampling = Sampling(**config.sampling.model_dump())
         self._open: dict[str, OpenLease] = {}
+        self._by_bytes: dict[bytes, Lease] = {}  # of the open ones
         # by seconds until the deadline, so each in the order of the deadlines
         self._queues: dict[float, dict[str, OpenLease]] = {}
         self.counts: Counter[str] = Counter()  # state -> leases in it now
@@ -73,7 +76,7 @@ class LeaseBook:
         now: float,
         step: int | None = None,
         ticket: int | None = None,
-    ) -> Lease:
+    ) -> OpenLease:
         """A lease to train on; ticket: of one that a former life of the buffer handed out.
 
         step: whose batch is the next to be formed.
@@ -104,7 +107,7 @@ class LeaseBook:
         ticket: int | None = None,
         block: str = "",
         deadline_seconds: float | None = None,
-    ) -> Lease:
+    ) -> OpenLease:
         """A lease for a prompt, with a new deadline; see hand_out for turn and ticket.
 
         Those of an evaluation block have no turn.
@@ -126,14 +129,25 @@ class LeaseBook:
             block=block,
         )
         opened = OpenLease(
-            ticket=number, lease=lease, peer=peer, expires_at=now + seconds, turn=turn, step=step
+            ticket=number,
+            lease=lease,
+            packed=pack_lease(lease),
+            peer=peer,
+            expires_at=now + seconds,
+            turn=turn,
+            step=step,
         )
+        self._by_bytes[opened.packed] = lease
         self._open[lease_id] = self._queues.setdefault(seconds, {})[lease_id] = opened
         if purpose == "train" and ticket is None:
             self._num_leased += 1
             self.counts["open"] += 1
             self._journal.leased(opened)
-        return lease
+        return opened
+
+    def read(self, packed: bytes) -> Lease:
+        """The lease of these bytes: that which is open, not a copy; WireError as `lease_from`."""
+        return self._by_bytes.get(packed) or lease_from(packed)
 
     def get(self, lease_id: str) -> OpenLease | None:
         """The open lease of that id; None when it has ended or never was."""
@@ -144,6 +158,7 @@ class LeaseBook:
         expired); again: then its prompt is handed out once more.
         """
         ended = self._open.pop(lease_id)
+        del self._by_bytes[ended.packed]
         del self._queues[ended.lease.deadline_seconds][lease_id]
         if ended.turn is not None:
             self.move([ended.ticket], "open", state, reason, again=again)

@@ -136,7 +136,7 @@ class Replay:
 
     def ready(self, count: int, oldest_open: int | None) -> bool:
         """Whether `take(count, oldest_open)` finds enough."""
-        return len(self._next(oldest_open)) >= count
+        return len(self) >= count and len(self._next(oldest_open)) >= count
 
     def count_for(self, num_tokens: int, min_groups: int, oldest_open: int | None = None) -> int:
         """The fewest next groups, min_groups or more, that hold so many tokens.
@@ -179,7 +179,7 @@ class Replay:
 
 
 def _stored(ticket: int, arrival: int, group: Group, seen: Seen | None = None) -> Stored:
-    oldest = group.oldest_version
+    oldest, _ = group.completions.version_span
     return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest, seen=seen)
 
 

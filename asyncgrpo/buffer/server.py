@@ -59,12 +59,10 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     shown_at = 0.0
     gc.freeze()  # else a full collection looks at all modules, and actors wait for 60 ms
     while not stopping():
-        replies: Replies = []
-        for peer, packet in server.receive(POLL_SECONDS):
-            replies += core.handle(peer, packet, time.monotonic())
+        requests = server.receive(POLL_SECONDS)
         now = time.monotonic()
         core.num_refused = server.num_refused
-        send(server, core, ledger, replies + core.tick(now))
+        send(server, core, ledger, core.turn(requests, now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show({**core.metrics(), "disk_free_bytes": shutil.disk_usage(run.path).free})
             flow.write(core, now)

@@ -197,8 +197,9 @@ class Learner:
             self._show({name: row[name] for name in OWN_TIMES})
             return
         covered = self._updater.covered
+        advantages = self._updater.advantages.tobytes()
         fields = {"step": step, "world_size": self._world_size, "covered": covered}
-        packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
+        packet = Packet(kind="trained", fields={**fields, "advantages": advantages})
         summary = self._client.call(packet, CALL_SECONDS).fields
         self._recorder.row({**row, **self._sender.metrics()}, summary)
 

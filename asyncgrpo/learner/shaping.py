@@ -104,4 +104,4 @@ def _first_part(group: Group) -> Float32:
 
 
 def _lengths(group: Group) -> NDArray[np.int64]:
-    return np.array([len(c.token_ids) for c in group.completions], np.int64)
+    return np.array(group.completions.lengths, np.int64)
