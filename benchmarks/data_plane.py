@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import zmq
 
+import asyncgrpo
 from asyncgrpo.buffer import server
 from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.journal import NoJournal
@@ -41,8 +42,10 @@ from asyncgrpo.wire.sockets import DealerClient
 
 COMPLETIONS, TOKENS, BATCH, CREDIT, PRODUCERS, ACTORS = 8, 512, 64, 8, 3, 64
 SPAWN = multiprocessing.get_context("spawn")
+RECORDS = Path(asyncgrpo.__path__[0]) / "data" / "gsm8k_sample" / "train.jsonl"
 SETTINGS = {
     "run": {"max_steps": 10**7},
+    "data": {"train": str(RECORDS)},
     "buffer": {"groups_per_step": BATCH, "max_staleness": 10**7, "credit": CREDIT},
     "algo": {"group_size": COMPLETIONS},
     "sampling": {"max_completion_tokens": TOKENS},

@@ -172,12 +172,12 @@ class Killed(Simulation):
 
 
 def check_killed_run(seed, rooms, folder):
-    buffer = {
-        "groups_per_step": 2,
-        **rooms.get("buffer", {}),
-    }  # small: many schedules in little time
-    steps = {"max_steps": 4 if "weights" in rooms else 3}
-    rooms = {"run": steps, "observe": {"trajectories": False}, **rooms, "buffer": buffer}
+    buffer = {"groups_per_step": 2, **rooms.get("buffer", {})}  # small: many in little time
+    if "tokens_per_step" in buffer:
+        buffer["tokens_per_step"] = min(20, buffer["tokens_per_step"])
+    if "data" not in rooms:  # else until they are used up
+        rooms = {**rooms, "run": {"max_steps": 4 if "weights" in rooms else 3}}
+    rooms = {"observe": {"trajectories": False}, **rooms, "buffer": buffer}
     run = Killed(seed, folder, **rooms)
     run.run()
     bound, action = run.config.buffer.max_staleness, run.config.buffer.staleness_action

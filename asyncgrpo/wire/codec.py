@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -33,6 +34,9 @@ PREFIX, SIZES = struct.Struct("<2sBI"), struct.Struct("<4I")
 MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 256 << 20, 4 << 30, 2
 MAX_FRAMES = 1 << 16
 MAX_ITEMS = 1 << 18  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
+LEASE_FIELDS = [name for name in Lease.__slots__ if name not in ("prompt", "sampling")]
+LEASE = attrgetter(*LEASE_FIELDS)
+PROMPT, SAMPLING = attrgetter(*Prompt.__slots__), attrgetter(*Sampling.__slots__)
 INT, FLOAT = np.dtype("<i4"), np.dtype("<f4")
 
 Frame = bytes | memoryview
@@ -121,21 +125,19 @@ def _unpacked(body: Frame) -> Any:
 
 def pack_lease(lease: Lease) -> bytes:
     """A lease for `Packet.fields`; the same lease is always the same bytes."""
-    fields = {name: getattr(lease, name) for name in Lease.__slots__}
-    fields["sampling"] = {name: getattr(lease.sampling, name) for name in Sampling.__slots__}
-    fields["prompt"] = {name: getattr(lease.prompt, name) for name in Prompt.__slots__}
-    return _packed(fields)
+    return _packed([LEASE(lease), PROMPT(lease.prompt), SAMPLING(lease.sampling)])
 
 
 def lease_from(packed: bytes) -> Lease:
     """The lease of `pack_lease`; WireError when something is missing or superfluous."""
-    fields = _unpacked(packed)
     try:
-        prompt = dict(fields["prompt"])
+        rest, asked, drawn = _unpacked(packed)
+        prompt = dict(zip(Prompt.__slots__, asked, strict=True))
         prompt["messages"] = tuple(prompt["messages"])
-        sampling = Sampling(**fields["sampling"])
-        return Lease(**{**fields, "prompt": Prompt(**prompt), "sampling": sampling})
-    except (KeyError, TypeError, ValueError) as error:
+        sampling = Sampling(**dict(zip(Sampling.__slots__, drawn, strict=True)))
+        fields = dict(zip(LEASE_FIELDS, rest, strict=True))
+        return Lease(**fields, prompt=Prompt(**prompt), sampling=sampling)
+    except (TypeError, ValueError) as error:
         raise WireError(f"not a lease: {error}") from None
 
 
