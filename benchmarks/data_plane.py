@@ -257,7 +257,7 @@ class Plant:
         }
 
     def close(self) -> None:
-        for process in (*self.others, self.server):
+        for process in (self.server, *self.others):
             process.kill()
             process.join()
         shutil.rmtree(self.folder)

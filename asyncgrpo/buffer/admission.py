@@ -9,7 +9,7 @@ from asyncgrpo.buffer.leases import OpenLease
 from asyncgrpo.errors import WireError
 from asyncgrpo.observe.metrics import METRICS
 from asyncgrpo.types import Group, Lease
-from asyncgrpo.wire.codec import Packet, same_lease
+from asyncgrpo.wire.codec import Packet, pack_lease
 from asyncgrpo.wire.schema import BUFFER_REQUESTS, check_fields
 
 Fault = Literal["other_lease", "group_size", "rewards", "tokens", "versions"]
@@ -49,8 +49,8 @@ def why_failed(group: Group, lease: Lease, newest: int) -> Fault | None:
     learner drops these completions one by one.
     """
     newest = lease.version if lease.purpose == "eval" else newest
-    if not same_lease(group.lease, lease):
-        return "other_lease"
+    if group.lease is not lease and pack_lease(group.lease) != pack_lease(lease):
+        return "other_lease"  # compared as on the wire, where a tuple is a list
     if len(group.completions) != lease.group_size:
         return "group_size"
     if not group.reward_parts or not all(map(math.isfinite, group.rewards.tolist())):

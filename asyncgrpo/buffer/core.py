@@ -296,8 +296,8 @@ class BufferCore:
             leases: list[bytes] = []
             while len(leases) < count and (turn := self._queue.next()) is not None:
                 self.gate.issue(version)
-                opened = self.leases.hand_out(
-                    turn, peer=peer, version=version, now=now, step=self.step
+                opened = self.leases.issue(
+                    turn.prompt, peer=peer, version=version, now=now, turn=turn, step=self.step
                 )
                 leases.append(opened.packed)
             if leases:

@@ -64,34 +64,8 @@ class LeaseBook:
         self._num_leased = past.counts.total()
         for ticket, position, prompt_id, peer, version in past.held:
             turn = queue.at(position, prompt_id)
-            self.hand_out(turn, peer=peer, version=version, now=now, ticket=ticket)
+            self.issue(turn.prompt, peer=peer, version=version, now=now, turn=turn, ticket=ticket)
         self.last_number = past.last_number
-
-    def hand_out(
-        self,
-        turn: Turn,
-        *,
-        peer: str,
-        version: int,
-        now: float,
-        step: int | None = None,
-        ticket: int | None = None,
-    ) -> OpenLease:
-        """A lease to train on; ticket: of one that a former life of the buffer handed out.
-
-        step: whose batch is the next to be formed.
-        """
-        return self.issue(
-            turn.prompt,
-            peer=peer,
-            version=version,
-            group_size=self._group_size,
-            sampling=self._sampling,
-            now=now,
-            turn=turn,
-            step=step,
-            ticket=ticket,
-        )
 
     def issue(
         self,
@@ -99,18 +73,19 @@ class LeaseBook:
         *,
         peer: str,
         version: int,
-        group_size: int,
-        sampling: Sampling,
         now: float,
+        group_size: int | None = None,
+        sampling: Sampling | None = None,
         turn: Turn | None = None,
         step: int | None = None,
         ticket: int | None = None,
         block: str = "",
         deadline_seconds: float | None = None,
     ) -> OpenLease:
-        """A lease for a prompt, with a new deadline; see hand_out for turn and ticket.
+        """A lease for a prompt, with a new deadline; by default as the settings say.
 
-        Those of an evaluation block have no turn.
+        turn: of the prompt, if it is to train on. step: whose batch is the next to be formed.
+        ticket: of a lease that a former life of the buffer handed out. block: of an evaluation.
         """
         number = self.last_number + 1 if ticket is None else ticket
         self.last_number = max(self.last_number, number)
@@ -120,8 +95,8 @@ class LeaseBook:
         lease = Lease(
             lease_id=lease_id,
             prompt=prompt,
-            group_size=group_size,
-            sampling=sampling,
+            group_size=group_size or self._group_size,
+            sampling=sampling or self._sampling,
             seed=lease_seed(self._run_seed, lease_id),
             purpose=purpose,
             version=version,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Literal
 
@@ -212,11 +213,11 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
     Deterministic in the order of `groups`; each rank gets at least one group if there are enough.
     """
     sizes = [group.cost for group in groups]
-    load = [0.0] * world_size
     hands: list[list[int]] = [[] for _ in range(world_size)]
+    load = [(0.0, 0, rank) for rank in range(world_size)]  # a heap: FLOPs, groups
     for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
-        rank = min(range(world_size), key=lambda r: (load[r], len(hands[r]), r))
-        load[rank] += sizes[index]
+        total, count, rank = load[0]
+        heapreplace(load, (total + sizes[index], count + 1, rank))
         hands[rank].append(index)
     return [tuple(groups[i] for i in sorted(hand)) for hand in hands]
 

@@ -141,11 +141,6 @@ def lease_from(packed: bytes) -> Lease:
         raise WireError(f"not a lease: {error}") from None
 
 
-def same_lease(one: Lease, other: Lease) -> bool:
-    """Whether two leases are the same on the wire, where a tuple and a list are."""
-    return one is other or pack_lease(one) == pack_lease(other)
-
-
 def group_packet(kind: str, groups: Sequence[Group], **fields: Any) -> Packet:
     """A packet that carries whole groups beside its own fields."""
     return Packet(kind=kind, fields=fields, frames=tuple(map(pack_group, groups)))
