@@ -57,6 +57,12 @@ def group_frame(sizes=(4, 2, 5, 1), numbers=None, cut=None, **changes):
     return whole[:cut], zlib.crc32(whole[:cut])
 
 
+EMPTY = {
+    "lease": pack_lease(make_lease(1)),
+    **{"finish_reasons": [], "texts": [], "reward_parts": [], "actor": "a", "timings": {}},
+}
+
+
 def same_group(one, other):
     assert one.lease == other.lease
     assert one.actor == other.actor
@@ -146,7 +152,8 @@ def test_the_frame_that_malformed_groups_are_made_of_is_right():
     "sealed",
     [
         (b"", 0),
-        (SIZES.pack(0, 0, 0, 0), 0),  # no head
+        (SIZES.pack(4, 2, 5, 1), 0),  # nothing but sizes
+        (SIZES.pack(0, 0, 0, 0) + msgpack.packb(EMPTY), 0),  # no completion
         group_frame(sizes=(4, 2, 6, 1)),
         group_frame(sizes=(4, 2, 4, 1)),
         group_frame(sizes=(2, 3, 5, 1)),  # as many numbers, other completions
@@ -163,6 +170,7 @@ def test_the_frame_that_malformed_groups_are_made_of_is_right():
         group_frame(sizes=(2, 2, 5, 2), reward_parts=["task", "task"]),
         group_frame(lease=b""),
         group_frame(lease=msgpack.packb({})),
+        group_frame(lease=pack_lease(replace(make_lease(1), lease_id=1 << 63))),
         group_frame(lease=msgpack.packb([])),
         group_frame(unknown="field"),
         *(

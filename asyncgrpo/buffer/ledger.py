@@ -27,7 +27,7 @@ from asyncgrpo.wire.codec import checked, group_from, pack_group
 
 FILE = "ledger.sqlite"
 VERSION = 3  # of the tables and of the frames in them
-BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 3.0  # the commit after a checkpoint waits for the disk
+BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
 PROGRESS_STEPS = 100_000  # of SQLite's machine between two looks at the time limit
 TABLES = """
 CREATE TABLE leases (           -- every training lease as it is now
@@ -108,7 +108,7 @@ PRAGMAS = (
     "page_size = 16384",  # a group has some 50 KB: with small pages it takes twice as long
     "journal_mode = WAL",
     "synchronous = NORMAL",
-    "wal_autocheckpoint = 16000",  # pages, when the thread aside does not keep up
+    "wal_autocheckpoint = 4000",  # pages
     "secure_delete = OFF",  # some builds overwrite what is deleted: a step's groups, at once
 )
 CHANGE = "INSERT INTO changes (ticket, state, reason, step, time) VALUES (?, ?, ?, ?, ?)"

@@ -136,6 +136,8 @@ def lease_from(packed: bytes) -> Lease:
         prompt["messages"] = tuple(prompt["messages"])
         sampling = Sampling(**dict(zip(Sampling.__slots__, drawn, strict=True)))
         fields = dict(zip(LEASE_FIELDS, rest, strict=True))
+        if not isinstance(fields["lease_id"], str):
+            raise ValueError("its lease_id is no text")
         return Lease(**fields, prompt=Prompt(**prompt), sampling=sampling)
     except (TypeError, ValueError) as error:
         raise WireError(f"not a lease: {error}") from None
@@ -210,8 +212,8 @@ def group_from(sealed: Sealed, read_lease: Callable[[bytes], Lease] = lease_from
     num_prompt, size, total, num_parts = SIZES.unpack_from(frame)
     count = num_prompt + size + 3 * total + size + num_parts * size
     end = SIZES.size + INT.itemsize * count
-    if end > len(frame):
-        raise WireError(f"a group of {len(frame)} bytes announces {count} numbers")
+    if end > len(frame) or not size:
+        raise WireError(f"{len(frame)} bytes announce {size} completions and {count} numbers")
     head = _unpacked(memoryview(frame)[end:])
     check_fields("group", head, GROUP)
     numbers = np.frombuffer(frame, INT, count, SIZES.size)
