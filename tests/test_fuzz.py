@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgpack
@@ -14,7 +16,9 @@ from fakes import CountingPrompts, make_group
 
 from asyncgrpo.buffer.admission import newest_version, why_failed
 from asyncgrpo.buffer.core import BufferCore
+from asyncgrpo.buffer.journal import Journal, NoJournal
 from asyncgrpo.buffer.leases import STATES
+from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WireError
 from asyncgrpo.observe.metrics import METRICS
@@ -71,10 +75,10 @@ def trained_packet(step: int, num_completions: int, request_id: int) -> Packet:
 class Victim:
     """A buffer with open leases, and the real messages that its peers would send now."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal) -> None:
         self.trained: list[str] = []
         self.leases: dict[str, Lease] = {}  # all that were given out
-        self.core = BufferCore(CONFIG, CountingPrompts(), self.record)
+        self.core = BufferCore(CONFIG, CountingPrompts(), self.record, journal)
         self.send("actor-0.1", Packet(kind="hello", fields={"actor": "actor-0"}))
         request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 6})
         ((_, answer),) = self.send("actor-0.1", request)
@@ -203,12 +207,14 @@ def confuse(rng: random.Random, frames: list[bytes]) -> list[bytes]:
     return [*frames[:number], changed, *frames[number + 1 :]]
 
 
-def fuzz(seed: int, num_messages: int) -> dict[str, int]:
+def fuzz(
+    seed: int, num_messages: int, new_journal: Callable[[], Journal] = NoJournal
+) -> dict[str, int]:
     rng = random.Random(seed)
     seen = {"refused by codec": 0, "refused by buffer": 0, "taken": 0}
     for number in range(num_messages):
         if number % MESSAGES_PER_CORE == 0:
-            victim = Victim()
+            victim = Victim(new_journal())
         frames = rng.choice(victim.real)
         is_sealed = rng.random() < 0.7
         if is_sealed and rng.random() < 0.6:
@@ -232,6 +238,18 @@ def fuzz(seed: int, num_messages: int) -> dict[str, int]:
 def test_mutated_messages_do_no_harm():
     seen = fuzz(seed=1, num_messages=5000)
     assert min(seen.values()) > 250, seen  # each stage had its share
+
+
+def test_mutated_messages_do_no_harm_to_a_buffer_with_a_ledger(tmp_path):
+    folders = (tmp_path / str(number) for number in itertools.count())
+
+    def ledger() -> Ledger:
+        folder = next(folders)
+        folder.mkdir()
+        return Ledger(folder)
+
+    seen = fuzz(seed=7, num_messages=1500, new_journal=ledger)
+    assert min(seen.values()) > 75, seen
 
 
 @pytest.mark.slow
