@@ -17,6 +17,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import Synchronized
@@ -37,7 +39,7 @@ from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.types import Completion, Completions, Group, Lease
-from asyncgrpo.wire.codec import Packet, encode, group_packet, lease_from
+from asyncgrpo.wire.codec import Packet, decode, encode, group_packet, lease_from
 from asyncgrpo.wire.sockets import DealerClient
 
 COMPLETIONS, TOKENS, BATCH, CREDIT, PRODUCERS, ACTORS = 8, 512, 64, 8, 3, 64
@@ -190,14 +192,20 @@ def consume(address: str) -> None:
     """A learner that trains in no time; frames are not decoded."""
     socket = dealer(address, "learner-0")
     for step in itertools.count():
-        fields = {"step": step, "rank": 0, "world_size": 1}
-        socket.send_multipart(encode(Packet(kind="take", request_id=2 * step + 1, fields=fields)))
-        socket.recv_multipart()
-        advantages = bytes(4 * BATCH * COMPLETIONS)
-        fields = {"step": step, "world_size": 1, "covered": step, "advantages": advantages}
-        done = Packet(kind="trained", request_id=2 * step + 2, fields=fields)
-        socket.send_multipart(encode(done))
-        socket.recv_multipart()
+        for packet in (take(step), trained(step)):
+            socket.send_multipart(encode(packet))
+            socket.recv_multipart()
+
+
+def take(step: int) -> Packet:
+    fields = {"step": step, "rank": 0, "world_size": 1}
+    return Packet(kind="take", request_id=2 * step + 1, fields=fields)
+
+
+def trained(step: int) -> Packet:
+    advantages = bytes(4 * BATCH * COMPLETIONS)
+    fields = {"step": step, "world_size": 1, "covered": step, "advantages": advantages}
+    return Packet(kind="trained", request_id=2 * step + 2, fields=fields)
 
 
 def any_lease() -> Lease:
@@ -305,6 +313,40 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
     return sorted(waits)
 
 
+def stages(journal: NoJournal | Ledger, groups: int) -> dict[str, float]:
+    """Microseconds of CPU per group that each stage takes without sockets; MiB early and late."""
+    config = from_mapping(SETTINGS)
+    core = BufferCore(config, open_prompts(config), lambda step, ended: None, journal)
+    core.handle("a.1", Packet(kind="hello", fields={"actor": "a"}), 0.0)
+    ask = Packet(kind="lease", fields={"version": 0, "max": CREDIT})
+    template, leases, spent, memory = make_group(any_lease()), [], Counter[str](), []
+
+    def timed(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.thread_time()
+        result = call(*arguments)
+        spent[name] += time.thread_time() - start
+        return result
+
+    for number in range(groups):
+        if not leases:
+            ((_, granted),) = timed("leases", core.handle, "a.1", ask, 0.0)
+            leases = list(granted.fields["leases"])
+        frames = [bytes(frame) for frame in encode(put_for(template, leases.pop()))]
+        packet = timed("decode", decode, frames)
+        ((_, answer),) = timed("check and store", core.handle, "a.1", packet, 0.0)
+        timed("answer", encode, answer)
+        step, waiting = divmod(number + 1, BATCH)
+        if waiting == 0:
+            for packet in (take(step - 1), trained(step - 1)):
+                ((_, answer),) = timed("batch", core.handle, "learner-0", packet, 0.0)
+                timed("batch", encode, answer)
+        timed("commit", journal.commit)
+        if number in (groups // 5, groups - 1):
+            memory.append(psutil.Process().memory_info().rss / 2**20)
+    each = {name: 1e6 * seconds / groups for name, seconds in spent.items()}
+    return {**each, "sum": sum(each.values()), "MiB early": memory[0], "MiB late": memory[1]}
+
+
 def restart(folder: Path, leases: int) -> tuple[float, float]:
     """Seconds to go on with a ledger of so many leases, and its size in MiB."""
     folder.mkdir()
@@ -380,6 +422,12 @@ def main() -> None:
                 )
             (rate, ratio), (cpu, cpu_ratio) = row
             print(f"{kind:12}{rate:12.0f}{cpu:12.0f}{ratio:9.2f}{cpu_ratio:9.2f}")
+        folder.mkdir()
+        for kind, journal in (("no ledger", NoJournal()), ("ledger", Ledger(folder))):
+            found = stages(journal, chosen.compare)
+            row = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
+            print(f"us of CPU per group without sockets, {kind}: {row}")
+        shutil.rmtree(folder)
         for rate in (1.0, 5.0):  # an actor that makes 4000 and 20000 tokens per second
             waits = lease_latency(folder, 10.0, rate)
             p50, p99 = (waits[int(len(waits) * share)] for share in (0.5, 0.99))
