@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +38,9 @@ def find_function(use: str, what: str, error: type[BadInput]) -> Callable[..., A
     found: Any = _import(place, f"{what} {use!r}", error)
     for part in name.split("."):
         if not hasattr(found, part):
-            raise error(f"{what} {use!r}: {part!r} is not defined there; {_nearest(part, found)}")
+            names = [name for name in dir(found) if not name.startswith("_")]
+            has = nearest(part, names) or f"it has: {', '.join(names[:10]) or 'nothing'}"
+            raise error(f"{what} {use!r}: {part!r} is not defined there; {has.strip()}")
         found = getattr(found, part)
     if not callable(found):
         raise error(
@@ -46,6 +48,12 @@ def find_function(use: str, what: str, error: type[BadInput]) -> Callable[..., A
             "function of that module"
         )
     return found
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "did you mean 'x'? " or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def last_place(error: BaseException) -> str:
@@ -115,9 +123,3 @@ def _load(file: Path, changed: int) -> Any:
     module.__file__ = str(file)
     SourceFileLoader(str(file), str(file)).exec_module(module)
     return module
-
-
-def _nearest(part: str, home: object) -> str:
-    names = [name for name in dir(home) if not name.startswith("_")]
-    near = difflib.get_close_matches(part, names, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(names[:10]) or 'nothing'}"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from asyncgrpo import cli
-from asyncgrpo.config import TemplateSettings
+from asyncgrpo.config import RewardSettings, TemplateSettings
 from asyncgrpo.data import gsm8k
-from asyncgrpo.data.check import Checker
+from asyncgrpo.data.check import findings
 from asyncgrpo.data.files import read_rows
 from asyncgrpo.data.records import read_prompts
 
@@ -59,8 +59,7 @@ FINDINGS = {
 def test_validate_finds_what_is_wrong_and_where(tmp_path, asyncgrpo, row):
     path = write(tmp_path / "rows.jsonl", GOOD, row, {**GOOD, "question": "b"})
     kind, detail = FINDINGS[row]
-    checker = Checker(known_sources=["sums"])
-    (finding,) = checker.findings(read_rows(path), "sums")
+    (finding,) = findings(read_rows(path), "sums", RewardSettings(), known_sources=["sums"])
     assert finding[:2] == (f"{path}:2", kind)
     assert detail in finding[2]
     code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "sums,other")

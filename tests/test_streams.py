@@ -10,7 +10,7 @@ from fakes import make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Turns, resample
+from asyncgrpo.data.streams import EpochStream, MixedStream, Turns, resample
 
 seeds = st.integers(0, 2**31 - 1)
 weight_lists = st.lists(
@@ -25,10 +25,16 @@ def counts(turns: Turns, num: int) -> list[int]:
     return [drawn[source] for source in range(6)]
 
 
-def part(number: int, size: int, seed: int = 0, weight: float | None = None) -> Part:
-    prompts = [make_prompt(100 * number + i) for i in range(size)]
-    stream = EpochStream(prompts, seed=f"{seed}:{number}", shuffle=True, epochs=None)
-    return Part(stream=stream, size=size, weight=weight)
+def mix(
+    sizes: list[int], seed: int, epochs: int | None, weights: list[float] | None = None
+) -> MixedStream:
+    """Of numbered prompts, each source with other ones."""
+    streams = [
+        EpochStream([make_prompt(100 * number + i) for i in range(size)], seed=f"{seed}:{number}")
+        for number, size in enumerate(sizes)
+    ]
+    shares = weights[: len(sizes)] if weights else [None] * len(sizes)
+    return MixedStream(streams, shares, seed=seed, epochs=epochs)
 
 
 def ids(stream: MixedStream, num: int) -> list[str]:
@@ -100,8 +106,7 @@ def test_the_others_keep_their_shares_when_a_source_has_given_all_it_has():
     seeds,
 )
 def test_a_finite_run_uses_every_prompt_exactly_epochs_times(sizes, weights, epochs, seed):
-    parts = [part(i, size, seed, weights and weights[i]) for i, size in enumerate(sizes)]
-    stream = MixedStream(parts, seed=seed, epochs=epochs)
+    stream = mix(sizes, seed, epochs, weights)
     total = epochs * sum(sizes)
     used = Counter(ids(stream, total))
     assert set(used.values()) == {epochs}
@@ -111,15 +116,14 @@ def test_a_finite_run_uses_every_prompt_exactly_epochs_times(sizes, weights, epo
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 5), seeds)
 def test_without_weights_each_epoch_holds_every_prompt_once(sizes, epoch, seed):
-    parts = [part(i, size, seed) for i, size in enumerate(sizes)]
-    stream = MixedStream(parts, seed=seed, epochs=None)
+    stream = mix(sizes, seed, None)
     everything = ids(stream, (epoch + 1) * sum(sizes))[epoch * sum(sizes) :]
     assert len(set(everything)) == len(everything) == sum(sizes)
 
 
 def test_another_seed_gives_another_order_and_the_same_seed_the_same():
     def order(seed: int) -> list[str]:
-        return ids(MixedStream([part(1, 9, seed), part(2, 9, seed)], seed=seed, epochs=1), 18)
+        return ids(mix([9, 9], seed, 1), 18)
 
     assert order(1) == order(1)
     assert len({tuple(order(seed)) for seed in range(8)}) == 8
@@ -143,8 +147,7 @@ def test_a_sample_depends_on_the_seed():
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4), seeds, st.integers(1, 3))
 def test_each_epoch_of_a_mix_holds_every_prompt_of_each_source_once(sizes, seed, epochs):
-    parts = [part(number, size, seed) for number, size in enumerate(sizes)]
-    stream = MixedStream(parts, seed=seed, epochs=epochs)
+    stream = mix(sizes, seed, epochs)
     used = Counter((p.prompt_id, stream.epoch(i)) for i in range(99) if (p := stream.get(i)))
     every = [prompt.prompt_id for prompt in stream.prompts()]
     assert used == Counter((prompt, epoch) for prompt in every for epoch in range(epochs))

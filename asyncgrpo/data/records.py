@@ -18,13 +18,12 @@ from pathlib import Path
 
 from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.files import Located, Row, read_rows, source_name
-from asyncgrpo.data.templates import with_template
+from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import DataError
 from asyncgrpo.types import Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "query", "question", "problem")
 ANSWER_COLUMNS = ("ground_truth", "answer", "solution", "target")
-AS_IT_IS = TemplateSettings()
 
 
 def read_prompts(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
 from asyncgrpo.config import RewardFunction, Scope
 from asyncgrpo.errors import RewardError
-from asyncgrpo.imports import find_function
+from asyncgrpo.imports import find_function, nearest
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.rewards.function import BoundFunction, Parameters
 
@@ -58,12 +57,6 @@ def bind(
         options=chosen,
         scope=scope or ("sample" if is_sample else "group"),
     )
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "did you mean 'x'? " or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _options(

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
+from asyncgrpo.imports import nearest
 from asyncgrpo.rewards.builtin import BUILTINS
-from asyncgrpo.rewards.finding import nearest
 from asyncgrpo.types import Prompt
 
 DEFAULT = "default"
