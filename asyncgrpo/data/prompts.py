@@ -51,14 +51,14 @@ def open_prompts(config: Config) -> PromptSource:
     tables of one name. A held-out prompt that is trained on as well is warned about.
     """
     data, seed = config.data, config.run.seed
-    held_out = held_out_sets(config)
+    tasks, held_out = _tasks(config), held_out_sets(config)
     if data.train == TASKS:
         if data.epochs is not None:
             raise ConfigError(
                 f"data.epochs={data.epochs} needs a file in data.train: generated tasks never "
                 "end; leave data.epochs out and set run.max_steps"
             )
-        return PromptSource(_tasks(config), held_out)
+        return PromptSource(tasks, held_out)
     train: EpochStream | MixedStream
     if isinstance(data.train, str):
         prompts = read_prompts(data.train, data.template)
