@@ -20,6 +20,7 @@ from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.files import Located, Row, read_rows, source_name
 from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import DataError
+from asyncgrpo.imports import shown
 from asyncgrpo.types import Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "query", "question", "problem")
@@ -83,7 +84,7 @@ def messages_of(row: Row, where: str, field: str = "") -> tuple[Message, ...]:
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: {column}={_shown(value)} must be text or a list of messages with at least "
+            f"{where}: {column}={shown(value)} must be text or a list of messages with at least "
             "one message"
         )
     return tuple(_message(item, f"{where}: {column}[{index}]") for index, item in enumerate(value))
@@ -92,12 +93,12 @@ def messages_of(row: Row, where: str, field: str = "") -> tuple[Message, ...]:
 def _message(item: object, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(
-            f'{where}={_shown(item)} must be a message like {{"role": "user", "content": "..."}}'
+            f'{where}={shown(item)} must be a message like {{"role": "user", "content": "..."}}'
         )
     for key in ("role", "content"):
         value = item.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{where}.{key}={_shown(value)} must be text that is not empty")
+            raise DataError(f"{where}.{key}={shown(value)} must be text that is not empty")
     return {"role": item["role"], "content": item["content"]}
 
 
@@ -119,7 +120,7 @@ def answer_of(row: Row, where: str, field: str = "") -> str:
         or (isinstance(value, float) and not math.isfinite(value))
     ):
         raise DataError(
-            f"{where}: {name}={_shown(value)} must be a number or text, neither empty nor NaN nor "
+            f"{where}: {name}={shown(value)} must be a number or text, neither empty nor NaN nor "
             "infinite"
         )
     return str(value)
@@ -142,7 +143,7 @@ def source_of(row: Row, where: str, default: str) -> str:
         return "+".join(map(str, value))
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{where}: data_source={_shown(value)} must be text that is not empty, or judges with "
+            f"{where}: data_source={shown(value)} must be text that is not empty, or judges with "
             'weights such as {"gsm8k": 0.7, "tag": 0.3}'
         )
     return value
@@ -154,8 +155,3 @@ def _is_weight(value: object) -> bool:
 
 def _names(row: Row) -> str:
     return f"the columns {', '.join(map(str, row))}" if row else "no columns"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
