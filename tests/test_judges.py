@@ -11,7 +11,7 @@ from asyncgrpo.config import RewardFunction, TaskSettings
 from asyncgrpo.data.tasks import KINDS, TaskSource
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.answers import extract_tag, numbers
-from asyncgrpo.rewards.builtin import BUILTINS, task_score
+from asyncgrpo.rewards.builtin import BUILTINS, task
 from asyncgrpo.rewards.finding import find
 
 TASKS = TaskSource(TaskSettings(kinds=dict.fromkeys(KINDS, 1.0)), 0, 318).held_out()
@@ -68,13 +68,13 @@ def judge(use: str, text: str, answer: object = None, **options: object) -> floa
     ],
 )
 def test_the_task_judge_takes_the_last_number_whole_words_and_bare_text(kind, answer, text, right):
-    assert task_score(text, answer, kind) == (1.0 if right else -1.0)
+    assert task(text, answer, kind) == (1.0 if right else -1.0)
 
 
 def test_every_truth_scores_right_and_another_text_wrong():
-    scores = [task_score(str(p.answer), str(p.answer), p.columns["kind"]) for p in TASKS]
+    scores = [task(str(p.answer), str(p.answer), p.columns["kind"]) for p in TASKS]
     assert scores == [1.0] * len(TASKS)
-    swapped = [task_score("zz", str(p.answer), p.columns["kind"]) for p in TASKS]
+    swapped = [task("zz", str(p.answer), p.columns["kind"]) for p in TASKS]
     assert swapped == [-1.0] * len(TASKS)
 
 
@@ -493,4 +493,4 @@ def test_no_judge_raises_on_ten_thousand_texts_and_scores_stay_bounded():
             assert -0.4 <= score <= 1.0, (use, text)
     for text in texts:
         prompt = chance.choice(TASKS)
-        assert task_score(text, str(prompt.answer), prompt.columns["kind"]) in (-1.0, 1.0)
+        assert task(text, str(prompt.answer), prompt.columns["kind"]) in (-1.0, 1.0)

@@ -14,7 +14,8 @@ import pytest
 from asyncgrpo.config import RewardSettings
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
-from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards
+from asyncgrpo.rewards.finding import bind
+from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rewards.trial import Row, try_rewards
 from asyncgrpo.types import Prompt
 

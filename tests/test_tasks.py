@@ -15,7 +15,7 @@ from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.data.records import prompts_from_rows
 from asyncgrpo.data.tasks import KINDS, Task, TaskSource, draw_task, task_records
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.rewards.builtin import task_score
+from asyncgrpo.rewards.builtin import task
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 ALL_KINDS = TaskSettings(kinds=dict.fromkeys(KINDS, 1.0))
@@ -199,7 +199,7 @@ def test_kinds_are_in_turn_each_prompt_comes_once_and_its_answer_is_right(kinds,
     assert len({row["prompt"][0]["content"] for row in records}) == num
     for row in records:
         truth = row["reward_model"]["ground_truth"]
-        assert task_score(truth, truth, row["kind"]) == 1.0
+        assert task(truth, truth, row["kind"]) == 1.0
 
 
 def test_the_same_arguments_give_the_same_records_and_a_longer_file_begins_alike():

@@ -19,7 +19,7 @@ from asyncgrpo.config import Config
 from asyncgrpo.data.templates import fit, tokenise
 from asyncgrpo.errors import EngineError, PeerTimeout, WireError
 from asyncgrpo.protocols import Client, Engine, WeightReceiver
-from asyncgrpo.rewards.health import RewardHealth
+from asyncgrpo.rewards.registry import RewardHealth
 from asyncgrpo.types import Group, Lease, Sampled
 from asyncgrpo.weights.proof import CANARY_SAMPLING, NUM_CANARIES, canary_prompts
 from asyncgrpo.wire.codec import Packet, group_packet, lease_from

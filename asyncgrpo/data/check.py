@@ -10,7 +10,7 @@ from asyncgrpo.data.files import Located, Row
 from asyncgrpo.data.records import answer_of, messages_of, prompts_from_rows, source_of
 from asyncgrpo.data.templates import AS_IT_IS
 from asyncgrpo.errors import DataError, RewardError
-from asyncgrpo.rewards.routes import functions_for
+from asyncgrpo.rewards.finding import functions_for
 from asyncgrpo.types import Prompt
 
 Finding = tuple[str, str, str]  # where, what kind, details

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import TaskSource
-from asyncgrpo.rewards.builtin import task_score
+from asyncgrpo.rewards.builtin import task
 from asyncgrpo.types import Prompt
 
 IGNORED = -100  # label of positions outside the completion
@@ -200,5 +200,5 @@ def greedy_accuracy(
     right: dict[str, list[bool]] = {}
     for prompt, text in zip(prompts, texts, strict=True):
         kind = prompt.columns["kind"]
-        right.setdefault(kind, []).append(task_score(text, str(prompt.answer), kind) > 0)
+        right.setdefault(kind, []).append(task(text, str(prompt.answer), kind) > 0)
     return {kind: sum(marks) / len(marks) for kind, marks in right.items()}

@@ -1,8 +1,9 @@
-"""All reward functions of a run: scores groups, and checks the data against the routes."""
+"""All reward functions of a run: scores groups, checks the data, counts what fails."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,12 +11,10 @@ import numpy as np
 
 from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
-from asyncgrpo.rewards.finding import bind, find
+from asyncgrpo.rewards.finding import find, functions_for
 from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score, time_limit
-from asyncgrpo.rewards.routes import functions_for
 from asyncgrpo.types import Float32, Prompt
 
-__all__ = ["RewardSet", "Scores", "bind", "load_rewards", "lost_scores"]
 PROBES = ("", "0")  # harmless completions that show contract errors before anything starts
 Chooser = Callable[[Prompt], Sequence[BoundFunction]]
 
@@ -113,6 +112,33 @@ def lost_scores(settings: RewardSettings, prompt: Prompt, count: int) -> Scores 
         return _combine([function.weight for function in functions], parts, ())
     except RewardError:
         return None
+
+
+class RewardHealth:
+    """Counters of the scored groups, and the window that reward.max_error_rate looks at."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self._limit, self._size = settings.max_error_rate, settings.error_window
+        self._failed: deque[bool] = deque(maxlen=self._size)
+        self.counters = {"judged_groups": 0.0, "judge_errors": 0.0, "judge_seconds": 0.0}
+
+    def note(self, error: str, seconds: float) -> None:
+        """One group was scored, with an error or "". RewardError when there were too many.
+
+        Errors are compared with the whole window from the start: a function that is simply broken
+        ends the run after a few groups, and one bad group never does.
+        """
+        self.counters["judged_groups"] += 1
+        self.counters["judge_errors"] += bool(error)
+        self.counters["judge_seconds"] += seconds
+        self._failed.append(bool(error))
+        failed = sum(self._failed)
+        if failed > self._limit * self._size:
+            raise RewardError(
+                f"{failed} of the last {len(self._failed)} groups could not be scored (at most "
+                f"reward.max_error_rate={self._limit:g} of reward.error_window={self._size}): "
+                f"{error}"
+            )
 
 
 def _parts(
