@@ -23,7 +23,7 @@ FLOORS = {
             "launch",
             "config_commands",
         ),
-        *("data.commands", "observe.commands", "buffer.commands"),
+        *("data.commands", "rewards.commands", "observe.commands", "buffer.commands"),
     ),
     4: (
         "actor.loop",

@@ -60,14 +60,14 @@ def built_in(*functions: object) -> RewardSet:
 def test_a_sound_judge_passes_and_the_format_it_wants_is_found(function, template):
     found = rows(built_in(function))
     assert {row.template for row in found.values()} == {template}
-    assert [row.flags for row in found.values()] == [(), ()]
+    assert [row.flags for row in found.values()] == [[], []]
     assert found["total"].means == {"gold": 1.0, "empty": 0.0, "shuffled": 0.0, "random": 0.0}
 
 
 def test_helpers_that_do_not_look_at_the_answer_are_not_flagged():
     think = {"use": "format", "weight": 0.1, "options": {"pattern": "^<think>.*</think>"}}
     found = rows(built_in({"use": "tag"}, think, {"use": "length_penalty"}))
-    assert [row.flags for row in found.values()] == [(), (), (), ()]
+    assert [row.flags for row in found.values()] == [[], [], [], []]
     assert found["total"].template == "<think>\n</think>\n<answer>{answer}</answer>"
     assert found["total"].means["shuffled"] < 0.1 < 1.0 < found["total"].means["gold"]
 
@@ -102,7 +102,7 @@ def not_for_empty(completion, answer):
 
 def test_a_function_that_does_not_apply_to_empty_texts_can_be_tried():
     found = rows(RewardSet([bind("judge", not_for_empty)]))
-    assert [row.flags for row in found.values()] == [(), ()]
+    assert [row.flags for row in found.values()] == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_a_judge_that_can_be_cheated_or_misses_gold_is_flagged(function, label, 
 
 def test_what_wrong_answers_may_get_can_be_allowed():
     reward_set = RewardSet([bind("judge", partial)])
-    assert rows(reward_set, correct_above=0.5, allow=0.2)["judge"].flags == ()
-    assert rows(reward_set, correct_above=0.5, allow=0.1)["judge"].flags != ()
+    assert rows(reward_set, correct_above=0.5, allow=0.2)["judge"].flags == []
+    assert rows(reward_set, correct_above=0.5, allow=0.1)["judge"].flags != []
 
 
 def test_a_template_can_be_given():
     found = rows(built_in({"use": "gsm8k"}), template="so #### {answer}.")
-    assert (found["gsm8k"].template, found["gsm8k"].flags) == ("so #### {answer}.", ())
+    assert (found["gsm8k"].template, found["gsm8k"].flags) == ("so #### {answer}.", [])
 
 
 def test_shuffled_answers_are_never_right_and_missing_when_all_are_equal():
@@ -145,7 +145,7 @@ def test_shuffled_answers_are_never_right_and_missing_when_all_are_equal():
     assert all(texts[0] == truth and texts[-1] != truth for texts, truth in seen)
     same = rows(built_in({"use": "exact"}), [prompt(1, "7"), prompt(2, "7.0")])
     assert same["exact"].means["shuffled"] != same["exact"].means["shuffled"]  # NaN
-    assert same["total"].flags == ()
+    assert same["total"].flags == []
 
 
 def test_each_source_is_tried_with_its_own_judge_up_to_the_count():
@@ -169,7 +169,7 @@ def test_data_without_answers_cannot_be_tried():
 def test_a_real_sample_of_gsm8k_passes_with_both_extractions():
     for extract in ("strict", "flexible"):
         judge = {"use": "gsm8k", "options": {"extract": extract}}
-        assert rows(built_in(judge), read_prompts(GSM8K))["gsm8k"].flags == ()
+        assert rows(built_in(judge), read_prompts(GSM8K))["gsm8k"].flags == []
 
 
 def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
