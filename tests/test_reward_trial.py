@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,7 @@ from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rewards.trial import Row, try_rewards
 from asyncgrpo.types import Prompt
 
-TESTS = Path(__file__).parent
-GSM8K = TESTS / "data" / "gsm8k_8.jsonl"
+GSM8K = Path(__file__).parent / "data" / "gsm8k_8.jsonl"
 ANSWERS = ("7", "12", "-3", "7", "40")
 
 
@@ -172,41 +169,32 @@ def test_a_real_sample_of_gsm8k_passes_with_both_extractions():
         assert rows(built_in(judge), read_prompts(GSM8K))["gsm8k"].flags == []
 
 
-def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "asyncgrpo.cli", "reward", "test", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))},
-    )
-
-
 @pytest.fixture
-def sums(tmp_path: Path) -> list[str]:
+def command(asyncgrpo, tmp_path: Path, monkeypatch):
+    """`reward test` on twenty sums."""
     records = [{"question": f"{i} + {i}", "answer": 2 * i} for i in range(20)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return ["--set", "data.train=sums.jsonl", "--set", "data.eval=none"]
+    monkeypatch.chdir(tmp_path)
+    data = ("--set", "data.train=sums.jsonl", "--set", "data.eval=none")
+    return functools.partial(asyncgrpo, "reward", "test", *data)
 
 
-def test_the_command_shows_a_table_and_leaves_with_0_for_sound_rewards(tmp_path, sums):
-    done = command(tmp_path, *sums, "--set", "reward.routes={sums='gsm8k'}", "-n", "5")
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+def test_the_command_shows_a_table_and_leaves_with_0_for_sound_rewards(command):
+    code, out, err = command("--set", "reward.routes={sums='gsm8k'}", "-n", "5")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["data_source", "function", "gold", "empty", "shuffled", "random", "verdict"]
     assert lines[1] == ["sums", "gsm8k", "1.000", "0.000", "0.000", "0.000", "ok"]
-    assert "sums: answers are written as '#### {answer}' (--template)" in done.stdout
+    assert "sums: answers are written as '#### {answer}' (--template)" in out
 
 
-def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(tmp_path, sums):
-    route = "reward.routes={sums={use='gsm8k', options={format_score=0.2}}}"
-    done = command(tmp_path, *sums, "--set", route)
-    assert done.returncode == 1, done.stderr
-    assert "FLAGGED" in done.stdout
-    assert "sums, gsm8k: rewards format without correctness: shuffled gets 0.2" in done.stdout
-    assert "Traceback" not in done.stderr
+def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(command):
+    code, out, err = command(
+        "--set", "reward.routes={sums={use='gsm8k', options={format_score=0.2}}}"
+    )
+    assert (code, err) == (1, "")
+    assert "FLAGGED" in out
+    assert "sums, gsm8k: rewards format without correctness: shuffled gets 0.2" in out
 
 
 @pytest.mark.parametrize(
@@ -219,8 +207,7 @@ def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(tmp_path, sums):
         (["-n", "0"], "Invalid value for '-n'"),
     ],
 )
-def test_the_command_leaves_with_2_for_bad_input(tmp_path, sums, arguments, said):
-    done = command(tmp_path, *sums, *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_leaves_with_2_for_bad_input(command, arguments, said):
+    code, _, err = command(*arguments)
+    assert (code, "Traceback" in err) == (2, False)
+    assert said in err
