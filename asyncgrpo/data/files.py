@@ -51,7 +51,14 @@ def read_rows(path: str | Path) -> list[Located]:
     elif place.is_file():
         rows = list(_file(place))
     elif glob.has_magic(text):
-        rows = [row for file in _matches(str(place)) for row in _file(file)]
+        files = [
+            file
+            for name in sorted(glob.glob(str(place), recursive=True))
+            if (file := Path(name)).is_file()
+        ]
+        if not files:
+            raise AbsentData(f"no file matches {str(place)!r}; {_neighbours(place)}")
+        rows = [row for file in files for row in _file(file)]
     elif (hub := HUB_NAME.fullmatch(text)) and place.suffix not in FILE_ENDINGS:
         rows = _from_hub(text, *hub.groups())
     else:
@@ -213,14 +220,6 @@ def _folder(path: Path) -> list[Located]:
             "save_to_disk"
         )
     return [row for file in files for row in _file(file)]
-
-
-def _matches(pattern: str) -> list[Path]:
-    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise AbsentData(f"no file matches {pattern!r}; {_neighbours(Path(pattern))}")
-    return files
 
 
 def _from_hub(text: str, name: str, config: str | None, split: str | None) -> list[Located]:

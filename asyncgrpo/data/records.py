@@ -46,9 +46,13 @@ def prompts_from_rows(
     Raises DataError, naming its place, for a row that is an error, or has no usable prompt or
     answer.
     """
-    sound = [(where, _sound(row)) for where, row in rows]
+    sound: list[tuple[str, Row]] = []
+    for where, row in rows:
+        if isinstance(row, DataError):
+            raise row
+        sound.append((where, row))
     field = template.answer_field
-    answered = bool(field) or any(_answer_column(row, field) is not None for _, row in sound)
+    answered = bool(field) or any(_answers(row, field) for _, row in sound)
     return tuple(
         with_template(
             Prompt(
@@ -62,12 +66,6 @@ def prompts_from_rows(
         )
         for index, (where, row) in enumerate(sound)
     )
-
-
-def _sound(row: Row | DataError) -> Row:
-    if isinstance(row, DataError):
-        raise row
-    return row
 
 
 def messages_of(row: Row, where: str, field: str = "") -> tuple[Message, ...]:
@@ -104,15 +102,14 @@ def _message(item: object, where: str) -> Message:
 
 def answer_of(row: Row, where: str, field: str = "") -> str:
     """The row's ground truth as text; `field` names its column. DataError if there is none."""
-    column = _answer_column(row, field)
-    if column is None:
+    answers = _answers(row, field)
+    if not answers:
         raise DataError(
             f"{where} has no {field or 'answer'}; it has {_names(row)}; add one of: "
             f"reward_model.ground_truth, {', '.join(ANSWER_COLUMNS)}, or set template.answer_field"
         )
-    nested = column == "reward_model"
-    value = row[column]["ground_truth"] if nested else row[column]
-    name = "reward_model.ground_truth" if nested else column
+    name = next((name for name in answers if answers[name] is not None), next(iter(answers)))
+    value = answers[name]
     if (
         isinstance(value, bool)
         or not isinstance(value, str | int | float)
@@ -126,14 +123,14 @@ def answer_of(row: Row, where: str, field: str = "") -> str:
     return str(value)
 
 
-def _answer_column(row: Row, field: str) -> str | None:
-    """The column that holds the ground truth: the first with a value, else the first of all."""
+def _answers(row: Row, field: str) -> dict[str, object]:
+    """What may be the ground truth, by name; the first that is not None counts."""
     if field:
-        return field if field in row else None
-    if isinstance(row.get("reward_model"), Mapping) and "ground_truth" in row["reward_model"]:
-        return "reward_model"
-    present = [name for name in ANSWER_COLUMNS if name in row]
-    return next((name for name in present if row[name] is not None), next(iter(present), None))
+        return {field: row[field]} if field in row else {}
+    model = row.get("reward_model")
+    if isinstance(model, Mapping) and "ground_truth" in model:
+        return {"reward_model.ground_truth": model["ground_truth"]}
+    return {name: row[name] for name in ANSWER_COLUMNS if name in row}
 
 
 def source_of(row: Row, where: str, default: str) -> str:

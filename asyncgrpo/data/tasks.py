@@ -182,20 +182,17 @@ def _checked_weights(settings: TaskSettings) -> dict[str, float]:
 
 def _held_out_tasks(settings: TaskSettings, count: int) -> list[Task]:
     """The first `count` held-out tasks; a shorter list is always a beginning of a longer one."""
-    kinds = _checked_weights(settings)
-    per_kind = math.ceil(count / len(kinds))
-    columns = [_held_out_of_kind(kind, settings)[:per_kind] for kind in kinds]
-    in_turn = [task for row in zip_longest(*columns) for task in row if task is not None]
-    return in_turn[:count]
-
-
-def _held_out_of_kind(kind: str, settings: TaskSettings) -> list[Task]:
-    rng = random.Random(f"{HELD_OUT_SEED}:{kind}")
-    distinct: dict[str, Task] = {}
-    for _ in range(SURVEY_DRAWS):
-        task = draw_task(kind, settings, rng)
-        distinct.setdefault(task.text, task)
-    return list(distinct.values())[: int(len(distinct) * MAX_HELD_OUT_SHARE)]
+    columns = []
+    for kind in _checked_weights(settings):
+        rng = random.Random(f"{HELD_OUT_SEED}:{kind}")
+        distinct: dict[str, Task] = {}
+        for _ in range(SURVEY_DRAWS):
+            task = draw_task(kind, settings, rng)
+            distinct.setdefault(task.text, task)
+        columns.append([*distinct.values()][: int(len(distinct) * MAX_HELD_OUT_SHARE)])
+    per_kind = math.ceil(count / len(columns))
+    turns = zip_longest(*(column[:per_kind] for column in columns))
+    return [task for turn in turns for task in turn if task is not None][:count]
 
 
 def _task(kind: str, text: str, answer: object, careless: object, worked: str = "") -> Task:

@@ -51,6 +51,7 @@ class Recipe:
 
 
 RECIPE = Recipe()
+RATES = (RECIPE.muon_lr, RECIPE.adamw_lr)
 
 
 Example = tuple[torch.Tensor, torch.Tensor]  # ids, labels: int64 [S]
@@ -93,9 +94,8 @@ class WarmStart:
         """Steps [first, last) of the learning rate schedule."""
         batches = self._batches(careless_share)
         for step in range(first, last):
-            for optimizer in self._optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * _lr_factor(step)
+            for optimizer, lr in zip(self._optimizers, RATES, strict=True):
+                optimizer.param_groups[0]["lr"] = lr * _lr_factor(step)
                 optimizer.zero_grad()
             self._loss(next(batches)).backward()
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), RECIPE.max_grad_norm)
@@ -155,16 +155,10 @@ def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         is_hidden = parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
         (hidden if is_hidden else rest).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, lr=RECIPE.muon_lr, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(
-            rest, lr=RECIPE.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        ),
+    return [
+        torch.optim.Muon(hidden, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
 
 
 def _lr_factor(step: int) -> float:

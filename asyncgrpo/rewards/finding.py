@@ -80,8 +80,17 @@ def _named(settings: RewardSettings, name: str, weight: float) -> list[RewardFun
 
 def find(function: RewardFunction) -> BoundFunction:
     """The function that a setting names; RewardError says what is missing and what to do."""
-    call = _find(function.use)
-    scope, options = function.scope, function.options
+    use, scope, options = function.use, function.scope, function.options
+    if ":" in use:
+        call = find_function(use, "reward", RewardError)
+    elif use in BUILTINS:
+        call = BUILTINS[use]
+    else:
+        raise RewardError(
+            f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
+            f"{', '.join(BUILTINS)}; write your own as 'package.module:function' or "
+            "'file.py:function'"
+        )
     return bind(function.label, call, function.weight, scope=scope, options=options)
 
 
@@ -151,15 +160,3 @@ def _options(
             + f" is not allowed: {first['msg']}"
         ) from None
     return {name: getattr(model, name) for name in names}
-
-
-def _find(use: str) -> Callable[..., Any]:
-    if ":" in use:
-        return find_function(use, "reward", RewardError)
-    if use not in BUILTINS:
-        raise RewardError(
-            f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
-            f"{', '.join(BUILTINS)}; write your own as 'package.module:function' or "
-            "'file.py:function'"
-        )
-    return BUILTINS[use]
