@@ -1,9 +1,11 @@
-"""Stand-ins that tests share: prompts, groups, a prompt source."""
+"""Stand-ins that tests share: prompts, files of rows, groups, a prompt source."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,22 @@ def make_prompt(number: int, data_source: str = "task/add") -> Prompt:
         data_source=data_source,
         columns={"kind": "add", "number": number},
     )
+
+
+def write_jsonl(path: Path, *rows: object) -> Path:
+    """Rows as lines of JSON (text as it is), in a folder that is made."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, *rows: dict) -> Path:
+    from pyarrow import Table, parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(Table.from_pylist([*rows]), path)
+    return path
 
 
 def make_lease(number: int = 1, group_size: int = 2, purpose: str = "train") -> Lease:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fakes import make_prompt
+from fakes import make_prompt, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,10 +118,8 @@ def test_a_survey_of_an_endless_stream_ends():
 
 
 def table(folder: Path, name: str, count: int) -> str:
-    path = folder / f"{name}.jsonl"
     rows = [{"question": f"{name} {i}?", "answer": str(i), "row": i} for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return str(write_jsonl(folder / f"{name}.jsonl", *rows))
 
 
 def mixed(*tables: dict, seed: int = 0, **data: object) -> PromptSource:

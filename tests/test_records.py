@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fakes import write_jsonl
 
 from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.records import read_prompts
@@ -15,10 +16,7 @@ QUESTION = ({"role": "user", "content": "2 + 3?"},)
 
 
 def write(folder: Path, *rows: object) -> Path:
-    path = folder / "rows.jsonl"
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_jsonl(folder / "rows.jsonl", *rows)
 
 
 @pytest.mark.parametrize(

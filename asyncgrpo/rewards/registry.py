@@ -29,8 +29,9 @@ class Scores:
 
 
 class RewardSet:
-    """The functions that `choose` finds for a prompt (or the same ones for all prompts).
+    """Scores groups. `functions`: of a prompt; RewardError when its data_source has none.
 
+    functions: what chooses them, or the same ones for all prompts.
     error_score: what a call that breaks its contract scores; None: the group has no score.
     timeout_seconds: of each function where no worker keeps the time: in `probe` and `parts`.
     """
@@ -41,7 +42,7 @@ class RewardSet:
         error_score: float | None = None,
         timeout_seconds: float = 30.0,
     ) -> None:
-        self._choose: Chooser = functions if callable(functions) else lambda _: functions
+        self.functions: Chooser = functions if callable(functions) else lambda _: functions
         self._error_score, self._timeout_seconds = error_score, timeout_seconds
 
     def score(self, prompt: Prompt, completions: Sequence[str]) -> Scores:
@@ -49,13 +50,9 @@ class RewardSet:
 
         Also when no function applies to a completion: then there is nothing to learn from.
         """
-        functions = self._choose(prompt)
+        functions = self.functions(prompt)
         parts, errors = _parts(functions, prompt, completions, self._error_score)
         return _combine([function.weight for function in functions], parts, errors)
-
-    def functions(self, prompt: Prompt) -> Sequence[BoundFunction]:
-        """Those that score this prompt; RewardError when its data_source has none."""
-        return self._choose(prompt)
 
     def probe(self, prompt: Prompt) -> None:
         """Calls each function with two harmless completions; RewardError as in `score`."""
@@ -64,7 +61,7 @@ class RewardSet:
     def parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[Score]]:
         """Each function's own scores by label; RewardError whatever errors score in a run."""
         parts: dict[str, list[Score]] = {}
-        for function in self._choose(prompt):
+        for function in self.functions(prompt):
             with time_limit(function, self._timeout_seconds):
                 parts |= _parts([function], prompt, completions, None)[0]
         return parts
