@@ -427,11 +427,11 @@ def test_wrong_options_are_refused_when_the_judge_is_loaded(use, options, said):
         find(RewardFunction(use=use, options=options))
 
 
-PIECES = (
-    *'<answer> </answer> #### ``` \\boxed{ } { "answer": [ ] $ \\frac = - − + 1,234 72 .5 １ ٣'.split(),
-    *"e9 NO UNKNOWN YES é 是 ％ \" ' \\ ( ) % 𝟜".split(),
-    *("```json\n", " ", "\n", "\r", "\x00", "\ud800"),
+WORDS = (
+    '<answer> </answer> #### ``` \\boxed{ } { "answer": [ ] $ \\frac = - − + 1,234 72 .5 １ ٣ '
+    "e9 NO UNKNOWN YES é 是 ％ \" ' \\ ( ) % 𝟜"
 )
+PIECES = (*WORDS.split(), "```json\n", " ", "\n", "\r", "\x00", "\ud800")
 FUZZED = {
     "gsm8k": {"format_score": 0.1},
     "tag": {"format_score": 0.1},
