@@ -81,10 +81,10 @@ def length_warning(
     DataError when not one prompt of the set fits.
     """
     limit = data.max_prompt_tokens
-    if data.overlong_prompt == "truncate_left":
+    if data.overlong_prompt == "truncate_left" or not prompts:
         return None
-    lengths = [count_tokens(prompt) for prompt in prompts[:: -(-len(prompts) // SAMPLED) or 1]]
-    if lengths and min(lengths) > limit:
+    lengths = [count_tokens(prompt) for prompt in prompts[:: -(-len(prompts) // SAMPLED)]]
+    if min(lengths) > limit:
         lengths = [count_tokens(prompt) for prompt in prompts]
         if min(lengths) > limit:
             shortest, median = min(lengths), round(statistics.median(lengths))
@@ -93,7 +93,7 @@ def length_warning(
                 f"the shortest has {shortest} tokens, the median is {median}; set "
                 f"data.max_prompt_tokens to {max(lengths)} to keep all, or shorten the prompts"
             )
-    share = sum(length > limit for length in lengths) / max(len(lengths), 1)
+    share = sum(length > limit for length in lengths) / len(lengths)
     if share <= TELLING_SHARE:
         return None
     does = {"drop": "are dropped", "error": "stop the run"}[data.overlong_prompt]

@@ -180,14 +180,15 @@ def math(
     """
     in_main = threading.current_thread() is threading.main_thread()
     seconds = timeout_seconds if in_main else None
-    truth = _known(answer)
-    gold = _parse(truth if "$" in truth or "\\boxed" in truth else f"${truth}$", seconds)
+    truth, library = _known(answer), _math_verify()
+    marked = truth if "$" in truth or "\\boxed" in truth else f"${truth}$"
+    gold = library.parse(marked, parsing_timeout=seconds)
     if not gold:
         raise ValueError(f"the record's answer {truth!r} is no expression; use another reward")
-    found = _parse(plain(unfenced(completion)), seconds)
+    found = library.parse(plain(unfenced(completion)), parsing_timeout=seconds)
     if not found:
         return 0.0
-    return score if _library().verify(gold, found, timeout_seconds=seconds) else format_score
+    return score if library.verify(gold, found, timeout_seconds=seconds) else format_score
 
 
 def _known(answer: object) -> str:
@@ -230,7 +231,7 @@ def _says_json(found: object, truth: str) -> bool:
     return text == json.dumps(wanted, sort_keys=True) or same_value(text, truth)
 
 
-def _library() -> Any:
+def _math_verify() -> Any:
     try:
         import math_verify
     except ImportError as error:
@@ -239,11 +240,6 @@ def _library() -> Any:
         ) from error
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs whole completions
     return math_verify
-
-
-def _parse(text: str, seconds: int | None) -> list[Any]:
-    found: list[Any] = _library().parse(text, parsing_timeout=seconds)
-    return found
 
 
 def _last_number_is(text: str, answer: str) -> bool:
