@@ -246,14 +246,6 @@ def _last_number_is(text: str, answer: str) -> bool:
     return numbers(text)[-1:] == [Decimal(answer)]
 
 
-def _all_numbers_are(text: str, answer: str) -> bool:
-    return numbers(text, thousands=False) == numbers(answer, thousands=False)
-
-
-def _says_yes_or_no(text: str, answer: str) -> bool:
-    return {word for word in ("YES", "NO") if _occurs(word, text)} == {answer}
-
-
 def _is_text(text: str, answer: str) -> bool:
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"`"
     return (text[1:-1] if quoted else text) == answer
@@ -266,8 +258,8 @@ def _is_value(text: str, answer: str) -> bool:
 
 _JUDGES: dict[str, Callable[[str, str], bool]] = {
     **dict.fromkeys(("add", "sub", "mul", "gcd", "check"), _last_number_is),
-    "sort": _all_numbers_are,
-    "palindrome": _says_yes_or_no,
+    "sort": lambda text, truth: numbers(text, thousands=False) == numbers(truth, thousands=False),
+    "palindrome": lambda text, truth: choice(text, truth, choices=["YES", "NO"]) == 1,
     "reverse": _is_text,
     "expression": _is_value,
 }
