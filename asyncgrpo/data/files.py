@@ -51,11 +51,8 @@ def read_rows(path: str | Path) -> list[Located]:
     elif place.is_file():
         rows = list(_file(place))
     elif glob.has_magic(text):
-        files = [
-            file
-            for name in sorted(glob.glob(str(place), recursive=True))
-            if (file := Path(name)).is_file()
-        ]
+        found = map(Path, sorted(glob.glob(str(place), recursive=True)))
+        files = [file for file in found if file.is_file()]
         if not files:
             raise AbsentData(f"no file matches {str(place)!r}; {_neighbours(place)}")
         rows = [row for file in files for row in _file(file)]

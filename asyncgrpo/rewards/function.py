@@ -36,7 +36,6 @@ from asyncgrpo.types import Prompt
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 Parameters = Mapping[str, inspect.Parameter]
-Score = float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,8 +113,8 @@ class Call:
     count: int
     outcome: Future[Any]
 
-    def scores(self) -> list[Score]:
-        """Waits; one finite number or None per completion. RewardError: the contract is broken."""
+    def scores(self) -> list[float]:
+        """Waits; a finite number per completion, NaN for None. RewardError: a broken contract."""
         fault = self.outcome.exception()
         try:
             if fault is not None:
@@ -148,9 +147,9 @@ class Call:
             )
         return values
 
-    def _number(self, value: object, index: int) -> Score:
+    def _number(self, value: object, index: int) -> float:
         if value is None:
-            return None
+            return math.nan
         if not isinstance(value, numbers.Real | np.bool_):
             raise RewardError(
                 f"{self.function} returned {shown(value)} ({type(value).__name__}) for completion "

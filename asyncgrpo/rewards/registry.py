@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import numpy as np
 from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.finding import find, functions_for
-from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score, time_limit
+from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, time_limit
 from asyncgrpo.types import Float32, Prompt
 
 PROBES = ("", "0")  # harmless completions that show contract errors before anything starts
@@ -58,9 +57,9 @@ class RewardSet:
         """Calls each function with two harmless completions; RewardError as in `score`."""
         self.parts(prompt, PROBES)
 
-    def parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[Score]]:
+    def parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[float]]:
         """Each function's own scores by label; RewardError whatever errors score in a run."""
-        parts: dict[str, list[Score]] = {}
+        parts: dict[str, list[float]] = {}
         for function in self.functions(prompt):
             with time_limit(function, self._timeout_seconds):
                 parts |= _parts([function], prompt, completions, None)[0]
@@ -105,7 +104,7 @@ def lost_scores(settings: RewardSettings, prompt: Prompt, count: int) -> Scores 
         return None
     try:
         functions = functions_for(settings, prompt)
-        parts: dict[str, list[Score]] = {f.label: [score] * count for f in functions}
+        parts: dict[str, list[float]] = {f.label: [score] * count for f in functions}
         return _combine([function.weight for function in functions], parts, ())
     except RewardError:
         return None
@@ -143,10 +142,10 @@ def _parts(
     prompt: Prompt,
     completions: Sequence[str],
     error_score: float | None,
-) -> tuple[dict[str, list[Score]], list[str]]:
+) -> tuple[dict[str, list[float]], list[str]]:
     """Scores by label, and the errors that error_score stands for; without one they are raised."""
     errors: list[str] = []
-    parts: dict[str, list[Score]] = {}
+    parts: dict[str, list[float]] = {}
     # All are started before any is waited for: async ones are under way together.
     calls = {f.label: f.start(prompt, completions) for f in functions}
     for label, started in calls.items():
@@ -163,33 +162,24 @@ def _parts(
 
 
 def _combine(
-    weights: Sequence[float], parts: Mapping[str, list[Score]], errors: Sequence[str]
+    weights: Sequence[float], parts: Mapping[str, list[float]], errors: Sequence[str]
 ) -> Scores:
-    rewards = [
-        _weighted_sum(weights, scores, index)
-        for index, scores in enumerate(zip(*parts.values(), strict=True))
-    ]
+    scores = np.array([*parts.values()])  # float64 [functions, G]
+    with np.errstate(all="ignore"):  # what is too large is refused below
+        totals = np.nansum(np.array(weights)[:, None] * scores, axis=0)
+    for index, total in enumerate(totals.tolist()):
+        if np.isnan(scores[:, index]).all():
+            raise RewardError(
+                f"no reward function applies to completion {index}: all returned None; let one of "
+                "them return a number"
+            )
+        if not abs(total) <= MAX_FLOAT32:
+            raise RewardError(
+                f"the weighted reward of completion {index} is {total}, too large for float32; use "
+                "smaller weights in reward.functions"
+            )
     return Scores(
-        rewards=np.array(rewards, dtype=np.float32),
-        parts={
-            label: np.array([math.nan if s is None else s for s in scores], dtype=np.float32)
-            for label, scores in parts.items()
-        },
+        rewards=totals.astype(np.float32),
+        parts={label: np.array(scores, dtype=np.float32) for label, scores in parts.items()},
         errors=tuple(errors),
     )
-
-
-def _weighted_sum(weights: Sequence[float], scores: Sequence[Score], index: int) -> float:
-    terms = [w * s for w, s in zip(weights, scores, strict=True) if s is not None]
-    if not terms:
-        raise RewardError(
-            f"no reward function applies to completion {index}: all returned None; let one of them "
-            "return a number"
-        )
-    total = sum(terms)
-    if not abs(total) <= MAX_FLOAT32:
-        raise RewardError(
-            f"the weighted reward of completion {index} is {total}, too large for float32; use "
-            "smaller weights in reward.functions"
-        )
-    return total

@@ -114,7 +114,7 @@ def _score(
             texts["shuffled"] = _fill(template, other)
         parts = rewards.parts(prompt, list(texts.values()))
         for index, kind in enumerate(texts):
-            known = [(f, s) for f in functions if (s := parts[f.label][index]) is not None]
+            known = [(f, s) for f in functions if not math.isnan(s := parts[f.label][index])]
             for function, score in known:
                 scored[function.label][kind].append(score)
             if known:
