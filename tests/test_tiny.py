@@ -143,7 +143,7 @@ def test_the_command_ends_with_the_folder_on_its_last_line(
 ):
     monkeypatch.setenv("ASYNCGRPO_CACHE", str(tmp_path))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    main(seed=4, tasks='{"modulus": 5}')
+    main(["--seed", "4", "--tasks", '{"modulus": 5}'])
     folder = capsys.readouterr().out.splitlines()[-1]
     assert AutoModelForCausalLM.from_pretrained(folder).config.tie_word_embeddings is True
 

@@ -5,18 +5,19 @@ python -m asyncgrpo.data.tiny --seed 0        prints progress, then the model's 
 
 from __future__ import annotations
 
+import argparse
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -136,18 +137,19 @@ def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def main(
-    seed: Annotated[int, typer.Option(help="of weights and demonstrations")] = 0,
-    tasks: Annotated[str, typer.Option(help="data.tasks settings as JSON")] = "{}",
-    num_eval: Annotated[int, typer.Option(help="held-out prompts")] = HELD_OUT_PROMPTS,
-) -> None:
-    """Builds or finds the embedded model; the last line on stdout is its folder."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Builds or finds the model; the last line on stdout is its folder."""
+    parser = argparse.ArgumentParser(prog="python -m asyncgrpo.data.tiny", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and demonstrations")
+    parser.add_argument("--tasks", default="{}", help="data.tasks settings as JSON")
+    parser.add_argument("--num-eval", type=int, default=HELD_OUT_PROMPTS, help="held-out prompts")
+    chosen = parser.parse_args(arguments)
     torch.set_num_threads(2)
     transformers_logging.disable_progress_bar()
-    settings = TaskSettings.model_validate_json(tasks)
-    folder = ensure_tiny(settings, None, typer.echo, seed=seed, num_eval=num_eval)
-    typer.echo(folder)
+    report = functools.partial(print, flush=True)
+    tasks = TaskSettings.model_validate_json(chosen.tasks)
+    report(ensure_tiny(tasks, None, report, seed=chosen.seed, num_eval=chosen.num_eval))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
