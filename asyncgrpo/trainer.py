@@ -131,7 +131,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             for file, content in self._files.items():
                 file.write_bytes(content)
-        except (OSError, ValueError) as error:  # ValueError: a null character
+        except OSError as error:
             raise ConfigError(
                 f"run directory {self.run_dir} cannot be written ({error}); give another run_dir"
             ) from None
