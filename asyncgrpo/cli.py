@@ -20,7 +20,7 @@ from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
 from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
 from asyncgrpo.launch.commands import env, plan_app
-from asyncgrpo.launch.error_file import record_error
+from asyncgrpo.launch.ends import record_error
 from asyncgrpo.launch.options import (
     Actors,
     ConfigFile,

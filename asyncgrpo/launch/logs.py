@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 TAIL_BYTES = 64 << 10  # enough for the last lines, however long the log is
+TAIL_LINES = 100  # of these
 TORCHRUN_REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 READ_BYTES = 1 << 20  # per call: a role that floods its log must not stop the others
 
@@ -15,9 +15,7 @@ class LogTail:
     """Hands out what was appended to a file since the last call, in whole lines."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = 0
-        self._rest = b""
+        self._path, self._position, self._rest = path, 0, b""
 
     def new_lines(self, *, at_end: bool = False) -> list[str]:
         """New whole lines; with `at_end` everything, an unfinished last line included."""
@@ -35,24 +33,20 @@ class LogTail:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last non-empty lines of a file; [] when there is none."""
+    """The last non-empty lines of a file; [] when there is none.
+
+    Without the 40 lines that torchrun adds when a rank fails: the cause stands above them.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            lines = [_shown(line) for line in file.read().split(b"\n")]
+            lines = [line for line in map(_shown, file) if line.strip()][-TAIL_LINES:]
     except FileNotFoundError:
         return []
-    return [line for line in lines if line.strip()][-count:]
-
-
-def before_torchrun_report(lines: Sequence[str]) -> list[str]:
-    """Without the 40 lines that torchrun adds when a rank fails: the cause stands above them."""
-    for place, line in enumerate(lines):
-        if place and TORCHRUN_REPORT.match(line):
-            return list(lines[:place])
-    return list(lines)
+    report = [place for place, line in enumerate(lines) if place and TORCHRUN_REPORT.match(line)]
+    return lines[: min(report, default=None)][-count:]
 
 
 def _shown(line: bytes) -> str:
     """As a terminal would show it: of a progress bar's states only the last."""
-    return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
+    return line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]

@@ -32,7 +32,7 @@ from asyncgrpo.errors import (
 )
 from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
-from asyncgrpo.launch.child import Child, with_prelude
+from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
@@ -123,9 +123,7 @@ class Session:
 
             supervisor = Supervisor(
                 plan,
-                grace_seconds=config.launch.grace_seconds,
-                max_restarts=config.launch.max_restarts,
-                restart_window_seconds=config.launch.restart_window_seconds,
+                config.launch,
                 on_line=progress.line,
                 on_tick=tick,
                 new_child=self._new_child,
@@ -281,7 +279,7 @@ class Session:
         command += ["--num-eval", str(self._config.num_held_out_tasks)]
         lines: deque[str] = deque(maxlen=15)
         with subprocess.Popen(
-            with_prelude(command),
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

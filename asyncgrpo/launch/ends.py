@@ -1,22 +1,55 @@
-"""Decides what the end of one process means for the run: pure functions of role and exit code."""
+"""How a role tells why it ended, also through torchrun, and what its end means for the run."""
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from asyncgrpo.errors import EXIT_BAD_INPUT, AsyncGRPOError, BadInput, RoleFailed
-from asyncgrpo.launch.error_file import RecordedError
-from asyncgrpo.launch.plan import RoleName
+from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_ROLE_FAILED, AsyncGRPOError, BadInput, RoleFailed
 
+ERROR_FILE = "ASYNCGRPO_ERROR_FILE"
 Verdict = Literal["done", "early", "left", "restart", "fail"]
+GOOD_ENDS: dict[str, Verdict] = {"learner": "done", "actor": "left", "buffer": "early"}
 
-GOOD_ENDS: dict[RoleName, Verdict] = {"learner": "done", "actor": "left", "buffer": "early"}
+
+class RecordedError(NamedTuple):
+    """What a role wrote before it ended."""
+
+    exit_code: int
+    message: str
 
 
-def judge_exit(role: RoleName, exit_code: int, restarts: int, max_restarts: int) -> Verdict:
+def record_error(error: Exception) -> None:
+    """Leaves the error where the launcher looks; does nothing in a process it did not start.
+
+    Of several ranks the first one counts: the others mostly fail because of it.
+    """
+    recorded = RecordedError(EXIT_ROLE_FAILED, f"{type(error).__name__}: {error}")
+    if isinstance(error, AsyncGRPOError):
+        recorded = RecordedError(error.exit_code, str(error))
+    if path := os.environ.get(ERROR_FILE):
+        with suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            file.write(json.dumps(recorded._asdict()))
+
+
+def read_error(path: Path) -> RecordedError | None:
+    """What the role left; None when it ended without a word."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        return RecordedError(**json.loads(text))
+    except (ValueError, TypeError):  # killed while it wrote
+        return RecordedError(EXIT_ROLE_FAILED, text)
+
+
+def judge_exit(role: str, exit_code: int, restarts: int, max_restarts: int) -> Verdict:
     """done: the run is complete. early: fine if the learner ends now, too. restart, fail: as said.
 
     left: an actor was asked to go (SIGTERM) and has handed back its work.
@@ -35,12 +68,9 @@ def describe_exit(exit_code: int) -> str:
     """An exit code in words; negative ones are signals, as in subprocess."""
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
-    try:
-        name = signal.Signals(-exit_code).name
-    except ValueError:
-        name = f"signal {-exit_code}"
     hint = " (often: out of memory, see dmesg)" if exit_code == -signal.SIGKILL else ""
-    return f"was ended by {name}{hint}"
+    names = {number.value: number.name for number in signal.Signals}  # not all signals have one
+    return f"was ended by {names.get(-exit_code, f'signal {-exit_code}')}{hint}"
 
 
 def failure(
