@@ -14,8 +14,8 @@ from asyncgrpo.config import from_mapping, load_config, preset_files
 from asyncgrpo.errors import AsyncGRPOError, ConfigError, DataError, ModelError
 from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
+from asyncgrpo.launch.placement import choose_transport
 from asyncgrpo.launch.plan import Host, Ports, make_plan
-from asyncgrpo.launch.transport import choose_transport
 
 ROOT = Path(__file__).parent.parent
 HUGE = {"gsm8k-qwen3-8b-8gpu": (4, 4, 8), "math-long": (6, 2, 8)}  # actors, learners, GPUs

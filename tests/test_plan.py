@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.cores import assign_cores, core_sharers
+from asyncgrpo.launch.placement import assign_cores, core_sharers
 from asyncgrpo.launch.plan import (
     Host,
     Plan,
@@ -32,9 +32,9 @@ def settings(**rooms: Any) -> Config:
     return from_mapping({"launch": {"actors": 2, "learners": 2}, **rooms})
 
 
-def plan_on(num_cores: int, config: Config | None = None, **keywords: Any) -> Plan:
+def plan_on(num_cores: int, config: Config | None = None) -> Plan:
     host = Host(cores=tuple(range(num_cores)))
-    return make_plan(config or settings(), host, PORTS, RUN_DIR, "python", **keywords)
+    return make_plan(config or settings(), host, PORTS, RUN_DIR, "python")
 
 
 def spec(plan: Plan, name: str) -> ProcessSpec:
@@ -85,7 +85,6 @@ def test_more_roles_than_cores_share_and_the_warning_names_who_shares_what() -> 
     }
     assert "core 0: actor-0, actor-1; core 1: learner-0, learner-1" in plan.warnings[0]
     assert spec(plan, "actor-0").environment["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert spec(plan, "actor-0").note == "core 0 is used by actor-0, actor-1"
 
 
 def test_one_core_is_shared_by_all() -> None:
@@ -162,11 +161,10 @@ def test_only_vllm_actors_get_the_engine_environment() -> None:
     assert not any(key.startswith("VLLM") for key in toy)
 
 
-def test_only_local_models_keep_actors_off_the_hub() -> None:
-    hub = settings(model={"path": "Qwen/Qwen3-0.6B"})
-    assert "HF_HUB_OFFLINE" not in spec(plan_on(4, hub), "actor-0").environment
-    local = plan_on(4, hub, model_is_local=True)
-    assert spec(local, "actor-0").environment["HF_HUB_OFFLINE"] == "1"
+def test_only_local_models_keep_actors_off_the_hub(tmp_path: Path) -> None:
+    for model, offline in (("Qwen/Qwen3-0.6B", None), (str(tmp_path), "1"), ("tiny", "1")):
+        plan = plan_on(4, settings(model={"path": model}))
+        assert spec(plan, "actor-0").environment.get("HF_HUB_OFFLINE") == offline
 
 
 def test_metrics_ports_count_up_from_the_buffer_and_zero_means_any() -> None:

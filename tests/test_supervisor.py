@@ -77,10 +77,8 @@ class Run:
 
 
 def make_spec(folder: Path, name: str, code: str) -> ProcessSpec:
-    role, _, index = name.partition("-")
     return ProcessSpec(
-        role=role,  # type: ignore[arg-type]
-        index=int(index or 0),
+        role=name.partition("-")[0],  # type: ignore[arg-type]
         name=name,
         argv=(code,) if code.startswith("/") else (sys.executable, "-S", "-c", PRELUDE + code),
         environment={"RUNAWAY": str(folder), "PYTHONUNBUFFERED": "1"},

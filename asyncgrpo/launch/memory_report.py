@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import StringIO
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -16,8 +15,8 @@ from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.memory import GIB, Device, ModelShape, estimate, remedies
 from asyncgrpo.launch.model_folder import EMBEDDED, config_folder
-from asyncgrpo.launch.plan import Host, Ports, make_plan, role_names
-from asyncgrpo.launch.transport import choose_transport
+from asyncgrpo.launch.placement import choose_transport
+from asyncgrpo.launch.plan import Host, assign_gpus, role_names
 
 MACHINE, WIDTH = "this machine (CPU run)", 120
 
@@ -143,17 +142,11 @@ def memory_explained(config: Config, role: str) -> Iterator[None]:
 
 def _places(config: Config) -> dict[str, str]:
     """Role -> device, as the plan has it on a machine with enough GPUs."""
-    names = role_names(config.launch.actors, config.launch.learners)[1:]
     if not config.launch.gpus:
+        names = role_names(config.launch.actors, config.launch.learners)[1:]
         return dict.fromkeys(names, MACHINE)
-    host = Host(cores=(0,), gpu_ids=tuple(map(str, range(config.launch.gpus))))
-    ports = Ports(buffer=0, weights=0, store=0, rendezvous=0)
-    specs = make_plan(config, host, ports, Path(), "python").specs
-    return {
-        f"{spec.role}-{spec.index + place}": f"GPU {gpu}"
-        for spec in specs
-        for place, gpu in enumerate(spec.gpus)
-    }
+    host = Host(cores=(), gpu_ids=tuple(map(str, range(config.launch.gpus))))
+    return {role: f"GPU {gpu}" for role, gpu in assign_gpus(config, host).items()}
 
 
 def _table(devices: list[Device], room: float | None) -> str:

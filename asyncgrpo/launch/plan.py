@@ -1,4 +1,4 @@
-"""Turns settings and a host into the processes of a run: a pure function that --dry-run prints."""
+"""Turns settings and a host into the processes of a run, which --dry-run prints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Literal
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.cores import Cores, assign_cores, core_sharers
 from asyncgrpo.launch.nodes import Seat
-from asyncgrpo.launch.transport import choose_transport
+from asyncgrpo.launch.placement import Cores, assign_cores, choose_transport, core_sharers
 from asyncgrpo.rundir import Endpoints
 
 LOOPBACK, LOOPBACK_DEVICE = "127.0.0.1", "lo"
@@ -54,7 +53,6 @@ class ProcessSpec:
     """One process to start. The learner is one process here: torchrun, which starts its ranks."""
 
     role: RoleName
-    index: int
     name: str  # "buffer", "actor-0", "learner"; also the prefix of its log lines
     argv: tuple[str, ...]
     environment: Mapping[str, str]  # only what is added to the launcher's own
@@ -62,7 +60,6 @@ class ProcessSpec:
     gpus: tuple[str, ...]
     log_file: Path
     nodes: tuple[str, ...] = ()  # of a Slurm job; () = the launcher's own machine
-    note: str = ""  # which rank is on which core, who else uses its cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +85,6 @@ def make_plan(
     run_dir: Path,
     python: str,
     *,
-    model_is_local: bool = False,
     seats: Mapping[str, Seat] | None = None,
     log_dir: Path | None = None,
 ) -> Plan:
@@ -98,28 +94,29 @@ def make_plan(
     nodes of a Slurm job, which binds cores and GPUs; {} when nobody does, and roles are started by
     hand. log_dir: default is run_dir/logs.
 
-    With `model_is_local` the actors are kept off the model hub. ConfigError: more GPUs than the
-    host has, more roles than GPUs, or weights that cannot travel as they should.
+    ConfigError: more GPUs than the host has, more roles than GPUs, or weights that cannot travel as
+    they should.
     """
-    actors, learners = config.launch.actors, config.launch.learners
-    gpus = _assign_gpus(config, host) if seats is None else {}
+    actors, learners, address = config.launch.actors, config.launch.learners, config.launch.host
+    gpus = assign_gpus(config, host) if seats is None else {}
     placed = gpus if seats is None else _own_gpus(config)
     transport, reason = choose_transport(config, placed)
     cores: Mapping[str, Cores] = {}
     if seats is None and not gpus:
         cores = assign_cores(host.cores, actors, learners, config.actor.threads)
-    draft = _Draft(config, run_dir, python, cores, gpus, core_sharers(cores), seats, log_dir)
-    offline = model_is_local or config.model.path == "tiny"
-    specs = (
-        draft.buffer(),
-        draft.learner(ports.rendezvous),
-        *(draft.actor(index, offline) for index in range(actors)),
-    )
+    draft = _Draft(config, run_dir, python, cores, gpus, seats, log_dir)
+    actor_specs = (draft.actor(index) for index in range(actors))
+    first, names = ports.metrics, role_names(actors, learners)
     return Plan(
-        specs=specs,
+        specs=(draft.buffer(), draft.learner(ports.rendezvous), *actor_specs),
         warnings=(*_core_warnings(config, host, cores), *_door_warnings(config)),
-        endpoints=_endpoints(
-            config.launch.host, ports, cores, role_names(actors, learners), transport
+        endpoints=Endpoints(
+            buffer=f"tcp://{address}:{ports.buffer}",
+            weights=f"tcp://{address}:{ports.weights}",
+            store=(address, ports.store),
+            cores=dict(cores),
+            metrics={name: first and first + place for place, name in enumerate(names)},
+            transport=transport,
         ),
         transport_reason=reason,
     )
@@ -132,34 +129,31 @@ def lone_actor(config: Config, host: Host) -> ProcessSpec:
     """
     launch = {"actors": 1, "learners": 0, "gpus": min(config.launch.gpus, 1)}
     config = config.model_copy(update={"launch": config.launch.model_copy(update=launch)})
-    gpus = _assign_gpus(config, host)
+    gpus = assign_gpus(config, host)
     cores = {} if gpus else {"actor-0": host.cores[: config.actor.threads]}
-    offline = Path(config.model.path).is_dir()
-    return _Draft(config, Path(), "python", cores, gpus, {}).actor(0, offline)
+    return _Draft(config, Path(), "python", cores, gpus).actor(0)
 
 
 def hand_started(
     name: str, config: Config, run_dir: Path, python: str, rendezvous_port: int = 0
 ) -> ProcessSpec:
     """A role that somebody starts where and when he likes: "learner", or "actor-3"."""
-    draft = _Draft(config, run_dir, python, {}, {}, {}, seats={})
+    draft = _Draft(config, run_dir, python, {}, {}, seats={})
     if name == "learner":
         return draft.learner(rendezvous_port)
-    return draft.actor(int(name.removeprefix("actor-")), Path(config.model.path).is_dir())
+    return draft.actor(int(name.removeprefix("actor-")))
 
 
 def render_plan(plan: Plan) -> str:
     """The plan as text: per process its cores or GPUs, log, environment and command line."""
-    blocks = [_render_spec(spec) for spec in plan.specs]
-    addresses = [
-        f"buffer   {plan.endpoints.buffer}",
-        f"weights  {plan.endpoints.weights}, by {plan.endpoints.transport}: "
-        f"{plan.transport_reason}",
-        f"store    {plan.endpoints.store[0]}:{plan.endpoints.store[1]}",
-    ]
-    return "\n\n".join(
-        [*blocks, "\n".join(addresses), *(f"warning: {line}" for line in plan.warnings)]
+    at = plan.endpoints
+    addresses = (
+        f"buffer   {at.buffer}\n"
+        f"weights  {at.weights}, by {at.transport}: {plan.transport_reason}\n"
+        f"store    {at.store[0]}:{at.store[1]}"
     )
+    warnings = (f"warning: {line}" for line in plan.warnings)
+    return "\n\n".join([*map(_render_spec, plan.specs), addresses, *warnings])
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,25 +165,24 @@ class _Draft:
     python: str
     cores: Mapping[str, Cores]  # {} on GPUs
     gpus: Mapping[str, str]  # {} on CPU
-    shared: Mapping[int, Sequence[str]]
     seats: Mapping[str, Seat] | None = None  # None: cores and GPUs are bound here
     log_dir: Path | None = None
 
     def buffer(self) -> ProcessSpec:
         """Never imports torch, never pinned."""
-        argv = (self.python, *self._role_arguments("buffer"))
-        return self._spec("buffer", 0, "buffer", argv, {"PYTHONUNBUFFERED": "1"}, ())
+        argv = (self.python, *self._role_words("buffer"))
+        return self._spec("buffer", "buffer", argv, {"PYTHONUNBUFFERED": "1"}, ())
 
-    def actor(self, index: int, offline: bool) -> ProcessSpec:
-        """One engine with everything around it."""
-        name = f"actor-{index}"
-        argv = (self.python, *self._role_arguments("actor"), "--index", str(index))
+    def actor(self, index: int) -> ProcessSpec:
+        """One engine with everything around it. A local model keeps it off the model hub."""
+        name, model = f"actor-{index}", self.config.model.path
+        argv = (self.python, *self._role_words("actor"), "--index", str(index))
         environment = self._torch_environment([name], self.config.actor.threads)
         if self.config.actor.engine == "vllm":
             environment |= VLLM_ENVIRONMENT | self._cpu_engine_environment(name)
-        if offline:
+        if model == "tiny" or Path(model).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
-        return self._spec("actor", index, name, argv, environment, [name])
+        return self._spec("actor", name, argv, environment, [name])
 
     def learner(self, rendezvous_port: int) -> ProcessSpec:
         """torchrun with all ranks."""
@@ -202,15 +195,15 @@ class _Draft:
             *("--nproc-per-node", str(len(ranks) // num_nodes), "--rdzv-backend", "asyncgrpo"),
             *("--rdzv-endpoint", f"{host}:{rendezvous_port}"),
             *("--max-restarts", "0", "--monitor-interval", "0.2"),
-            *self._role_arguments("learner"),
+            *self._role_words("learner"),
         )
         environment = self._torch_environment(ranks, self.config.learner.threads)
         # torchrun must have ended its ranks before the launcher's own grace is over.
         patience = max(1, int(self.config.launch.grace_seconds / 2))
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(patience)
-        return self._spec("learner", 0, "learner", argv, environment, ranks)
+        return self._spec("learner", "learner", argv, environment, ranks)
 
-    def _role_arguments(self, role: RoleName) -> tuple[str, ...]:
+    def _role_words(self, role: RoleName) -> tuple[str, ...]:
         return ("-m", CLI_MODULE, "role", role, "--run-dir", str(self.run_dir))
 
     def _torch_environment(self, names: Sequence[str], threads: int) -> Environment:
@@ -229,7 +222,7 @@ class _Draft:
             environment["CUDA_VISIBLE_DEVICES"] = visible
         if self.config.launch.on_loopback:
             environment["NCCL_SOCKET_IFNAME"] = LOOPBACK_DEVICE
-        if any(core in self.shared for name in names for core in self.cores.get(name, ())):
+        if any(name in sharers for sharers in core_sharers(self.cores).values() for name in names):
             # A thread that spins while it waits takes the core from its neighbour (20x slower).
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
         return environment
@@ -243,7 +236,6 @@ class _Draft:
     def _spec(
         self,
         role: RoleName,
-        index: int,
         name: str,
         argv: tuple[str, ...],
         environment: Environment,
@@ -252,7 +244,6 @@ class _Draft:
         seat = (self.seats or {}).get(name)
         return ProcessSpec(
             role=role,
-            index=index,
             name=name,
             argv=(*seat.srun(name), *argv) if seat else argv,
             environment=environment,
@@ -260,21 +251,10 @@ class _Draft:
             gpus=tuple(self.gpus[m] for m in members if m in self.gpus),
             log_file=(self.log_dir or self.run_dir / "logs") / f"{name}.log",
             nodes=tuple(node.name for node in seat.nodes) if seat else (),
-            note=self._sharing_note(members),
         )
 
-    def _sharing_note(self, members: Sequence[str]) -> str:
-        pins = [f"{m} on {', '.join(map(str, self.cores[m]))}" for m in members if m in self.cores]
-        mine = {core for member in members for core in self.cores.get(member, ())}
-        notes = [
-            f"core {core} is used by {', '.join(names)}"
-            for core, names in self.shared.items()
-            if core in mine
-        ]
-        return "; ".join((pins if len(members) > 1 else []) + notes)
 
-
-def _assign_gpus(config: Config, host: Host) -> dict[str, str]:
+def assign_gpus(config: Config, host: Host) -> dict[str, str]:
     """Name -> GPU, one each, or with launch.share_gpus in turn; {} for a CPU run."""
     asked, there = config.launch.gpus, len(host.gpu_ids)
     if not asked:
@@ -333,32 +313,15 @@ def _door_warnings(config: Config) -> list[str]:
     ]
 
 
-def _endpoints(
-    host: str, ports: Ports, cores: Mapping[str, Cores], names: Sequence[str], transport: str
-) -> Endpoints:
-    metrics = {name: ports.metrics and ports.metrics + place for place, name in enumerate(names)}
-    return Endpoints(
-        buffer=f"tcp://{host}:{ports.buffer}",
-        weights=f"tcp://{host}:{ports.weights}",
-        store=(host, ports.store),
-        cores=dict(cores),
-        metrics=metrics,
-        transport=transport,
-    )
-
-
 def _render_spec(spec: ProcessSpec) -> str:
     if spec.gpus:
         place = f"GPU {', '.join(spec.gpus)}"
     else:
         place = f"cores {', '.join(map(str, spec.cores))}" if spec.cores else "any core"
     variables = [f"{key}={shlex.quote(value)}" for key, value in spec.environment.items()]
-    lines = [
-        f"{spec.name:<10} {place}",
-        f"  log  {spec.log_file}",
-        f"  env  {' '.join(variables)}",
-        f"  run  {shlex.join(spec.argv)}",
-    ]
-    if spec.note:
-        lines.insert(1, f"  note {spec.note}")
-    return "\n".join(lines)
+    return (
+        f"{spec.name:<10} {place}\n"
+        f"  log  {spec.log_file}\n"
+        f"  env  {' '.join(variables)}\n"
+        f"  run  {shlex.join(spec.argv)}"
+    )

@@ -230,7 +230,6 @@ class Session:
             self._ports or choose_ports(config),
             self.run_dir,
             sys.executable,
-            model_is_local=Path(config.model.path).is_dir(),
             seats=self._seats,
             log_dir=self._log_dir,
         )
