@@ -20,11 +20,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import TypeAdapter
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 
+Kind = TypeVar("Kind")
 FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
 STOP_SIGNAL = "ASYNCGRPO_STOP_SIGNAL"  # the launcher's; when it is not SIGTERM, that is nobody's
 
@@ -52,13 +55,9 @@ class RunDir:
     @classmethod
     def read(cls, path: Path) -> RunDir:
         """Reads what `write` wrote; ConfigError when this is no run directory, or a broken one."""
-        config = _read_object(path, "config.json")
-        endpoints = _read_object(path, "endpoints.json")
-        try:
-            found = Endpoints(**{**endpoints, "store": tuple(endpoints["store"])})
-        except (KeyError, TypeError) as error:
-            raise _broken(path / "endpoints.json", error) from None
-        return cls(path=path, config=from_mapping(config), endpoints=found)
+        config = _read(path / "config.json", TypeAdapter(dict[str, Any]))
+        endpoints = _read(path / "endpoints.json", TypeAdapter(Endpoints))
+        return cls(path=path, config=from_mapping(config), endpoints=endpoints)
 
     def write(self) -> None:
         """Writes config.json and endpoints.json."""
@@ -73,23 +72,17 @@ class RunDir:
         return self.path / "model"
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def _read(file: Path, kind: TypeAdapter[Kind]) -> Kind:
     try:
-        found = json.loads((path / name).read_text(encoding="utf-8"))
+        return kind.validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path} is not a run directory: {path / name} is missing") from None
+        raise ConfigError(f"{file.parent} is not a run directory: {file} is missing") from None
     except (OSError, ValueError) as error:
-        raise _broken(path / name, error) from None
-    if not isinstance(found, dict):
-        raise _broken(path / name, TypeError(f"it holds a {type(found).__name__}, not an object"))
-    return found
-
-
-def _broken(file: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{file} is not whole ({type(error).__name__}: {error}): the run was killed while it "
-        "started, or the file was changed; put it back, or name another run directory"
-    )
+        reason = " ".join(str(error).partition(" [type=")[0].split())  # pydantic's first finding
+        raise ConfigError(
+            f"{file} is not whole ({reason}): the run was killed while it started, or the file was "
+            "changed; put it back, or name another run directory"
+        ) from None
 
 
 def stop_flag() -> Callable[[], bool]:

@@ -124,10 +124,10 @@ def test_missing_shards_are_named(model: Path) -> None:
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-        (b"", "is cut off"),
+        (b"", "is empty"),
         (safetensors_bytes(400)[:-1], "is cut off"),
         (safetensors_bytes()[:20], "is cut off"),
-        ((20).to_bytes(8, "little") + b"no header in here at all", "is no safetensors file"),
+        ((20).to_bytes(8, "little") + b"no header in here at all", "no safetensors file"),
     ],
 )
 def test_weights_that_a_broken_copy_left_are_refused(
@@ -227,7 +227,7 @@ def test_a_run_dir_under_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_dir_nobody_can_write_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match=r"cannot be (made|written)"):
         prepare_run_dir(Path("/proc/asyncgrpo"))  # refused even to root
 
 

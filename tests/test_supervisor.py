@@ -50,7 +50,7 @@ class Run:
         self.supervisor = Supervisor(
             Plan(specs=specs, warnings=(), endpoints=endpoints),
             LaunchSettings(grace_seconds=grace, max_restarts=restarts),
-            on_line=self._note,
+            self._note,
         )
 
     def _note(self, name: str, line: str) -> None:

@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -48,10 +47,10 @@ def machine_report() -> dict[str, Any]:
         "os": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": {
-            "cpu": _cpu_model(),
+            "cpu": next(iter(_told("model name", Path("/proc/cpuinfo"))), platform.machine()),
             "cores": len(host.cores),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "gpus": _gpu_models(),
+            "gpus": _told("Model", *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))),
             "gpus_visible": len(host.gpu_ids),
         },
         "git": git_state(Path(__file__).resolve().parents[2]),
@@ -71,12 +70,17 @@ def missing_extras() -> dict[str, list[str]]:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit of a checkout and whether files differ from it; None where there is no checkout."""
-    if not (root / ".git").exists():
+    """Commit of a checkout and whether files differ from it; None where git knows of none."""
+    if not (root / ".git").exists():  # git itself would look further up
         return None
-    commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    command = ("git", "-C", str(root), "status", "--porcelain=v2", "--branch")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    commit = re.search(r"^# branch\.oid (\w+)$", done.stdout, re.MULTILINE)
+    dirty = re.search(r"^[^#]", done.stdout, re.MULTILINE)
+    return {"commit": commit[1], "dirty": dirty is not None} if commit else None
 
 
 def _gpu_ids(present: int, visible: str | None) -> tuple[str, ...]:
@@ -84,23 +88,12 @@ def _gpu_ids(present: int, visible: str | None) -> tuple[str, ...]:
     if visible is None:
         return tuple(map(str, range(present)))
     ids: list[str] = []
-    for entry in visible.split(","):
-        name = entry.strip()
+    for name in map(str.strip, visible.split(",")):
         is_index = name.isdigit() and int(name) < present
         if name in ids or not (is_index or name.startswith(("GPU-", "MIG-"))):
             break
         ids.append(name)
-    return tuple(ids[:present]) if not visible.startswith("MIG-") else tuple(ids)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None when it is absent, slow or unwilling."""
-    command: Sequence[str] = ("git", "-C", str(root), *arguments)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return tuple(ids)
 
 
 def _version(package: str) -> str | None:
@@ -110,23 +103,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
-    return _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or "unknown"
-
-
-def _gpu_models() -> list[str]:
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    return [_field(file, "Model") or "unknown" for file in files]
-
-
-def _field(file: Path, name: str) -> str | None:
-    """The value of the first `name: value` line."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return None
+def _told(name: str, *files: Path) -> list[str]:
+    """The values of the `name: value` lines of files that the kernel writes."""
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+    return [found for text in texts for found in re.findall(rf"(?m)^{name}\s*: *(.*)$", text)]

@@ -34,33 +34,30 @@ STOP_ORDER = ("learner", "actor", "buffer")
 class Supervisor:
     """The processes of one run from start to end.
 
-    `on_line(name, line)` gets every log line, and our own events under the name "launcher";
-    `on_tick()` is called about 20 times per second (a progress display). Both are called by the
-    thread that called `run`; what they raise ends the run.
+    `on_line(name, line)` gets every log line, and our own events under the name "launcher", in the
+    thread that calls `run`; what it raises ends the run.
     """
 
     def __init__(
         self,
         plan: Plan,
         settings: LaunchSettings,
-        *,
         on_line: Callable[[str, str], None],
-        on_tick: Callable[[], None] = lambda: None,
         new_child: Callable[[ProcessSpec, str], Child] = Child,
     ) -> None:
         self.run_id = uuid.uuid4().hex
         self._children = [new_child(spec, self.run_id) for spec in plan.specs]
         self._log_file = plan.specs[0].log_file.with_name("launcher.log")
-        self._settings, self._on_line, self._on_tick = settings, on_line, on_tick
+        self._settings, self._on_line = settings, on_line
         self._callback_error: Exception | None = None
         self._signals: list[int] = []
         self._num_heeded = 0  # signals that the stop answers; one more means "kill now"
 
-    def run(self) -> int:
+    def run(self, on_tick: Callable[[], object] = lambda: None) -> int:
         """Returns 0 when the learner is done, 130 when interrupted; nothing is left either way.
 
-        Raises, after everything was stopped: RoleFailed (exit code 3), BadInput (2) when a role
-        found some, and whatever a callback raised.
+        on_tick: called about 20 times per second. Raises, after everything was stopped: RoleFailed
+        (exit code 3), BadInput (2) when a role found some, and whatever a callback raised.
         """
         check_main_thread()
         with self._signals_noted(), self._lifeline() as say_goodbye:
@@ -68,7 +65,7 @@ class Supervisor:
                 for child in self._children:
                     child.start()
                     self.say(f"started {child.spec.name} (pid {child.pid})")
-                code = self._watch()
+                code = self._watch(on_tick)
             finally:
                 self._stop()
                 say_goodbye()
@@ -80,11 +77,11 @@ class Supervisor:
         """The signal that ended the run, if one did."""
         return self._signals[0] if self._signals else None
 
-    def _watch(self) -> int:
+    def _watch(self, on_tick: Callable[[], object]) -> int:
         """Until the learner is done, somebody interrupts, or a role fails (raises)."""
         while True:
             self._forward_lines()
-            self._call(self._on_tick)
+            on_tick()
             self._raise_callback_error()
             if self._signals:
                 self._num_heeded = len(self._signals)

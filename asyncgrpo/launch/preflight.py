@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Collection
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,29 +15,26 @@ from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.plan import LOOPBACK, Ports, role_names
 
 LAST_PORT = 65535
-RUN_FOLDERS = ("logs", "trajectories")
 
 
 def check_port_free(host: str, port: int, setting: str) -> None:
     """ConfigError when nobody could listen on host:port; `setting` is what to change then."""
     try:
-        _bind(host, port).close()
+        socket.create_server((host, port)).close()
     except OSError as error:
         raise ConfigError(
-            f"{setting}: port {port} on {host} cannot be used ({error.strerror}); end the process "
-            f"that listens there, or set another {setting} (0 = any free port)"
+            f"{setting}: port {port} on {host} cannot be used ({os.strerror(error.errno or 0)}); "
+            f"end the process that listens there, or set another {setting} (0 = any free port)"
         ) from None
 
 
-def pick_free_ports(
-    count: int, besides: frozenset[int] = frozenset(), host: str = LOOPBACK
-) -> list[int]:
+def pick_free_ports(count: int, besides: Collection[int] = (), host: str = LOOPBACK) -> list[int]:
     """Distinct ports of an address that nobody uses now, none of them in `besides`."""
     picked: list[int] = []
     with ExitStack() as open_until_done:  # held together, so that no port is picked twice
         while len(picked) < count:
-            port = open_until_done.enter_context(_bind(host, 0)).getsockname()[1]
-            if port not in besides:
+            server = open_until_done.enter_context(socket.create_server((host, 0)))
+            if (port := server.getsockname()[1]) not in besides:
                 picked.append(port)
     return picked
 
@@ -44,16 +42,32 @@ def pick_free_ports(
 def choose_ports(config: Config) -> Ports:
     """The ports that the settings name, proven free, and free ones for the others."""
     launch = config.launch
-    fixed = {"launch.buffer_port": launch.buffer_port, "launch.weights_port": launch.weights_port}
-    asked = [(setting, port) for setting, port in fixed.items() if port]
-    asked += [("launch.metrics_port", port) for port in _metrics_ports(config)]
-    _check_distinct(asked)
     metrics_host = config.observe.metrics_host.replace("auto", launch.host)
-    _check_own_address(launch.host, "launch.host")
-    _check_own_address(metrics_host, "observe.metrics_host")
-    for setting, port in asked:
-        check_port_free(launch.host if setting in fixed else metrics_host, port, setting)
-    free = pick_free_ports(4, frozenset(port for _, port in asked), launch.host)
+    for setting, host in (("launch.host", launch.host), ("observe.metrics_host", metrics_host)):
+        try:
+            socket.create_server((host, 0)).close()
+        except OSError as error:
+            raise ConfigError(
+                f"{setting}={host} cannot be listened on ({os.strerror(error.errno or 0)}); set "
+                "it to an address of this machine, such as 127.0.0.1"
+            ) from None
+    asked = [
+        ("launch.buffer_port", launch.host, launch.buffer_port),
+        ("launch.weights_port", launch.host, launch.weights_port),
+        *(("launch.metrics_port", metrics_host, port) for port in _metrics_ports(config)),
+    ]
+    owners: dict[int, str] = {}
+    for setting, host, port in asked:
+        if not port:
+            continue
+        if port in owners:
+            raise ConfigError(
+                f"port {port} is asked for twice, by {owners[port]} and {setting} "
+                "(launch.metrics_port takes one port per role, upwards); move one of them"
+            )
+        check_port_free(host, port, setting)
+        owners[port] = setting
+    free = pick_free_ports(4, owners, launch.host)
     return Ports(
         buffer=launch.buffer_port or free[0],
         weights=launch.weights_port or free[1],
@@ -82,14 +96,10 @@ def check_run_dir(path: Path) -> None:
     ancestor = path.absolute()
     while not os.path.exists(ancestor):
         ancestor = ancestor.parent
-    if not ancestor.is_dir():
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        why = "may not be written" if ancestor.is_dir() else "is a file"
         raise ConfigError(
-            f"run directory {path} cannot be made: {ancestor} is a file; give another --run-dir"
-        )
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"run directory {path} cannot be written: no permission in {ancestor}; "
-            "give another --run-dir"
+            f"run directory {path} cannot be made: {ancestor} {why}; give another --run-dir"
         )
 
 
@@ -108,23 +118,13 @@ def prepare_run_dir(path: Path) -> None:
     """Checks the run directory and makes it, with logs/ and trajectories/."""
     check_run_dir(path)
     try:
-        for name in RUN_FOLDERS:
+        for name in ("logs", "trajectories"):
             (path / name).mkdir(parents=True, exist_ok=True)
         point_latest(path)
     except OSError as error:
         raise ConfigError(
             f"run directory {path} cannot be written ({error.strerror}: {error.filename}); "
             "give another --run-dir"
-        ) from None
-
-
-def _check_own_address(host: str, setting: str) -> None:
-    try:
-        _bind(host, 0).close()
-    except OSError as error:
-        raise ConfigError(
-            f"{setting}={host} cannot be listened on ({error.strerror}); set it to an address of "
-            "this machine, such as 127.0.0.1"
         ) from None
 
 
@@ -137,18 +137,6 @@ def point_latest(path: Path) -> None:
         draft.replace(path.with_name("latest"))
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    # As our servers do: connections of an earlier run that still linger are no hindrance.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
 def _metrics_ports(config: Config) -> list[int]:
     first = config.launch.metrics_port
     count = len(role_names(config.launch.actors, config.launch.learners))
@@ -158,14 +146,3 @@ def _metrics_ports(config: Config) -> list[int]:
             f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"
         )
     return list(range(first, first + count)) if first else []
-
-
-def _check_distinct(asked: list[tuple[str, int]]) -> None:
-    owners: dict[int, str] = {}
-    for setting, port in asked:
-        if port in owners:
-            raise ConfigError(
-                f"port {port} is asked for twice, by {owners[port]} and {setting} "
-                "(launch.metrics_port takes one port per role, upwards); move one of them"
-            )
-        owners[port] = setting

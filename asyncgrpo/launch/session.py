@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import deque
@@ -13,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 from rich.console import Console
 
 from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.check import length_warning
-from asyncgrpo.data.prompts import PromptSource, open_prompts
+from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.data.templates import tokenise
 from asyncgrpo.errors import (
     EXIT_DONE,
@@ -72,6 +72,8 @@ def new_run_dir(config: Config) -> Path:
 class Session:
     """One call of the launcher."""
 
+    _new_child: Callable[[ProcessSpec, str], Child] = staticmethod(Child)
+
     def __init__(
         self,
         config: Config,
@@ -106,45 +108,34 @@ class Session:
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
         with self.prepared() as (run, plan):
-            self._warn(plan)
             code = self._supervise(run.config, plan)
         if code == 0:
             show_summary(self.run_dir, self._console)
         return code
 
     def _supervise(self, config: Config, plan: Plan) -> int:
-        plan.specs[0].log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
         shown = Progress(self.run_dir, config.run.max_steps, self._console)
         with shown.skip() if self._resume else shown as progress:
+            run = Supervisor(plan, config.launch, progress.line, new_child=self._new_child)
+            stalls = StallWatch(self.run_dir, config.launch, run.run_id, run.say)
 
             def tick() -> None:
                 progress.tick()
                 stalls()
 
-            supervisor = Supervisor(
-                plan,
-                config.launch,
-                on_line=progress.line,
-                on_tick=tick,
-                new_child=self._new_child,
-            )
-            stalls = StallWatch(self.run_dir, config.launch, supervisor.run_id, supervisor.say)
-            code = supervisor.run()
+            code = run.run(on_tick=tick)
             progress.tick()
         self._end_scraping()
-        self.stopped_by = supervisor.stopped_by
+        self.stopped_by = run.stopped_by
         return code
-
-    def _new_child(self, spec: ProcessSpec, run_id: str) -> Child:
-        return Child(spec, run_id)
 
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
         """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        with self.prepared() as (run, plan):
-            self._warn(plan)
+        with self.prepared() as (run, _):
             self._console.print("serial: one actor with the toy engine, one learner, no sockets")
             from asyncgrpo.serial import run_serial  # torch
 
@@ -198,16 +189,13 @@ class Session:
             self._plan(config, detect_host())
 
     def _check_prompts(self, rewards: Mapping[str, RewardSet]) -> None:
-        prompts = open_prompts(self._config)
+        """Also warns of prompts that are too long, where the tokenizer is here."""
+        data, prompts = self._config.data, open_prompts(self._config)
         if prompts.get(0) is None:
-            raise DataError(f"data.train={self._config.data.train!r} holds no prompt")
+            raise DataError(f"data.train={data.train!r} holds no prompt")
         for block, its in rewards.items():
             its.check(prompts.survey(block))
-        self._check_lengths(prompts)
-
-    def _check_lengths(self, prompts: PromptSource) -> None:
-        model, data = self._config.model.path, self._config.data
-        if (tokenizer := quick_tokenizer(model)) is None:
+        if (tokenizer := quick_tokenizer(self._config.model.path)) is None:
             return
         for block in ("", *(block.name for block in self._config.evals)):
             warning = length_warning(
@@ -217,10 +205,6 @@ class Session:
                 f"evaluation {block}" if block else "data.train",
             )
             self._warnings += [warning] if warning else []
-
-    def _warn(self, plan: Plan) -> None:
-        for warning in (*plan.warnings, *self._warnings):
-            self._console.print(f"warning: {warning}", style="yellow", markup=False)
 
     def _plan(self, config: Config, host: Host) -> Plan:
         """Ports are chosen late, so that nobody takes one meanwhile."""
@@ -234,24 +218,19 @@ class Session:
             log_dir=self._log_dir,
         )
 
-    def _with_model(self) -> Config:
-        """The settings with the model's folder; makes the embedded model if it is that one."""
-        model = self._config.model
-        if model.path != EMBEDDED:
-            return self._config
-        model = model.model_copy(update={"path": self._make_tiny()})
-        return self._config.model_copy(update={"model": model})
-
     @contextmanager
     def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
         """Checks everything, then writes the run directory and holds it."""
         self.check()
-        config = self._with_model()
+        config, model = self._config, self._config.model
+        if model.path == EMBEDDED:
+            model = model.model_copy(update={"path": self._make_tiny()})
+            config = config.model_copy(update={"model": model})
         lora = config.learner.lora
         if lora is not None and lora.targets != "all-linear":
             from asyncgrpo.learner.lora import check_targets  # torch
 
-            check_targets(config.model.path, lora.targets)
+            check_targets(model.path, lora.targets)
         if not self._resume:
             prepare_run_dir(self.run_dir)
         with only_launcher(self.run_dir):
@@ -268,6 +247,8 @@ class Session:
             (self.run_dir / "env.json").write_text(report, encoding="utf-8")
             self._console.print(f"run directory {self.run_dir}", markup=False)
             self._console.print(render_sizes(config), markup=False)
+            for warning in (*plan.warnings, *self._warnings):
+                self._console.print(f"warning: {warning}", style="yellow", markup=False)
             yield run, plan
 
     def _make_tiny(self) -> str:
@@ -277,12 +258,7 @@ class Session:
         command += ["--seed", str(self._config.model.tiny_seed)]
         command += ["--num-eval", str(self._config.num_held_out_tasks)]
         lines: deque[str] = deque(maxlen=15)
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
+        with Popen(command, stdout=PIPE, stderr=STDOUT, text=True) as process:
             assert process.stdout is not None, "stdout is piped"
             for line in process.stdout:
                 lines.append(line.rstrip())
