@@ -13,16 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "asyncgrpo"
 FLOORS = {
     5: (
-        *(
-            "cli",
-            "chat",
-            "trainer",
-            "serial",
-            "evaluate_model",
-            "replay",
-            "launch",
-            "config_commands",
-        ),
+        *("cli", "chat", "trainer", "serial", "evaluate_model", "replay", "launch"),
         *("data.commands", "observe.commands", "buffer.commands"),
     ),
     4: (
