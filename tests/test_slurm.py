@@ -27,7 +27,7 @@ from asyncgrpo.launch.nodes import (
 )
 from asyncgrpo.launch.plan import Host, Plan, Ports, make_plan
 from asyncgrpo.launch.sbatch import freeze, render
-from asyncgrpo.launch.steps import Job
+from asyncgrpo.launch.slurm import Job
 
 # What Slurm 22.05 prints, shortened: two nodes alike, the second one listed first.
 JOB = (

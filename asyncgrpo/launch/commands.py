@@ -136,7 +136,7 @@ def render(
     from asyncgrpo.config import load_config
     from asyncgrpo.launch import sbatch as script
     from asyncgrpo.launch.session import Session
-    from asyncgrpo.launch.steps import ask
+    from asyncgrpo.launch.slurm import ask
 
     flags = {"launch.actors": actors, "launch.learners": learners, "run.dir": run_dir}
     overrides = overridden(set_, flags)
@@ -176,8 +176,7 @@ def run(
 ) -> None:
     """Runs on the nodes of the job that this is called in: by the batch script, or in salloc."""
     from asyncgrpo.config import load_config
-    from asyncgrpo.launch.slurm import SlurmSession
-    from asyncgrpo.launch.steps import Job
+    from asyncgrpo.launch.slurm import Job, SlurmSession
 
     resume = run_dir is not None and (run_dir / "config.json").exists()
     settings = load_config(config, overridden(None, {"run.dir": run_dir, "run.seed": seed}))
