@@ -91,7 +91,7 @@ def launch(
 ) -> None:
     """Starts a whole run on this machine and shows its progress."""
     from asyncgrpo.config import load_config
-    from asyncgrpo.launch.resume import find_run
+    from asyncgrpo.launch.preflight import find_run
     from asyncgrpo.launch.session import Session
     from asyncgrpo.rundir import stop_flag
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from asyncgrpo.errors import BadInput, ConfigError, RoleFailed
+from asyncgrpo.launch.child import LogTail
 from asyncgrpo.launch.ends import (
     ERROR_FILE,
     describe_exit,
     failure,
     judge_exit,
+    last_lines,
     read_error,
     record_error,
 )
-from asyncgrpo.launch.logs import LogTail, last_lines
 
 
 def test_the_end_of_each_role_means_what_the_table_says() -> None:

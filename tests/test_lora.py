@@ -25,8 +25,7 @@ from asyncgrpo.config import Config, LoraSettings, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
-from asyncgrpo.launch.preflight import missing_extra
-from asyncgrpo.launch.resume import check_resumable
+from asyncgrpo.launch.preflight import check_resumable, missing_extra
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.lora import check_targets
 from asyncgrpo.learner.model import PolicyHead

@@ -1,4 +1,4 @@
-"""One process of a run with all that it started: begins it, notices its end, leaves nothing."""
+"""One process of a run with all that it started: begins it, reads its log, leaves nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,38 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from asyncgrpo.errors import RoleFailed
 from asyncgrpo.imports import PATH
-from asyncgrpo.launch.ends import ERROR_FILE
+from asyncgrpo.launch.ends import ERROR_FILE, as_shown
 from asyncgrpo.launch.lifeline import ROLE, RUN_ID, kill_processes
-from asyncgrpo.launch.logs import LogTail
 from asyncgrpo.launch.plan import ProcessSpec
 from asyncgrpo.rundir import STOP_SIGNAL
 
 RESTART = "ASYNCGRPO_RESTART"
+READ_BYTES = 1 << 20  # per call: a role that floods its log must not stop the others
+
+
+class LogTail:
+    """Hands out what was appended to a file since the last call, in whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position, self._rest = path, 0, b""
+
+    def new_lines(self, *, at_end: bool = False) -> list[str]:
+        """New whole lines; with `at_end` everything, an unfinished last line included."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                read = file.read() if at_end else file.read(READ_BYTES)
+        except FileNotFoundError:
+            return []
+        self._position += len(read)
+        *lines, self._rest = (self._rest + read).split(b"\n")
+        if at_end and self._rest:
+            lines, self._rest = [*lines, self._rest], b""
+        return [as_shown(line) for line in lines]
 
 
 class Child:

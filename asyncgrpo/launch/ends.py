@@ -1,9 +1,10 @@
-"""How a role tells why it ended, also through torchrun, and what its end means for the run."""
+"""How a role tells why it ended, by file and by log, and what its end means for the run."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,8 @@ from typing import Literal, NamedTuple
 from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_ROLE_FAILED, AsyncGRPOError, BadInput, RoleFailed
 
 ERROR_FILE = "ASYNCGRPO_ERROR_FILE"
+TAIL_BYTES, TAIL_LINES = 64 << 10, 100  # of a log; enough, however long it is
+TORCHRUN_REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 Verdict = Literal["done", "early", "left", "restart", "fail"]
 GOOD_ENDS: dict[str, Verdict] = {"learner": "done", "actor": "left", "buffer": "early"}
 
@@ -92,3 +95,23 @@ def failure(
     early = " before the learner was done" if exit_code == 0 else ""
     reason = f": {recorded.message}" if recorded is not None else ""
     return RoleFailed(f"{name} {describe_exit(exit_code)}{early}{again}{reason}; {log}")
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last non-empty lines of a file; [] when there is none.
+
+    Without the 40 lines that torchrun adds when a rank fails: the cause stands above them.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = [line for line in map(as_shown, file) if line.strip()][-TAIL_LINES:]
+    except FileNotFoundError:
+        return []
+    report = [place for place, line in enumerate(lines) if place and TORCHRUN_REPORT.match(line)]
+    return lines[: min(report, default=None)][-count:]
+
+
+def as_shown(line: bytes) -> str:
+    """As a terminal would show it: of a progress bar's states only the last."""
+    return line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]

@@ -18,8 +18,14 @@ from asyncgrpo.config import LaunchSettings
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
-from asyncgrpo.launch.ends import Verdict, describe_exit, failure, judge_exit, read_error
-from asyncgrpo.launch.logs import last_lines
+from asyncgrpo.launch.ends import (
+    Verdict,
+    describe_exit,
+    failure,
+    judge_exit,
+    last_lines,
+    read_error,
+)
 from asyncgrpo.launch.plan import Plan, ProcessSpec
 
 POLL_SECONDS = 0.05

@@ -39,13 +39,15 @@ from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_to
 from asyncgrpo.launch.nodes import Seat
 from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
 from asyncgrpo.launch.preflight import (
+    check_resumable,
     check_run_dir,
     choose_ports,
+    keep_settings,
     missing_extra,
+    only_launcher,
     point_latest,
     prepare_run_dir,
 )
-from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
