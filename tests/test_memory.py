@@ -205,7 +205,7 @@ def measured_peak(updater: PolicyUpdater, shard: Shard) -> int:
 
 def estimated(config: Config, *names: str) -> float:
     shape = model_shape(config.model.path)
-    lines = {n: s for n, s, _ in learner_lines(config, shape, shape.parameters, is_first=True)}
+    lines = {n: s for n, s, _ in learner_lines(config, shape, is_first=True)}
     assert set(names) <= set(lines)
     chosen = names or set(lines) - {"publishing", "process"}
     return sum(lines[name] for name in chosen)

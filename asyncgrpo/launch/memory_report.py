@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import StringIO
 
 from rich import box
@@ -40,8 +41,10 @@ def model_shape(path: str) -> ModelShape:
     layer = {n.rpartition(".")[2]: m for n, m in policy.named_modules() if ".layers.0." in n}
     head_norms = layer.keys() & {"q_norm", "k_norm"}
     heads, vocab = config.num_attention_heads, len(policy.get_output_embeddings().weight)
+    count = sum(weight.numel() for weight in policy.parameters())
     return ModelShape(
-        parameters=sum(weight.numel() for weight in policy.parameters()),
+        parameters=count,
+        reference_parameters=count,
         vocab=vocab,
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -75,15 +78,15 @@ class MemoryReport:
 
     def __init__(self, config: Config) -> None:
         """ModelError when a model is not here; ConfigError when the engine could not start."""
-        places = _places(config)
+        places, shape = _places(config), model_shape(config.model.path)
         transport, _ = choose_transport(config, places if config.launch.gpus else {})
         weights = config.weights.model_copy(update={"transport": transport})
         config = config.model_copy(update={"weights": weights})
-        self._config, self._shape = config, model_shape(config.model.path)
-        path = config.algo.reference.path if config.algo.kl_coef else None
-        self._reference = (model_shape(path) if path else self._shape).parameters
-        self._devices = estimate(config, self._shape, places, self._reference)
-        least = self._shape.kv_bytes(config)
+        if config.algo.kl_coef and (path := config.algo.reference.path):
+            shape = replace(shape, reference_parameters=model_shape(path).parameters)
+        self._config, self._shape = config, shape
+        self._devices = estimate(config, shape, places)
+        least = shape.kv_bytes(config)
         if config.actor.engine == "vllm" and config.actor.kv_cache_bytes < least:
             raise ConfigError(
                 f"actor.kv_cache_bytes={config.actor.kv_cache_bytes} must be >= {least}: one "
@@ -115,7 +118,7 @@ class MemoryReport:
         return "\n".join([measured, _table([device], room), advice])
 
     def _advice(self, device: Device, room: float) -> str:
-        found = remedies(self._config, self._shape, device, room, self._reference)
+        found = remedies(self._config, self._shape, device, room)
         lines = [f"  {what:<46} saves {saved / GIB:.2f} GiB" for what, saved in found]
         if self._config.launch.gpus and len(device.lines) > 1:
             lines.append("  launch.share_gpus = false, with a GPU for each process")
@@ -146,7 +149,9 @@ def _places(config: Config) -> dict[str, str]:
         names = role_names(config.launch.actors, config.launch.learners)[1:]
         return dict.fromkeys(names, MACHINE)
     host = Host(cores=(), gpu_ids=tuple(map(str, range(config.launch.gpus))))
-    return {role: f"GPU {gpu}" for role, gpu in assign_gpus(config, host).items()}
+    gpus = assign_gpus(config, host)
+    learners_first = sorted(gpus, key=lambda role: role.startswith("actor"))
+    return {role: f"GPU {gpus[role]}" for role in learners_first}
 
 
 def _table(devices: list[Device], room: float | None) -> str:

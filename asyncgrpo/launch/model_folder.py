@@ -31,15 +31,15 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def check_model_folder(path: str, *, download: bool = True) -> Path | None:
-    """The local folder of a model that can be loaded; None for the embedded one and downloads.
+    """The local folder of a model that can be loaded; None for the embedded one and hub names.
 
     ModelError, each with its own message: no such folder, no config.json, no tokenizer, no
     weights, unsupported architecture; AbsentModel: a hub name that is not here, while the hub
     cannot be asked or may not be, without `download`.
     """
+    folder = Path(path).expanduser()
     if path == EMBEDDED:
         return None
-    folder = Path(path).expanduser()
     if folder.exists():
         _check_files(folder)
         return folder
@@ -48,7 +48,18 @@ def check_model_folder(path: str, *, download: bool = True) -> Path | None:
             f"model.path={path!r} does not exist{_near_folder(folder)}; give a folder with "
             f"config.json, tokenizer and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
         )
-    _check_hub_name(path, download)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    snapshot = _cached_snapshot(path)
+    if snapshot is None and (offline or not download):
+        remedy = "HF_HUB_OFFLINE is set; unset it, or give a local folder"
+        raise AbsentModel(
+            f"model.path={path!r} is no folder, is not in the hub cache {_hub_cache()}, and "
+            + (remedy if offline else "would be downloaded")
+        )
+    if snapshot is not None and offline:
+        _check_files(snapshot)
+    elif snapshot is not None and (snapshot / "config.json").is_file():
+        _check_config(snapshot)
     return None
 
 
@@ -58,16 +69,14 @@ def config_folder(path: str) -> Path:
     ModelError without one; AbsentModel for a hub name that was not downloaded.
     """
     folder = Path(path).expanduser()
-    if not folder.exists():
-        found = _cached_snapshot(path) if HUB_NAME.fullmatch(path) else None
-        if found is None:
-            raise AbsentModel(
-                f"model.path={path!r} is no folder and is not in the hub cache {_hub_cache()}; its "
-                "config.json is enough here: give a folder that holds it"
-            )
-        folder = found
-    _check_architecture(folder, _read_config(folder))
-    return folder
+    found = folder if folder.exists() else _cached_snapshot(path)
+    if found is None:
+        raise AbsentModel(
+            f"model.path={path!r} is no folder and is not in the hub cache {_hub_cache()}; its "
+            "config.json is enough here: give a folder that holds it"
+        )
+    _check_config(found)
+    return found
 
 
 def quick_tokenizer(path: str) -> Any:
@@ -97,8 +106,7 @@ def quick_tokenizer(path: str) -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    config = _read_config(folder)
-    _check_architecture(folder, config)
+    config = _check_config(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the "
@@ -107,29 +115,21 @@ def _check_files(folder: Path) -> None:
     _check_weights(folder, config)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _check_config(folder: Path) -> dict[str, Any]:
+    """What config.json holds, of an architecture that can be trained."""
     if not folder.is_dir():
         raise ModelError(f"model.path={str(folder)!r} is a file; give the folder that holds it")
     if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise ModelError(
-            f"model folder {folder} has no config.json; "
-            + (
-                "it holds an adapter: merge it into its base model and give that folder"
-                if adapter
-                else "give the folder that save_pretrained wrote"
-            )
-        )
+        remedy = "give the folder that save_pretrained wrote"
+        if (folder / "adapter_config.json").is_file():
+            remedy = "it holds an adapter: merge it into its base model and give that folder"
+        raise ModelError(f"model folder {folder} has no config.json; {remedy}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder}/config.json is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json must hold an object, not {type(config).__name__}")
-    return config
-
-
-def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     named = config.get("architectures") or []
     if not isinstance(named, list):
         raise ModelError(
@@ -137,7 +137,7 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
             f"[{SUPPORTED_ARCHITECTURES[0]!r}]; copy config.json of its base model there"
         )
     if any(name in SUPPORTED_ARCHITECTURES for name in named):
-        return
+        return config
     found = ", ".join(map(str, named)) or "none named"
     near = difflib.get_close_matches(found, SUPPORTED_ARCHITECTURES, n=1, cutoff=0.6)
     raise ModelError(
@@ -219,24 +219,6 @@ def _check_weight_file(file: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file} is cut off, or no safetensors file ({error}); download it again"
         ) from None
-
-
-def _check_hub_name(name: str, download: bool) -> None:
-    """A hub name needs a complete cached copy, or permission to go online."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    snapshot = _cached_snapshot(name)
-    if snapshot is None:
-        if offline or not download:
-            remedy = "HF_HUB_OFFLINE is set; unset it, or give a local folder"
-            raise AbsentModel(
-                f"model.path={name!r} is no folder, is not in the hub cache {_hub_cache()}, and "
-                + (remedy if offline else "would be downloaded")
-            )
-        return
-    if offline:
-        _check_files(snapshot)
-    elif (snapshot / "config.json").is_file():
-        _check_architecture(snapshot, _read_config(snapshot))
 
 
 def _hub_cache() -> Path:

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,63 +24,56 @@ AUTO = "auto"
 FIXED = (("run", "seed"), ("data",), ("buffer", "groups_per_step"), ("learner", "lora"))
 
 
-def check_port_free(host: str, port: int, setting: str) -> None:
-    """ConfigError when nobody could listen on host:port; `setting` is what to change then."""
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise ConfigError(
-            f"{setting}: port {port} on {host} cannot be used ({os.strerror(error.errno or 0)}); "
-            f"end the process that listens there, or set another {setting} (0 = any free port)"
-        ) from None
-
-
-def pick_free_ports(count: int, besides: Collection[int] = (), host: str = LOOPBACK) -> list[int]:
-    """Distinct ports of an address that nobody uses now, none of them in `besides`."""
-    picked: list[int] = []
-    with ExitStack() as open_until_done:  # held together, so that no port is picked twice
-        while len(picked) < count:
-            server = open_until_done.enter_context(socket.create_server((host, 0)))
-            if (port := server.getsockname()[1]) not in besides:
-                picked.append(port)
-    return picked
+def pick_free_ports(count: int, host: str = LOOPBACK) -> list[int]:
+    """Distinct ports of an address that nobody uses now."""
+    with ExitStack() as held:  # together, so that no port is picked twice
+        servers = [held.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
 
 
 def choose_ports(config: Config) -> Ports:
     """The ports that the settings name, proven free, and free ones for the others."""
-    launch = config.launch
-    metrics_host = config.observe.metrics_host.replace("auto", launch.host)
-    for setting, host in (("launch.host", launch.host), ("observe.metrics_host", metrics_host)):
-        try:
-            socket.create_server((host, 0)).close()
-        except OSError as error:
-            raise ConfigError(
-                f"{setting}={host} cannot be listened on ({os.strerror(error.errno or 0)}); set "
-                "it to an address of this machine, such as 127.0.0.1"
-            ) from None
+    launch, count = config.launch, len(role_names(config.launch.actors, config.launch.learners))
+    first, own = launch.metrics_port, config.observe.metrics_host.replace("auto", launch.host)
+    if first and first + count - 1 > LAST_PORT:
+        raise ConfigError(
+            f"launch.metrics_port={first} leaves no room for {count} endpoints; "
+            f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"
+        )
     asked = [
         ("launch.buffer_port", launch.host, launch.buffer_port),
         ("launch.weights_port", launch.host, launch.weights_port),
-        *(("launch.metrics_port", metrics_host, port) for port in _metrics_ports(config)),
+        *(("launch.metrics_port", own, first + place) for place in range(count if first else 1)),
     ]
-    owners: dict[int, str] = {}
-    for setting, host, port in asked:
-        if not port:
-            continue
-        if port in owners:
-            raise ConfigError(
-                f"port {port} is asked for twice, by {owners[port]} and {setting} "
-                "(launch.metrics_port takes one port per role, upwards); move one of them"
-            )
-        check_port_free(host, port, setting)
-        owners[port] = setting
-    free = pick_free_ports(4, owners, launch.host)
+    with ExitStack() as held:  # together: no two settings may name one port
+        for setting, host, port in asked:
+            try:
+                held.enter_context(socket.create_server((host, port)))
+            except OSError as error:
+                raise ConfigError(_refused(setting, host, port, error)) from None
+        free = pick_free_ports(4, launch.host)
     return Ports(
         buffer=launch.buffer_port or free[0],
         weights=launch.weights_port or free[1],
         store=free[2],
         rendezvous=free[3],
-        metrics=launch.metrics_port,
+        metrics=first,
+    )
+
+
+def _refused(setting: str, host: str, port: int, error: OSError) -> str:
+    """Why nobody can listen there, and what to change."""
+    why = os.strerror(error.errno or 0)
+    if error.errno == errno.EADDRNOTAVAIL:
+        host_setting = "observe.metrics_host" if "metrics" in setting else "launch.host"
+        return (
+            f"{host_setting}={host} cannot be listened on ({why}); set it to an address of this "
+            "machine, such as 127.0.0.1"
+        )
+    return (
+        f"{setting}: port {port} on {host} cannot be used ({why}); end the process that listens "
+        f"there, or set another {setting} (0 = any free port); no two doors share one, and "
+        "launch.metrics_port is the first of one per role"
     )
 
 
@@ -142,17 +135,6 @@ def point_latest(path: Path) -> None:
         draft.unlink(missing_ok=True)
         draft.symlink_to(path.name)
         draft.replace(path.with_name("latest"))
-
-
-def _metrics_ports(config: Config) -> list[int]:
-    first = config.launch.metrics_port
-    count = len(role_names(config.launch.actors, config.launch.learners))
-    if first and first + count - 1 > LAST_PORT:
-        raise ConfigError(
-            f"launch.metrics_port={first} leaves no room for {count} endpoints; "
-            f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"
-        )
-    return list(range(first, first + count)) if first else []
 
 
 def find_run(resume: str, run_dir: Path | None) -> Path | None:

@@ -157,7 +157,7 @@ class SlurmSession(Session):
         nodes, others = self._job.nodes(), dict(self._seats or {})
         if not set(others.pop(name).nodes) <= set(nodes):
             self._seats = {**others, name: find_seat(self._config, name, nodes, others)}
-        free = pick_free_ports(1, host=self._config.launch.host)[0]  # the old one may be taken
+        free = pick_free_ports(1, self._config.launch.host)[0]  # the old one may be taken
         self._ports = replace(self._ports or choose_ports(self._config), rendezvous=free)
         plan = self._plan(self._config, Host(cores=()))
         return next(spec for spec in plan.specs if spec.name == name)
