@@ -237,7 +237,7 @@ def _become(name: str, join: Path) -> NoReturn:
 
     run = RunDir.read(join.absolute())
     port = pick_free_ports(1)[0] if name == "learner" else 0
-    spec = hand_started(name, run.config, run.path, sys.executable, port)
+    spec = hand_started(name, run.config, run.path, port)
     os.execvpe(spec.argv[0], spec.argv, {**os.environ, **spec.environment})
 
 
@@ -263,12 +263,10 @@ def role(
         from asyncgrpo.actor.process import run_actor
 
         run_actor(run, index, int(os.environ.get("ASYNCGRPO_RESTART", "0")), stopping)
-    elif name == "learner":
+    else:
         from asyncgrpo.learner.process import run_learner
 
         run_learner(run, stopping)
-    else:
-        raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ PORTS = Ports(buffer=1, weights=2, store=3, rendezvous=4)
 def places(actors: int, learners: int, gpus: int, *present: str) -> dict[str, tuple[str, ...]]:
     launch = {"actors": actors, "learners": learners, "gpus": gpus, "share_gpus": True}
     config = from_mapping({"launch": launch, "weights": {"transport": "gloo"}})
-    plan = make_plan(config, Host(cores=(0,), gpu_ids=present), PORTS, Path("/r"), "python")
+    plan = make_plan(config, Host(cores=(0,), gpu_ids=present), PORTS, Path("/r"))
     return {spec.name: spec.gpus for spec in plan.specs if spec.name != "buffer"}
 
 

@@ -34,7 +34,7 @@ def settings(**rooms: Any) -> Config:
 
 def plan_on(num_cores: int, config: Config | None = None) -> Plan:
     host = Host(cores=tuple(range(num_cores)))
-    return make_plan(config or settings(), host, PORTS, RUN_DIR, "python")
+    return make_plan(config or settings(), host, PORTS, RUN_DIR)
 
 
 def spec(plan: Plan, name: str) -> ProcessSpec:
@@ -120,12 +120,14 @@ def test_the_command_lines_are_exactly_these() -> None:
     plan = plan_on(4)
     assert [spec.name for spec in plan.specs] == ["buffer", "learner", "actor-0", "actor-1"]
     role = "-m asyncgrpo.cli role {} --run-dir /runs/one"
-    assert " ".join(spec(plan, "buffer").argv) == f"python {role.format('buffer')}"
-    assert " ".join(spec(plan, "actor-1").argv) == f"python {role.format('actor')} --index 1"
+    assert " ".join(spec(plan, "buffer").argv) == f"{sys.executable} {role.format('buffer')}"
+    assert (
+        " ".join(spec(plan, "actor-1").argv) == f"{sys.executable} {role.format('actor')} --index 1"
+    )
     assert " ".join(spec(plan, "learner").argv) == (
-        "python -m asyncgrpo.learner.torchrun --nnodes 1 --nproc-per-node 2 --rdzv-backend "
-        "asyncgrpo --rdzv-endpoint 127.0.0.1:5004 --max-restarts 0 --monitor-interval 0.2 "
-        + role.format("learner")
+        f"{sys.executable} -m asyncgrpo.learner.torchrun --nnodes 1 --nproc-per-node 2 "
+        "--rdzv-backend asyncgrpo --rdzv-endpoint 127.0.0.1:5004 --max-restarts 0 "
+        "--monitor-interval 0.2 " + role.format("learner")
     )
     assert spec(plan, "actor-1").log_file == RUN_DIR / "logs" / "actor-1.log"
 
@@ -170,7 +172,7 @@ def test_only_local_models_keep_actors_off_the_hub(tmp_path: Path) -> None:
 def test_metrics_ports_count_up_from_the_buffer_and_zero_means_any() -> None:
     assert set(plan_on(4).endpoints.metrics.values()) == {0}
     fixed = Ports(buffer=1, weights=2, store=3, rendezvous=4, metrics=9000)
-    plan = make_plan(settings(), Host(cores=(0,)), fixed, RUN_DIR, "python")
+    plan = make_plan(settings(), Host(cores=(0,)), fixed, RUN_DIR)
     assert plan.endpoints.metrics == {
         "buffer": 9000,
         "actor-0": 9001,
@@ -182,7 +184,7 @@ def test_metrics_ports_count_up_from_the_buffer_and_zero_means_any() -> None:
 
 def gpu_plan(gpus: int, *present: str) -> Plan:
     config = settings(launch={"actors": 2, "learners": 2, "gpus": gpus})
-    return make_plan(config, Host(cores=(0, 1), gpu_ids=present), PORTS, RUN_DIR, "python")
+    return make_plan(config, Host(cores=(0, 1), gpu_ids=present), PORTS, RUN_DIR)
 
 
 def test_on_gpus_everyone_gets_one_and_nobody_is_pinned() -> None:
@@ -209,7 +211,9 @@ def test_the_rendered_plan_shows_cores_logs_command_lines_and_warnings() -> None
     assert "actor-1    cores 0" in text
     assert "/runs/one/logs/learner.log" in text
     assert "OMP_WAIT_POLICY=PASSIVE" in text
-    assert "run  python -m asyncgrpo.cli role actor --run-dir /runs/one --index 1" in text
+    assert (
+        f"run  {sys.executable} -m asyncgrpo.cli role actor --run-dir /runs/one --index 1" in text
+    )
     assert "warning: launch.actors=2" in text
 
 

@@ -188,7 +188,6 @@ def plan_on(config: Config, nodes: list[Node]) -> Plan:
         Host(cores=(0, 1)),
         ports,
         run_dir,
-        "python",
         seats=find_seats(config, nodes),
         log_dir=run_dir / "logs" / "7.1",
     )
@@ -197,11 +196,11 @@ def plan_on(config: Config, nodes: list[Node]) -> Plan:
 def test_roles_on_nodes_are_steps_with_exactly_these_command_lines() -> None:
     plan = plan_on(settings(launch={"host": "10.0.0.4"}), nodes_of(2, 2))
     lines = {spec.name: " ".join(spec.argv) for spec in plan.specs}
-    assert lines["buffer"] == "python -m asyncgrpo.cli role buffer --run-dir /runs/one"
+    assert lines["buffer"] == f"{sys.executable} -m asyncgrpo.cli role buffer --run-dir /runs/one"
     assert lines["actor-1"] == (
         "srun --job-name=actor-1 --nodelist=n1 --nodes=1 --ntasks=1 --ntasks-per-node=1 --exact "
         "--cpus-per-task=1 --mem=0 --kill-on-bad-exit=1 --wait=60 --export=ALL "
-        "python -m asyncgrpo.cli role actor --run-dir /runs/one --index 1"
+        f"{sys.executable} -m asyncgrpo.cli role actor --run-dir /runs/one --index 1"
     )
     assert "--nodelist=n0 --nodes=1 --ntasks=1" in lines["learner"]
     assert "--cpus-per-task=2" in lines["learner"]

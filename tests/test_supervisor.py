@@ -78,7 +78,6 @@ class Run:
 
 def make_spec(folder: Path, name: str, code: str) -> ProcessSpec:
     return ProcessSpec(
-        role=name.partition("-")[0],  # type: ignore[arg-type]
         name=name,
         argv=(code,) if code.startswith("/") else (sys.executable, "-S", "-c", PRELUDE + code),
         environment={"RUNAWAY": str(folder), "PYTHONUNBUFFERED": "1"},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
@@ -25,7 +25,6 @@ VLLM_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",  # deprecations inside vLLM, nothing that a user could act on
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-RoleName = Literal["buffer", "actor", "learner"]
 Environment = dict[str, str]
 
 
@@ -52,7 +51,6 @@ class Ports:
 class ProcessSpec:
     """One process to start. The learner is one process here: torchrun, which starts its ranks."""
 
-    role: RoleName
     name: str  # "buffer", "actor-0", "learner"; also the prefix of its log lines
     argv: tuple[str, ...]
     environment: Mapping[str, str]  # only what is added to the launcher's own
@@ -60,6 +58,11 @@ class ProcessSpec:
     gpus: tuple[str, ...]
     log_file: Path
     nodes: tuple[str, ...] = ()  # of a Slurm job; () = the launcher's own machine
+
+    @property
+    def role(self) -> str:
+        """buffer, actor or learner."""
+        return self.name.partition("-")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,6 @@ def make_plan(
     host: Host,
     ports: Ports,
     run_dir: Path,
-    python: str,
     *,
     seats: Mapping[str, Seat] | None = None,
     log_dir: Path | None = None,
@@ -104,12 +106,12 @@ def make_plan(
     cores: Mapping[str, Cores] = {}
     if seats is None and not gpus:
         cores = assign_cores(host.cores, actors, learners, config.actor.threads)
-    draft = _Draft(config, run_dir, python, cores, gpus, seats, log_dir)
+    draft = _Draft(config, run_dir, cores, gpus, seats, log_dir)
     actor_specs = (draft.actor(index) for index in range(actors))
     first, names = ports.metrics, role_names(actors, learners)
     return Plan(
         specs=(draft.buffer(), draft.learner(ports.rendezvous), *actor_specs),
-        warnings=(*_core_warnings(config, host, cores), *_door_warnings(config)),
+        warnings=tuple(_warnings(config, host, cores)),
         endpoints=Endpoints(
             buffer=f"tcp://{address}:{ports.buffer}",
             weights=f"tcp://{address}:{ports.weights}",
@@ -131,14 +133,12 @@ def lone_actor(config: Config, host: Host) -> ProcessSpec:
     config = config.model_copy(update={"launch": config.launch.model_copy(update=launch)})
     gpus = assign_gpus(config, host)
     cores = {} if gpus else {"actor-0": host.cores[: config.actor.threads]}
-    return _Draft(config, Path(), "python", cores, gpus).actor(0)
+    return _Draft(config, Path(), cores, gpus).actor(0)
 
 
-def hand_started(
-    name: str, config: Config, run_dir: Path, python: str, rendezvous_port: int = 0
-) -> ProcessSpec:
+def hand_started(name: str, config: Config, run_dir: Path, rendezvous_port: int) -> ProcessSpec:
     """A role that somebody starts where and when he likes: "learner", or "actor-3"."""
-    draft = _Draft(config, run_dir, python, {}, {}, seats={})
+    draft = _Draft(config, run_dir, {}, {}, seats={})
     if name == "learner":
         return draft.learner(rendezvous_port)
     return draft.actor(int(name.removeprefix("actor-")))
@@ -162,7 +162,6 @@ class _Draft:
 
     config: Config
     run_dir: Path
-    python: str
     cores: Mapping[str, Cores]  # {} on GPUs
     gpus: Mapping[str, str]  # {} on CPU
     seats: Mapping[str, Seat] | None = None  # None: cores and GPUs are bound here
@@ -170,19 +169,18 @@ class _Draft:
 
     def buffer(self) -> ProcessSpec:
         """Never imports torch, never pinned."""
-        argv = (self.python, *self._role_words("buffer"))
-        return self._spec("buffer", "buffer", argv, {"PYTHONUNBUFFERED": "1"}, ())
+        return self._spec("buffer", self._role_words("buffer"), {"PYTHONUNBUFFERED": "1"}, ())
 
     def actor(self, index: int) -> ProcessSpec:
         """One engine with everything around it. A local model keeps it off the model hub."""
         name, model = f"actor-{index}", self.config.model.path
-        argv = (self.python, *self._role_words("actor"), "--index", str(index))
         environment = self._torch_environment([name], self.config.actor.threads)
         if self.config.actor.engine == "vllm":
             environment |= VLLM_ENVIRONMENT | self._cpu_engine_environment(name)
         if model == "tiny" or Path(model).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
-        return self._spec("actor", name, argv, environment, [name])
+        words = (*self._role_words("actor"), "--index", str(index))
+        return self._spec(name, words, environment, [name])
 
     def learner(self, rendezvous_port: int) -> ProcessSpec:
         """torchrun with all ranks."""
@@ -190,8 +188,8 @@ class _Draft:
         seat = (self.seats or {}).get("learner")
         num_nodes = len(seat.nodes) if seat else 1
         host = LOOPBACK if num_nodes == 1 else self.config.launch.host
-        argv = (
-            *(self.python, "-m", TORCHRUN_MODULE, "--nnodes", str(num_nodes)),
+        words = (
+            *("-m", TORCHRUN_MODULE, "--nnodes", str(num_nodes)),
             *("--nproc-per-node", str(len(ranks) // num_nodes), "--rdzv-backend", "asyncgrpo"),
             *("--rdzv-endpoint", f"{host}:{rendezvous_port}"),
             *("--max-restarts", "0", "--monitor-interval", "0.2"),
@@ -201,9 +199,9 @@ class _Draft:
         # torchrun must have ended its ranks before the launcher's own grace is over.
         patience = max(1, int(self.config.launch.grace_seconds / 2))
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(patience)
-        return self._spec("learner", "learner", argv, environment, ranks)
+        return self._spec("learner", words, environment, ranks)
 
-    def _role_words(self, role: RoleName) -> tuple[str, ...]:
+    def _role_words(self, role: str) -> tuple[str, ...]:
         return ("-m", CLI_MODULE, "role", role, "--run-dir", str(self.run_dir))
 
     def _torch_environment(self, names: Sequence[str], threads: int) -> Environment:
@@ -235,17 +233,15 @@ class _Draft:
 
     def _spec(
         self,
-        role: RoleName,
         name: str,
-        argv: tuple[str, ...],
+        words: tuple[str, ...],
         environment: Environment,
         members: Sequence[str],
     ) -> ProcessSpec:
         seat = (self.seats or {}).get(name)
         return ProcessSpec(
-            role=role,
             name=name,
-            argv=(*seat.srun(name), *argv) if seat else argv,
+            argv=(*(seat.srun(name) if seat else ()), sys.executable, *words),
             environment=environment,
             cores=tuple(sorted({core for m in members for core in self.cores.get(m, ())})),
             gpus=tuple(self.gpus[m] for m in members if m in self.gpus),
@@ -283,34 +279,28 @@ def _own_gpus(config: Config) -> dict[str, str]:
     return {name: f"of {name}" for name in names} if config.launch.gpus else {}
 
 
-def _core_warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> list[str]:
-    """Says who shares a core and whose threads do not fit, in one line each."""
-    warnings = []
+def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterator[str]:
+    """Says who shares a core, whose threads do not fit and which door is open, in a line each."""
+    launch = config.launch
     if shared := core_sharers(cores):
         who = "; ".join(f"core {core}: {', '.join(names)}" for core, names in shared.items())
-        warnings.append(
-            f"launch.actors={config.launch.actors} + launch.learners={config.launch.learners} "
+        yield (
+            f"launch.actors={launch.actors} + launch.learners={launch.learners} "
             f"processes on {len(host.cores)} cores share some ({who}); fewer of them run faster"
         )
     wanted = {"actor": config.actor.threads, "learner": config.learner.threads}
     for role, threads in wanted.items():
         given = min((len(c) for name, c in cores.items() if name.startswith(role)), default=threads)
         if given < threads:
-            warnings.append(
+            yield (
                 f"{role}.threads={threads} but each {role} gets {given} of {len(host.cores)} "
                 f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"
             )
-    return warnings
-
-
-def _door_warnings(config: Config) -> list[str]:
-    launch = config.launch
-    if launch.on_loopback or launch.encrypted:
-        return []
-    return [
-        f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups and "
-        "end the run; without --insecure the run makes keys"
-    ]
+    if not (launch.on_loopback or launch.encrypted):
+        yield (
+            f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups "
+            "and end the run; without --insecure the run makes keys"
+        )
 
 
 def _render_spec(spec: ProcessSpec) -> str:

@@ -210,15 +210,8 @@ class Session:
 
     def _plan(self, config: Config, host: Host) -> Plan:
         """Ports are chosen late, so that nobody takes one meanwhile."""
-        return make_plan(
-            config,
-            host,
-            self._ports or choose_ports(config),
-            self.run_dir,
-            sys.executable,
-            seats=self._seats,
-            log_dir=self._log_dir,
-        )
+        ports, seats, log_dir = self._ports or choose_ports(config), self._seats, self._log_dir
+        return make_plan(config, host, ports, self.run_dir, seats=seats, log_dir=log_dir)
 
     @contextmanager
     def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
