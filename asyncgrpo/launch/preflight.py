@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
@@ -21,7 +20,7 @@ from asyncgrpo.learner.saved import FOLDER, newest, saved, step_of
 LAST_PORT = 65535
 AUTO = "auto"
 # The ledger, the prompt stream and the checkpoints stand on these; they cannot change in a run.
-FIXED = (("run", "seed"), ("data",), ("buffer", "groups_per_step"), ("learner", "lora"))
+FIXED = ("run.seed", "data", "buffer.groups_per_step", "learner.lora")
 
 
 def pick_free_ports(count: int, host: str = LOOPBACK) -> list[int]:
@@ -144,10 +143,9 @@ def find_run(resume: str, run_dir: Path | None) -> Path | None:
     run.
     """
     if resume == AUTO:
-        if run_dir is not None:
-            return run_dir if (run_dir / "config.json").exists() else None
-        runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-        return runs[-1].parent if runs else None
+        runs = [run_dir / "config.json"] if run_dir else Path("runs").glob("*/config.json")
+        found = sorted(filter(Path.exists, runs), key=lambda path: path.stat().st_mtime)
+        return found[-1].parent if found else None
     path = Path(resume)
     if not (path / "config.json").exists():
         raise ConfigError(
@@ -161,11 +159,14 @@ def check_resumable(run_dir: Path, config: Config) -> int:
     """The step a run goes on from. ConfigError when these settings cannot go on with it."""
     before = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     now = config.model_dump(mode="json")
-    for keys in FIXED:
-        old, new = _at(before, keys), _at(now, keys)
+    for setting in FIXED:
+        room, _, key = setting.partition(".")
+        old, new = before.get(room, {}), now[room]
+        if key:
+            old, new = old.get(key), new[key]
         if old != new:
             raise ConfigError(
-                f"{'.'.join(keys)}={new!r} cannot change within a run: it was {old!r}; "
+                f"{setting}={new!r} cannot change within a run: it was {old!r}; "
                 "leave it as it was, or start another run"
             )
     checkpoint = newest(run_dir / FOLDER)
@@ -206,9 +207,3 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-def _at(tree: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
