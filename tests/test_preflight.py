@@ -84,56 +84,50 @@ def test_a_folder_that_does_not_exist_names_its_nearest_neighbour(model: Path) -
     assert "does not exist" in refusal("just-a-word")
 
 
-def test_no_config_says_so_and_recognises_an_adapter(model: Path) -> None:
-    (model / "config.json").unlink()
-    assert "has no config.json; give the folder that save_pretrained wrote" in refusal(model)
-    write_json(model / "adapter_config.json", {})
-    assert "merge it into its base model" in refusal(model)
-
-
-def test_a_broken_config_is_no_traceback(model: Path) -> None:
-    (model / "config.json").write_text("{")
-    assert "is not valid JSON" in refusal(model)
-
-
-def test_a_file_in_place_of_a_folder_is_named(model: Path) -> None:
-    assert "is a file; give the folder" in refusal(model / "config.json")
-
-
-def test_no_tokenizer_says_which_files_count(model: Path) -> None:
-    (model / "tokenizer.json").unlink()
-    assert "has no tokenizer (tokenizer.json, tokenizer.model" in refusal(model)
-    (model / "tokenizer.model").touch()
-    assert check_model_folder(str(model)) == model
-
-
-def test_no_weights_says_so(model: Path) -> None:
-    (model / "model.safetensors").unlink()
-    assert "has no weights (*.safetensors, *.bin)" in refusal(model)
-
-
-def test_missing_shards_are_named(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "part-1.safetensors")
-    shards = {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "part-3.safetensors"}
-    write_json(model / "model.safetensors.index.json", {"weight_map": shards})
-    assert "2 of 3 shards: part-2.safetensors, part-3.safetensors" in refusal(model)
+SHARDS = {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "part-3.safetensors"}
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("file", "content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-        (b"", "is empty"),
-        (safetensors_bytes(400)[:-1], "is cut off"),
-        (safetensors_bytes()[:20], "is cut off"),
-        ((20).to_bytes(8, "little") + b"no header in here at all", "no safetensors file"),
+        ("config.json", None, "has no config.json; give the folder that save_pretrained wrote"),
+        ("config.json", b"{", "is not valid JSON"),
+        ("config.json", b"[]", "must hold an object, not list"),
+        ("config.json", b'{"architectures": 5}', "architectures=5 must be a list"),
+        ("config.json", b'{"architectures": "Q"}', "architectures='Q' must be a list"),
+        ("tokenizer.json", None, "has no tokenizer (tokenizer.json, tokenizer.model"),
+        ("model.safetensors", None, "has no weights (*.safetensors, *.bin)"),
+        (
+            "model.safetensors.index.json",
+            json.dumps({"weight_map": SHARDS}).encode(),
+            "2 of 3 shards: part-2.safetensors, part-3.safetensors",
+        ),
+        ("model.safetensors.index.json", b"[]", "is not a weight index"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "LFS pointer"),
+        ("model.safetensors", b"", "is empty"),
+        ("model.safetensors", safetensors_bytes(400)[:-1], "is cut off"),
+        ("model.safetensors", safetensors_bytes()[:20], "is cut off"),
+        ("model.safetensors", (20).to_bytes(8, "little") + b"{" * 20, "no safetensors file"),
     ],
 )
-def test_weights_that_a_broken_copy_left_are_refused(
-    model: Path, content: bytes, message: str
+def test_what_is_missing_or_broken_in_a_model_folder_is_named(
+    model: Path, file: str, content: bytes | None, message: str
 ) -> None:
-    (model / "model.safetensors").write_bytes(content)
+    (model / "part-1.safetensors").write_bytes(safetensors_bytes())
+    if content is None:
+        (model / "part-1.safetensors").unlink()
+        (model / file).unlink()
+    else:
+        (model / file).write_bytes(content)
     assert message in refusal(model)
+
+
+def test_an_adapter_a_file_and_another_tokenizer_are_recognised(model: Path) -> None:
+    assert "is a file; give the folder" in refusal(model / "config.json")
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    assert check_model_folder(str(model)) == model
+    (model / "config.json").rename(model / "adapter_config.json")
+    assert "merge it into its base model" in refusal(model)
 
 
 def test_an_unsupported_architecture_lists_the_supported_and_the_nearest(model: Path) -> None:
@@ -311,12 +305,6 @@ def test_ports_are_looked_for_where_they_will_be_used() -> None:
         assert choose_ports(from_mapping({"launch": launch})).buffer == port
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be used"):
             choose_ports(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
-
-
-@pytest.mark.parametrize("named", [5, "Qwen3ForCausalLM"])
-def test_architectures_must_be_a_list(model: Path, named: Any) -> None:
-    write_json(model / "config.json", {"architectures": named})
-    assert f"architectures={named!r} must be a list" in refusal(model)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])

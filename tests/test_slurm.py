@@ -302,16 +302,12 @@ def run_script(script: str, python: Path, **environment: str) -> dict[str, Any]:
 def python(tmp_path: Path) -> Path:
     """A stand-in for Python that tells how it was called."""
     file = tmp_path / "stand in"
-    code = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))"
-    file.write_text(
-        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -c "
-        f'{shlex.quote(code.replace("[sys.argv[1:], dict(os.environ), os.getcwd()]", KEYS))} "$@"\n'
-    )
+    told = "dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd())"
+    code = f"import json, os, sys; print(json.dumps({told}))"
+    command = shlex.join([sys.executable, "-S", "-c", code])
+    file.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     file.chmod(0o755)
     return file
-
-
-KEYS = "dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd())"
 
 
 def test_every_path_of_a_script_survives_bash(

@@ -526,21 +526,3 @@ BAD_INPUT = {
 def test_bad_input_is_refused_before_anything_is_started_or_written(arguments, tmp_path):
     assert BAD_INPUT[arguments] in refused(*arguments, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    assert "already holds a run" in refused("--run-dir", str(tmp_path), cwd=tmp_path)
-
-
-def test_a_data_file_with_a_broken_line_is_refused_with_its_number(tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": \n')
-    assert "d.jsonl:2" in refused("--set", "data.train=d.jsonl", cwd=tmp_path)
-
-
-def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
-    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--actors", "2", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    for part in ("buffer", "actor-0", "actor-1", "learner", "core", "OMP_NUM_THREADS", "--index 1"):
-        assert part in done.stdout
-    assert list(tmp_path.iterdir()) == []
