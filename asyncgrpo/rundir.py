@@ -39,6 +39,7 @@ class Endpoints:
     buffer: str  # "tcp://127.0.0.1:PORT"
     weights: str
     store: tuple[str, int]
+    rendezvous: int = 0  # port where torchrun's nodes meet
     cores: dict[str, tuple[int, ...]] = field(default_factory=dict)  # "actor-0" -> cores
     metrics: dict[str, int] = field(default_factory=dict)  # role -> port; 0 = any
     transport: str = "gloo"  # of the weights

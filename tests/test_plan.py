@@ -17,14 +17,16 @@ from asyncgrpo.launch.placement import assign_cores, core_sharers
 from asyncgrpo.launch.plan import (
     Host,
     Plan,
-    Ports,
     ProcessSpec,
     lone_actor,
     make_plan,
     render_plan,
 )
+from asyncgrpo.rundir import Endpoints
 
-PORTS = Ports(buffer=5001, weights=5002, store=5003, rendezvous=5004)
+DOORS = Endpoints(
+    buffer="tcp://10.0.0.1:1", weights="tcp://10.0.0.1:2", store=("10.0.0.1", 3), rendezvous=5004
+)
 RUN_DIR = Path("/runs/one")
 
 
@@ -34,7 +36,7 @@ def settings(**rooms: Any) -> Config:
 
 def plan_on(num_cores: int, config: Config | None = None) -> Plan:
     host = Host(cores=tuple(range(num_cores)))
-    return make_plan(config or settings(), host, PORTS, RUN_DIR)
+    return make_plan(config or settings(), host, DOORS, RUN_DIR)
 
 
 def spec(plan: Plan, name: str) -> ProcessSpec:
@@ -134,13 +136,8 @@ def test_the_command_lines_are_exactly_these() -> None:
 
 def test_everything_stays_on_loopback_until_the_host_is_set() -> None:
     near = plan_on(4)
-    assert near.endpoints.buffer == "tcp://127.0.0.1:5001"
-    assert near.endpoints.store == ("127.0.0.1", 5003)
     assert spec(near, "learner").environment["NCCL_SOCKET_IFNAME"] == "lo"
     far = plan_on(4, from_mapping({"launch": {"host": "10.0.0.1"}}))
-    assert far.endpoints.buffer == "tcp://10.0.0.1:5001"
-    assert far.endpoints.weights == "tcp://10.0.0.1:5002"
-    assert far.endpoints.store == ("10.0.0.1", 5003)
     assert "127.0.0.1:5004" in spec(far, "learner").argv
     for name in ("learner", "actor-0"):
         assert spec(far, name).environment["GLOO_SOCKET_IFNAME"] == "lo"
@@ -169,22 +166,9 @@ def test_only_local_models_keep_actors_off_the_hub(tmp_path: Path) -> None:
         assert spec(plan, "actor-0").environment.get("HF_HUB_OFFLINE") == offline
 
 
-def test_metrics_ports_count_up_from_the_buffer_and_zero_means_any() -> None:
-    assert set(plan_on(4).endpoints.metrics.values()) == {0}
-    fixed = Ports(buffer=1, weights=2, store=3, rendezvous=4, metrics=9000)
-    plan = make_plan(settings(), Host(cores=(0,)), fixed, RUN_DIR)
-    assert plan.endpoints.metrics == {
-        "buffer": 9000,
-        "actor-0": 9001,
-        "actor-1": 9002,
-        "learner-0": 9003,
-        "learner-1": 9004,
-    }
-
-
 def gpu_plan(gpus: int, *present: str) -> Plan:
     config = settings(launch={"actors": 2, "learners": 2, "gpus": gpus})
-    return make_plan(config, Host(cores=(0, 1), gpu_ids=present), PORTS, RUN_DIR)
+    return make_plan(config, Host(cores=(0, 1), gpu_ids=present), DOORS, RUN_DIR)
 
 
 def test_on_gpus_everyone_gets_one_and_nobody_is_pinned() -> None:

@@ -29,7 +29,7 @@ from asyncgrpo.launch.environment import (
 from asyncgrpo.launch.model_folder import check_model_folder, quick_tokenizer
 from asyncgrpo.launch.preflight import (
     check_run_dir,
-    choose_ports,
+    choose_endpoints,
     pick_free_ports,
     point_latest,
     prepare_run_dir,
@@ -171,8 +171,10 @@ def test_a_port_in_use_is_refused_with_the_setting_to_change() -> None:
         for setting in ("buffer_port", "weights_port", "metrics_port"):
             said = f"launch.{setting}: port {port} on .* in use.* set another launch.{setting} "
             with pytest.raises(ConfigError, match=said):
-                choose_ports(from_mapping({"launch": {setting: port}}))
-    assert choose_ports(from_mapping({"launch": {"buffer_port": port}})).buffer == port
+                choose_endpoints(from_mapping({"launch": {setting: port}}))
+    assert choose_endpoints(from_mapping({"launch": {"buffer_port": port}})).buffer.endswith(
+        f":{port}"
+    )
 
 
 def test_picked_ports_are_distinct_and_can_be_listened_on() -> None:
@@ -184,19 +186,29 @@ def test_picked_ports_are_distinct_and_can_be_listened_on() -> None:
 
 def test_settings_choose_their_ports_and_the_rest_is_free() -> None:
     wanted = pick_free_ports(1)[0]
-    ports = choose_ports(from_mapping({"launch": {"weights_port": wanted}}))
-    assert ports.weights == wanted
-    assert len({ports.buffer, ports.weights, ports.store, ports.rendezvous}) == 4
-    assert ports.metrics == 0
+    launch = {"weights_port": wanted, "host": "127.0.0.2"}
+    doors = choose_endpoints(from_mapping({"launch": launch}))
+    assert doors.weights == f"tcp://127.0.0.2:{wanted}"
+    assert doors.store[0] == "127.0.0.2"
+    ports = {int(doors.buffer.removeprefix("tcp://127.0.0.2:")), doors.store[1], doors.rendezvous}
+    assert len(ports | {wanted}) == 4
+    assert set(doors.metrics.values()) == {0}
+
+
+def test_metrics_ports_count_up_from_the_buffer() -> None:
+    launch = {"metrics_port": 19000, "actors": 2, "learners": 2}
+    names = ("buffer", "actor-0", "actor-1", "learner-0", "learner-1")
+    found = choose_endpoints(from_mapping({"launch": launch})).metrics
+    assert found == dict(zip(names, range(19000, 19005), strict=True))
 
 
 def test_ports_that_collide_or_run_out_of_numbers_are_refused() -> None:
     port = pick_free_ports(1)[0]
     twice = {"launch": {"buffer_port": port, "weights_port": port}}
     with pytest.raises(ConfigError, match=f"weights_port: port {port} .* no two doors share one"):
-        choose_ports(from_mapping(twice))
+        choose_endpoints(from_mapping(twice))
     with pytest.raises(ConfigError, match="no room for 5 endpoints; it must be <= 65531"):
-        choose_ports(from_mapping({"launch": {"metrics_port": 65535}}))
+        choose_endpoints(from_mapping({"launch": {"metrics_port": 65535}}))
 
 
 def test_a_run_dir_is_made_with_its_folders_and_checking_it_makes_nothing(tmp_path: Path) -> None:
@@ -295,16 +307,16 @@ def test_an_address_that_is_not_ours_is_refused_with_its_setting(setting: str) -
     room, key = setting.split(".")
     config = from_mapping({room: {key: "192.0.2.77"}})
     with pytest.raises(ConfigError, match=f"{setting}=192.0.2.77 cannot be listened on"):
-        choose_ports(config)
+        choose_endpoints(config)
 
 
 def test_ports_are_looked_for_where_they_will_be_used() -> None:
     with socket.create_server(("127.0.0.2", 0)) as taken:
         port = taken.getsockname()[1]
         launch = {"buffer_port": port}
-        assert choose_ports(from_mapping({"launch": launch})).buffer == port
+        assert choose_endpoints(from_mapping({"launch": launch})).buffer.endswith(f":{port}")
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be used"):
-            choose_ports(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
+            choose_endpoints(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -34,17 +34,6 @@ class Host:
 
     cores: Cores
     gpu_ids: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ports:
-    """TCP ports of a run. `metrics` is the buffer's, the others follow it; 0 = any free port."""
-
-    buffer: int
-    weights: int
-    store: int
-    rendezvous: int
-    metrics: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +73,7 @@ def role_names(num_actors: int, num_learners: int) -> tuple[str, ...]:
 def make_plan(
     config: Config,
     host: Host,
-    ports: Ports,
+    doors: Endpoints,
     run_dir: Path,
     *,
     seats: Mapping[str, Seat] | None = None,
@@ -92,6 +81,7 @@ def make_plan(
 ) -> Plan:
     """The processes of one run, their cores or GPUs, and warnings worth reading.
 
+    doors: as of preflight.choose_endpoints.
     seats: None for one machine, whose cores and GPUs are shared out here; else who is on which
     nodes of a Slurm job, which binds cores and GPUs; {} when nobody does, and roles are started by
     hand. log_dir: default is run_dir/logs.
@@ -99,7 +89,7 @@ def make_plan(
     ConfigError: more GPUs than the host has, more roles than GPUs, or weights that cannot travel as
     they should.
     """
-    actors, learners, address = config.launch.actors, config.launch.learners, config.launch.host
+    actors, learners = config.launch.actors, config.launch.learners
     gpus = assign_gpus(config, host) if seats is None else {}
     placed = gpus if seats is None else _own_gpus(config)
     transport, reason = choose_transport(config, placed)
@@ -108,18 +98,10 @@ def make_plan(
         cores = assign_cores(host.cores, actors, learners, config.actor.threads)
     draft = _Draft(config, run_dir, cores, gpus, seats, log_dir)
     actor_specs = (draft.actor(index) for index in range(actors))
-    first, names = ports.metrics, role_names(actors, learners)
     return Plan(
-        specs=(draft.buffer(), draft.learner(ports.rendezvous), *actor_specs),
+        specs=(draft.buffer(), draft.learner(doors.rendezvous), *actor_specs),
         warnings=tuple(_warnings(config, host, cores)),
-        endpoints=Endpoints(
-            buffer=f"tcp://{address}:{ports.buffer}",
-            weights=f"tcp://{address}:{ports.weights}",
-            store=(address, ports.store),
-            cores=dict(cores),
-            metrics={name: first and first + place for place, name in enumerate(names)},
-            transport=transport,
-        ),
+        endpoints=replace(doors, cores=dict(cores), transport=transport),
         transport_reason=reason,
     )
 

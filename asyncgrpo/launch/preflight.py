@@ -14,8 +14,9 @@ from pathlib import Path
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.plan import LOOPBACK, Ports, role_names
+from asyncgrpo.launch.plan import LOOPBACK, role_names
 from asyncgrpo.learner.saved import FOLDER, newest, saved, step_of
+from asyncgrpo.rundir import Endpoints
 
 LAST_PORT = 65535
 AUTO = "auto"
@@ -30,33 +31,34 @@ def pick_free_ports(count: int, host: str = LOOPBACK) -> list[int]:
         return [server.getsockname()[1] for server in servers]
 
 
-def choose_ports(config: Config) -> Ports:
-    """The ports that the settings name, proven free, and free ones for the others."""
-    launch, count = config.launch, len(role_names(config.launch.actors, config.launch.learners))
-    first, own = launch.metrics_port, config.observe.metrics_host.replace("auto", launch.host)
+def choose_endpoints(config: Config) -> Endpoints:
+    """Ports that the settings name, proven free, and free ones for the others; no cores yet."""
+    launch, names = config.launch, role_names(config.launch.actors, config.launch.learners)
+    count, host = len(names), launch.host
+    first, own = launch.metrics_port, config.observe.metrics_host.replace("auto", host)
     if first and first + count - 1 > LAST_PORT:
         raise ConfigError(
             f"launch.metrics_port={first} leaves no room for {count} endpoints; "
             f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"
         )
     asked = [
-        ("launch.buffer_port", launch.host, launch.buffer_port),
-        ("launch.weights_port", launch.host, launch.weights_port),
+        ("launch.buffer_port", host, launch.buffer_port),
+        ("launch.weights_port", host, launch.weights_port),
         *(("launch.metrics_port", own, first + place) for place in range(count if first else 1)),
     ]
     with ExitStack() as held:  # together: no two settings may name one port
-        for setting, host, port in asked:
+        for setting, address, port in asked:
             try:
-                held.enter_context(socket.create_server((host, port)))
+                held.enter_context(socket.create_server((address, port)))
             except OSError as error:
-                raise ConfigError(_refused(setting, host, port, error)) from None
-        free = pick_free_ports(4, launch.host)
-    return Ports(
-        buffer=launch.buffer_port or free[0],
-        weights=launch.weights_port or free[1],
-        store=free[2],
+                raise ConfigError(_refused(setting, address, port, error)) from None
+        free = pick_free_ports(4, host)
+    return Endpoints(
+        buffer=f"tcp://{host}:{launch.buffer_port or free[0]}",
+        weights=f"tcp://{host}:{launch.weights_port or free[1]}",
+        store=(host, free[2]),
         rendezvous=free[3],
-        metrics=first,
+        metrics={name: first and first + place for place, name in enumerate(names)},
     )
 
 

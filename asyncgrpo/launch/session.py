@@ -37,11 +37,11 @@ from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
 from asyncgrpo.launch.nodes import Seat
-from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
+from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_plan
 from asyncgrpo.launch.preflight import (
     check_resumable,
     check_run_dir,
-    choose_ports,
+    choose_endpoints,
     keep_settings,
     missing_extra,
     only_launcher,
@@ -52,7 +52,7 @@ from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
-from asyncgrpo.rundir import RunDir
+from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.wire.keys import make_keys
 
 _promised: set[Path] = set()  # directories of this process, made or not
@@ -90,7 +90,7 @@ class Session:
         self.run_dir = new_run_dir(config)
         self.stopped_by: int | None = None  # the signal that ended the run
         self._log_dir = self.run_dir / "logs"
-        self._ports: Ports | None = None  # None: any free ones
+        self._doors: Endpoints | None = None  # None: any free ones
         self._warnings = [*notices(config.algo), *unusual(config)]
 
     def show_plan(self) -> None:
@@ -210,8 +210,8 @@ class Session:
 
     def _plan(self, config: Config, host: Host) -> Plan:
         """Ports are chosen late, so that nobody takes one meanwhile."""
-        ports, seats, log_dir = self._ports or choose_ports(config), self._seats, self._log_dir
-        return make_plan(config, host, ports, self.run_dir, seats=seats, log_dir=log_dir)
+        doors, seats, log_dir = self._doors or choose_endpoints(config), self._seats, self._log_dir
+        return make_plan(config, host, doors, self.run_dir, seats=seats, log_dir=log_dir)
 
     @contextmanager
     def prepared(self) -> Iterator[tuple[RunDir, Plan]]:

@@ -17,7 +17,7 @@ from asyncgrpo.errors import EXIT_INTERRUPTED, EXIT_ROLE_FAILED, ConfigError, Ro
 from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.nodes import Node, find_seat, find_seats, parse_job
 from asyncgrpo.launch.plan import LOOPBACK, Host, ProcessSpec
-from asyncgrpo.launch.preflight import choose_ports, pick_free_ports
+from asyncgrpo.launch.preflight import choose_endpoints, pick_free_ports
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.saved import FOLDER, saved
 from asyncgrpo.wire.address import own_address
@@ -113,7 +113,7 @@ class SlurmSession(Session):
         rooms = config.model_dump(mode="json", exclude_unset=True)
         config = from_mapping({**rooms, "launch": {**rooms.get("launch", {}), "host": host}})
         super().__init__(config, resume=resume, seats=find_seats(config, self._nodes))
-        self._ports = choose_ports(config)
+        self._doors = choose_endpoints(config)
         self._log_dir = self.run_dir / "logs" / job.attempt
 
     def run(self) -> int:
@@ -158,7 +158,7 @@ class SlurmSession(Session):
         if not set(others.pop(name).nodes) <= set(nodes):
             self._seats = {**others, name: find_seat(self._config, name, nodes, others)}
         free = pick_free_ports(1, self._config.launch.host)[0]  # the old one may be taken
-        self._ports = replace(self._ports or choose_ports(self._config), rendezvous=free)
+        self._doors = replace(self._doors or choose_endpoints(self._config), rendezvous=free)
         plan = self._plan(self._config, Host(cores=()))
         return next(spec for spec in plan.specs if spec.name == name)
 
