@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
-from typing import Any
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import EXIT_INTERRUPTED, EXIT_ROLE_FAILED, ConfigError, RoleFailed
@@ -23,6 +22,7 @@ from asyncgrpo.learner.saved import FOLDER, saved
 from asyncgrpo.wire.address import own_address
 
 ANSWER_SECONDS = 60.0
+Place = Callable[[str], ProcessSpec]
 
 
 class Job:
@@ -67,9 +67,11 @@ class Job:
 class StepChild(Child):
     """A role as an srun here, whose tasks are on the nodes; signals go to these through Slurm."""
 
-    def __init__(self, *as_child: Any, job: Job, place: Callable[[str], ProcessSpec]) -> None:
+    def __init__(
+        self, spec: ProcessSpec, run_id: str, stop: Signals, job: Job, place: Place
+    ) -> None:
         """place: where a role of that name starts again, on the nodes that are left."""
-        super().__init__(*as_child)
+        super().__init__(spec, run_id, stop)
         self._job, self._place = job, place
 
     def start(self) -> None:
@@ -150,7 +152,7 @@ class SlurmSession(Session):
         # Of a job that must go Slurm sends every process a SIGTERM; the learner must be the first.
         stop_signal = Signals.SIGTERM if spec.role == "learner" else Signals.SIGUSR2
         if spec.nodes:
-            return StepChild(spec, run_id, stop_signal, job=self._job, place=self._place)
+            return StepChild(spec, run_id, stop_signal, self._job, self._place)
         return Child(spec, run_id, stop_signal)
 
     def _place(self, name: str) -> ProcessSpec:
