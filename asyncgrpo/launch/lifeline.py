@@ -40,15 +40,6 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
             continue  # it ended by itself, or changed its user: not for us to end
 
 
-def stop_run(run_id: str, grace_seconds: float) -> None:
-    """SIGTERM, then after the grace SIGKILL, until nothing carries the run id any more."""
-    send(find_run_processes(run_id), signal.SIGTERM)
-    deadline = time.monotonic() + grace_seconds
-    while find_run_processes(run_id) and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    kill_processes(run_id)  # looks once more: a fork may hide between two readings of /proc
-
-
 def kill_processes(run_id: str, role: str = "") -> tuple[list[int], list[int]]:
     """Kills what carries the run id (and role) until it is gone; (all of it, what survives)."""
     killed: set[int] = set()
@@ -80,13 +71,17 @@ def _read(path: str) -> bytes:
 
 
 def main() -> None:
-    """Waits for the launcher's goodbye, or for its end."""
+    """Waits for the launcher's goodbye, or for its end: then SIGTERM, after the grace SIGKILL."""
     run_id, grace_seconds = sys.argv[1], float(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.buffer.read(1) == b"":
         found = find_run_processes(run_id)
-        stop_run(run_id, grace_seconds)
+        send(found, signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        while find_run_processes(run_id) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        kill_processes(run_id)  # looks once more: a fork may hide between two readings of /proc
         print(f"the launcher was killed; stopped its processes {found}")
 
 

@@ -109,27 +109,24 @@ class Session:
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        with self.prepared() as (run, plan):
-            code = self._supervise(run.config, plan)
-        if code == 0:
-            show_summary(self.run_dir, self._console)
-        return code
+        settings = self._config.launch
+        shown = Progress(self.run_dir, self._config.run.max_steps, self._console)
+        with self.prepared() as (_, plan):
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            with shown.skip() if self._resume else shown as progress:
+                supervisor = Supervisor(plan, settings, progress.line, self._new_child)
+                stalls = StallWatch(self.run_dir, settings, supervisor.run_id, supervisor.say)
 
-    def _supervise(self, config: Config, plan: Plan) -> int:
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        shown = Progress(self.run_dir, config.run.max_steps, self._console)
-        with shown.skip() if self._resume else shown as progress:
-            run = Supervisor(plan, config.launch, progress.line, new_child=self._new_child)
-            stalls = StallWatch(self.run_dir, config.launch, run.run_id, run.say)
+                def tick() -> None:
+                    progress.tick()
+                    stalls()
 
-            def tick() -> None:
+                code = supervisor.run(on_tick=tick)
                 progress.tick()
-                stalls()
-
-            code = run.run(on_tick=tick)
-            progress.tick()
-        self._end_scraping()
-        self.stopped_by = run.stopped_by
+            self._end_scraping()
+        self.stopped_by = supervisor.stopped_by
+        if code == EXIT_DONE:
+            show_summary(self.run_dir, self._console)
         return code
 
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
