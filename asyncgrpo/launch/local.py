@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from asyncgrpo.config import LaunchSettings
@@ -66,7 +67,8 @@ class Supervisor:
         (exit code 3), BadInput (2) when a role found some, and whatever a callback raised.
         """
         check_main_thread()
-        with self._signals_noted(), self._lifeline() as say_goodbye:
+        held = held_lifeline(self.run_id, self._settings.grace_seconds, self._log_file)
+        with self._signals_noted(), held as say_goodbye:
             try:
                 for child in self._children:
                     child.start()
@@ -223,22 +225,22 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def _lifeline(self) -> Iterator[Callable[[], object]]:
-        """A process that stops the run should this one be killed before it says goodbye."""
-        script = [sys.executable, "-I", "-S", lifeline.__file__]
-        with (
-            self._log_file.open("ab") as log,
-            subprocess.Popen(
-                [*script, self.run_id, str(self._settings.grace_seconds)],
-                env={**os.environ, lifeline.RUN_ID: ""},  # this launcher may be part of a run
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            ) as process,
-        ):
-            yield lambda: process.communicate(b"x")
+
+@contextmanager
+def held_lifeline(run_id: str, grace: float, log_file: Path) -> Iterator[Callable[[], object]]:
+    """A process that stops the run should this one be killed before it says goodbye."""
+    with (
+        log_file.open("ab") as log,
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", lifeline.__file__, run_id, str(grace)],
+            env={**os.environ, lifeline.RUN_ID: ""},  # this launcher may be part of a run
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ) as process,
+    ):
+        yield lambda: process.communicate(b"x")
 
 
 def check_main_thread() -> None:

@@ -263,6 +263,18 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
 
 
 @pytest.mark.slow
+def test_the_embedded_model_is_not_made_on_when_the_launcher_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYNCGRPO_CACHE", str(tmp_path))
+    run = Launch(tmp_path, Path("tiny"))
+    children = psutil.Process(run.process.pid).children
+    run.until(lambda: any("asyncgrpo.data.tiny" in p.cmdline() for p in children()), "begun")
+    started = children()
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_left(started)
+
+
+@pytest.mark.slow
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     run = launch("run.max_steps=5000", "launch.max_restarts=0")
     started = run.until_training()
