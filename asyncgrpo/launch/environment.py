@@ -23,10 +23,19 @@ GIT_SECONDS = 5.0
 
 
 def detect_host(devices: Path = Path("/dev")) -> Host:
-    """Cores this process may use, and its GPUs as CUDA_VISIBLE_DEVICES counts them."""
+    """Cores this process may use, and its GPUs as CUDA_VISIBLE_DEVICES counts them.
+
+    As CUDA reads it: unset = all; a list ends at the first entry that is no device.
+    """
     present = sum(entry.name[6:].isdigit() for entry in devices.glob("nvidia[0-9]*"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Host(cores=tuple(sorted(os.sched_getaffinity(0))), gpu_ids=_gpu_ids(present, visible))
+    every = ",".join(map(str, range(present)))
+    gpu_ids: list[str] = []
+    for name in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")):
+        is_index = name.isdigit() and int(name) < present
+        if name in gpu_ids or not (is_index or name.startswith(("GPU-", "MIG-"))):
+            break
+        gpu_ids.append(name)
+    return Host(cores=tuple(sorted(os.sched_getaffinity(0))), gpu_ids=tuple(gpu_ids))
 
 
 def environment_report(config: Config) -> dict[str, Any]:
@@ -81,19 +90,6 @@ def git_state(root: Path) -> dict[str, Any] | None:
     commit = re.search(r"^# branch\.oid (\w+)$", done.stdout, re.MULTILINE)
     dirty = re.search(r"^[^#]", done.stdout, re.MULTILINE)
     return {"commit": commit[1], "dirty": dirty is not None} if commit else None
-
-
-def _gpu_ids(present: int, visible: str | None) -> tuple[str, ...]:
-    """As CUDA reads it: unset = all; a list ends at the first entry that is no device."""
-    if visible is None:
-        return tuple(map(str, range(present)))
-    ids: list[str] = []
-    for name in map(str.strip, visible.split(",")):
-        is_index = name.isdigit() and int(name) < present
-        if name in ids or not (is_index or name.startswith(("GPU-", "MIG-"))):
-            break
-        ids.append(name)
-    return tuple(ids)
 
 
 def _version(package: str) -> str | None:
