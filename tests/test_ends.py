@@ -39,14 +39,16 @@ def test_the_end_of_each_role_means_what_the_table_says() -> None:
         assert judge_exit(role, code, restarts, max_restarts=2) == verdict, (role, code)
 
 
-def test_exit_codes_are_told_in_words() -> None:
+def test_exit_codes_are_told_in_words(tmp_path: Path) -> None:
     assert describe_exit(3) == "ended with exit code 3"
     assert describe_exit(-11) == "was ended by SIGSEGV"
     assert describe_exit(-40) == "was ended by signal 40"
     assert "out of memory" in describe_exit(-9)
-    bare = failure("actor-0", 2, 0, None, Path("a.log"), ["error: no data"])
+    log = tmp_path / "a.log"
+    log.write_text("error: no data\n")
+    bare = failure("actor-0", 2, 0, tmp_path / "none", log)
     assert isinstance(bare, BadInput)
-    assert str(bare) == "actor-0 refused its input; last lines of a.log:\n  error: no data"
+    assert str(bare) == f"actor-0 refused its input; last lines of {log}:\n  error: no data"
 
 
 def test_the_first_recorded_error_counts_and_a_broken_record_is_shown_as_it_is(

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,6 +13,7 @@ from typing import Literal, NamedTuple
 from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_ROLE_FAILED, AsyncGRPOError, BadInput, RoleFailed
 
 ERROR_FILE = "ASYNCGRPO_ERROR_FILE"
+SHOWN_LINES = 15
 TAIL_BYTES, TAIL_LINES = 64 << 10, 100  # of a log; enough, however long it is
 TORCHRUN_REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic/")
 Verdict = Literal["done", "early", "left", "restart", "fail"]
@@ -77,17 +77,13 @@ def describe_exit(exit_code: int) -> str:
 
 
 def failure(
-    name: str,
-    exit_code: int,
-    restarts: int,
-    recorded: RecordedError | None,
-    log_file: Path,
-    log_lines: Sequence[str],
+    name: str, exit_code: int, restarts: int, error_file: Path, log_file: Path
 ) -> AsyncGRPOError:
     """The error that ends the run: BadInput when the role found some, RoleFailed otherwise."""
+    recorded = read_error(error_file)
     if recorded is not None and recorded.exit_code == EXIT_BAD_INPUT:
         return BadInput(recorded.message)
-    shown = "".join(f"\n  {line}" for line in log_lines) or " (empty)"
+    shown = "".join(f"\n  {line}" for line in last_lines(log_file, SHOWN_LINES)) or " (empty)"
     log = f"last lines of {log_file}:{shown}"
     if exit_code == EXIT_BAD_INPUT:
         return BadInput(f"{name} refused its input; {log}")

@@ -19,20 +19,12 @@ from asyncgrpo.config import LaunchSettings
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
-from asyncgrpo.launch.ends import (
-    Verdict,
-    describe_exit,
-    failure,
-    judge_exit,
-    last_lines,
-    read_error,
-)
+from asyncgrpo.launch.ends import Verdict, describe_exit, failure, judge_exit
 from asyncgrpo.launch.plan import Plan, ProcessSpec
 
 POLL_SECONDS = 0.05
 # Before the next life: what killed the last one may need a moment to pass. Doubles each time.
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
-SHOWN_LINES = 15
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 # The learner needs actors to finish a publish; the buffer takes what comes in from both.
 STOP_ORDER = ("learner", "actor", "buffer")
@@ -154,8 +146,7 @@ class Supervisor:
         spec, code = child.spec, child.exit_code or 0
         self._forward_lines()
         self.say(f"{spec.name} {describe_exit(code)}; stopping the run")
-        recorded, lines = read_error(child.error_file), last_lines(spec.log_file, SHOWN_LINES)
-        return failure(spec.name, code, child.restarts, recorded, spec.log_file, lines)
+        return failure(spec.name, code, child.restarts, child.error_file, spec.log_file)
 
     def _stop(self) -> None:
         """Ends all that is left, in order. Nothing a callback does can keep it from that."""
