@@ -11,70 +11,21 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from asyncgrpo.config import Config, EvalSettings
-from asyncgrpo.protocols import Client, NamedTensors, WeightSender
-from asyncgrpo.types import Float32, Int32, Shard
+from asyncgrpo.protocols import Client, WeightSender
+from asyncgrpo.types import Int32
 from asyncgrpo.wire.codec import Packet, shard_from
+
+if TYPE_CHECKING:
+    from asyncgrpo.learner.update import PolicyUpdater
+    from asyncgrpo.observe.recorder import RunRecorder
 
 log = logging.getLogger(__name__)
 STOP_SECONDS = 1.0
 CALL_SECONDS = 60.0  # for answers that the buffer gives at once
 OWN_TIMES = ("wait_seconds", "train_seconds", "step_seconds")  # in which ranks differ
-
-
-class Updater(Protocol):
-    """One rank's model and optimizer (learner/update.py)."""
-
-    advantages: Float32  # [C] of the last update's completions, rank by rank as they were dealt
-
-    @property
-    def covered(self) -> int:
-        """The step of the newest complete checkpoint; 0 without any."""
-
-    def update(self, shard: Shard, before_change: Callable[[], None]) -> dict[str, float]:
-        """One optimizer update from this rank's shard; metrics of the whole batch.
-
-        before_change: called before the weights change.
-        """
-
-    def weights(self) -> NamedTensors:
-        """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
-
-    def help_gather(self) -> None:
-        """On every rank when rank 0 is done with `weights`: until then the others help it."""
-
-    def canary_logprobs(self) -> Float32:
-        """float32 [NUM_CANARIES, V]: own log-probs after the canary prompts; on every rank."""
-
-    def save(self) -> None:
-        """Writes the model and its tokenizer for everyone to load."""
-
-    def restore(self) -> int:
-        """Goes back to the run's newest checkpoint; returns its step, 0 without any."""
-
-    def is_checkpoint_due(self, step: int) -> bool:
-        """Whether the state after `step` updates is to be saved."""
-
-    def checkpoint(self, step: int, add: Callable[[Path], None]) -> None:
-        """Begins to save the state after `step` updates, with what `add` puts into its folder."""
-
-    def export(self, step: int) -> None:
-        """Writes the model after `step` updates for everyone to load, when it is due."""
-
-
-class Recorder(Protocol):
-    """Where rank 0 writes what happened (observe/recorder.py)."""
-
-    def begin(self, step: int) -> None:
-        """The first step of this life; what is written of it and later ones is taken back."""
-
-    def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
-        """One step's numbers, with the buffer's summary of everyone else's."""
-
-    def finish(self, reports: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-        """The end of the run; reports: of all evaluations, by version."""
 
 
 class Learner:
@@ -86,10 +37,10 @@ class Learner:
         *,
         rank: int,
         world_size: int,
-        updater: Updater,
+        updater: PolicyUpdater,
         client: Client,
         sender: WeightSender | None,
-        recorder: Recorder | None,
+        recorder: RunRecorder | None,
         show: Callable[[Mapping[str, float]], None] = lambda row: None,
         observe: Callable[[str, Int32], None] = lambda name, values: None,
         stopping: Callable[[], bool] = lambda: False,
