@@ -181,7 +181,7 @@ def run_serial(
         config,
         rank=0,
         world_size=1,
-        updater=PolicyUpdater(config, save_to=run.model_path, run_dir=run.path),
+        updater=PolicyUpdater(config, run_dir=run.path),
         client=LocalClient(lambda: others.hub, "learner-0", others.take_turns),
         sender=others.link,
         recorder=RunRecorder(run, exporter),

@@ -241,10 +241,8 @@ def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> N
     assert batch.staleness.tolist() == [0, 0, 0, 4, 0]
     assert report == PackReport(
         num_loss_tokens=3,
-        num_masked_stale=2,
-        num_masked_nonfinite=0,
+        num_masked_tokens=2,
         num_nonfinite_sequences=0,
-        num_truncated_sequences=0,
         num_counted_tokens=5,
         num_counted_sequences=2,
     )
@@ -273,11 +271,10 @@ def test_masking_truncated_completions_takes_them_out_of_the_loss_and_of_the_cou
     one = group(1, [7], [cut, completion([6])], [1.0, 0.0])
     (batch,), report = packed(shard(one), mask_truncated=True)
     assert batch.target_ids[batch.loss_mask].tolist() == [6]
-    assert (report.num_truncated_sequences, report.num_counted_tokens) == (1, 1)
-    assert report.num_counted_sequences == 1
+    assert (report.num_counted_tokens, report.num_counted_sequences) == (1, 1)
     (batch,), report = packed(shard(one))
     assert sorted(batch.target_ids[batch.loss_mask].tolist()) == [1, 2, 3, 6]
-    assert (report.num_truncated_sequences, report.num_counted_tokens) == (0, 4)
+    assert (report.num_counted_tokens, report.num_counted_sequences) == (4, 2)
 
 
 def test_completion_ids_name_the_sequences_by_their_place_in_the_batch() -> None:
@@ -303,10 +300,8 @@ def test_a_completion_with_a_nonfinite_logprob_leaves_the_loss_whole(poison: flo
     assert np.isfinite(batch.behavior_logprobs).all()
     assert report == PackReport(
         num_loss_tokens=1,
-        num_masked_stale=0,
-        num_masked_nonfinite=3,
+        num_masked_tokens=3,
         num_nonfinite_sequences=1,
-        num_truncated_sequences=0,
         num_counted_tokens=4,
         num_counted_sequences=2,
     )

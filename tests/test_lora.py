@@ -155,9 +155,9 @@ def test_publishing_holds_one_merged_weight_at_a_time(folder, shard, kind):
 
 
 def test_canaries_are_computed_with_the_published_weights(folder, shard, tmp_path):
-    updater = trained(settings(folder), shard, save_to=tmp_path)
+    updater = trained(settings(folder), shard, run_dir=tmp_path)
     updater.save()
-    plain = PolicyUpdater(test_update.settings(tmp_path))
+    plain = PolicyUpdater(test_update.settings(tmp_path / "model"))
     np.testing.assert_array_equal(updater.canary_logprobs(), plain.canary_logprobs())
     apart = PolicyHead(updater._policy).next_logprobs(canary_prompts(updater.vocab_size)).numpy()
     np.testing.assert_allclose(apart, updater.canary_logprobs(), atol=1e-5)
@@ -219,7 +219,7 @@ def test_the_saved_model_loads_plainly_and_the_adapter_with_peft(
     folder, shard, tmp_path, save_merged
 ):
     model = tmp_path / "model"
-    updater = trained(settings(folder, {"save_merged": save_merged}), shard, save_to=model)
+    updater = trained(settings(folder, {"save_merged": save_merged}), shard, run_dir=tmp_path)
     updater.save()
     prompts = canary_prompts(updater.vocab_size)
     expected = PolicyHead(updater._policy).next_logprobs(prompts)
@@ -387,14 +387,14 @@ def test_missing_extra_are_named_with_the_extra_that_brings_them(monkeypatch):
 def test_a_4bit_base_trains_publishes_and_saves_in_full_precision(folder, shard, tmp_path):
     pytest.importorskip("bitsandbytes")
     config = settings(folder, {"quantize": "4bit"}, launch={"learners": 1, "gpus": 1})
-    updater = PolicyUpdater(config, save_to=tmp_path)
+    updater = PolicyUpdater(config, run_dir=tmp_path)
     before, base = copied(updater), base_of(folder)
     assert {name: t.shape for name, t in before.items()} == {n: t.shape for n, t in base.items()}
     for name, tensor in base.items():  # NF4 keeps about a digit
         assert (before[name].cpu() - tensor).abs().max() <= 0.2 * tensor.abs().max()
     updater.update(shard)
     updater.save()
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for name, tensor in updater.weights():
         assert torch.equal(saved.get_parameter(name), tensor.cpu())
     assert not torch.equal(

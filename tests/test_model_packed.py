@@ -18,13 +18,9 @@ from asyncgrpo.errors import ModelError
 from asyncgrpo.learner.attention import MAX_PADDED_TOKENS, packed_attention
 from asyncgrpo.learner.batch import Batch, pack, with_advantages
 from asyncgrpo.learner.inputs import Totals
-from asyncgrpo.learner.model import (
-    PolicyHead,
-    PublishedParameters,
-    load_policy,
-    packed_row,
-)
+from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.objective import objective
+from asyncgrpo.learner.parallel import Published
 from asyncgrpo.learner.prepare import OptimizerBatch
 from asyncgrpo.types import Completion, Group, Shard
 
@@ -114,11 +110,9 @@ def loss_of(batch: Batch, scored: tuple[torch.Tensor, torch.Tensor], count: int)
     ready = OptimizerBatch(
         groups=(),
         batches=(batch,),
-        advantages=(),
+        rows=(),
         report=pack((), 0, max_tokens=1, max_staleness=0, staleness_action="drop")[1],
         totals=Totals(num_tokens=count, num_sequences=1),
-        proximal=None,
-        ref=None,
     )
     config = from_mapping({})
     return objective(ready.inputs(0, *scored, config), config.algo, 0.0).loss
@@ -283,18 +277,16 @@ def test_gradient_hooks_fire_when_the_head_is_wrapped_for_several_ranks(
         count.__annotations__ = {}  # torch compares them with types, not with their names
         wrapped.register_comm_hook(None, count)
         found = gradients(wrapped, batches, shard.num_loss_tokens_global)
-        names = [name for name, _ in PublishedParameters(wrapped)]
     finally:
         dist.destroy_process_group()
     assert sum(seen) == len(list(policy.parameters()))
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)
-    assert names == [name for name, _ in policy.named_parameters()]
 
 
 def test_published_names_are_those_of_hugging_face_without_the_tied_output_layer(
     policy: PreTrainedModel,
 ) -> None:
-    published = dict(PublishedParameters(PolicyHead(policy)))
+    published = dict(Published(policy, is_sharded=False))
     assert published.keys() == dict(policy.named_parameters()).keys()
     assert "model.embed_tokens.weight" in published
     assert "lm_head.weight" not in published

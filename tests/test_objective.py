@@ -203,13 +203,15 @@ def test_with_one_update_per_batch_decoupled_is_truncated_importance_sampling() 
     [
         ([0, 10], [1] * 9),
         ([0] + [1] * 10, list(range(1, 10))),
-        ([0, 5, 0, 5], [1] * 5 + [3] * 4),
+        ([7, 5, 0, 5], [1] * 5 + [3] * 4),  # what is not trained does not count
+        ([3], [0] * 9),
     ],
 )
 def test_decile_edges_are_the_lengths_up_to_which_each_tenth_lies(
     counts: list[int], edges: list[int]
 ) -> None:
-    assert decile_edges(counts).tolist() == edges
+    lengths = torch.tensor(np.repeat(np.arange(len(counts)), counts))
+    assert decile_edges(lengths).tolist() == edges
 
 
 def own_loss(inputs: Any, algo: Any) -> torch.Tensor:

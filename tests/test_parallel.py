@@ -113,7 +113,7 @@ def held(updater: PolicyUpdater) -> int:
 
 def train(config: Config, own: list[Group], whole: list[Group], run: Path) -> Found:
     """Three steps, then what everyone sees of the model."""
-    updater = PolicyUpdater(config, save_to=run / "model" if is_first() else None, run_dir=run)
+    updater = PolicyUpdater(config, run_dir=run)
     rows = []
     for step in range(STEP, STEP + 3):
         rows.append(updater.update(shard_of(own, whole, step)))

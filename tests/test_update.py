@@ -22,7 +22,7 @@ from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import update
-from asyncgrpo.learner.reference import adapted_coefficient
+from asyncgrpo.learner.schedule import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.types import Completion, Group, Shard
 

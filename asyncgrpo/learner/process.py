@@ -56,9 +56,8 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
             folder=run.path / "weights",
         )
         recorder = RunRecorder(run, exporter)
-    save_to = run.model_path if rank == 0 else None
     with memory_explained(run.config, name):
-        updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
+        updater = PolicyUpdater(run.config, run_dir=run.path)
         learner = Learner(
             run.config,
             rank=rank,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -24,19 +24,12 @@ from asyncgrpo.learner import parallel, ranks
 from asyncgrpo.learner.attention import has_kernel, num_slots
 from asyncgrpo.learner.checkpoint import AddFiles, Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
-from asyncgrpo.learner.export import whole_or_not, write_model
 from asyncgrpo.learner.inputs import LossInputs
-from asyncgrpo.learner.model import (
-    PolicyHead,
-    PublishedParameters,
-    load_policy,
-    packed_row,
-)
+from asyncgrpo.learner.model import PolicyHead, load_policy, write_model
 from asyncgrpo.learner.objective import Objective, objective
-from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
-from asyncgrpo.learner.reference import Reference, adapted_coefficient
+from asyncgrpo.learner.prepare import OptimizerBatch, Preparer, Reference
 from asyncgrpo.learner.saved import FOLDER, step_of
-from asyncgrpo.learner.schedule import learning_rate
+from asyncgrpo.learner.schedule import adapted_coefficient, learning_rate
 from asyncgrpo.observe.token_log import write_token_log
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32, Shard
@@ -67,14 +60,9 @@ class StepRecord:
 class PolicyUpdater:
     """The learner loop's updater. With several ranks the default process group must be up."""
 
-    def __init__(
-        self, config: Config, *, save_to: Path | None = None, run_dir: Path | None = None
-    ) -> None:
-        """save_to: where `save` writes, None on ranks that do not.
-
-        run_dir: for checkpoints and token logs; None: neither.
-        """
-        self._config, self._save_to, self._run_dir = config, save_to, run_dir
+    def __init__(self, config: Config, *, run_dir: Path | None = None) -> None:
+        """run_dir: for the model, checkpoints and token logs; None: nothing is written."""
+        self._config, self._run_dir = config, run_dir
         self._world_size = ranks.world_size()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(config.learner.threads)
@@ -105,9 +93,10 @@ class PolicyUpdater:
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._kl_coef = algo.kl_coef
         self._num_skipped = self._num_syncs = 0
-        self.advantages = np.zeros(0, np.float32)  # [C] of the last update, see Updater
+        # [C] of the last update's completions, rank by rank as they were dealt
+        self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
-        self._weights = parallel.Gathered(PublishedParameters(self._policy))
+        self._published = parallel.Published(self._policy, self._sharded)
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
@@ -173,12 +162,11 @@ class PolicyUpdater:
 
     def weights(self) -> NamedTensors:
         """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
-        return self._weights if self._sharded else PublishedParameters(self._policy)
+        return self._published
 
     def help_gather(self) -> None:
         """On every rank when rank 0 is done with `weights`: until then the others help it."""
-        if self._sharded:
-            self._weights.help()
+        self._published.help()
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
@@ -232,36 +220,43 @@ class PolicyUpdater:
         return state
 
     def save(self) -> None:
-        """Writes the model and its tokenizer, loadable with from_pretrained.
+        """Writes the model and its tokenizer to RUN/model, loadable with from_pretrained.
 
         Waits for a checkpoint under way; CheckpointError when it failed.
         """
         if self._checkpoints is not None:
             self._checkpoints.wait()
-        self._write(self._save_to)
+        if self._run_dir is not None:
+            self._write(self._run_dir / "model")
 
     def export(self, step: int) -> None:
         """Writes the model after `step` updates to RUN/exports/step_<k>, when it is due."""
         every = self._config.checkpoint.export_every
         if self._run_dir is None or not every or step % every:
             return
-        with whole_or_not(self._run_dir / "exports" / f"step_{step}") as folder:
-            self._write(folder)
+        final = self._run_dir / "exports" / f"step_{step}"
+        draft = final.with_name(f".{final.name}.part")
+        self._write(draft)
+        if ranks.rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)  # of a life that was rolled back
+            draft.rename(final)
 
-    def _write(self, folder: Path | None) -> None:
-        if self._sharded or folder is not None:
-            write_model(self._policy, self._adapter, self._config.model.path, folder)
+    def _write(self, folder: Path) -> None:
+        """On rank 0; the others help to gather a sharded policy."""
+        if self._sharded or ranks.rank() == 0:
+            own = folder if ranks.rank() == 0 else None
+            write_model(self._policy, self._adapter, self._config.model.path, own)
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
         """One optimizer update."""
         self._optimizer.zero_grad(set_to_none=True)
-        update = StepRecord()
-        for index, last in self._microbatches(batch):
-            dropping = self._adapter.dropping() if self._adapter else contextlib.nullcontext()
-            with contextlib.nullcontext() if last else self._without_sync(), dropping:
-                inputs, found = self._objective(batch, index, self._head)
+        update, per_token = StepRecord(), []
+        for index in range(len(batch.rows)):
+            with self._accumulating(is_last=index == len(batch.rows) - 1):
+                inputs, found = self._objective(batch, index)
                 (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
             update.add(*measure(inputs, found, self._config.algo))
+            per_token.append(found.per_token)
             if is_last and self._config.observe.token_log:
                 record.tokens += self._token_rows(batch, index, inputs, found)
         limit = self._config.learner.max_grad_norm
@@ -270,7 +265,7 @@ class PolicyUpdater:
         # over ranks, so that all decide alike
         (loss,) = ranks.summed([float(update.sums["loss"])], self._device)
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            self._skip(batch, step, loss, norm)
+            self._skip(f"loss {loss}, gradient norm {norm} at step {step}: ", batch, per_token)
             return
         record.rate = self._learning_rate(step, update.sums)
         for group in self._optimizer.param_groups:
@@ -280,16 +275,18 @@ class PolicyUpdater:
         record.add(update.sums, update.maxima)
         record.norms.append(norm)
 
-    def _microbatches(self, batch: OptimizerBatch) -> Iterator[tuple[int, bool]]:
-        """(index, is the last one): with DDP ranks meet in the last one's backward pass only."""
-        for index in range(len(batch.batches)):
-            yield index, index == len(batch.batches) - 1
+    @contextlib.contextmanager
+    def _accumulating(self, *, is_last: bool) -> Iterator[None]:
+        """Around a micro-batch: the adapter drops, and with DDP ranks meet in the last one only."""
+        with contextlib.ExitStack() as stack:
+            if self._adapter is not None:
+                stack.enter_context(self._adapter.dropping())
+            if isinstance(self._head, DistributedDataParallel) and not is_last:
+                stack.enter_context(self._head.no_sync())
+            yield
 
-    def _objective(
-        self, batch: OptimizerBatch, index: int, head: nn.Module
-    ) -> tuple[LossInputs, Objective]:
-        row = packed_row(batch.batches[index], self._device)
-        logprobs, entropy = head(row)
+    def _objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
+        logprobs, entropy = self._head(batch.rows[index])
         inputs = batch.inputs(index, logprobs, entropy, self._config)
         kl_coef = self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
         return inputs, objective(inputs, self._config.algo, kl_coef)
@@ -306,46 +303,19 @@ class PolicyUpdater:
         count, weight, squared = ranks.summed([float(sums[n]) for n in names], self._device)
         return rate * math.sqrt(weight**2 / (count * squared)) if squared else rate
 
-    def _without_sync(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._head, DistributedDataParallel):
-            return self._head.no_sync()
-        return contextlib.nullcontext()
-
-    def _skip(self, batch: OptimizerBatch, step: int, loss: float, norm: float) -> None:
+    def _skip(self, what: str, batch: OptimizerBatch, per_token: Sequence[torch.Tensor]) -> None:
         """Leaves the weights as they are, names the culprit, and stops after too many."""
         self._num_skipped += 1  # the same on every rank, as loss and gradient norm are
         allowed = self._config.algo.max_nonfinite
         message = (
-            f"loss {loss}, gradient norm {norm} at step {step}: {self._culprit(batch)}; update "
-            f"skipped, weights unchanged ({self._num_skipped} skipped, allowed are "
-            f"algo.max_nonfinite={allowed})"
+            f"{what}{_culprit(batch, per_token)}; update skipped, weights unchanged "
+            f"({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
         )
         if self._num_skipped > allowed:
             raise RunError(
                 f"{message}; lower learner.lr={self._config.learner.lr}, or look at trajectories/"
             )
         log.warning(message)
-
-    @torch.no_grad()
-    def _culprit(self, batch: OptimizerBatch) -> str:
-        """The first token of this rank whose loss is not finite, by its group."""
-        losses = [
-            self._objective(batch, index, self._plain_head)[1]
-            for index in range(len(batch.batches))
-        ]
-        for micro, found in zip(batch.batches, losses, strict=True):
-            bad = (~torch.isfinite(found.per_token)).nonzero().flatten().tolist()
-            if bad:
-                sequence = int(micro.sequence_ids[bad[0]])
-                flat = [(g, i) for g in batch.groups for i in range(len(g.completions))]
-                group, sample = flat[int(micro.completion_ids[sequence])]
-                length = len(group.completions[sample].token_ids)
-                place = bad[0] - (int(micro.cu_seqlens[sequence + 1]) - length)
-                return (
-                    f"loss {float(found.per_token[bad[0]])} at group {group.lease.lease_id}, "
-                    f"completion {sample}, token {place} (id {int(micro.target_ids[bad[0]])})"
-                )
-        return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
 
     def _after(self, shard: Shard, metrics: dict[str, float]) -> None:
         """What the reference and the KL coefficient learn from the step."""
@@ -394,7 +364,7 @@ class PolicyUpdater:
             sum(float(r.min()) for r in rewards),
             len(rewards),
             sum(report.num_loss_tokens for report in reports),
-            sum(report.num_masked_stale + report.num_masked_nonfinite for report in reports),
+            sum(report.num_masked_tokens for report in reports),
             sum(report.num_nonfinite_sequences for report in reports),
             reasons.count("length"),
             own_cost,
@@ -430,10 +400,6 @@ class PolicyUpdater:
         self, batch: OptimizerBatch, index: int, inputs: LossInputs, found: Objective
     ) -> Iterator[dict[str, np.ndarray]]:
         """The columns of observe/token_log.py for each completion of a micro-batch."""
-        micro, first = batch.batches[index], batch.first_group
-        flat = [
-            (g, i) for g, group in enumerate(batch.groups) for i in range(len(group.completions))
-        ]
         tensors = {
             "proximal_logprob": inputs.proximal_logprobs,
             "logprob": inputs.logprobs.detach(),
@@ -443,22 +409,33 @@ class PolicyUpdater:
             "mask": inputs.mask.bool(),
         }
         arrays = {n: None if v is None else v.cpu().numpy() for n, v in tensors.items()}
-        for number, which in enumerate(micro.completion_ids.tolist()):
-            if not len(flat):
-                return
-            lease, sample = flat[which]
-            completion = batch.groups[lease].completions[sample]
+        for group, sample, places in batch.completions(index):
+            completion = batch.groups[group].completions[sample]
             count = len(completion.token_ids)
-            end = int(micro.cu_seqlens[number + 1])
             yield {
-                "lease": np.full(count, first + lease),
+                "lease": np.full(count, batch.first_group + group),
                 "sample": np.full(count, sample),
                 "place": np.arange(count),
                 "token_id": completion.token_ids,
                 "version": completion.versions,
                 "behavior_logprob": completion.behavior_logprobs,
                 **{
-                    name: np.full(count, np.nan) if array is None else array[end - count : end]
+                    name: np.full(count, np.nan) if array is None else array[places]
                     for name, array in arrays.items()
                 },
             }
+
+
+def _culprit(batch: OptimizerBatch, per_token: Sequence[torch.Tensor]) -> str:
+    """The first token of this rank whose loss is not finite, by its group; float32 [S] each."""
+    for index, values in enumerate(per_token):
+        for group, sample, places in batch.completions(index):
+            bad = (~torch.isfinite(values[places])).nonzero()
+            if len(bad):
+                token, lease = int(bad[0]), batch.groups[group].lease.lease_id
+                ids = batch.groups[group].completions[sample].token_ids
+                return (
+                    f"loss {float(values[places][token])} at group {lease}, completion {sample}, "
+                    f"token {token} (id {ids[token]})"
+                )
+    return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
