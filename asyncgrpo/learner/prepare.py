@@ -21,6 +21,7 @@ from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.learner.inputs import LossInputs, Totals, moves_on
 from asyncgrpo.learner.model import PackedRow, PolicyHead, packed_row
 from asyncgrpo.observe.metrics import SEQUENCE_RULES
+from asyncgrpo.observe.token_log import Columns
 from asyncgrpo.staleness import share_of
 from asyncgrpo.types import Float32, Group
 
@@ -111,6 +112,44 @@ class OptimizerBatch:
             group, sample = flat[which]
             count = len(self.groups[group].completions[sample].token_ids)
             yield group, sample, slice(end - count, end)
+
+    def culprit(self, losses: Sequence[Tensor]) -> str:
+        """The first token whose loss is not finite, by its group; losses: [S] per micro-batch."""
+        for index, values in enumerate(losses):
+            for group, sample, places in self.completions(index):
+                token_ids = self.groups[group].completions[sample].token_ids
+                for token, loss in enumerate(values[places].tolist()):
+                    if not math.isfinite(loss):
+                        return (
+                            f"loss {loss} at group {self.groups[group].lease.lease_id}, "
+                            f"completion {sample}, token {token} (id {token_ids[token]})"
+                        )
+        return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
+
+    def token_rows(self, index: int, inputs: LossInputs, weight: Tensor) -> Iterator[Columns]:
+        """The columns of observe/token_log.py for each completion on micro-batch `index`."""
+        tensors = {
+            "proximal_logprob": inputs.proximal_logprobs,
+            "logprob": inputs.logprobs.detach(),
+            "ref_logprob": inputs.ref_logprobs,
+            "advantage": inputs.advantages,
+            "weight": weight,
+            "mask": inputs.mask.bool(),
+        }
+        arrays = {n: v.cpu().numpy() for n, v in tensors.items() if v is not None}
+        for group, sample, places in self.completions(index):
+            completion = self.groups[group].completions[sample]
+            count = len(completion.token_ids)
+            yield {
+                "lease": np.full(count, self.first_group + group),
+                "sample": np.full(count, sample),
+                "place": np.arange(count),
+                "token_id": completion.token_ids,
+                "version": completion.versions,
+                "behavior_logprob": completion.behavior_logprobs,
+                "ref_logprob": np.full(count, np.nan),
+                **{name: array[places] for name, array in arrays.items()},
+            }
 
 
 class Preparer:

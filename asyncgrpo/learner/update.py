@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import parallel, ranks
-from asyncgrpo.learner.attention import has_kernel, num_slots
+from asyncgrpo.learner.attention import has_kernel
 from asyncgrpo.learner.checkpoint import AddFiles, Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.inputs import LossInputs
@@ -30,7 +31,7 @@ from asyncgrpo.learner.objective import Objective, objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer, Reference
 from asyncgrpo.learner.saved import FOLDER, step_of
 from asyncgrpo.learner.schedule import adapted_coefficient, learning_rate
-from asyncgrpo.observe.token_log import write_token_log
+from asyncgrpo.observe.token_log import Columns, write_token_log
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.weights.proof import canary_prompts
@@ -46,7 +47,7 @@ class StepRecord:
     maxima: Sums = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
     rate: float = 0.0
-    tokens: list[dict[str, np.ndarray]] = field(default_factory=list)  # for observe.token_log
+    tokens: list[Columns] = field(default_factory=list)  # for observe.token_log
 
     def add(self, sums: Sums, maxima: Sums) -> None:
         """Adds a micro-batch's or an update's part."""
@@ -73,7 +74,9 @@ class PolicyUpdater:
         self._sharded = settings.parallel == "fsdp"
         if self._sharded:
             parallel.open_lone_group()
-        self._policy = self._load(config.model.path, quantized=quantized)
+        # Sharded models are loaded in host memory: no GPU ever holds one whole.
+        load = partial(load_policy, device="cpu" if self._sharded else self._device)
+        self._policy = load(config.model.path, quantized=quantized)
         self._adapter = None
         if lora is not None:
             from asyncgrpo.learner.lora import Adapter  # peft: slow, and an extra
@@ -88,7 +91,7 @@ class PolicyUpdater:
         if algo.kl_coef > 0 and self._adapter is not None and not algo.reference.path:
             self._reference = Reference(head, self._adapter.off)
         elif algo.kl_coef > 0:
-            model = self._load(algo.reference.path or config.model.path)
+            model = load(algo.reference.path or config.model.path)
             self._reference = Reference(self._make_head(model.requires_grad_(False)))
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._kl_coef = algo.kl_coef
@@ -100,11 +103,6 @@ class PolicyUpdater:
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
-
-    def _load(self, path: str, *, quantized: bool = False) -> PreTrainedModel:
-        """Sharded models are loaded in host memory: no GPU ever holds one whole."""
-        device = "cpu" if self._sharded else self._device
-        return load_policy(path, device=device, quantized=quantized)
 
     def _make_head(self, policy: PreTrainedModel) -> PolicyHead:
         settings = self._config.learner
@@ -258,7 +256,7 @@ class PolicyUpdater:
             update.add(*measure(inputs, found, self._config.algo))
             per_token.append(found.per_token)
             if is_last and self._config.observe.token_log:
-                record.tokens += self._token_rows(batch, index, inputs, found)
+                record.tokens += batch.token_rows(index, inputs, found.corrected.weight)
         limit = self._config.learner.max_grad_norm
         gradients = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), limit)
         norm = float(ranks.whole(gradients))
@@ -308,7 +306,7 @@ class PolicyUpdater:
         self._num_skipped += 1  # the same on every rank, as loss and gradient norm are
         allowed = self._config.algo.max_nonfinite
         message = (
-            f"{what}{_culprit(batch, per_token)}; update skipped, weights unchanged "
+            f"{what}{batch.culprit(per_token)}; update skipped, weights unchanged "
             f"({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
         )
         if self._num_skipped > allowed:
@@ -352,41 +350,34 @@ class PolicyUpdater:
 
     def _batch_metrics(self, shard: Shard, ready: list[OptimizerBatch]) -> dict[str, float]:
         """Rewards and lengths of the whole batch, from every rank's shard."""
-        rewards = [group.rewards for group in shard.groups]
         reports = [batch.report for batch in ready]
-        micros = [micro for batch in ready for micro in batch.batches]
+        rows = [row for batch in ready for row in batch.rows]
         by_kernel = has_kernel(self._device, getattr(torch, self._config.learner.dtype))
-        own_cost = sum(group.cost for group in shard.groups)
+        slots = [row.input_ids.numel() if by_kernel else row.packing.num_slots for row in rows]
         reasons = [c.finish_reason for group in shard.groups for c in group.completions]
-        counts = [
-            sum(float(r.mean()) for r in rewards),
-            sum(float(r.max()) for r in rewards),
-            sum(float(r.min()) for r in rewards),
-            len(rewards),
-            sum(report.num_loss_tokens for report in reports),
-            sum(report.num_masked_tokens for report in reports),
-            sum(report.num_nonfinite_sequences for report in reports),
-            reasons.count("length"),
-            own_cost,
-            sum(len(micro.input_ids) for micro in micros if micro.loss_mask.any()),
-            sum(num_slots(micro.cu_seqlens, by_kernel=by_kernel) for micro in micros),
-        ]
-        totals = ranks.summed(counts, self._device)
-        mean, best, worst, groups, tokens, masked, nonfinite, truncated, cost, used, slots = totals
-        completions = shard.num_completions_global
-        largest = ranks.largest(own_cost, self._device)
-        return {
-            "rewards/mean": mean / groups,
-            "rewards/best": best / groups,
-            "rewards/worst": worst / groups,
-            "tokens_trained": tokens,
-            "tokens_masked": masked,
-            "nonfinite_completions": nonfinite,
-            "truncated_share": truncated / completions,
-            "padding_share": 1.0 - used / slots,
-            "rank_balance": cost / (largest * self._world_size),
-            "completions/mean_length": shard.num_loss_tokens_global / completions,
+        own = {
+            "rewards/mean": sum(float(group.rewards.mean()) for group in shard.groups),
+            "rewards/best": sum(float(group.rewards.max()) for group in shard.groups),
+            "rewards/worst": sum(float(group.rewards.min()) for group in shard.groups),
+            "groups": len(shard.groups),
+            "tokens_trained": sum(report.num_loss_tokens for report in reports),
+            "tokens_masked": sum(report.num_masked_tokens for report in reports),
+            "nonfinite_completions": sum(report.num_nonfinite_sequences for report in reports),
+            "truncated": reasons.count("length"),
+            "cost": sum(group.cost for group in shard.groups),
+            "places": sum(row.input_ids.numel() for row in rows if len(row.targets)),
+            "slots": sum(slots),
         }
+        found = dict(zip(own, ranks.summed(list(own.values()), self._device), strict=True))
+        groups, completions = found.pop("groups"), shard.num_completions_global
+        for name in ("rewards/mean", "rewards/best", "rewards/worst"):
+            found[name] /= groups
+        largest = ranks.largest(own["cost"], self._device)
+        found["truncated_share"] = found.pop("truncated") / completions
+        found["padding_share"] = 1.0 - found.pop("places") / found.pop("slots")
+        found["rank_balance"] = found.pop("cost") / (largest * self._world_size)
+        found["completions/mean_length"] = shard.num_loss_tokens_global / completions
+        return found
 
     def _all_advantages(self, shard: Shard, ready: list[OptimizerBatch]) -> Float32:
         """float32 [C] of all ranks' completions, rank by rank, in the order of each shard."""
@@ -395,47 +386,3 @@ class PolicyUpdater:
             ordered[first :: len(ready)] = batch.advantages
         own = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *ordered]))
         return ranks.collected(own.to(self._device)).cpu().numpy()
-
-    def _token_rows(
-        self, batch: OptimizerBatch, index: int, inputs: LossInputs, found: Objective
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The columns of observe/token_log.py for each completion of a micro-batch."""
-        tensors = {
-            "proximal_logprob": inputs.proximal_logprobs,
-            "logprob": inputs.logprobs.detach(),
-            "ref_logprob": inputs.ref_logprobs,
-            "advantage": inputs.advantages,
-            "weight": found.corrected.weight,
-            "mask": inputs.mask.bool(),
-        }
-        arrays = {n: None if v is None else v.cpu().numpy() for n, v in tensors.items()}
-        for group, sample, places in batch.completions(index):
-            completion = batch.groups[group].completions[sample]
-            count = len(completion.token_ids)
-            yield {
-                "lease": np.full(count, batch.first_group + group),
-                "sample": np.full(count, sample),
-                "place": np.arange(count),
-                "token_id": completion.token_ids,
-                "version": completion.versions,
-                "behavior_logprob": completion.behavior_logprobs,
-                **{
-                    name: np.full(count, np.nan) if array is None else array[places]
-                    for name, array in arrays.items()
-                },
-            }
-
-
-def _culprit(batch: OptimizerBatch, per_token: Sequence[torch.Tensor]) -> str:
-    """The first token of this rank whose loss is not finite, by its group; float32 [S] each."""
-    for index, values in enumerate(per_token):
-        for group, sample, places in batch.completions(index):
-            bad = (~torch.isfinite(values[places])).nonzero()
-            if len(bad):
-                token, lease = int(bad[0]), batch.groups[group].lease.lease_id
-                ids = batch.groups[group].completions[sample].token_ids
-                return (
-                    f"loss {float(values[places][token])} at group {lease}, completion {sample}, "
-                    f"token {token} (id {ids[token]})"
-                )
-    return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
