@@ -72,7 +72,10 @@ class Learner:
         self._client.call(Packet(kind="begin", fields={"step": version}), CALL_SECONDS)
         if self._recorder is not None:
             self._recorder.begin(version)
-        self._publish(version, is_first=True)
+        self._publish(version)
+        if self._sender is not None:
+            launch = self._config.launch
+            self._sender.wait_for_actors(launch.actors, launch.start_timeout_seconds)
         if version == 0:
             self._evaluate(0, self._evals)
         # those of the checkpoint's version were asked for before it was made: the buffer knows
@@ -128,16 +131,12 @@ class Learner:
         self._updater.save()
         return False
 
-    def _publish(self, version: int, *, is_first: bool = False) -> None:
+    def _publish(self, version: int) -> None:
         canaries = self._updater.canary_logprobs()
         if self._sender is not None:
             self._sender.publish(version, self._updater.weights(), canaries)
         self._updater.help_gather()
         self._published = version
-        if self._sender is not None and is_first:
-            self._sender.wait_for_actors(
-                self._config.launch.actors, self._config.launch.start_timeout_seconds
-            )
 
     def _release(self) -> None:
         if self._sender is not None:

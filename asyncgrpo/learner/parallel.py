@@ -72,14 +72,10 @@ def open_lone_group() -> None:
 def make_optimizer(policy: nn.Module, settings: LearnerSettings) -> Optimizer:
     """AdamW on what is trained; weight decay on matrices only, not on biases and norms."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    groups = [
-        {"params": weights, "weight_decay": decay}
-        for weights, decay in (
-            ([weight for weight in trained if weight.ndim > 1], settings.weight_decay),
-            ([weight for weight in trained if weight.ndim <= 1], 0.0),
-        )
-        if weights
-    ]
+    matrices = [weight for weight in trained if weight.ndim > 1]
+    others = [weight for weight in trained if weight.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.adam_eps}
     if settings.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # an extra

@@ -151,8 +151,6 @@ class PolicyUpdater:
                 self._step(batch, shard.step, record, is_last=index == algo.passes - 1)
         metrics = self._finish(record, shard)
         self._after(shard, metrics)
-        if algo.kl_coef:
-            metrics["objective/kl_coef"] = self._kl_coef
         if self._config.observe.token_log and self._run_dir is not None:
             leases = [group.lease.lease_id for batch in ready for group in batch.groups]
             write_token_log(self._run_dir, shard.step, ranks.rank(), leases, record.tokens)
@@ -329,7 +327,7 @@ class PolicyUpdater:
             self._num_syncs += 1
             if ranks.rank() == 0:
                 log.info("reference synced with alpha %g", algo.reference.mix_alpha)
-        metrics["reference_syncs"] = float(self._num_syncs)
+        metrics |= {"objective/kl_coef": self._kl_coef, "reference_syncs": float(self._num_syncs)}
 
     def _finish(self, record: StepRecord, shard: Shard) -> dict[str, float]:
         """Metrics over all ranks; without the loss's own when every update was skipped."""
