@@ -6,26 +6,22 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import learner_case
 import numpy as np
 import pytest
-import test_update
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from golden.test_serial import rows
+from learner_case import STEP, logprobs, make_groups, on_ranks, part_of, shard_of, token_log
 from peft import PeftModel
 from rich.console import Console
-from test_checkpoint import free_port
-from test_update import STEP, logprobs, make_groups, shard_of, token_log
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from asyncgrpo.buffer.replay import deal
 from asyncgrpo.config import Config, LoraSettings, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
-from asyncgrpo.launch.preflight import missing_extra
+from asyncgrpo.launch.preflight import missing_extra, pick_free_ports
 from asyncgrpo.launch.resume import check_resumable
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.lora import check_targets
@@ -43,11 +39,6 @@ R, ALPHA = 4, 10
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_untrained(tmp_path_factory.mktemp("model") / "tiny", True, 5)
-
-
-@pytest.fixture(scope="module")
 def shard(folder: Path) -> Shard:
     return shard_of(make_groups(folder))
 
@@ -56,7 +47,7 @@ def settings(folder: Path, lora: dict[str, Any] | None = None, **rooms: Any) -> 
     lora = {"r": R, "alpha": ALPHA, **(lora or {})}
     learner = {"lora": lora, **rooms.pop("learner", {})}
     rooms.setdefault("buffer", {"groups_per_step": 6, "max_staleness": 6})
-    return test_update.settings(folder, learner=learner, **rooms)
+    return learner_case.settings(folder, learner=learner, **rooms)
 
 
 def trained(config: Config, shard: Shard, updates: int = 2, **where: Path) -> PolicyUpdater:
@@ -118,7 +109,7 @@ class Here:
     """The sender of other processes, with nobody there."""
 
     def __init__(self, config: Config) -> None:
-        ports = [free_port() for _ in range(2)]
+        ports = pick_free_ports(2)
         self._sender = CollectiveSender(
             config, f"tcp://127.0.0.1:{ports[0]}", ("127.0.0.1", ports[1])
         )
@@ -157,7 +148,7 @@ def test_publishing_holds_one_merged_weight_at_a_time(folder, shard, kind):
 def test_canaries_are_computed_with_the_published_weights(folder, shard, tmp_path):
     updater = trained(settings(folder), shard, run_dir=tmp_path)
     updater.save()
-    plain = PolicyUpdater(test_update.settings(tmp_path / "model"))
+    plain = PolicyUpdater(learner_case.settings(tmp_path / "model"))
     np.testing.assert_array_equal(updater.canary_logprobs(), plain.canary_logprobs())
     apart = PolicyHead(updater._policy).next_logprobs(canary_prompts(updater.vocab_size)).numpy()
     np.testing.assert_allclose(apart, updater.canary_logprobs(), atol=1e-5)
@@ -257,22 +248,11 @@ def test_a_checkpoint_is_small_and_goes_on_bit_for_bit(folder, shard, tmp_path):
     assert all(".lora_" in name for name in tensors)
 
 
-def learn(rank: int, count: int, port: int, config: Config, shard: Shard, out: Path) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+def learn(rank: int, count: int, config: Config, shard: Shard, out: Path) -> None:
     updater = PolicyUpdater(config)
-    part = Shard(
-        step=shard.step,
-        groups=deal(shard.groups, count)[rank],
-        num_loss_tokens_global=shard.num_loss_tokens_global,
-        num_completions_global=shard.num_completions_global,
-    )
     for _ in range(2):
-        updater.update(part)
+        updater.update(part_of(shard, rank, count))
     torch.save(copied(updater), out / f"rank_{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -280,7 +260,7 @@ def test_two_ranks_train_the_same_adapter_as_one(folder, shard, tmp_path):
     # adam_eps: a step must not depend on the sign of a gradient that is zero but for rounding
     learner = {"lr": 1e-3, "adam_eps": 1e-3}
     config = settings(folder, learner=learner, algo={"kl_coef": 0.1})
-    mp.spawn(learn, args=(2, free_port(), config, shard, tmp_path), nprocs=2)
+    on_ranks(2, learn, config, shard, tmp_path)
     one, two = (torch.load(tmp_path / f"rank_{rank}") for rank in range(2))
     alone = copied(trained(config, shard))
     assert not torch.equal(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,101 +12,23 @@ import oracle_advantages
 import oracles
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from fakes import make_lease
+from learner_case import (
+    STEP,
+    logprobs,
+    make_groups,
+    on_ranks,
+    settings,
+    shard_of,
+    token_log,
+    weights_of,
+)
 from transformers import AutoModelForCausalLM
 
-from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import update
 from asyncgrpo.learner.schedule import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Completion, Group, Shard
-
-STEP = 6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_untrained(tmp_path_factory.mktemp("model") / "tiny", True, 5)
-
-
-def settings(folder: Path, **rooms: Any) -> Config:
-    algo = {"group_size": 4, **rooms.pop("algo", {})}
-    return from_mapping(
-        {
-            "model": {"path": str(folder)},
-            "algo": algo,
-            "learner": {"lr": 1e-2, "warmup_steps": 0, **rooms.pop("learner", {})},
-            "buffer": {"groups_per_step": 6, "max_staleness": 6},
-            "launch": {"learners": 1},
-            **rooms,
-        }
-    )
-
-
-def logprobs(model: torch.nn.Module, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """float64 log-probs of the completion by a plain forward pass."""
-    ids = torch.from_numpy(np.concatenate([prompt, tokens]).astype(np.int64))[None]
-    with torch.no_grad():
-        table = model(input_ids=ids).logits[0].double().log_softmax(-1)
-    places = torch.arange(len(prompt) - 1, len(prompt) + len(tokens) - 1)
-    return table[places, torch.from_numpy(tokens.astype(np.int64))].numpy()
-
-
-def make_groups(folder: Path, count: int = 6, noise: float = 0.3, seed: int = 0) -> list[Group]:
-    """Random completions; behaviour log-probs are the model's plus noise that grows with age."""
-    random = np.random.default_rng(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    groups = []
-    for number in range(count):
-        prompt = random.integers(3, 200, int(random.integers(2, 6))).astype(np.int32)
-        completions = []
-        for sample in range(4):
-            tokens = random.integers(3, 200, int(random.integers(1, 13))).astype(np.int32)
-            versions = np.sort(random.integers(STEP - 4, STEP + 1, len(tokens))).astype(np.int32)
-            moved = noise * random.normal(size=len(tokens)) * (STEP - versions)
-            completions.append(
-                Completion(
-                    token_ids=tokens,
-                    behavior_logprobs=(logprobs(model, prompt, tokens) + moved).astype(np.float32),
-                    versions=versions,
-                    finish_reason="length" if sample == 0 else "stop",
-                )
-            )
-        rewards = random.normal(size=4).astype(np.float32)
-        groups.append(
-            Group(
-                lease=make_lease(number, group_size=4),
-                prompt_token_ids=prompt,
-                completions=tuple(completions),
-                rewards=rewards,
-                reward_parts={"task": rewards},
-                actor="actor-0",
-            )
-        )
-    return groups
-
-
-def shard_of(groups: list[Group], whole: list[Group] | None = None, step: int = STEP) -> Shard:
-    everything = whole or groups
-    return Shard(
-        step=step,
-        groups=tuple(groups),
-        num_loss_tokens_global=sum(group.num_tokens for group in everything),
-        num_completions_global=sum(len(group.completions) for group in everything),
-    )
-
-
-def weights_of(updater: PolicyUpdater) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in updater.weights()}
-
-
-def token_log(run: Path, step: int = STEP) -> dict[str, np.ndarray]:
-    with np.load(run / "tokens" / f"step_{step}.rank0.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+from asyncgrpo.types import Group
 
 
 def test_several_updates_keep_the_proximal_policy_of_the_start(
@@ -403,11 +324,8 @@ ALGOS: list[dict[str, Any]] = [
 ]
 
 
-def train_rank(rank: int, world: int, port: int, folder: Path, out: Path) -> None:
+def train_rank(rank: int, world: int, folder: Path, out: Path) -> None:
     """Two steps per algorithm, groups dealt unevenly; rank 0 saves weights and metrics."""
-    if world > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     groups = make_groups(folder, count=7)
     shares = [groups] if world == 1 else [groups[:5], groups[5:]]
     found = []
@@ -429,18 +347,12 @@ def train_rank(rank: int, world: int, port: int, folder: Path, out: Path) -> Non
         found.append((rows, weights_of(updater), updater.advantages.reshape(7, 4)[order].tolist()))
     if rank == 0:
         torch.save(found, out)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_with_uneven_shards_train_like_one(folder: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    train_rank(0, 1, port, folder, tmp_path / "one")
-    mp.spawn(train_rank, args=(2, port, folder, tmp_path / "two"), nprocs=2)
+    on_ranks(1, train_rank, folder, tmp_path / "one")
+    on_ranks(2, train_rank, folder, tmp_path / "two")
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
     for algo, (rows, weights, told), (other_rows, other_weights, other_told) in zip(
         ALGOS, one, two, strict=True
