@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling
+from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=16)
 
@@ -70,6 +70,48 @@ def make_group(
         reward_parts={"task": np.array(values, dtype=np.float32)},
         actor=actor,
         timings={"generate": 0.1, "judge": 0.01},
+    )
+
+
+def completion_of(
+    tokens: Sequence[int],
+    versions: Sequence[int] | int = 0,
+    logprobs: Sequence[float] | None = None,
+    finish_reason: str = "stop",
+) -> Completion:
+    """A completion of these tokens; one version for all, log-probs made up unless given."""
+    return Completion(
+        token_ids=np.array(tokens, np.int32),
+        behavior_logprobs=np.array(
+            [-0.1 * t for t in tokens] if logprobs is None else logprobs, "f4"
+        ),
+        versions=np.broadcast_to(np.array(versions, np.int32), len(tokens)).copy(),
+        finish_reason=finish_reason,  # type: ignore[arg-type]
+    )
+
+
+def group_of(
+    number: int, prompt: Sequence[int], completions: Sequence[Completion], rewards: Sequence[float]
+) -> Group:
+    scores = np.array(rewards, np.float32)
+    return Group(
+        lease=make_lease(number, group_size=len(completions)),
+        prompt_token_ids=np.array(prompt, np.int32),
+        completions=tuple(completions),
+        rewards=scores,
+        reward_parts={"task": scores},
+        actor="actor-0",
+    )
+
+
+def shard_of(groups: Sequence[Group], step: int, whole: Sequence[Group] | None = None) -> Shard:
+    """The groups as one rank's shard; whole: of all ranks."""
+    everything = whole or groups
+    return Shard(
+        step=step,
+        groups=tuple(groups),
+        num_loss_tokens_global=sum(group.num_tokens for group in everything),
+        num_completions_global=sum(len(group.completions) for group in everything),
     )
 
 

@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fakes
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fakes import make_lease
+from fakes import completion_of, group_of
 from transformers import AutoModelForCausalLM
 
 from asyncgrpo.buffer.replay import deal
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Group, Shard
 
 STEP = 6
 
@@ -58,36 +59,15 @@ def make_groups(folder: Path, count: int = 6, noise: float = 0.3, seed: int = 0)
             tokens = random.integers(3, 200, int(random.integers(1, 13))).astype(np.int32)
             versions = np.sort(random.integers(STEP - 4, STEP + 1, len(tokens))).astype(np.int32)
             moved = noise * random.normal(size=len(tokens)) * (STEP - versions)
-            completions.append(
-                Completion(
-                    token_ids=tokens,
-                    behavior_logprobs=(logprobs(model, prompt, tokens) + moved).astype(np.float32),
-                    versions=versions,
-                    finish_reason="length" if sample == 0 else "stop",
-                )
-            )
-        rewards = random.normal(size=4).astype(np.float32)
-        groups.append(
-            Group(
-                lease=make_lease(number, group_size=4),
-                prompt_token_ids=prompt,
-                completions=tuple(completions),
-                rewards=rewards,
-                reward_parts={"task": rewards},
-                actor="actor-0",
-            )
-        )
+            own = (logprobs(model, prompt, tokens) + moved).astype(np.float32)
+            reason = "length" if sample == 0 else "stop"
+            completions.append(completion_of(tokens, versions, own, reason))
+        groups.append(group_of(number, prompt, completions, random.normal(size=4)))
     return groups
 
 
 def shard_of(groups: list[Group], whole: list[Group] | None = None, step: int = STEP) -> Shard:
-    everything = whole or groups
-    return Shard(
-        step=step,
-        groups=tuple(groups),
-        num_loss_tokens_global=sum(group.num_tokens for group in everything),
-        num_completions_global=sum(len(group.completions) for group in everything),
-    )
+    return fakes.shard_of(groups, step, whole)
 
 
 def weights_of(updater: PolicyUpdater) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fakes import make_lease
+from fakes import completion_of, group_of, shard_of
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -22,7 +22,7 @@ from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.parallel import Published
 from asyncgrpo.learner.prepare import OptimizerBatch
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Shard
 
 VOCAB = 97
 
@@ -69,32 +69,13 @@ def make_shard(lengths: list[int], seed: int = 0, prompt: int = 3) -> Shard:
     random = np.random.default_rng(seed)
     groups = []
     for first in range(0, len(lengths), 2):
-        completions = tuple(
-            Completion(
-                token_ids=random.integers(0, VOCAB, length).astype(np.int32),
-                behavior_logprobs=(-5 * random.random(length)).astype(np.float32),
-                versions=np.zeros(length, np.int32),
-                finish_reason="stop",
-            )
-            for length in lengths[first : first + 2]
-        )
-        rewards = random.normal(size=len(completions)).astype(np.float32)
-        groups.append(
-            Group(
-                lease=make_lease(first, group_size=len(completions)),
-                prompt_token_ids=random.integers(0, VOCAB, prompt).astype(np.int32),
-                completions=completions,
-                rewards=rewards,
-                reward_parts={},
-                actor="actor-0",
-            )
-        )
-    return Shard(
-        step=0,
-        groups=tuple(groups),
-        num_loss_tokens_global=sum(lengths),
-        num_completions_global=len(lengths),
-    )
+        completions = [
+            completion_of(random.integers(0, VOCAB, n), 0, -5 * random.random(n))
+            for n in lengths[first : first + 2]
+        ]
+        rewards = random.normal(size=len(completions))
+        groups.append(group_of(first, random.integers(0, VOCAB, prompt), completions, rewards))
+    return shard_of(groups, 0)
 
 
 def packed(shard: Shard, max_tokens: int = 10_000) -> tuple[Batch, ...]:
