@@ -179,13 +179,11 @@ def run_serial(
     others = Others(run, prompts or open_prompts(config), exporter.observe)
     learner = Learner(
         config,
-        rank=0,
-        world_size=1,
         updater=PolicyUpdater(config, run_dir=run.path),
         client=LocalClient(lambda: others.hub, "learner-0", others.take_turns),
         sender=others.link,
         recorder=RunRecorder(run, exporter),
-        observe=exporter.observe,
+        exporter=exporter,
         stopping=stopping,
         add_to_checkpoint=others.add_to_checkpoint,
     )

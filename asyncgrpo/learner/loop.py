@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncgrpo.config import Config, EvalSettings
+from asyncgrpo.learner import ranks
 from asyncgrpo.protocols import Client, WeightSender
-from asyncgrpo.types import Int32
 from asyncgrpo.wire.codec import Packet, shard_from
 
 if TYPE_CHECKING:
     from asyncgrpo.learner.update import PolicyUpdater
+    from asyncgrpo.observe.exporter import Exporter
     from asyncgrpo.observe.recorder import RunRecorder
 
 log = logging.getLogger(__name__)
@@ -35,27 +36,21 @@ class Learner:
         self,
         config: Config,
         *,
-        rank: int,
-        world_size: int,
         updater: PolicyUpdater,
         client: Client,
         sender: WeightSender | None,
         recorder: RunRecorder | None,
-        show: Callable[[Mapping[str, float]], None] = lambda row: None,
-        observe: Callable[[str, Int32], None] = lambda name, values: None,
+        exporter: Exporter,
         stopping: Callable[[], bool] = lambda: False,
         add_to_checkpoint: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """show, observe: get what a rank alone knows, for its metrics endpoint.
+        """exporter: gets what a rank alone knows. stopping: whether the run is to end early.
 
-        stopping: whether the run is to end early, with a checkpoint. add_to_checkpoint: puts more
-        files into the folder of each.
+        add_to_checkpoint: puts more files into the folder of each.
         """
-        self._config, self._rank, self._world_size = config, rank, world_size
-        self._updater, self._client = updater, client
-        self._sender, self._recorder = sender, recorder
-        self._show, self._observe, self._stopping = show, observe, stopping
-        self._add_to_checkpoint = add_to_checkpoint
+        self._config, self._updater, self._client = config, updater, client
+        self._sender, self._recorder, self._exporter = sender, recorder, exporter
+        self._stopping, self._add_to_checkpoint = stopping, add_to_checkpoint
         self._asked_to_stop = float("-inf")  # when
         self._published = -1
         self._evals = config.evals
@@ -99,7 +94,7 @@ class Learner:
                 self._evaluate_now_and_then(version)
             row["step_seconds"] = time.perf_counter() - start
             row.update(step=step, version=version)
-            self._observe("token_staleness", shard.staleness)
+            self._exporter.observe("token_staleness", shard.staleness)
             self._tell(step, row)
             if self._updater.is_checkpoint_due(version):
                 self._updater.checkpoint(version, self._add_to_checkpoint)
@@ -109,7 +104,7 @@ class Learner:
 
     def _take(self, step: int) -> Packet:
         """The answer to "take": a shard, exhausted, or stopped."""
-        fields = {"step": step, "rank": self._rank, "world_size": self._world_size}
+        fields = {"step": step, "rank": ranks.rank(), "world_size": ranks.world_size()}
         seconds = self._config.buffer.take_timeout_seconds
         packet = Packet(kind="take", fields=fields)
         self._pass_on_stop()
@@ -144,10 +139,10 @@ class Learner:
 
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:
-            self._show({name: row[name] for name in OWN_TIMES})
+            self._exporter.show({name: row[name] for name in OWN_TIMES})
             return
         covered = self._updater.covered
-        fields = {"step": step, "world_size": self._world_size, "covered": covered}
+        fields = {"step": step, "world_size": ranks.world_size(), "covered": covered}
         packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
         summary = self._client.call(packet, CALL_SECONDS).fields
         self._recorder.row({**row, **self._sender.metrics()}, summary)
