@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,26 @@ def test_truncated_completions_are_counted_and_masked_when_wanted(folder: Path) 
         metrics = updater.update(shard_of(groups))
         assert metrics["truncated_share"] == 0.25
         assert metrics["tokens_trained"] == sum(g.num_tokens for g in groups) - cut * mask
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [{"kl_coef": 0.5, "kl_in": "reward"}, {"advantage": "batch_std"}, {"mask_truncated": True}],
+    ids=str,
+)
+def test_parts_of_a_batch_may_have_no_groups_and_groups_no_loss(
+    folder: Path, tmp_path: Path, algo: dict[str, Any]
+) -> None:
+    (group,) = make_groups(folder, count=1)
+    cut = replace(
+        group, completions=tuple(replace(c, finish_reason="length") for c in group.completions)
+    )
+    config = settings(folder, algo={**algo, "minibatches": 2}, observe={"token_log": True})
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    assert updater.update(shard_of([cut]))["optimizer_steps"] == 2
+    found = token_log(tmp_path)
+    count = 0 if "mask_truncated" in algo else group.num_tokens
+    assert {len(found[name]) for name in ("token_id", "logprob", "mask")} == {count}
 
 
 def poisoned(inputs: Any, algo: Any) -> torch.Tensor:
