@@ -167,12 +167,12 @@ class Preparer:
         """One optimizer batch per part, in order. kl_coef: of KL in the reward."""
         drafts = [self._scored(self._packed(step, groups), kl_coef) for groups in parts]
         spread = self._batch_std(drafts)
-        firsts = accumulate((len(draft.groups) for draft in drafts), initial=0)
-        ready = []
-        for first, draft in zip(firsts, drafts, strict=False):
-            batch = replace(self._with_advantages(draft, spread), first_group=first)
-            cut = self._second_moment_cut(batch)
-            ready.append(replace(batch, totals=replace(batch.totals, second_moment_cut=cut)))
+        ready: list[OptimizerBatch] = []
+        for draft in drafts:
+            batch = self._with_advantages(draft, spread)
+            totals = replace(batch.totals, second_moment_cut=self._second_moment_cut(batch))
+            first = sum(len(before.groups) for before in ready)
+            ready.append(replace(batch, totals=totals, first_group=first))
         return ready
 
     def _packed(self, step: int, groups: tuple[Group, ...]) -> OptimizerBatch:
