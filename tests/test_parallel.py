@@ -209,9 +209,6 @@ def go_on(rank: int, count: int, config: Config, folder: Path, run: Path) -> Non
     weights = published(updater)
     if rank == 0:
         torch.save(weights, run / f"weights_{first + 2}")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow

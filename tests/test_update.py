@@ -155,33 +155,32 @@ def test_the_reference_is_mixed_or_reset_every_n_steps(
     assert metrics["reference_syncs"] == 1
 
 
-def kl_rows(groups: list[Group], folder: Path, lag: int = 0) -> dict[tuple[int, int], np.ndarray]:
-    """0.7 times k3 of the start model against the behaviour log-probs, per completion."""
+def trained_with_kl_in(
+    where: str, folder: Path, run: Path
+) -> tuple[PolicyUpdater, list[Group], dict[str, np.ndarray], dict[tuple[int, int], np.ndarray]]:
+    """After one update: the updater, its groups, the token log, and of each completion 0.7 times
+    k3 of the start model against the behaviour log-probs."""
+    config = settings(folder, algo={"kl_coef": 0.7, "kl_in": where}, observe={"token_log": True})
+    groups, table = make_groups(folder), {}
+    updater = PolicyUpdater(config, run_dir=run)
+    updater.update(shard_of(groups))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    table = {}
     for g, group in enumerate(groups):
         for i, completion in enumerate(group.completions):
-            ref = logprobs(model, group.prompt_token_ids, completion.token_ids)
-            count = len(ref)
             sequence = {
                 "logprobs": completion.behavior_logprobs.astype(np.float64),
-                "ref": ref,
-                "mask": np.ones(count),
+                "ref": logprobs(model, group.prompt_token_ids, completion.token_ids),
+                "mask": np.ones(len(completion.token_ids)),
                 "advantage": 1.0,
             }
             table[g, i] = 0.7 * oracles.kl([sequence], "k3")[0]
-    return table
+    return updater, groups, token_log(run), table
 
 
 def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_compared(
     folder: Path, tmp_path: Path
 ) -> None:
-    algo = {"kl_coef": 0.7, "kl_in": "reward"}
-    config = settings(folder, algo=algo, observe={"token_log": True})
-    groups = make_groups(folder)
-    updater = PolicyUpdater(config, run_dir=tmp_path)
-    updater.update(shard_of(groups))
-    found, kl = token_log(tmp_path), kl_rows(groups, folder)
+    updater, groups, found, kl = trained_with_kl_in("reward", folder, tmp_path)
     for g, group in enumerate(groups):
         rewards = [float(r) - kl[g, i].sum() for i, r in enumerate(group.rewards)]
         for i, value in enumerate(oracle_advantages.grpo(rewards)):
@@ -193,20 +192,13 @@ def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_comp
 def test_kl_in_the_reward_per_token_counts_from_each_token_to_the_end(
     folder: Path, tmp_path: Path
 ) -> None:
-    algo = {"kl_coef": 0.7, "kl_in": "reward_token"}
-    config = settings(folder, algo=algo, observe={"token_log": True})
-    groups = make_groups(folder)
-    updater = PolicyUpdater(config, run_dir=tmp_path)
-    updater.update(shard_of(groups))
-    found, kl = token_log(tmp_path), kl_rows(groups, folder)
+    updater, groups, found, kl = trained_with_kl_in("reward_token", folder, tmp_path)
     for g, group in enumerate(groups):
         for i, value in enumerate(oracle_advantages.grpo(group.rewards.tolist())):
             assert updater.advantages[4 * g + i] == pytest.approx(value, rel=1e-4)
             rows = (found["lease"] == g) & (found["sample"] == i)
-            to_go = [kl[g, i][t:].sum() for t in range(len(kl[g, i]))]
-            np.testing.assert_allclose(
-                found["advantage"][rows], value - np.array(to_go), rtol=1e-3, atol=1e-4
-            )
+            expected = value - kl[g, i][::-1].cumsum()[::-1]
+            np.testing.assert_allclose(found["advantage"][rows], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
