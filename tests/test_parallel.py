@@ -93,7 +93,7 @@ def published(updater: PolicyUpdater) -> Weights:
         flat = FlatWeights(Manifest.of(weights, "float32"))
         flat.fill(weights)
         found = {name: tensor.clone() for name, tensor in flat.views()}
-    updater.help_gather()
+    weights.help()
     return found
 
 

@@ -127,10 +127,10 @@ class Learner:
         return False
 
     def _publish(self, version: int) -> None:
-        canaries = self._updater.canary_logprobs()
+        canaries, weights = self._updater.canary_logprobs(), self._updater.weights()
         if self._sender is not None:
-            self._sender.publish(version, self._updater.weights(), canaries)
-        self._updater.help_gather()
+            self._sender.publish(version, weights, canaries)
+        weights.help()
         self._published = version
 
     def _release(self) -> None:

@@ -32,7 +32,6 @@ from asyncgrpo.learner.prepare import OptimizerBatch, Preparer, Reference
 from asyncgrpo.learner.saved import FOLDER, step_of
 from asyncgrpo.learner.schedule import adapted_coefficient, learning_rate
 from asyncgrpo.observe.token_log import Columns, write_token_log
-from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.weights.proof import canary_prompts
 
@@ -99,7 +98,6 @@ class PolicyUpdater:
         # [C] of the last update's completions, rank by rank as they were dealt
         self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
-        self._published = parallel.Published(self._policy, self._sharded)
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
@@ -156,13 +154,9 @@ class PolicyUpdater:
             write_token_log(self._run_dir, shard.step, ranks.rank(), leases, record.tokens)
         return metrics | self._batch_metrics(shard, ready)
 
-    def weights(self) -> NamedTensors:
-        """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
-        return self._published
-
-    def help_gather(self) -> None:
-        """On every rank when rank 0 is done with `weights`: until then the others help it."""
-        self._published.help()
+    def weights(self) -> parallel.Published:
+        """Present weights by their Hugging Face names, for rank 0 while the others `help`."""
+        return parallel.Published(self._policy, self._sharded)
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
