@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.rows import as_line, read_rows
 
 WIDTH = 140
 SHOWN = ("loss", "grad_norm", "objective/kl", "ess", "staleness/mean")
@@ -33,10 +33,12 @@ def replay(
         raise ConfigError(f"--to-step {to_step} must be >= --from-step {from_step}")
     if out is not None and out.exists():
         raise ConfigError(f"--out {out} exists; give a new folder")
+    if not (metrics := run / "metrics.jsonl").exists():
+        raise ConfigError(f"{run} holds no metrics.jsonl; give the directory of a run")
     from rich.console import Console
     from rich.table import Table
 
-    recorded = {row["step"]: row for row in _rows(run) if "loss" in row}
+    recorded = {row["step"]: row for row in read_rows(metrics) if "loss" in row}
     table = Table("step", *SHOWN, "against the record", box=None)
     for step, row in _steps(run, from_step, to_step, set_ or [], out):
         table.add_row(
@@ -45,7 +47,7 @@ def replay(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves nothing
             with (out / "rows.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+                file.write(as_line({"step": step, **row}))
     Console(highlight=False, width=WIDTH).print(table)
 
 
@@ -108,11 +110,3 @@ def _verdict(row: dict[str, float], recorded: dict[int, dict[str, Any]], step: i
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
-
-
-def _rows(run: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    except OSError:
-        raise ConfigError(f"{run} holds no metrics.jsonl; give the directory of a run") from None
-    return map(json.loads, text.splitlines())

@@ -80,7 +80,7 @@ FLOORS = {
         "launch.memory_report",
     ),
     1: ("config", "aliases", "algo", "algorithms", "hints", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "packing", "room", "staleness"),
+    0: ("errors", "types", "imports", "packing", "room", "rows", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

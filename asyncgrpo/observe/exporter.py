@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.metrics import metric_of
+from asyncgrpo.rows import replace_file
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.address import own_address
 
@@ -106,9 +107,7 @@ class Exporter(Collector):
         # Not the port: a process that begins anew goes on with its series.
         labels = {"role": self.role, "run": run, "instance": f"{run}/{self.role}"}
         target = [{"targets": [address], "labels": labels}]
-        draft = self._target.with_name(f".{self.role}.tmp")
-        draft.write_text(json.dumps(target))
-        draft.rename(self._target)
+        replace_file(self._target, json.dumps(target))
 
 
 def serve_metrics(run: RunDir, role: str) -> Exporter:
