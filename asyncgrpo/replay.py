@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from asyncgrpo.buffer.commands import show_table
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.rows import as_line, read_rows
 
-WIDTH = 140
+WIDTH = 140  # of the table, also where there is no terminal
 SHOWN = ("loss", "grad_norm", "objective/kl", "ess", "staleness/mean")
 
 
@@ -35,20 +36,16 @@ def replay(
         raise ConfigError(f"--out {out} exists; give a new folder")
     if not (metrics := run / "metrics.jsonl").exists():
         raise ConfigError(f"{run} holds no metrics.jsonl; give the directory of a run")
-    from rich.console import Console
-    from rich.table import Table
-
     recorded = {row["step"]: row for row in read_rows(metrics) if "loss" in row}
-    table = Table("step", *SHOWN, "against the record", box=None)
+    table = []
     for step, row in _steps(run, from_step, to_step, set_ or [], out):
-        table.add_row(
-            str(step), *(_number(row.get(n)) for n in SHOWN), _verdict(row, recorded, step)
-        )
+        shown = (_number(row.get(name)) for name in SHOWN)
+        table.append((step, *shown, _verdict(row, recorded.get(step))))
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves nothing
             with (out / "rows.jsonl").open("a", encoding="utf-8") as file:
                 file.write(as_line({"step": step, **row}))
-    Console(highlight=False, width=WIDTH).print(table)
+    show_table(("step", *SHOWN, "against the record"), table, WIDTH)
 
 
 def _steps(
@@ -96,11 +93,11 @@ def _steps(
             yield step, row
 
 
-def _verdict(row: dict[str, float], recorded: dict[int, dict[str, Any]], step: int) -> str:
+def _verdict(row: dict[str, float], recorded: dict[str, Any] | None) -> str:
     """What differs most from the recorded row, relative to its size."""
-    if step not in recorded:
+    if recorded is None:
         return "not recorded"
-    pairs = {n: (v, recorded[step][n]) for n, v in row.items() if recorded[step].get(n) is not None}
+    pairs = {n: (v, recorded[n]) for n, v in row.items() if recorded.get(n) is not None}
     differs = {n: abs(v - was) / max(abs(v), abs(was)) for n, (v, was) in pairs.items() if v != was}
     if not differs:
         return f"the same to the last bit ({len(pairs)} metrics)"

@@ -126,7 +126,14 @@ class Evaluations:
         """Closes what is complete; answers the requests that waited for it."""
         for key, job in list(self._jobs.items()):
             if not job.unanswered:
-                self._reports[key] = self._report(job, now)
+                self._reports[key] = summarise(
+                    job.groups,
+                    job.block,
+                    version=job.version,
+                    num_prompts=job.num_prompts,
+                    correct_above=self._config.rewards[job.block.name].correct_above,
+                    seconds=now - job.since,
+                )
                 self._untold.append(self._reports[key].as_fields())
                 self._journal.evaluated(self._untold[-1])
                 del self._jobs[key]
@@ -166,16 +173,6 @@ class Evaluations:
             job.unanswered.add(lease.lease_id)
         job.unaccepted = set(job.unanswered)
         return job
-
-    def _report(self, job: _Job, now: float) -> EvalReport:
-        return summarise(
-            job.groups,
-            job.block,
-            version=job.version,
-            num_prompts=job.num_prompts,
-            correct_above=self._config.rewards[job.block.name].correct_above,
-            seconds=now - job.since,
-        )
 
     def _answer(self, request: Packet, now: float) -> Packet | None:
         if request.kind == "evaluate":
