@@ -98,14 +98,15 @@ def summary_of(run: RunDir) -> str:
     return printed(lambda console: show_summary(run.path, console))
 
 
-def scrape(port: int, page: str = "metrics") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}", timeout=5) as answer:
+def target_of(run: RunDir, role: str) -> dict:
+    (target,) = json.loads((run.path / "targets" / f"{role}.json").read_text())
+    return target
+
+
+def scrape(run: RunDir, role: str, page: str = "metrics") -> str:
+    (address,) = target_of(run, role)["targets"]
+    with urllib.request.urlopen(f"http://{address}/{page}", timeout=5) as answer:
         return answer.read().decode()
-
-
-def port_of(run: RunDir, role: str) -> int:
-    target = json.loads((run.path / "targets" / f"{role}.json").read_text())
-    return int(target[0]["targets"][0].rsplit(":", 1)[1])
 
 
 def test_every_metric_has_a_unit_a_meaning_and_a_name_of_its_own_for_prometheus():
@@ -156,7 +157,7 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
     exporter = Exporter("actor-0", 0, run.path)
     exporter.show({"rewards/mean": 0.25, "tokens_generated": 7})
     exporter.show({"rewards/mean": 0.5})
-    text = scrape(port_of(run, "actor-0"))
+    text = scrape(run, "actor-0")
     assert 'asyncgrpo_learner_rewards_mean{role="actor-0"} 0.5' in text
     assert 'asyncgrpo_actor_generated_tokens_total{role="actor-0"} 7.0' in text
     assert "# TYPE asyncgrpo_actor_generated_tokens_total counter" in text
@@ -166,15 +167,18 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
 
 def test_the_target_names_the_run_and_goes_away_with_a_process_that_ends_as_it_should(run):
     exporter = Exporter("actor-0", 0, run.path)
-    (target,) = json.loads((run.path / "targets" / "actor-0.json").read_text())
     name = run.path.name
-    assert target["labels"] == {"role": "actor-0", "run": name, "instance": f"{name}/actor-0"}
+    assert target_of(run, "actor-0")["labels"] == {
+        "role": "actor-0",
+        "run": name,
+        "instance": f"{name}/actor-0",
+    }
     assert [file.name for file in (run.path / "targets").iterdir()] == ["actor-0.json"]
     exporter.close()
     assert list((run.path / "targets").iterdir()) == []
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(batches=st.lists(st.lists(st.floats(0, 4000), max_size=20), min_size=1, max_size=5))
 def test_a_histogram_counts_each_value_in_every_bucket_that_reaches_it(tmp_path_factory, batches):
     exporter = Exporter("actor-0", 0, tmp_path_factory.mktemp("run"))
@@ -192,7 +196,7 @@ def test_a_histogram_counts_each_value_in_every_bucket_that_reaches_it(tmp_path_
 def test_histograms_of_rewards_have_a_sum_too_and_no_value_spoils_it(run):
     exporter = Exporter("actor-0", 0, run.path)
     exporter.observe("completion/reward", [-1.03, 1.0, float("nan")])
-    text = scrape(port_of(run, "actor-0"))
+    text = scrape(run, "actor-0")
     name = "asyncgrpo_actor_completion_reward"
     assert f'{name}_bucket{{le="-1.0",role="actor-0"}} 1.0' in text
     assert f'{name}_sum{{role="actor-0"}} -0.03' in text
@@ -203,7 +207,7 @@ def test_times_of_steps_are_counted_and_not_replaced(run):
     exporter = Exporter("learner-1", 0, run.path)
     exporter.show({"step_seconds": 2.0})
     exporter.show({"step_seconds": 3.0})
-    text = scrape(port_of(run, "learner-1"))
+    text = scrape(run, "learner-1")
     assert 'asyncgrpo_learner_step_seconds_sum{role="learner-1"} 5.0' in text
     assert 'asyncgrpo_learner_step_seconds_count{role="learner-1"} 2.0' in text
 
@@ -212,9 +216,9 @@ def test_a_lag_that_the_last_row_does_not_have_is_no_longer_shown(run):
     exporter = Exporter("learner-0", 0, run.path)
     exporter.show({"lag_4/tokens": 9, "eval/accuracy": 0.5})
     exporter.show({"step": 3})
-    assert 'lag="4"' in scrape(port_of(run, "learner-0"))
+    assert 'lag="4"' in scrape(run, "learner-0")
     exporter.show({"lag_1/tokens": 8})
-    text = scrape(port_of(run, "learner-0"))
+    text = scrape(run, "learner-0")
     assert 'asyncgrpo_learner_lag_tokens{lag="1",role="learner-0"} 8.0' in text
     assert 'lag="4"' not in text
     assert "asyncgrpo_eval_accuracy_ratio" in text
@@ -233,7 +237,7 @@ def test_what_other_libraries_keep_for_prometheus_is_served_beside_ours(run):
     try:
         theirs.inc(5)
         Exporter("actor-0", 0, run.path).show({"swaps": 1})
-        text = scrape(port_of(run, "actor-0"))
+        text = scrape(run, "actor-0")
     finally:
         REGISTRY.unregister(theirs)
     assert "vllm:generation_tokens_total 5.0" in text
@@ -244,15 +248,14 @@ def test_what_other_libraries_keep_for_prometheus_is_served_beside_ours(run):
 def test_healthz_says_who_it_is_and_how_long_its_loop_has_been_silent(run):
     exporter = Exporter("buffer", 0, run.path)
     exporter.told -= 60.0
-    health = json.loads(scrape(port_of(run, "buffer"), "healthz"))
+    health = json.loads(scrape(run, "buffer", "healthz"))
     assert health["role"] == "buffer"
     assert 60.0 <= health["report_age_seconds"] < 90.0
     exporter.show({})
-    assert json.loads(scrape(port_of(run, "buffer"), "healthz"))["report_age_seconds"] < 30.0
-    age = re.search(
-        r'asyncgrpo_process_report_age_seconds{role="buffer"} (\S+)', scrape(port_of(run, "buffer"))
-    )
-    assert float(age[1]) < 30.0
+    assert json.loads(scrape(run, "buffer", "healthz"))["report_age_seconds"] < 30.0
+    name = 'asyncgrpo_process_report_age_seconds{role="buffer"}'
+    (age,) = re.findall(rf"{re.escape(name)} (\S+)", scrape(run, "buffer"))
+    assert float(age) < 30.0
 
 
 def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(run):
@@ -263,7 +266,7 @@ def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(ru
     assert values["eval/sampled/accuracy"] == 0.25
     assert values["eval/sampled/pass@4"] == 0.75
     Exporter("learner-0", 0, run.path).show({**values, "loss": 1.0})
-    text = scrape(port_of(run, "learner-0"))
+    text = scrape(run, "learner-0")
     assert 'asyncgrpo_eval_accuracy_ratio{eval="held-out",role="learner-0"} 0.5' in text
     assert 'asyncgrpo_eval_accuracy_ratio{eval="sampled",role="learner-0"} 0.25' in text
     assert 'asyncgrpo_eval_pass_ratio{eval="sampled",k="4",role="learner-0"} 0.75' in text
@@ -304,21 +307,18 @@ def test_only_endpoints_that_prometheus_reaches_beside_the_launcher_are_targets(
     endpoints = replace(run.endpoints, store=("127.0.0.1", 9))
     run = replace(run, config=from_mapping(rooms), endpoints=endpoints)
     serve_metrics(run, "actor-0").show({"swaps": 3})
-    found = [
-        json.loads(path.read_text())[0]["targets"][0].split(":")[0]
-        for path in (run.path / "targets").glob("*.json")
-    ]
+    roles = [path.stem for path in (run.path / "targets").glob("*.json")]
+    found = [target_of(run, role)["targets"][0].split(":")[0] for role in roles]
     assert found == ([target] if target else [])
 
 
 def test_the_endpoint_can_be_bound_and_announced_elsewhere(run):
     Exporter("actor-0", 0, run.path, "127.0.0.2").show({"swaps": 3})
-    target = json.loads((run.path / "targets" / "actor-0.json").read_text())[0]["targets"][0]
-    assert target.startswith("127.0.0.2:")
-    with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
-        assert b"asyncgrpo_actor_swaps_total" in answer.read()
+    host, port = target_of(run, "actor-0")["targets"][0].split(":")
+    assert host == "127.0.0.2"
+    assert "asyncgrpo_actor_swaps_total" in scrape(run, "actor-0")
     with pytest.raises(urllib.error.URLError):
-        scrape(int(target.split(":")[1]))
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
 
 
 def test_a_name_outside_the_table_is_refused(run, recorder):
@@ -331,7 +331,7 @@ def test_a_name_outside_the_table_is_refused(run, recorder):
 def test_a_metrics_port_in_use_is_refused_with_the_setting(run):
     Exporter("one", 0, run.path)
     with pytest.raises(ConfigError, match=r"launch\.metrics_port"):
-        Exporter("two", port_of(run, "one"), run.path)
+        Exporter("two", int(target_of(run, "one")["targets"][0].rpartition(":")[2]), run.path)
 
 
 def test_a_row_joins_the_learner_the_actors_and_the_buffer(run, recorder):
@@ -353,7 +353,7 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run, recorder):
 @pytest.mark.parametrize(("role", "alone"), [("learner-0", False), ("serial", True)])
 def test_the_learners_endpoint_leaves_others_counts_to_them_unless_it_is_alone(run, role, alone):
     begun(run, role).row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
-    text = scrape(port_of(run, role))
+    text = scrape(run, role)
     assert "asyncgrpo_learner_loss_nats" in text
     assert "asyncgrpo_run_actor_idle_ratio" in text
     for other in ("asyncgrpo_actor_generated_tokens", "asyncgrpo_buffer_arrived_groups"):
