@@ -10,7 +10,7 @@ import typer
 
 from asyncgrpo.buffer.commands import show_table
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.rows import as_line, read_rows
+from asyncgrpo.rows import as_line, whole_rows
 
 WIDTH = 140  # of the table, also where there is no terminal
 SHOWN = ("loss", "grad_norm", "objective/kl", "ess", "staleness/mean")
@@ -36,7 +36,7 @@ def replay(
         raise ConfigError(f"--out {out} exists; give a new folder")
     if not (metrics := run / "metrics.jsonl").exists():
         raise ConfigError(f"{run} holds no metrics.jsonl; give the directory of a run")
-    recorded = {row["step"]: row for row in read_rows(metrics) if "loss" in row}
+    recorded = {row["step"]: row for row in whole_rows(metrics) if "loss" in row}
     table = []
     for step, row in _steps(run, from_step, to_step, set_ or [], out):
         shown = (_number(row.get(name)) for name in SHOWN)

@@ -18,19 +18,19 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def whole_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows."""
     return [row for _, row in numbered_rows(path) if row is not None]
 
 
 def as_line(row: Mapping[str, Any]) -> str:
-    """A row as text."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    """A row as a line of JSONL, its text as it is read: not escaped."""
+    return json.dumps(row, ensure_ascii=False, default=repr) + "\n"
 
 
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Takes all other rows out of a file, which is made if it is missing; returns what stays."""
-    rows = [row for row in (read_rows(path) if path.exists() else []) if keep(row)]
+    rows = [row for row in (whole_rows(path) if path.exists() else []) if keep(row)]
     replace_file(path, "".join(map(as_line, rows)))
     return rows
 

@@ -11,7 +11,7 @@ from typing import Any
 from asyncgrpo.buffer.leases import STATES
 from asyncgrpo.buffer.ledger import LedgerReader
 from asyncgrpo.observe.trajectories import step_files
-from asyncgrpo.rows import read_rows
+from asyncgrpo.rows import whole_rows
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.staleness import bound_of
 
@@ -188,7 +188,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
 def _samples(step: int, file: Path) -> Iterator[tuple[Any, ...]]:
     """One row per lease of a step's file."""
     leases: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in read_rows(file):
+    for row in whole_rows(file):
         leases.setdefault((row["lease_id"], row.get("status", "trained")), []).append(row)
     for (lease_id, status), rows in leases.items():
         ticket = int(lease_id[1:]) if lease_id[1:].isdecimal() else None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from asyncgrpo.config import Config
-from asyncgrpo.rows import as_line, keep_rows, read_rows
+from asyncgrpo.rows import as_line, keep_rows, whole_rows
 from asyncgrpo.types import Completion, EndedGroup
 
 
@@ -31,7 +31,7 @@ class TrajectoryWriter:
             return
         path = self._folder / f"step_{step}.jsonl"
         if step != self._step:
-            rows = read_rows(path) if path.exists() else []
+            rows = whole_rows(path) if path.exists() else []
             self._step, self._num_groups = step, max([-1, *(row["group"] for row in rows)]) + 1
         lines = [
             as_line({"step": step, "group": number, **row})
