@@ -235,13 +235,16 @@ def test_no_kl_loss_is_a_coefficient_of_zero_whatever_the_coefficient_says():
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"algo": {"num_generations": 4, "group_size": 8}}, "means algo.group_size, which is set"),
+        (
+            {"algo": {"num_generations": 4, "group_size": 8}},
+            "group_size would be 4, but is 8; keep",
+        ),
         ({"num_generations": 4, "prompt_repeat_k": 5}, "algo.group_size would be 5, but is 4;"),
         ({"num_generations": 4, "algo": {"num_generations": 5}}, "set twice, to 4 and to 5"),
         ({"optimizer_steps": 4, "per_device_train_batch_size": 8}, "but is 1 by per_device_train"),
         ({"beta": 0.1, "kl_loss_coef": 0.2}, "algo.kl_coef would be 0.2, but is 0.1"),
         ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "is not offered; use"),
-        ({"loss_type": "cispo", "algo": {"correction": "tis"}}, "algo.correction, which is set"),
+        ({"loss_type": "cispo", "algo": {"correction": "tis"}}, "but is 'tis'; keep one of them"),
     ],
 )
 def test_names_that_contradict_each_other_are_refused(settings, parts):
