@@ -1,9 +1,28 @@
-"""Shared set-up: no hub access, few threads."""
+"""Shared set-up: no hub access, few threads; commands as a user types them."""
 
 from __future__ import annotations
 
 import os
+import sys
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def asyncgrpo(monkeypatch, capsys):
+    """Runs one command in this process; returns (exit code, stdout, stderr)."""
+    from asyncgrpo import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["asyncgrpo", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capsys.readouterr()
+        return int(ended.value.code or 0), output.out, output.err
+
+    return run

@@ -6,29 +6,20 @@ import csv
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import make_run, rows_of
 
-from asyncgrpo import cli
 from asyncgrpo.observe.samples import Samples
 
 
 @pytest.fixture
-def traj(monkeypatch, capsys):
-    """Runs one `asyncgrpo traj` command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["asyncgrpo", "traj", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        output = capsys.readouterr()
-        return int(end.value.code or 0), output.out, output.err
-
-    return run
+def traj(asyncgrpo):
+    """Runs one `asyncgrpo traj` command; returns (exit code, stdout, stderr)."""
+    return partial(asyncgrpo, "traj")
 
 
 def row(step: int, group: int, sample: int, completion: str, score: float, **more: Any) -> dict:
