@@ -19,8 +19,9 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows."""
-    return [row for _, row in numbered_rows(path) if row is not None]
+    """All whole rows; none without a file."""
+    numbered = numbered_rows(path) if path.exists() else ()
+    return [row for _, row in numbered if row is not None]
 
 
 def as_line(row: Mapping[str, Any]) -> str:
@@ -30,7 +31,7 @@ def as_line(row: Mapping[str, Any]) -> str:
 
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Takes all other rows out of a file, which is made if it is missing; returns what stays."""
-    rows = [row for row in (whole_rows(path) if path.exists() else []) if keep(row)]
+    rows = [row for row in whole_rows(path) if keep(row)]
     replace_file(path, "".join(map(as_line, rows)))
     return rows
 

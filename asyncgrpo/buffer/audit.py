@@ -15,6 +15,7 @@ from asyncgrpo.rows import whole_rows
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.staleness import bound_of
 
+TIMEOUT_SECONDS = 600.0  # of one question
 # name -> the promise, and SQL for (ticket, what is wrong). `samples` are the trajectories.
 CHECKS = {
     "one state": (
@@ -147,14 +148,14 @@ class Audit:
         return {s: sum(g[column] for g in self.groups if g["state"] == s) for s in STATES}
 
 
-def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
+def audit(run: RunDir) -> Audit:
     """Checks a run that is going on, done, or killed. What is under way is open, not wrong.
 
     Trajectories are checked up to the last step that is committed as trained.
     """
     buffer = run.config.buffer
     files = step_files(run.path)
-    reader = LedgerReader(run.path, timeout_seconds)  # after the look at the files
+    reader = LedgerReader(run.path, TIMEOUT_SECONDS)  # after the look at the files
     _, ((next_step,),) = reader.query("SELECT ifnull(max(step) + 1, 0) FROM steps WHERE trained_at")
     rollbacks = reader.query("SELECT step, former_step FROM rollbacks ORDER BY seq")[1]
     reader.add_table(

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncgrpo.config import HELD_OUT
+from asyncgrpo.rows import whole_rows
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH, COMPARED_STEPS = 30, 10
@@ -249,9 +250,8 @@ def show_summary(run_dir: Path, console: Console) -> None:
     arrived = groups.pop("arrived", 0)
     dropped = "".join(f", {n:.0f} {name.replace('_', ' ', 1)}" for name, n in groups.items())
     console.print(f"{arrived:.0f} groups arrived{dropped}", highlight=False)
-    progress = Progress(run_dir, 0, console)
-    rows = progress.read()
-    if rewards := [reward for _, reward in progress.rewards]:
+    rows = whole_rows(run_dir / "metrics.jsonl")
+    if rewards := [row["rewards/mean"] for row in rows if row.get("rewards/mean") is not None]:
         steps = min(COMPARED_STEPS, -(-len(rewards) // 2))
         first, last = sum(rewards[:steps]) / steps, sum(rewards[-steps:]) / steps
         bars = sparkline(rewards, min(rewards), max(rewards))

@@ -31,8 +31,8 @@ class TrajectoryWriter:
             return
         path = self._folder / f"step_{step}.jsonl"
         if step != self._step:
-            rows = whole_rows(path) if path.exists() else []
-            self._step, self._num_groups = step, max([-1, *(row["group"] for row in rows)]) + 1
+            groups = [row["group"] for row in whole_rows(path)]
+            self._step, self._num_groups = step, max(groups, default=-1) + 1
         lines = [
             as_line({"step": step, "group": number, **row})
             for number, group in enumerate(ended, start=self._num_groups)
