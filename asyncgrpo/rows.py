@@ -26,7 +26,7 @@ def whole_rows(path: Path) -> list[dict[str, Any]]:
 
 def as_line(row: Mapping[str, Any]) -> str:
     """A row as a line of JSONL, its text as it is read: not escaped."""
-    return json.dumps(row, ensure_ascii=False, default=repr) + "\n"
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from asyncgrpo.data import gsm8k
+from asyncgrpo.data.files import as_line
 from asyncgrpo.data.gsm8k import convert_folder, convert_row, final_answer
 from asyncgrpo.errors import DataError
-from asyncgrpo.rows import as_line
 
 SAMPLE = Path(gsm8k.__file__).parent / "gsm8k_sample"
 LEAST = {"train": 64, "test": 16}

@@ -31,10 +31,9 @@ def preview(
     set_: Overrides = None,
 ) -> None:
     """Shows records raw, rendered and, with a model, tokenised, with their lengths."""
-    from asyncgrpo.data.files import read_rows, source_name
+    from asyncgrpo.data.files import as_line, read_rows, source_name
     from asyncgrpo.data.records import prompts_from_rows
     from asyncgrpo.data.templates import render, tokenise
-    from asyncgrpo.rows import as_line
 
     settings = _settings(config, set_)
     data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
@@ -127,9 +126,8 @@ def make_tasks(
     set_: Overrides = None,
 ) -> None:
     """Makes tasks with exact answers, as many of each kind, each once; see data.tasks settings."""
-    from asyncgrpo.data.files import write_rows
+    from asyncgrpo.data.files import as_line, write_rows
     from asyncgrpo.data.task_records import task_records
-    from asyncgrpo.rows import as_line
 
     names = [name.strip() for name in kinds.split(",")]
     records = list(task_records(names, num, seed, _settings(None, set_).data.tasks))

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from asyncgrpo.errors import AbsentData, DataError
-from asyncgrpo.rows import as_line
 
 Row = dict[str, Any]
 Located = tuple[str, Row | DataError]  # the place of a row; what is wrong with it, if anything
@@ -101,6 +100,11 @@ def source_name(path: str | Path) -> str:
         text = hub[1]
     plain = list(takewhile(lambda part: not glob.has_magic(part), Path(text).parts))
     return Path(*plain).stem or "data"
+
+
+def as_line(row: Row) -> str:
+    """A row as a line of JSONL, its text as it is read: not escaped."""
+    return json.dumps(row, ensure_ascii=False, default=repr) + "\n"
 
 
 def write_rows(path: Path, rows: Sequence[Row], form: str = "jsonl") -> None:
