@@ -21,7 +21,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def whole_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows; none without a file."""
     numbered = numbered_rows(path) if path.exists() else ()
-    return [row for _, row in numbered if row is not None]
+    return [row for _, row in numbered if isinstance(row, dict)]
 
 
 def as_line(row: Mapping[str, Any]) -> str:
