@@ -613,7 +613,10 @@ def test_a_resumed_run_takes_back_rows_that_are_made_again(run, recorder):
         recorder.row({"step": step, "version": step + 1, "tokens_trained": 10.0}, nothing)
     path = run.path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 5, "ver', encoding="utf-8")
+    evals = "".join(json.dumps({**REPORT, "version": v}) + "\n" for v in (0, 3, 4))
+    (run.path / "evals.jsonl").write_text(evals + '{"name": "hel')
     again = begun(run, step=3)
+    assert [report["version"] for report in rows_of(run.path / "evals.jsonl")] == [0, 3]
     again.row({"step": 3, "version": 4, "tokens_trained": 1.0}, nothing)
     rows = rows_of(path)
     assert [(row["step"], row["tokens_trained"]) for row in rows] == [
