@@ -71,11 +71,14 @@ def summary(path: Path) -> str:
 
 def changed(config: Config) -> dict[str, Any]:
     """Only what differs from the defaults, such that it loads as the same settings."""
-    part, whole = (config.model_dump(mode="json", exclude_defaults=only) for only in (True, False))
+    part = config.model_dump(mode="json", exclude_defaults=True)
     again = Config.model_validate(part)
-    # A preset may stand behind a value that is also the default: then its room is shown whole.
-    same = [room for room in whole if getattr(again, room) == getattr(config, room)]
-    return {room: part[room] if room in same else whole[room] for room in whole if part.get(room)}
+    whole, usual = (settings.model_dump(mode="json") for settings in (config, Config()))
+    return {  # a preset may stand behind a value that is also the default: then its whole room
+        room: part[room] if getattr(again, room) == getattr(config, room) else whole[room]
+        for room in whole
+        if whole[room] != usual[room]
+    }
 
 
 def as_toml(table: Mapping[str, Any], prefix: str = "", header: str = "") -> str:
