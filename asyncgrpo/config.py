@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 HELD_OUT = "held-out"  # the evaluation that nobody gave a name
 TASKS = "tasks"
 NOTHING = (None, "", "none")
+MAX_ENGINE_RANK = 512  # of vLLM's MaxLoRARanks
 
 
 class RunSettings(Room):
@@ -271,6 +272,9 @@ class ActorSettings(Room):
         "keep", description="keep keys and values across a weight update, or compute them anew"
     )
     threads: int = Field(1, ge=1, description="OpenMP threads of one CPU engine")
+    tensor_parallel: int = Field(
+        1, ge=1, description="GPUs of one machine that share an engine; on CPU processes"
+    )
 
 
 class BufferSettings(Room):
@@ -319,6 +323,9 @@ class LoraSettings(Room):
     )
     quantize: Literal["4bit"] | None = Field(
         None, description="4bit: the frozen weights as NF4 (QLoRA); CUDA only"
+    )
+    publish: Literal["merged", "adapter"] = Field(
+        "merged", description="adapter: engines keep the base and get only A and B"
     )
     save_merged: bool = Field(
         True, description="false: RUN/model/adapter alone, without the merged RUN/model"
@@ -375,6 +382,11 @@ class LearnerSettings(Room):
     lora: LoraSettings | None = Field(
         None, description="train an adapter only (LoRA); none = all weights"
     )
+
+    @property
+    def published_adapter(self) -> LoraSettings | None:
+        """What engines get in place of whole weights, if anything."""
+        return self.lora if self.lora and self.lora.publish == "adapter" else None
 
 
 class WeightSettings(Room):
@@ -664,6 +676,7 @@ class Config(Room):
                 f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
                 "of its own that a reference could take over; set algo.reference.sync_every = 0"
             )
+        yield from self._engine_problems()
         names = [block.name for block in self.eval]
         for name in names:
             if names.count(name) > 1:
@@ -672,6 +685,32 @@ class Config(Room):
             yield (
                 f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
                 f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
+            )
+
+    def _engine_problems(self) -> Iterable[str]:
+        actor, adapter = self.actor, self.learner.published_adapter
+        if actor.engine == "toy" and actor.tensor_parallel > 1:
+            yield (
+                f"actor.tensor_parallel={actor.tensor_parallel} needs actor.engine = 'vllm': the "
+                "toy engine is one process; set actor.tensor_parallel = 1"
+            )
+        if adapter is None:
+            return
+        if actor.engine == "toy":
+            yield (
+                "learner.lora.publish='adapter' needs actor.engine = 'vllm': the toy engine takes "
+                "whole weights; set learner.lora.publish = 'merged'"
+            )
+        if adapter.quantize:
+            yield (
+                f"learner.lora.publish='adapter' with learner.lora.quantize={adapter.quantize!r}: "
+                "the engines would add the adapter to a base that is not quantised, another model; "
+                "set learner.lora.publish = 'merged'"
+            )
+        if adapter.r > MAX_ENGINE_RANK:
+            yield (
+                f"learner.lora.r={adapter.r} must be <= {MAX_ENGINE_RANK} with learner.lora.publish"
+                "='adapter', as vLLM has it; lower it, or set learner.lora.publish = 'merged'"
             )
 
     def _parallel_problems(self) -> Iterable[str]:

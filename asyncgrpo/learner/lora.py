@@ -129,6 +129,13 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, ranks.whole(tensor)
 
 
+def adapter_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of A and B of each target layer, by the names of saved adapters."""
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            yield name.replace(f".{ADAPTER}.", "."), ranks.whole(parameter.detach())
+
+
 def check_targets(path: str, targets: Sequence[str]) -> None:
     """ConfigError when learner.lora.targets names what is no inner linear layer of a model."""
     config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
