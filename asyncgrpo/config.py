@@ -276,6 +276,11 @@ class ActorSettings(Room):
         1, ge=1, description="GPUs of one machine that share an engine; on CPU processes"
     )
 
+    @property
+    def cores(self) -> int:
+        """Of one CPU engine."""
+        return self.threads * self.tensor_parallel
+
 
 class BufferSettings(Room):
     groups_per_step: int = Field(

@@ -46,6 +46,7 @@ FLOORS = {
         "wire.keys",
         "buffer.ledger",
         "actor.vllm_engine",
+        "actor.vllm_worker",
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
@@ -84,8 +85,11 @@ FLOORS = {
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {
-    "torch": ("learner", "weights", "actor.toy_engine", "actor.vllm_engine", "data.tiny"),
-    "vllm": ("actor.vllm_engine",),
+    "torch": (
+        *("learner", "weights", "data.tiny"),
+        *("actor.toy_engine", "actor.vllm_engine", "actor.vllm_worker"),
+    ),
+    "vllm": ("actor.vllm_engine", "actor.vllm_worker"),
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets", "wire.keys"),
     "sqlite3": ("buffer.ledger",),

@@ -6,6 +6,7 @@ With tensor parallelism the scheduler stays here, and a process per GPU computes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -102,7 +103,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
-            prompt = {"prompt_token_ids": list(prompt_token_ids)}
+            prompt: Any = {"prompt_token_ids": list(prompt_token_ids)}
             self._llm.add_request(request_id, prompt, params, lora_request=self._adapter)
         except ValueError as error:
             raise EngineError(f"request {request_id} was refused: {error}") from error
@@ -115,11 +116,11 @@ class VllmEngine:
 
     def load_weights(self, version: int, tensors: NamedTensors) -> None:
         try:
-            if self._lora is None:
-                self._llm.collective_rpc(replace_weights, self._seconds, (tensors,))
-            else:
-                self._llm.collective_rpc(replace_adapter, self._seconds, (tensors, self._lora))
+            load = partial(replace_weights, tensors=tensors)
+            if self._lora is not None:
+                load = partial(replace_adapter, tensors=tensors, lora=self._lora)
                 self._adapter = LoRARequest("policy", ADAPTER_ID, "in memory")
+            self._llm.collective_rpc(load, self._seconds)
         except Exception as error:  # the model may be half loaded now: fatal for this actor
             raise WeightsError(f"vLLM could not load version {version}: {error}") from error
         self._llm.engine_core.set_weight_version(str(version))

@@ -35,7 +35,12 @@ from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import Child, with_prelude
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
+from asyncgrpo.launch.model_folder import (
+    EMBEDDED,
+    check_model_folder,
+    check_tensor_parallel,
+    quick_tokenizer,
+)
 from asyncgrpo.launch.nodes import Seat
 from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
 from asyncgrpo.launch.preflight import (
@@ -142,6 +147,11 @@ class Session:
 
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
         """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
+        if self._config.learner.published_adapter:
+            raise ConfigError(
+                "learner.lora.publish='adapter' needs vLLM, but --serial has the toy engine, which "
+                "takes whole weights; set learner.lora.publish = 'merged'"
+            )
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
@@ -180,6 +190,8 @@ class Session:
         checks: list[Callable[[], object]] = [
             partial(check_model_folder, model, download=absent is None) for model in models
         ]
+        width = config.actor.tensor_parallel
+        checks.append(partial(check_tensor_parallel, config.model.path, width))
         checks.append(partial(self._check_prompts, rewards))
         for check in checks:
             try:

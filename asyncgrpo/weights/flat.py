@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,6 @@ class FlatWeights:
             data = torch.zeros(manifest.num_bytes, dtype=torch.uint8, device=device)
         self.bytes = data
         self._file: tuple[str, int] | None = None  # path, first byte
-        self._memory: IO[bytes] | None = None  # what the path leads to, if it is no file on a disk
 
     @classmethod
     def in_file(
@@ -137,9 +137,9 @@ class FlatWeights:
     @classmethod
     def for_children(cls, manifest: Manifest) -> FlatWeights:
         """In memory that processes of the same user can open; nothing is left of it behind."""
-        memory = open(os.memfd_create("weights"), "rb")
-        flat = cls.in_file(manifest, f"/proc/{os.getpid()}/fd/{memory.fileno()}", shared=True)
-        flat._memory = memory
+        memory = os.memfd_create("weights")
+        flat = cls.in_file(manifest, f"/proc/{os.getpid()}/fd/{memory}", shared=True)
+        weakref.finalize(flat, os.close, memory)
         return flat
 
     def __reduce__(self) -> tuple[Any, ...]:
