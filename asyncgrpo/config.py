@@ -693,29 +693,25 @@ class Config(Room):
             )
 
     def _engine_problems(self) -> Iterable[str]:
-        actor, adapter = self.actor, self.learner.published_adapter
-        if actor.engine == "toy" and actor.tensor_parallel > 1:
-            yield (
-                f"actor.tensor_parallel={actor.tensor_parallel} needs actor.engine = 'vllm': the "
-                "toy engine is one process; set actor.tensor_parallel = 1"
-            )
-        if adapter is None:
-            return
-        if actor.engine == "toy":
-            yield (
-                "learner.lora.publish='adapter' needs actor.engine = 'vllm': the toy engine takes "
-                "whole weights; set learner.lora.publish = 'merged'"
-            )
-        if adapter.quantize:
+        adapter, count = self.learner.published_adapter, self.actor.tensor_parallel
+        only_vllm: dict[str, Any] = {"actor.tensor_parallel": count > 1 and count}
+        only_vllm["learner.lora.publish"] = adapter and adapter.publish
+        for name, value in only_vllm.items():
+            if value and self.actor.engine == "toy":
+                yield (
+                    f"{name}={value!r} needs actor.engine = 'vllm': the toy engine is one process "
+                    "and takes whole weights; leave one of the two out"
+                )
+        if adapter and adapter.quantize:
             yield (
                 f"learner.lora.publish='adapter' with learner.lora.quantize={adapter.quantize!r}: "
-                "the engines would add the adapter to a base that is not quantised, another model; "
-                "set learner.lora.publish = 'merged'"
+                "engines would add the adapter to a base that is not quantised, another model; set "
+                "learner.lora.publish = 'merged'"
             )
-        if adapter.r > MAX_ENGINE_RANK:
+        if adapter and adapter.r > MAX_ENGINE_RANK:
             yield (
-                f"learner.lora.r={adapter.r} must be <= {MAX_ENGINE_RANK} with learner.lora.publish"
-                "='adapter', as vLLM has it; lower it, or set learner.lora.publish = 'merged'"
+                f"learner.lora.r={adapter.r} must be <= {MAX_ENGINE_RANK}, vLLM's limit, with "
+                "learner.lora.publish='adapter'; lower it, or set learner.lora.publish = 'merged'"
             )
 
     def _parallel_problems(self) -> Iterable[str]:

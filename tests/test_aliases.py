@@ -262,7 +262,7 @@ def test_names_that_agree_are_taken():
         ("optim", "adafactor", "the optimizer is AdamW"),
         ("trust_remote_code", True, "code of their own"),
         ("resume_from_checkpoint", "x", "launch --resume"),
-        ("tensor_parallel_size", 2, "one GPU holds one engine"),
+        ("expert_parallel_size", 2, "experts and sequences are not dealt"),
         ("batch_size", 8, "say the unit"),
         ("vllm_importance_sampling_mode", "sequence_mask", "geometric_mask"),
         ("lr_scheduler_type", "polynomial", "'constant', 'linear' or 'cosine'"),

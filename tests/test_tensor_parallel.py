@@ -157,7 +157,9 @@ def test_what_cannot_be_dealt_is_refused_before_anything_starts(command, tmp_pat
 
 
 def test_the_toy_engine_is_one_process() -> None:
-    with pytest.raises(ConfigError, match=r"tensor_parallel=2 needs actor.engine = 'vllm'"):
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel=2 needs actor.engine = 'vllm': the toy"
+    ):
         from_mapping({"actor": {"engine": "toy", "tensor_parallel": 2}})
 
 
@@ -174,7 +176,7 @@ def test_the_estimate_deals_weights_and_keys_over_the_gpus_of_an_engine(tmp_path
     assert dealt["logits"] == alone["logits"]
     on_cpu, both = held(1, 0), held(2, 0)
     assert both["weights"] == on_cpu["weights"]
-    assert both["processes"] == 3 * on_cpu["process"]
+    assert both["process"] == 3 * on_cpu["process"]
     # Four processes have a key-value head each, though the model has two.
     assert shape.kv_bytes(settings(4)) == 2 * shape.kv_bytes(settings(2))
 

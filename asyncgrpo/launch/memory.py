@@ -285,13 +285,10 @@ def _process_lines(
     elif publishes and is_here:
         buckets = 2 * min(config.weights.bucket_bytes, size * sent)
         yield "publishing", buckets, "two buckets of weights.bucket_bytes"
-    count, each = config.actor.tensor_parallel, ON_CPU[kind]
-    if on_gpu:
-        yield "process", CUDA_CONTEXT, "CUDA context"
-    elif kind == "actor" and count > 1:
-        yield "processes", (1 + count) * each, f"Python, and {count} of the engine"
-    else:
-        yield "process", each, "Python"
+    engine = config.actor.tensor_parallel * (kind == "actor")
+    count = 1 + engine * (engine > 1)  # beside those of an engine the actor itself
+    on_cpu = (count * ON_CPU[kind], "Python" + f" x {count} processes" * (count > 1))
+    yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else on_cpu)
 
 
 def estimate(

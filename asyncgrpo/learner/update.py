@@ -185,8 +185,8 @@ class PolicyUpdater:
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
-        merges = self._adapter is not None and not self._published.only_adapter
-        with self._adapter.merged() if self._adapter and merges else contextlib.nullcontext():
+        adapter = None if self._published.only_adapter else self._adapter
+        with adapter.merged() if adapter else contextlib.nullcontext():
             return self._plain_head.next_logprobs(canary_prompts(self.vocab_size)).numpy()
 
     def is_checkpoint_due(self, step: int) -> bool:

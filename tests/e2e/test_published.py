@@ -41,28 +41,28 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "lora", "processes"),
+    ("kind", "tied", "lora", "processes", "transport"),
     [
-        (Qwen3Config, True, None, 1),
-        (Qwen3Config, False, "merged", 1),
-        (Qwen3Config, True, "adapter", 1),
-        (Qwen2Config, True, None, 1),
-        (Qwen2Config, True, None, 2),
-        (LlamaConfig, False, None, 1),
-        (LlamaConfig, False, "adapter", 2),
+        (Qwen3Config, True, None, 1, "gloo"),
+        (Qwen3Config, False, "merged", 1, "gloo"),
+        (Qwen3Config, True, "adapter", 1, "gloo"),
+        (Qwen2Config, True, None, 1, "gloo"),
+        (Qwen2Config, True, None, 2, "disk"),
+        (LlamaConfig, False, None, 1, "gloo"),
+        (LlamaConfig, False, "adapter", 2, "gloo"),
     ],
     ids=[
         "qwen3-tied",
         "qwen3-untied-lora",
         "qwen3-tied-adapter",
         "qwen2-tied",
-        "qwen2-tied-parallel",
+        "qwen2-tied-parallel-disk",
         "llama-untied",
         "llama-untied-adapter-parallel",
     ],
 )
 def test_the_engine_computes_after_each_publish_as_the_learner_does(
-    kind, tied, lora, processes, tmp_path
+    kind, tied, lora, processes, transport, tmp_path
 ):
     from transformers import AutoModelForCausalLM
 
@@ -77,7 +77,8 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(
     config = from_mapping(settings)
     updater = PolicyUpdater(config)
     address = f"tcp://127.0.0.1:{free_port()}"
-    sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
+    store, folder = ("127.0.0.1", free_port()), tmp_path / "sent"
+    sender = CollectiveSender(config, address, store, transport=transport, folder=folder)
     command = [sys.executable, str(SCRIPT), str(tmp_path), address, json.dumps(settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as actor:
         try:
