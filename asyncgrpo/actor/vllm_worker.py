@@ -33,9 +33,8 @@ def replace_weights(worker: Any, tensors: NamedTensors) -> None:
 def replace_adapter(worker: Any, tensors: NamedTensors, lora: LoraSettings) -> None:
     """Puts an adapter in the place of the last one, which sequences in flight go on with."""
     manager = worker.worker.model_runner.lora_manager
-    slots, mapper = manager._adapter_manager, None
-    if names := getattr(slots.model, "hf_to_vllm_mapper", None):
-        mapper = names.get_rename_mapper()
+    slots = manager._adapter_manager
+    mapper = getattr(slots.model, "hf_to_vllm_mapper", None)
     adapter = LoRAModel.from_lora_tensors(
         ADAPTER_ID,
         # vLLM scales B in place, and all processes look at the same memory.
@@ -43,7 +42,7 @@ def replace_adapter(worker: Any, tensors: NamedTensors, lora: LoraSettings) -> N
         PEFTHelper(r=lora.r, lora_alpha=lora.alpha, target_modules=[]),
         device="cpu",
         dtype=manager.lora_config.lora_dtype,
-        weights_mapper=mapper,
+        weights_mapper=mapper and mapper.get_rename_mapper(),
     )
     slots.remove_adapter(ADAPTER_ID)
     slots.add_adapter(adapter)

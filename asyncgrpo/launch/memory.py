@@ -249,8 +249,8 @@ def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
     size, adapter = engine_bytes(config), config.learner.published_adapter
     parts = config.actor.tensor_parallel if config.launch.gpus else 1
     dealt = f" / {parts} GPUs" if parts > 1 else ""
-    how = f"{size} bytes x {shape.parameters:.3g}{dealt}"
-    yield "weights", size * shape.parameters / parts, how
+    total = size * shape.parameters
+    yield "weights", total / parts, f"{size} bytes x {shape.parameters:.3g}{dealt}"
     if adapter is not None:
         count = shape.adapter(adapter)
         yield "adapter", size * count, f"{size} bytes x {count:.3g}"

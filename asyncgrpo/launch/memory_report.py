@@ -143,10 +143,7 @@ def memory_explained(config: Config, role: str) -> Iterator[None]:
 
 
 def _places(config: Config) -> dict[str, str]:
-    """Role -> device, as the plan has it on a machine with enough GPUs.
-
-    The second GPU of an engine has the role "actor-0.1".
-    """
+    """Role ("actor-0.1": its second GPU) -> device, as planned on a machine with enough GPUs."""
     names = role_names(config.launch.actors, config.launch.learners)[1:]
     if not config.launch.gpus:
         return dict.fromkeys(names, MACHINE)

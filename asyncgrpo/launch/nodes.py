@@ -58,8 +58,8 @@ def find_seat(config: Config, name: str, nodes: Sequence[Node], taken: Mapping[s
     the node with most room. ConfigError when there is none.
     """
     launch, is_learner = config.launch, name == LEARNER
-    width = config.actor.tensor_parallel
-    ranks, group = (launch.learners, LEARNERS) if is_learner else (width, ACTORS)
+    slots = config.actor.tensor_parallel
+    ranks, group = (launch.learners, LEARNERS) if is_learner else (slots, ACTORS)
     room = {node: node.slots for node in nodes if node.group in ("", group)}
     for seat in taken.values():
         room |= {node: room[node] - seat.slots for node in seat.nodes if node in room}
@@ -71,9 +71,8 @@ def find_seat(config: Config, name: str, nodes: Sequence[Node], taken: Mapping[s
             return Seat(nodes=tuple(found[:count]), slots=ranks // count, on_gpus=launch.gpus > 0)
     free = ", ".join(f"{node.name}: {slots}" for node, slots in room.items())
     each = f"{slot_cpus(config)} CPUs" + " and a GPU" * (launch.gpus > 0)
-    where = " on one node" * (width > 1)
-    if is_learner:
-        where = " on the launcher's node, or as many there as on others"
+    where = " on the launcher's node, or as many there as on others"
+    where = where if is_learner else " on one node" * (slots > 1)
     raise ConfigError(
         f"no room for {name}: it needs {ranks} slots of {each}{where}; free are {free or 0}: "
         "start fewer actors or learners, or ask Slurm for more"

@@ -34,8 +34,7 @@ _NEEDS = {
 def _fastest(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]:
     if not gpus:
         return "gloo", "launch.gpus=0 is a CPU run"
-    if config.actor.tensor_parallel > 1:
-        count = config.actor.tensor_parallel
+    if (count := config.actor.tensor_parallel) > 1:
         return "gloo", f"the {count} GPUs of an actor take their parts from the host's memory"
     ends = [gpus["learner-0"], *(gpus[f"actor-{i}"] for i in range(config.launch.actors))]
     if len(set(ends)) == len(ends):
