@@ -11,9 +11,10 @@ from fakes import make_lease
 from asyncgrpo.actor.concurrency import EngineLoad
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
-from asyncgrpo.config import RewardSettings, from_mapping
+from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Completion, Sampled
 from asyncgrpo.weights.proof import NUM_CANARIES
 from asyncgrpo.wire.codec import Packet, groups_from, lease_fields
