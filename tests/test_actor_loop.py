@@ -403,7 +403,7 @@ def test_an_actor_that_leaves_hands_back_what_it_samples_and_delivers_what_it_ha
 
 
 def test_an_actor_that_hears_nothing_for_long_says_so_and_ends():
-    stage = Stage(launch={"stall_seconds": 20})
+    stage = Stage(buffer={"take_timeout_seconds": 20})
     stage.tick(150)
     stage.client.inbox.append(Packet(kind="noted"))  # a word in between counts
     stage.tick(190)
@@ -412,7 +412,7 @@ def test_an_actor_that_hears_nothing_for_long_says_so_and_ends():
 
 
 def test_an_actor_that_stood_still_asks_before_it_gives_up():
-    stage = Stage(launch={"stall_seconds": 20})
+    stage = Stage(buffer={"take_timeout_seconds": 20})
     stage.tick()
     stage.time += 3600  # SIGSTOP, a laptop asleep
     stage.tick(100)

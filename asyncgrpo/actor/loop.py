@@ -242,9 +242,9 @@ class ActorLoop:
         if now - self._last_status >= STATUS_SECONDS:
             self._last_status = now
             self._unheard += 1
-            if self._unheard > self._config.launch.stall_seconds / STATUS_SECONDS:
-                silence = self._config.launch.stall_seconds
-                raise PeerTimeout("the buffer", "launch.stall_seconds", silence)
+            if self._unheard > self._config.buffer.take_timeout_seconds / STATUS_SECONDS:
+                silence = self._config.buffer.take_timeout_seconds
+                raise PeerTimeout("the buffer", "buffer.take_timeout_seconds", silence)
             fields = {"actor": self._name, "version": self._engine.version, **self.counters}
             self._client.post(Packet(kind="status", fields=fields))
 

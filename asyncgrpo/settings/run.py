@@ -74,7 +74,9 @@ class BufferSettings(Room):
         description="groups of a batch that were trained before, per new one, none past the bound",
     )
     lease_deadline_seconds: Unbounded = Field(600.0, gt=0, description="then a lease is taken back")
-    take_timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one batch")
+    take_timeout_seconds: float = Field(
+        600.0, gt=0, description="longest wait of anybody for the buffer"
+    )
 
 
 def _reachable(text: str) -> str:
