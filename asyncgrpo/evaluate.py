@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from asyncgrpo.config import EvalSettings
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Group
 
 

@@ -14,9 +14,10 @@ from pydantic import TypeAdapter
 
 from asyncgrpo.algorithms import MODULES, PRESETS, catalogue
 from asyncgrpo.aliases import by_name, entries
-from asyncgrpo.config import Config, EvalBlocks, load_config, preset_files
+from asyncgrpo.config import Config, load_config, preset_files
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.hints import USUAL
+from asyncgrpo.settings.reward import EvalBlocks
 
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 TYPES = {"string": "text", "boolean": "true or false", "null": "none", "object": "table"}

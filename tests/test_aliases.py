@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from peer_cases import EQUAL
 
 from asyncgrpo.aliases import by_name, entries
-from asyncgrpo.config import AlgoSettings, Config, from_mapping
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.learner.schedule import learning_rate
+from asyncgrpo.settings.algo import AlgoSettings
 
 # What a name means that is only called otherwise: foreign setting -> ours.
 CALLED: dict[str, tuple[Any, str, Any]] = {

@@ -80,8 +80,8 @@ FLOORS = {
         "launch.memory",
         "launch.memory_report",
     ),
-    1: ("config", "aliases", "algo", "algorithms", "hints", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "packing", "room", "staleness"),
+    1: ("config", "settings", "aliases", "algorithms", "hints", "protocols", "observe.metrics"),
+    0: ("errors", "types", "imports", "packing", "settings.room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

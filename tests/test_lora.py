@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from asyncgrpo.buffer.replay import deal
-from asyncgrpo.config import Config, LoraSettings, from_mapping, load_config
+from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
@@ -33,6 +33,7 @@ from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.serial import run_serial
+from asyncgrpo.settings.learner import LoraSettings
 from asyncgrpo.types import Shard
 from asyncgrpo.weights.local import LocalLink
 from asyncgrpo.weights.proof import canary_prompts

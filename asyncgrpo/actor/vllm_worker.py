@@ -13,8 +13,8 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from asyncgrpo.config import LoraSettings
 from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.settings.learner import LoraSettings
 
 ADAPTER_ID = 1  # of the only one
 

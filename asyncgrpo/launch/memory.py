@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from asyncgrpo.config import Config, LoraSettings
+from asyncgrpo.config import Config
+from asyncgrpo.settings.learner import LoraSettings
 
 GIB = 1 << 30
 FLOAT = 4  # bytes: the learner's weights, and its products unless learner.dtype is bfloat16

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.check import length_warning
 from asyncgrpo.data.prompts import PromptSource, open_prompts
@@ -56,6 +55,7 @@ from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.settings.algo import notices
 from asyncgrpo.wire.keys import make_keys
 
 _promised: set[Path] = set()  # directories of this process, made or not

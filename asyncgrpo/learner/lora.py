@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from asyncgrpo.config import LoraSettings
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.learner import ranks
+from asyncgrpo.settings.learner import LoraSettings
 
 ADAPTER = "default"  # peft's name of the only one
 
