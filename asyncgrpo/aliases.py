@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.room import Room
+from asyncgrpo.settings.room import Room
 
 Rooms = Mapping[str, Mapping[str, Any]]  # room -> its fields
 Foreign = Mapping[str, Any]  # foreign name -> value

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from asyncgrpo.config import EvalSettings
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Group
 
 

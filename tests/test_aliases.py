@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from peer_cases import EQUAL
 
 from asyncgrpo.aliases import by_name, entries
-from asyncgrpo.config import AlgoSettings, Config, from_mapping
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.learner.schedule import learning_rate
+from asyncgrpo.settings.algo import AlgoSettings
 
 # What a name means that is only called otherwise: foreign setting -> ours.
 CALLED: dict[str, tuple[Any, str, Any]] = {
@@ -265,7 +266,7 @@ def test_names_that_agree_are_taken():
         ("optim", "adafactor", "the optimizer is AdamW"),
         ("trust_remote_code", True, "code of their own"),
         ("resume_from_checkpoint", "x", "launch --resume"),
-        ("tensor_parallel_size", 2, "one GPU holds one engine"),
+        ("expert_parallel_size", 2, "experts and sequences are not dealt"),
         ("batch_size", 8, "say the unit"),
         ("vllm_importance_sampling_mode", "sequence_mask", "geometric_mask"),
         ("lr_scheduler_type", "polynomial", "'constant', 'linear' or 'cosine'"),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data import gsm8k
 from asyncgrpo.data.check import Checker
 from asyncgrpo.data.files import read_rows
 from asyncgrpo.data.records import read_prompts
+from asyncgrpo.settings.data import TemplateSettings
 
 SAMPLE = Path(gsm8k.__file__).parent / "gsm8k_sample" / "train.jsonl"
 

@@ -11,8 +11,8 @@ from fakes import make_group, make_lease, make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncgrpo.config import EvalSettings
 from asyncgrpo.evaluate import pass_at_k, summarise
+from asyncgrpo.settings.reward import EvalSettings
 
 
 @given(st.data())

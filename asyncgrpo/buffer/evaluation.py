@@ -13,8 +13,9 @@ from typing import Any
 
 from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.leases import LeaseBook
-from asyncgrpo.config import Config, EvalSettings
+from asyncgrpo.config import Config
 from asyncgrpo.evaluate import summarise
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Group, Prompt, Sampling
 from asyncgrpo.wire.codec import Packet, lease_fields
 

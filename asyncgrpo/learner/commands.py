@@ -39,9 +39,9 @@ def show(name: Annotated[str, typer.Argument(help="a name from `asyncgrpo algo l
     """The equation, defaults, when to use it and up to which staleness; what a preset sets."""
     from rich.console import Console
 
-    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.algorithms import MODULES, PRESETS, catalogue, nearest
     from asyncgrpo.errors import ConfigError
+    from asyncgrpo.settings.algo import AlgoSettings
 
     entries = [catalogue(kind)[name] for kind in MODULES if name in catalogue(kind)]
     if not entries and name not in PRESETS:

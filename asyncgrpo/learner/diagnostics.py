@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.inputs import MAX_LOG_RATIO, LossInputs, safe_exp
 from asyncgrpo.learner.objective import Objective
 from asyncgrpo.observe.metrics import LAG_BINS, SEQUENCE_RULES, masked_name
+from asyncgrpo.settings.algo import AlgoSettings
 
 Sums = dict[str, Tensor]  # float64, any shape
 

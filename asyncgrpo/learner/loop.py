@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from asyncgrpo.config import Config, EvalSettings
+from asyncgrpo.config import Config
 from asyncgrpo.protocols import Client, NamedTensors, WeightSender
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Float32, Int32, Shard
 from asyncgrpo.wire.codec import Packet, shard_from
 

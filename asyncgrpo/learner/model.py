@@ -197,10 +197,11 @@ class PublishedParameters:
 
     Looks through DistributedDataParallel and PolicyHead; a tied output layer does not appear.
     Anew for each iteration, gathered if ranks hold parts, and with an adapter merged into the one
-    tensor that is at hand.
+    tensor that is at hand, or alone.
     """
 
     module: nn.Module
+    only_adapter: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         module = self.module
@@ -209,9 +210,10 @@ class PublishedParameters:
             if isinstance(inner, nn.Module):
                 module = inner
         if hasattr(module, "peft_config"):
-            from asyncgrpo.learner.lora import merged_parameters  # peft: slow, and an extra
+            from asyncgrpo.learner import lora  # peft: slow, and an extra
 
-            yield from merged_parameters(module)
+            published = lora.adapter_parameters if self.only_adapter else lora.merged_parameters
+            yield from published(module)
         else:
             yield from (
                 (n, ranks.whole(tensor.detach())) for n, tensor in module.named_parameters()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import call
 from asyncgrpo.errors import AlgorithmError, BadInput
 from asyncgrpo.imports import described, is_interrupt, last_place
@@ -23,6 +22,7 @@ from asyncgrpo.learner.corrections import Correction
 from asyncgrpo.learner.inputs import LossInputs, Totals
 from asyncgrpo.learner.losses import TokenLoss
 from asyncgrpo.learner.shaping import estimate
+from asyncgrpo.settings.algo import AlgoSettings
 
 EXAMPLE_GROUP = GroupRewards(
     rewards=np.array([1.0, 0.0, 0.5, 0.0]),

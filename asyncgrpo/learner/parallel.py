@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from asyncgrpo.config import LearnerSettings
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.attention import packed_attention
 from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.settings.learner import LearnerSettings
 
 
 def set_up_blocks(policy: nn.Module, settings: LearnerSettings) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.model import PackedRow, PolicyHead
+from asyncgrpo.settings.algo import AlgoSettings
 
 Context = AbstractContextManager[None]
 # Ziegler et al., arXiv 1909.08593 section 2.2: one step never changes the coefficient by more.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from asyncgrpo.config import LearnerSettings
+from asyncgrpo.settings.learner import LearnerSettings
 
 # share of the way from warm-up to max_steps, in [0, 1] -> share of the way from floor to peak
 SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -107,7 +107,10 @@ class PolicyUpdater:
         self._num_skipped = self._num_syncs = 0
         self.advantages = np.zeros(0, np.float32)  # [C] of the last update, see Updater
         self._optimizer = parallel.make_optimizer(self._policy, settings)
-        self._weights = parallel.Gathered(PublishedParameters(self._policy))
+        self._published = PublishedParameters(
+            self._policy, only_adapter=settings.published_adapter is not None
+        )
+        self._weights = parallel.Gathered(self._published)
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
@@ -173,7 +176,7 @@ class PolicyUpdater:
 
     def weights(self) -> NamedTensors:
         """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
-        return self._weights if self._sharded else PublishedParameters(self._policy)
+        return self._weights if self._sharded else self._published
 
     def help_gather(self) -> None:
         """On every rank when rank 0 is done with `weights`: until then the others help it."""
@@ -182,7 +185,8 @@ class PolicyUpdater:
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
-        with self._adapter.merged() if self._adapter else contextlib.nullcontext():
+        adapter = None if self._published.only_adapter else self._adapter
+        with adapter.merged() if adapter else contextlib.nullcontext():
             return self._plain_head.next_logprobs(canary_prompts(self.vocab_size)).numpy()
 
     def is_checkpoint_due(self, step: int) -> bool:

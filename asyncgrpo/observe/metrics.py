@@ -18,7 +18,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from asyncgrpo.config import HELD_OUT
+from asyncgrpo.settings.reward import HELD_OUT
 
 Kind = Literal["gauge", "counter", "histogram"]
 # Staleness in versions, up to and including the number: what is reported split by lag.

@@ -18,8 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncgrpo.config import HELD_OUT
 from asyncgrpo.rows import whole_rows
+from asyncgrpo.settings.reward import HELD_OUT
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH, COMPARED_STEPS = 30, 10

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from asyncgrpo.algorithms import PRESETS, check_name
-from asyncgrpo.room import Room, Unbounded
+from asyncgrpo.settings.room import Room, Unbounded
 
 WEIGHTS = ("decoupled", "tis", "tis_sequence")
 MASKS = ("icepop", "geometric_mask", "opsm", "m2po")
