@@ -1,12 +1,17 @@
-"""Stand-ins that tests share: prompts, groups, a prompt source."""
+"""Stand-ins that tests share: prompts, groups, a prompt source, a run directory."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=16)
@@ -131,3 +136,19 @@ class CountingPrompts:
 
     def held_out(self, num: int, block: str = "held-out") -> tuple[Prompt, ...]:
         return tuple(make_prompt(1_000_000 + i) for i in range(num))
+
+
+def make_run(path: Path, config: Config | None = None, **rooms: Any) -> RunDir:
+    """A run directory that is written, of these settings; its endpoints lead nowhere."""
+    path.mkdir(parents=True, exist_ok=True)
+    endpoints = Endpoints(buffer="tcp://127.0.0.1:1", weights="", store=("", 0))
+    run = RunDir(path=path, config=config or from_mapping(rooms), endpoints=endpoints)
+    run.write()
+    return run
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSONL file, the last of which is whole."""
+    *lines, end = path.read_text(encoding="utf-8").split("\n")
+    assert end == ""
+    return [json.loads(line) for line in lines]

@@ -46,6 +46,7 @@ FLOORS = {
         "wire.keys",
         "buffer.ledger",
         "actor.vllm_engine",
+        "actor.vllm_worker",
         "actor.toy_engine",
         "learner.model",
         "learner.attention",
@@ -77,13 +78,16 @@ FLOORS = {
         "launch.memory",
         "launch.memory_report",
     ),
-    1: ("config", "aliases", "algo", "algorithms", "hints", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "packing", "room", "staleness"),
+    1: ("config", "settings", "aliases", "algorithms", "hints", "protocols", "observe.metrics"),
+    0: ("errors", "types", "imports", "packing", "rows", "settings.room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {
-    "torch": ("learner", "weights", "actor.toy_engine", "actor.vllm_engine", "data.tiny"),
-    "vllm": ("actor.vllm_engine",),
+    "torch": (
+        *("learner", "weights", "data.tiny"),
+        *("actor.toy_engine", "actor.vllm_engine", "actor.vllm_worker"),
+    ),
+    "vllm": ("actor.vllm_engine", "actor.vllm_worker"),
     "transformers": ("learner", "data.tiny"),
     "zmq": ("wire.sockets", "wire.keys"),
     "sqlite3": ("buffer.ledger",),

@@ -12,11 +12,11 @@ import torch
 from oracles import Batch, random_case
 from packed_case import as_inputs, totals
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.diagnostics import finish, measure
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import decile_edges
 from asyncgrpo.observe.metrics import LAG_BINS, METRICS
+from asyncgrpo.settings.algo import AlgoSettings
 
 RULES = ["geometric_mask", "opsm", "icepop", "tis_sequence"]
 

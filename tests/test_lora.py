@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from asyncgrpo.config import Config, LoraSettings, from_mapping, load_config
+from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
@@ -29,6 +29,7 @@ from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.serial import run_serial
+from asyncgrpo.settings.learner import LoraSettings
 from asyncgrpo.types import Shard
 from asyncgrpo.weights.local import LocalLink
 from asyncgrpo.weights.proof import canary_prompts
@@ -92,6 +93,35 @@ def test_published_weights_are_the_base_plus_alpha_over_r_b_a(folder, shard):
         torch.testing.assert_close(published[name].double(), expected, rtol=0, atol=1e-7)
     kinds = {layer.rpartition(".")[2] for layer in layers}
     assert kinds == {f"{k}_proj" for k in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+def test_an_adapter_is_published_as_peft_saves_it_and_proven_apart_from_the_base(folder, shard):
+    lora = {"publish": "adapter", "r": 8}
+    updater = trained(settings(folder, lora, actor={"engine": "vllm"}), shard)
+    saved = updater._adapter._peft.state_dict()
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): tensor
+        for name, tensor in saved.items()
+        if ".lora_" in name
+    }
+    published = copied(updater)
+    assert list(published) == list(expected)
+    assert all(torch.equal(published[name], expected[name]) for name in expected)
+    for table, whole in [(updater.canary_logprobs(), False), (merged_canaries(updater), True)]:
+        own = updater._plain_head.next_logprobs(canary_prompts(updater.vocab_size)).numpy()
+        assert (np.abs(table - own).max() > 0) == whole  # merged rounds differently
+        np.testing.assert_allclose(table, own, atol=1e-5)
+
+
+def merged_canaries(updater: PolicyUpdater) -> np.ndarray:
+    with updater._adapter.merged():
+        return updater._plain_head.next_logprobs(canary_prompts(updater.vocab_size)).numpy()
+
+
+def test_a_serial_run_refuses_to_publish_an_adapter(folder):
+    config = settings(folder, {"publish": "adapter"}, actor={"engine": "vllm"})
+    with pytest.raises(ConfigError, match="needs vLLM, but --serial has the toy engine"):
+        Session(config).run_serially()
 
 
 def test_publishing_changes_no_weight_and_makes_one_at_a_time(folder, shard):
@@ -310,6 +340,21 @@ def test_a_serial_run_learns_and_its_model_is_the_learners(folder, tmp_path):
         (
             {"learner": {"lora": {}}, "algo": {"kl_coef": 0.1, "reference": {"sync_every": 5}}},
             "algo.reference.sync_every=5 with learner.lora: an adapter has no weights",
+        ),
+        (
+            {"learner": {"lora": {"publish": "adapter"}}, "actor": {"engine": "toy"}},
+            "learner.lora.publish='adapter' needs actor.engine = 'vllm'",
+        ),
+        (
+            {
+                "learner": {"lora": {"publish": "adapter", "quantize": "4bit"}},
+                "launch": {"gpus": 4},
+            },
+            "learner.lora.publish='adapter' with learner.lora.quantize='4bit': engines would add",
+        ),
+        (
+            {"learner": {"lora": {"publish": "adapter", "r": 513}}},
+            "learner.lora.r=513 must be <= 512, vLLM's limit, with learner.lora.publish='adapter'",
         ),
         ({"learner": {"lora": {"rank": 8}}}, "unknown setting learner.lora.rank"),
         ({"learner": {"lora": {"r": 0}}}, "learner.lora.r=0 is not allowed"),

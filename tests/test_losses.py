@@ -12,8 +12,8 @@ import torch
 from oracles import Rows, random_case
 from packed_case import as_inputs, as_rows, assert_rows_equal
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import catalogue, find
+from asyncgrpo.settings.algo import AlgoSettings
 
 Oracle = Callable[..., Rows]
 TWO = {"passes": 2}

@@ -13,7 +13,6 @@ import torch
 from oracles import Batch, Rows, random_case
 from packed_case import as_inputs, as_rows, assert_rows_equal, totals
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import catalogue
 from asyncgrpo.errors import AlgorithmError, ConfigError
 from asyncgrpo.learner.corrections import Correction
@@ -21,6 +20,7 @@ from asyncgrpo.learner.inputs import Totals
 from asyncgrpo.learner.losses import TokenLoss
 from asyncgrpo.learner.objective import objective, probe
 from asyncgrpo.learner.prepare import decile_edges
+from asyncgrpo.settings.algo import AlgoSettings
 
 AGGREGATIONS: dict[str, Any] = {
     "token_mean": oracle_sums.token_mean,

@@ -17,13 +17,14 @@ from learner_case import STEP, make_groups, on_ranks, shard_of
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from asyncgrpo.config import Config, RunSettings, from_mapping
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
 from asyncgrpo.learner.batch import pack
 from asyncgrpo.learner.model import packed_row
 from asyncgrpo.learner.saved import newest
 from asyncgrpo.learner.update import PolicyUpdater
+from asyncgrpo.settings.run import RunSettings
 from asyncgrpo.types import Group
 from asyncgrpo.weights.flat import FlatWeights, Manifest
 

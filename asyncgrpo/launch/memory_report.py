@@ -15,7 +15,7 @@ from rich.table import Table
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.memory import GIB, Device, ModelShape, estimate, remedies
-from asyncgrpo.launch.model_folder import EMBEDDED, config_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_tensor_parallel, config_folder
 from asyncgrpo.launch.plan import Host, Ports, make_plan, role_names
 from asyncgrpo.launch.transport import choose_transport
 
@@ -76,6 +76,7 @@ class MemoryReport:
 
     def __init__(self, config: Config) -> None:
         """ModelError when a model is not here; ConfigError when the engine could not start."""
+        check_tensor_parallel(config.model.path, config.actor.tensor_parallel)
         places = _places(config)
         transport, _ = choose_transport(config, places if config.launch.gpus else {})
         weights = config.weights.model_copy(update={"transport": transport})
@@ -142,18 +143,19 @@ def memory_explained(config: Config, role: str) -> Iterator[None]:
 
 
 def _places(config: Config) -> dict[str, str]:
-    """Role -> device, as the plan has it on a machine with enough GPUs."""
+    """Role ("actor-0.1": its second GPU) -> device, as planned on a machine with enough GPUs."""
     names = role_names(config.launch.actors, config.launch.learners)[1:]
     if not config.launch.gpus:
         return dict.fromkeys(names, MACHINE)
     host = Host(cores=(0,), gpu_ids=tuple(map(str, range(config.launch.gpus))))
     ports = Ports(buffer=0, weights=0, store=0, rendezvous=0)
     specs = make_plan(config, host, ports, Path(), "python").specs
-    return {
-        f"{spec.role}-{spec.index + place}": f"GPU {gpu}"
-        for spec in specs
-        for place, gpu in enumerate(spec.gpus)
-    }
+    found = {}
+    for spec in specs:
+        for place, gpu in enumerate(spec.gpus):
+            name = f"{spec.name}.{place}" if place else spec.name
+            found[f"learner-{place}" if spec.role == "learner" else name] = f"GPU {gpu}"
+    return found
 
 
 def _table(devices: list[Device], room: float | None) -> str:

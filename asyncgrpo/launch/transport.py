@@ -26,7 +26,7 @@ def choose_transport(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]
 
 
 _NEEDS = {
-    "nccl": "CUDA, and a GPU for each actor and one for the learner's rank 0",
+    "nccl": "CUDA, and one GPU for each actor and one for the learner's rank 0",
     "cuda_ipc": "CUDA, and all actors on the GPU of the learner's rank 0",
 }
 
@@ -34,6 +34,8 @@ _NEEDS = {
 def _fastest(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]:
     if not gpus:
         return "gloo", "launch.gpus=0 is a CPU run"
+    if (count := config.actor.tensor_parallel) > 1:
+        return "gloo", f"the {count} GPUs of an actor take their parts from the host's memory"
     ends = [gpus["learner-0"], *(gpus[f"actor-{i}"] for i in range(config.launch.actors))]
     if len(set(ends)) == len(ends):
         return "nccl", "each actor and the learner's rank 0 has a GPU of its own"

@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
-from asyncgrpo.config import CheckpointSettings
 from asyncgrpo.errors import CheckpointError
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.saved import MANIFEST, checksum, newest, read_manifest, saved, step_of
+from asyncgrpo.settings.learner import CheckpointSettings
 
 log = logging.getLogger(__name__)
 # One rank needs no process group; torch warns about that at every save and load.

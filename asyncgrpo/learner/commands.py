@@ -34,9 +34,9 @@ def list_all() -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="a name from `asyncgrpo algo list`")]) -> None:
     """The equation, defaults, when to use it and up to which staleness; what a preset sets."""
-    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.algorithms import MODULES, PRESETS, catalogue, nearest
     from asyncgrpo.errors import ConfigError
+    from asyncgrpo.settings.algo import AlgoSettings
 
     entries = [catalogue(kind)[name] for kind in MODULES if name in catalogue(kind)]
     if not entries and name not in PRESETS:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner import kl
 from asyncgrpo.learner.inputs import LossInputs, safe_exp
 from asyncgrpo.learner.objective import Objective
 from asyncgrpo.observe.metrics import LAG_BINS, SEQUENCE_RULES, masked_name
+from asyncgrpo.settings.algo import AlgoSettings
 
 Sums = dict[str, Tensor]  # float64, any shape
 DECILE, DECILES_OF_ALL = "/decile", "sequences by decile"

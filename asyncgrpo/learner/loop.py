@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from asyncgrpo.config import Config, EvalSettings
+from asyncgrpo.config import Config
 from asyncgrpo.learner import ranks
 from asyncgrpo.protocols import Client, WeightSender
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.wire.codec import Packet, shard_from
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import call
 from asyncgrpo.errors import AlgorithmError, BadInput
 from asyncgrpo.imports import described, is_interrupt, last_place
@@ -24,6 +23,7 @@ from asyncgrpo.learner.corrections import Correction
 from asyncgrpo.learner.inputs import LossInputs, Totals
 from asyncgrpo.learner.losses import TokenLoss
 from asyncgrpo.learner.shaping import estimate
+from asyncgrpo.settings.algo import AlgoSettings
 
 Parts = TypeVar("Parts", TokenLoss, Correction)
 EXAMPLE_GROUP = GroupRewards(

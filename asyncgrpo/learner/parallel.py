@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from asyncgrpo.config import LearnerSettings
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.attention import packed_attention
 from asyncgrpo.learner.model import PolicyHead
+from asyncgrpo.settings.learner import LearnerSettings
 
 
 def set_up_blocks(policy: nn.Module, settings: LearnerSettings) -> None:
@@ -89,11 +89,12 @@ class Published:
     """The policy's weights by their Hugging Face names; a tied output layer does not appear.
 
     Anew for each iteration: gathered if ranks hold parts, which all of them must take part in
-    though rank 0 alone wants them; and with an adapter merged into the one tensor at hand.
+    though rank 0 alone wants them; with an adapter merged into the one tensor at hand, or alone.
     """
 
     policy: nn.Module
     is_sharded: bool
+    only_adapter: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """On rank 0; to the end, as the other ranks do."""
@@ -111,9 +112,10 @@ class Published:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         if hasattr(self.policy, "peft_config"):
-            from asyncgrpo.learner.lora import merged_parameters  # peft: slow, and an extra
+            from asyncgrpo.learner import lora  # peft: slow, and an extra
 
-            return merged_parameters(self.policy)
+            named_of = lora.adapter_parameters if self.only_adapter else lora.merged_parameters
+            return named_of(self.policy)
         named = self.policy.named_parameters()
         return ((name, ranks.whole(tensor.detach())) for name, tensor in named)
 

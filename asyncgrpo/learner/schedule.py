@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from asyncgrpo.algo import AlgoSettings
-from asyncgrpo.config import LearnerSettings
+from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.settings.learner import LearnerSettings
 
 # Ziegler et al., arXiv 1909.08593 section 2.2: one step never changes the coefficient by more.
 MAX_KL_ERROR = 0.2

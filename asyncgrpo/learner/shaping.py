@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import call
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError
 from asyncgrpo.evaluate import is_correct
 from asyncgrpo.imports import shown
 from asyncgrpo.learner.advantages import Float64, GroupRewards
+from asyncgrpo.settings.algo import AlgoSettings
 from asyncgrpo.types import Float32, Group, Int32
 
 

@@ -98,6 +98,7 @@ class PolicyUpdater:
         # [C] of the last update's completions, rank by rank as they were dealt
         self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
+        self._only_adapter = settings.published_adapter is not None
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
@@ -156,11 +157,12 @@ class PolicyUpdater:
 
     def weights(self) -> parallel.Published:
         """Present weights by their Hugging Face names, for rank 0 while the others `help`."""
-        return parallel.Published(self._policy, self._sharded)
+        return parallel.Published(self._policy, self._sharded, self._only_adapter)
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
-        with self._adapter.merged() if self._adapter else contextlib.nullcontext():
+        adapter = None if self._only_adapter else self._adapter
+        with adapter.merged() if adapter else contextlib.nullcontext():
             return self._plain_head.next_logprobs(canary_prompts(self.vocab_size)).numpy()
 
     def is_checkpoint_due(self, step: int) -> bool:
