@@ -248,12 +248,16 @@ def role(
     index: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """One process of a run; the launcher starts it."""
+    from asyncgrpo.launch.lifeline import RUN_ID
     from asyncgrpo.launch.stall import answer_with_stacks
     from asyncgrpo.rundir import RunDir, stop_flag
 
     run = RunDir.read(run_dir)
     logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
-    stopping = stop_flag()
+    unwatched = run_dir if RUN_ID not in os.environ and name != "learner" else None
+    # actors first: they say goodbye to the buffer
+    linger = run.config.launch.grace_seconds if name == "buffer" else 0.0
+    stopping = stop_flag(unwatched, linger)
     answer_with_stacks(run_dir, f"{name}-{os.environ.get('RANK', index)}")
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer

@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,14 +87,24 @@ def _read(file: Path, kind: TypeAdapter[Kind]) -> Kind:
         ) from None
 
 
-def stop_flag() -> Callable[[], bool]:
-    """A flag that the launcher's signal sets, or Ctrl-C; loops look at it between two turns."""
+def stop_flag(unwatched: Path | None = None, linger_seconds: float = 0.0) -> Callable[[], bool]:
+    """A flag that the launcher's signal sets, or Ctrl-C; loops look at it between two turns.
+
+    unwatched: directory of a run without a launcher, whose end sets the flag too, after a while.
+    """
     asked: list[int] = []
+    seen: list[float] = []  # when the run was found to be over
+
+    def is_over() -> bool:
+        if unwatched and not seen and (unwatched / "summary.json").exists():
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() - seen[0] >= linger_seconds
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: asked.append(number))
     if int(os.environ.get(STOP_SIGNAL, signal.SIGTERM)) != signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return lambda: bool(asked)
+    return lambda: bool(asked) or is_over()
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from asyncgrpo import cli
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data import gsm8k
 from asyncgrpo.data.check import Checker
 from asyncgrpo.data.files import read_rows
 from asyncgrpo.data.records import read_prompts
+from asyncgrpo.settings.data import TemplateSettings
 
 SAMPLE = Path(gsm8k.__file__).parent / "gsm8k_sample" / "train.jsonl"
-
-
-@pytest.fixture
-def asyncgrpo(monkeypatch, capsys):
-    """Runs one command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["asyncgrpo", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
 
 
 def write(path: Path, *rows: object) -> Path:

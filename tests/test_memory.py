@@ -315,7 +315,7 @@ def test_activations_are_what_autograd_keeps_with_the_scores_of_the_kernel_that_
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     updater._head._score = lambda hidden, targets: (hidden[:, 0].float(), hidden[:, 0].float())
     with kernel, hooks:
-        updater._objective(batch, 0, updater._head)
+        updater._objective(batch, 0)
     sizes = [t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights]
     rounded = ["rounded weights"] if "float32_head" in learner else []
     assert estimated(config, "activations", *rounded) == pytest.approx(sum(sizes), rel=0.05)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import RewardSettings
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
 from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards
 from asyncgrpo.rewards.trial import Row, try_rewards
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 TESTS = Path(__file__).parent

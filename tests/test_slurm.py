@@ -139,13 +139,19 @@ def test_who_finds_no_room_is_told_what_is_free(actors, learners, slots, message
         find_seats(settings(actors, learners), nodes_of(*slots))
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=5))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.integers(1, 3),
+)
 def test_nobody_is_seated_where_there_is_no_room(
-    actors: int, learners: int, slots: list[int]
+    actors: int, learners: int, slots: list[int], width: int
 ) -> None:
     nodes = nodes_of(*slots)
+    config = settings(actors, learners, actor={"tensor_parallel": width})
     try:
-        found = find_seats(settings(actors, learners), nodes)
+        found = find_seats(config, nodes)
     except ConfigError:
         return
     taken = dict.fromkeys(nodes, 0)
@@ -153,18 +159,32 @@ def test_nobody_is_seated_where_there_is_no_room(
         for node in seat.nodes:
             taken[node] += seat.slots
     assert all(taken[node] <= node.slots for node in nodes)
-    assert sum(taken.values()) == actors + learners
+    assert sum(taken.values()) == actors * width + learners
+    assert all(len(found[f"actor-{index}"].nodes) == 1 for index in range(actors))
     assert found["learner"].nodes[0] == nodes[0]
 
 
-@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 6))
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 6), st.integers(1, 4))
 def test_what_is_asked_for_is_enough_and_one_slot_less_is_not(
-    actors: int, learners: int, count: int
+    actors: int, learners: int, count: int, width: int
 ) -> None:
-    slots = slots_per_node(learners, actors, count)
-    find_seats(settings(actors, learners), nodes_of(*[slots] * count))
+    slots = slots_per_node(learners, actors, count, width)
+    config = settings(actors, learners, actor={"tensor_parallel": width})
+    find_seats(config, nodes_of(*[slots] * count))
     with pytest.raises(ConfigError):
-        find_seats(settings(actors, learners), nodes_of(*[slots - 1] * count))
+        find_seats(config, nodes_of(*[slots - 1] * count))
+
+
+def test_an_engine_of_several_gpus_is_seated_on_one_node() -> None:
+    config = settings(2, 1, actor={"tensor_parallel": 2}, launch={"gpus": 5})
+    assert seats(config, nodes_of(3, 2)) == {
+        "learner": "n0 x1",
+        "actor-0": "n1 x2",
+        "actor-1": "n0 x2",
+    }
+    assert "--gpus-per-node=2" in find_seats(config, nodes_of(3, 2))["actor-0"].srun("actor-0")
+    with pytest.raises(ConfigError, match="it needs 2 slots of 1 CPUs and a GPU on one node; free"):
+        find_seats(config, nodes_of(2, 1, 1, 1))
 
 
 def test_after_a_node_is_lost_its_roles_find_only_slots_that_others_leave_free() -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import LaunchSettings
 from asyncgrpo.errors import BadInput, RoleFailed, RunError
 from asyncgrpo.launch import local
 from asyncgrpo.launch.child import kill_strays
@@ -22,6 +21,7 @@ from asyncgrpo.launch.lifeline import find_run_processes
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.plan import Plan, ProcessSpec
 from asyncgrpo.rundir import Endpoints
+from asyncgrpo.settings.run import LaunchSettings
 
 PRELUDE = "import os, signal, subprocess, sys, time\n"
 WORK = "print('ready', flush=True)\ntime.sleep(600)\n"

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncgrpo.config import TaskSettings, from_mapping
+from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.data.records import prompts_from_rows
 from asyncgrpo.data.task_records import task_records
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.rewards.builtin import task
+from asyncgrpo.settings.data import TaskSettings
 
 KINDS = ("math", "gcd", "sort", "palindrome", "reverse", "expression")
 MATH = ("add", "sub", "mul")

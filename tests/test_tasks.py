@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import KINDS, Task, TaskSource, draw_task
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.settings.data import TaskSettings
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 ALL_KINDS = TaskSettings(kinds=dict.fromkeys(KINDS, 1.0))

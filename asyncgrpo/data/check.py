@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from asyncgrpo.config import DataSettings, TemplateSettings
 from asyncgrpo.data.files import Located, Row
 from asyncgrpo.data.records import AS_IT_IS, answer_of, messages_of, prompts_from_rows, source_of
 from asyncgrpo.errors import DataError, RewardError
+from asyncgrpo.settings.data import DataSettings, TemplateSettings
 from asyncgrpo.types import Prompt
 
 Finding = tuple[str, str, str]  # where, what kind, details

@@ -8,20 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from asyncgrpo.config import (
-    HELD_OUT,
-    TASKS,
-    Config,
-    DataSettings,
-    SourceSettings,
-    TemplateSettings,
-)
+from asyncgrpo.config import TASKS, Config
 from asyncgrpo.data.files import source_name
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Stream, resample
 from asyncgrpo.data.tasks import TaskSource
 from asyncgrpo.data.templates import with_template
 from asyncgrpo.errors import ConfigError, DataError
+from asyncgrpo.settings.data import DataSettings, SourceSettings, TemplateSettings
+from asyncgrpo.settings.reward import HELD_OUT
 from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)

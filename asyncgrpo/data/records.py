@@ -16,10 +16,10 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.files import Located, Row, read_rows, source_name
 from asyncgrpo.data.templates import with_template
 from asyncgrpo.errors import DataError
+from asyncgrpo.settings.data import TemplateSettings
 from asyncgrpo.types import Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "query", "question", "problem")

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import count
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.files import Row
 from asyncgrpo.data.streams import Turns
 from asyncgrpo.data.tasks import MAX_REDRAWS, TaskSource
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.settings.data import TaskSettings
 from asyncgrpo.types import Prompt
 
 GROUPS = {"math": ("add", "sub", "mul")}  # names for several kinds of data/tasks.py

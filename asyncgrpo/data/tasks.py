@@ -22,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.settings.data import TaskSettings
 from asyncgrpo.types import Prompt
 
 HELD_OUT_SEED = 1234567  # the held-out set is the same for every run seed

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import TaskSource
 from asyncgrpo.rewards.builtin import task_score
+from asyncgrpo.settings.data import TaskSettings
 from asyncgrpo.types import Prompt
 
 IGNORED = -100  # label of positions outside the completion

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from asyncgrpo.config import LaunchSettings
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
 from asyncgrpo.launch.ends import Verdict, describe_exit, failure, judge_exit
 from asyncgrpo.launch.plan import Plan, ProcessSpec
+from asyncgrpo.settings.run import LaunchSettings
 
 POLL_SECONDS = 0.05
 # Before the next life: what killed the last one may need a moment to pass. Doubles each time.

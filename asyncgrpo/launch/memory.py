@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from asyncgrpo.config import Config, LoraSettings
+from asyncgrpo.config import Config
+from asyncgrpo.settings.learner import LoraSettings
 
 GIB = 1 << 30
 FLOAT = 4  # bytes: the learner's weights, and its products unless learner.dtype is bfloat16
@@ -52,9 +53,14 @@ class ModelShape:
         every = lora.targets == "all-linear"
         return [sizes for name, sizes in self.linears.items() if every or name in lora.targets]
 
+    def adapter(self, lora: LoraSettings) -> int:
+        """Parameters of A and B."""
+        return self.layers * sum(lora.r * sum(sizes) for sizes in self.adapted(lora))
+
     def kv_bytes(self, config: Config) -> int:
-        """Keys and values of the longest sequence in the engine."""
-        per_token = 2 * self.layers * self.kv_heads * self.head_dim * engine_bytes(config)
+        """Keys and values of the longest sequence in the engine; its processes have a head each."""
+        heads = max(self.kv_heads, config.actor.tensor_parallel)
+        per_token = 2 * self.layers * heads * self.head_dim * engine_bytes(config)
         return per_token * config.max_sequence_tokens
 
 
@@ -138,7 +144,7 @@ def learner_lines(config: Config, shape: ModelShape, *, is_first: bool) -> Itera
     parts = (learner.shard_ranks or config.launch.learners) if is_sharded else 1
     trained = total = shape.parameters
     if lora is not None:
-        trained = shape.layers * sum(lora.r * sum(sizes) for sizes in shape.adapted(lora))
+        trained = shape.adapter(lora)
         total += trained
 
     def part(what: str, size: float, how: str) -> Line:
@@ -240,14 +246,20 @@ def _moments(config: Config, shape: ModelShape, parts: int) -> Iterator[list[Lin
 
 
 def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
-    """An engine in the midst of a step."""
-    size = engine_bytes(config)
-    yield "weights", size * shape.parameters, f"{size} bytes x {shape.parameters:.3g}"
+    """An engine, or its part of one GPU, in the midst of a step."""
+    size, adapter = engine_bytes(config), config.learner.published_adapter
+    parts = config.actor.tensor_parallel if config.launch.gpus else 1
+    dealt = f" / {parts} GPUs" if parts > 1 else ""
+    total = size * shape.parameters
+    yield "weights", total / parts, f"{size} bytes x {shape.parameters:.3g}{dealt}"
+    if adapter is not None:
+        count = shape.adapter(adapter)
+        yield "adapter", size * count, f"{size} bytes x {count:.3g}"
     if config.actor.engine == "vllm":
         cache, each = config.actor.kv_cache_bytes, shape.kv_bytes(config)
         how = f"{cache / each:.1f} sequences of {config.max_sequence_tokens} tokens"
-        yield "KV cache", cache, f"actor.kv_cache_bytes: {how}"
-        width = 3 * shape.intermediate + 4 * shape.hidden
+        yield "KV cache", cache / parts, f"actor.kv_cache_bytes{dealt}: {how}"
+        width = 3 * shape.intermediate // parts + 4 * shape.hidden
         how = f"{size} bytes x {ENGINE_TOKENS} tokens x {width}"
         yield "activations", size * ENGINE_TOKENS * width, how
         # vLLM's sampler: logits, these in float32, log-softmax, softmax and noise.
@@ -264,15 +276,20 @@ def _process_lines(
     config: Config, shape: ModelShape, kind: str, *, publishes: bool
 ) -> Iterator[Line]:
     on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
+    adapter = config.learner.published_adapter
+    sent = shape.parameters if adapter is None else shape.adapter(adapter)
     is_here = not on_gpu or config.weights.transport not in ("gloo", "disk")
     gathers = config.learner.parallel == "fsdp" or config.weights.publish_every > 1
     if publishes and ((is_here and kind == "actor") or (gathers and not on_gpu)):
-        how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
-        yield "publishing", size * shape.parameters, how
+        how = f"{size} bytes x {sent:.3g}: a flat copy of what is sent"
+        yield "publishing", size * sent, how
     elif publishes and is_here:
-        buckets = 2 * min(config.weights.bucket_bytes, size * shape.parameters)
+        buckets = 2 * min(config.weights.bucket_bytes, size * sent)
         yield "publishing", buckets, "two buckets of weights.bucket_bytes"
-    yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else (ON_CPU[kind], "Python"))
+    engine = config.actor.tensor_parallel * (kind == "actor")
+    count = 1 + engine * (engine > 1)  # beside those of an engine the actor itself
+    on_cpu = (count * ON_CPU[kind], "Python" + f" x {count} processes" * (count > 1))
+    yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else on_cpu)
 
 
 def estimate(config: Config, shape: ModelShape, places: Mapping[str, str]) -> tuple[Device, ...]:

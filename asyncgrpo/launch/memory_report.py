@@ -15,7 +15,7 @@ from rich.table import Table
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.memory import GIB, Device, ModelShape, estimate, remedies
-from asyncgrpo.launch.model_folder import EMBEDDED, config_folder
+from asyncgrpo.launch.model_folder import EMBEDDED, check_tensor_parallel, config_folder
 from asyncgrpo.launch.placement import choose_transport
 from asyncgrpo.launch.plan import Host, assign_gpus, role_names
 
@@ -78,6 +78,7 @@ class MemoryReport:
 
     def __init__(self, config: Config) -> None:
         """ModelError when a model is not here; ConfigError when the engine could not start."""
+        check_tensor_parallel(config.model.path, config.actor.tensor_parallel)
         places, shape = _places(config), model_shape(config.model.path)
         transport, _ = choose_transport(config, places if config.launch.gpus else {})
         weights = config.weights.model_copy(update={"transport": transport})
@@ -144,14 +145,17 @@ def memory_explained(config: Config, role: str) -> Iterator[None]:
 
 
 def _places(config: Config) -> dict[str, str]:
-    """Role -> device, as the plan has it on a machine with enough GPUs."""
+    """Role ("actor-0.1": its second GPU) -> device, as planned on a machine with enough GPUs."""
     if not config.launch.gpus:
         names = role_names(config.launch.actors, config.launch.learners)[1:]
         return dict.fromkeys(names, MACHINE)
     host = Host(cores=(), gpu_ids=tuple(map(str, range(config.launch.gpus))))
     gpus = assign_gpus(config, host)
-    learners_first = sorted(gpus, key=lambda role: role.startswith("actor"))
-    return {role: f"GPU {gpus[role]}" for role in learners_first}
+    return {
+        f"{role}.{place}" if place else role: f"GPU {gpu}"
+        for role in sorted(gpus, key=lambda role: role.startswith("actor"))  # learners first
+        for place, gpu in enumerate(gpus[role])
+    }
 
 
 def _table(devices: list[Device], room: float | None) -> str:

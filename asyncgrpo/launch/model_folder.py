@@ -27,6 +27,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "model*.bin")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 EMBEDDING, LAYER = "model.embed_tokens.weight", re.compile(r"model\.layers\.(\d+)\.")
+VOCAB_MULTIPLE = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -79,6 +80,35 @@ def config_folder(path: str) -> Path:
     return found
 
 
+def check_tensor_parallel(path: str, size: int) -> None:
+    """ModelError when vLLM cannot deal a model over `size` processes.
+
+    Says nothing of a model whose config.json is not on this machine yet.
+    """
+    if size == 1:
+        return
+    try:
+        place, config = _config_of(path)
+    except AbsentModel:
+        return
+    heads = config.get("num_attention_heads", 0)
+    key_heads = config.get("num_key_value_heads") or heads
+    inner = config.get("intermediate_size", 0)
+    vocab = -(-config.get("vocab_size", 0) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def fits(count: int) -> bool:
+        even = heads % count == inner % count == vocab % count == 0
+        return even and (key_heads % count == 0 or count % key_heads == 0)
+
+    if not fits(size):
+        allowed = ", ".join(str(count) for count in range(1, heads + 1) if fits(count))
+        raise ModelError(
+            f"actor.tensor_parallel={size} must divide the attention heads ({heads}), intermediate "
+            f"size ({inner}) and padded vocabulary ({vocab}) of {place}, and divide its key-value "
+            f"heads ({key_heads}) or be a multiple of them; set it to one of {allowed}"
+        )
+
+
 def quick_tokenizer(path: str) -> Any:
     """The model's tokenizer, without torch; None when it is not on this machine in one file.
 
@@ -103,6 +133,17 @@ def quick_tokenizer(path: str) -> Any:
             f"{folder}/tokenizer.json cannot be read: {reason}; copy the tokenizer files of its "
             "base model there: tokenizer.save_pretrained(folder)"
         ) from None
+
+
+def _config_of(path: str) -> tuple[str, dict[str, Any]]:
+    """What to call a model, and its config.json; errors as of config_folder."""
+    if path == EMBEDDED:
+        from asyncgrpo.data.tiny import model_config  # torch
+        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
+
+        return "the embedded model", model_config(build_tokenizer()).to_dict()
+    folder = config_folder(path)
+    return f"{folder}/config.json", _check_config(folder)
 
 
 def _check_files(folder: Path) -> None:

@@ -10,7 +10,7 @@ from asyncgrpo.errors import ConfigError
 
 Cores = tuple[int, ...]
 TRANSPORT_NEEDS = {
-    "nccl": "CUDA, and a GPU for each actor and one for the learner's rank 0",
+    "nccl": "CUDA, and one GPU for each actor and one for the learner's rank 0",
     "cuda_ipc": "CUDA, and all actors on the GPU of the learner's rank 0",
 }
 
@@ -74,6 +74,8 @@ def _share_cores(cores: Cores, actors: Sequence[str], learners: Sequence[str]) -
 def _fastest_transport(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]:
     if not gpus:
         return "gloo", "launch.gpus=0 is a CPU run"
+    if (count := config.actor.tensor_parallel) > 1:
+        return "gloo", f"the {count} GPUs of an actor take their parts from the host's memory"
     ends = [gpus["learner-0"], *(gpus[f"actor-{i}"] for i in range(config.launch.actors))]
     if len(set(ends)) == len(ends):
         return "nccl", "each actor and the learner's rank 0 has a GPU of its own"

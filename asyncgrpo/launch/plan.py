@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 
 from asyncgrpo.config import Config
@@ -22,6 +22,7 @@ VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor_parallel: the actor has threads
     "PYTHONWARNINGS": "ignore",  # deprecations inside vLLM, nothing that a user could act on
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
@@ -91,11 +92,11 @@ def make_plan(
     """
     actors, learners = config.launch.actors, config.launch.learners
     gpus = assign_gpus(config, host) if seats is None else {}
-    placed = gpus if seats is None else _own_gpus(config)
-    transport, reason = choose_transport(config, placed)
+    firsts = {name: ids[0] for name, ids in gpus.items()}
+    transport, reason = choose_transport(config, firsts if seats is None else _own_gpus(config))
     cores: Mapping[str, Cores] = {}
     if seats is None and not gpus:
-        cores = assign_cores(host.cores, actors, learners, config.actor.threads)
+        cores = assign_cores(host.cores, actors, learners, config.actor.cores)
     draft = _Draft(config, run_dir, cores, gpus, seats, log_dir)
     actor_specs = (draft.actor(index) for index in range(actors))
     return Plan(
@@ -109,12 +110,13 @@ def make_plan(
 def lone_actor(config: Config, host: Host) -> ProcessSpec:
     """An actor that has the host for itself; its environment must be set before torch is imported.
 
-    ConfigError when launch.gpus asks for a GPU and there is none.
+    ConfigError when launch.gpus asks for GPUs and there are not as many as an engine takes.
     """
-    launch = {"actors": 1, "learners": 0, "gpus": min(config.launch.gpus, 1)}
+    count = config.actor.tensor_parallel if config.launch.gpus else 0
+    launch = {"actors": 1, "learners": 0, "gpus": count}
     config = config.model_copy(update={"launch": config.launch.model_copy(update=launch)})
     gpus = assign_gpus(config, host)
-    cores = {} if gpus else {"actor-0": host.cores[: config.actor.threads]}
+    cores = {} if gpus else {"actor-0": host.cores[: config.actor.cores]}
     return _Draft(config, Path(), cores, gpus).actor(0)
 
 
@@ -145,7 +147,7 @@ class _Draft:
     config: Config
     run_dir: Path
     cores: Mapping[str, Cores]  # {} on GPUs
-    gpus: Mapping[str, str]  # {} on CPU
+    gpus: Mapping[str, tuple[str, ...]]  # {} on CPU
     seats: Mapping[str, Seat] | None = None  # None: cores and GPUs are bound here
     log_dir: Path | None = None
 
@@ -198,8 +200,7 @@ class _Draft:
             "GLOO_SOCKET_IFNAME": LOOPBACK_DEVICE,
         }
         if self.seats is None or not self.config.launch.gpus:
-            visible = ",".join(self.gpus[name] for name in names if name in self.gpus)
-            environment["CUDA_VISIBLE_DEVICES"] = visible
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus_of(names))
         if self.config.launch.on_loopback:
             environment["NCCL_SOCKET_IFNAME"] = LOOPBACK_DEVICE
         if any(name in sharers for sharers in core_sharers(self.cores).values() for name in names):
@@ -210,8 +211,14 @@ class _Draft:
     def _cpu_engine_environment(self, name: str) -> Environment:
         if self.config.launch.gpus:
             return {}
-        bind = ",".join(map(str, self.cores.get(name, ()))) or "nobind"
+        cores, count = self.cores.get(name, ()), self.config.actor.tensor_parallel
+        each = len(cores) // count
+        parts = [cores[place * each : (place + 1) * each] for place in range(count)]
+        bind = "|".join(",".join(map(str, part)) for part in parts) if each else "nobind"
         return {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind}
+
+    def _gpus_of(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(gpu for name in names for gpu in self.gpus.get(name, ()))
 
     def _spec(
         self,
@@ -226,15 +233,15 @@ class _Draft:
             argv=(*(seat.srun(name) if seat else ()), sys.executable, *words),
             environment=environment,
             cores=tuple(sorted({core for m in members for core in self.cores.get(m, ())})),
-            gpus=tuple(self.gpus[m] for m in members if m in self.gpus),
+            gpus=self._gpus_of(members),
             log_file=(self.log_dir or self.run_dir / "logs") / f"{name}.log",
             nodes=tuple(node.name for node in seat.nodes) if seat else (),
         )
 
 
-def assign_gpus(config: Config, host: Host) -> dict[str, str]:
-    """Name -> GPU, one each, or with launch.share_gpus in turn; {} for a CPU run."""
-    asked, there = config.launch.gpus, len(host.gpu_ids)
+def assign_gpus(config: Config, host: Host) -> dict[str, tuple[str, ...]]:
+    """Name -> its own GPUs, or with launch.share_gpus in turn; {} for a CPU run."""
+    asked, there, width = config.launch.gpus, len(host.gpu_ids), config.actor.tensor_parallel
     if not asked:
         return {}
     if asked > there:
@@ -242,17 +249,27 @@ def assign_gpus(config: Config, host: Host) -> dict[str, str]:
             f"launch.gpus={asked} must be <= {there}, the GPUs visible on this machine; "
             f"set launch.gpus={there}" + (" (a CPU run)" if not there else "")
         )
+    if width > asked:
+        raise ConfigError(
+            f"actor.tensor_parallel={width} must be <= launch.gpus={asked} (there are {there}): "
+            "each process of an engine needs a GPU of its own; lower it, or give more GPUs"
+        )
     names = role_names(config.launch.actors, config.launch.learners)[1:]
+    counts = {name: width if name.startswith("actor") else 1 for name in names}
+    needed = sum(counts.values())
     if config.launch.share_gpus and config.launch.learners <= asked:
-        return dict(zip(reversed(names), cycle(host.gpu_ids[:asked]), strict=False))
-    if len(names) > asked:
+        turns, names = cycle(host.gpu_ids[:asked]), names[::-1]
+        return {name: tuple(islice(turns, counts[name])) for name in names}
+    if needed > asked:
+        each = "" if width == 1 else f", an actor {width} (actor.tensor_parallel)"
         raise ConfigError(
             f"launch.actors={config.launch.actors} + launch.learners={config.launch.learners} "
-            f"need one GPU each = {len(names)}, but launch.gpus={asked}; start fewer of them, set "
-            f"launch.gpus={len(names)} (there are {there}), or launch.share_gpus = true, with a "
+            f"need one GPU each{each} = {needed}, but launch.gpus={asked}; start fewer of them, "
+            f"set launch.gpus={needed} (there are {there}), or launch.share_gpus = true, with a "
             "GPU for each learner"
         )
-    return dict(zip(names, host.gpu_ids, strict=False))
+    free = iter(host.gpu_ids)
+    return {name: tuple(islice(free, counts[name])) for name in names}
 
 
 def _own_gpus(config: Config) -> dict[str, str]:
@@ -270,10 +287,16 @@ def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterato
             f"launch.actors={launch.actors} + launch.learners={launch.learners} "
             f"processes on {len(host.cores)} cores share some ({who}); fewer of them run faster"
         )
-    wanted = {"actor": config.actor.threads, "learner": config.learner.threads}
+    wanted = {"actor": config.actor.cores, "learner": config.learner.threads}
     for role, threads in wanted.items():
         given = min((len(c) for name, c in cores.items() if name.startswith(role)), default=threads)
-        if given < threads:
+        if given < threads and role == "actor" and config.actor.tensor_parallel > 1:
+            yield (
+                f"actor.tensor_parallel={config.actor.tensor_parallel} processes want {threads} "
+                f"cores, but each actor gets {given} of {len(host.cores)}: its processes wait for "
+                "each other; start fewer actors or learners"
+            )
+        elif given < threads:
             yield (
                 f"{role}.threads={threads} but each {role} gets {given} of {len(host.cores)} "
                 f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"

@@ -17,7 +17,6 @@ from subprocess import PIPE, STDOUT, Popen
 
 from rich.console import Console
 
-from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.check import length_warning
 from asyncgrpo.data.prompts import open_prompts
@@ -37,7 +36,12 @@ from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.environment import detect_host, environment_report
 from asyncgrpo.launch.lifeline import RUN_ID
 from asyncgrpo.launch.local import Supervisor, held_lifeline
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
+from asyncgrpo.launch.model_folder import (
+    EMBEDDED,
+    check_model_folder,
+    check_tensor_parallel,
+    quick_tokenizer,
+)
 from asyncgrpo.launch.nodes import Seat
 from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_plan
 from asyncgrpo.launch.preflight import (
@@ -55,6 +59,7 @@ from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.settings.algo import notices
 from asyncgrpo.wire.keys import make_keys
 
 _promised: set[Path] = set()  # directories of this process, made or not
@@ -133,6 +138,11 @@ class Session:
 
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
         """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
+        if self._config.learner.published_adapter:
+            raise ConfigError(
+                "learner.lora.publish='adapter' needs vLLM, but --serial has the toy engine, which "
+                "takes whole weights; set learner.lora.publish = 'merged'"
+            )
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
@@ -170,6 +180,8 @@ class Session:
         checks: list[Callable[[], object]] = [
             partial(check_model_folder, model, download=absent is None) for model in models
         ]
+        width = config.actor.tensor_parallel
+        checks.append(partial(check_tensor_parallel, config.model.path, width))
         checks.append(partial(self._check_prompts, rewards))
         for check in checks:
             try:

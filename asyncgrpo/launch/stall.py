@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from asyncgrpo.config import LaunchSettings
 from asyncgrpo.errors import RunError
 from asyncgrpo.launch.lifeline import find_run_processes, send
 from asyncgrpo.rundir import FLOW_FILE
+from asyncgrpo.settings.run import LaunchSettings
 
 STACKS, REPORTS = "stacks", "stalls"
 SIGNAL = signal.SIGUSR1

@@ -9,11 +9,11 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
-from asyncgrpo.config import RewardFunction, Scope
 from asyncgrpo.errors import RewardError
 from asyncgrpo.imports import find_function
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.rewards.function import BoundFunction, Parameters
+from asyncgrpo.settings.reward import RewardFunction, Scope
 
 
 def find(function: RewardFunction) -> BoundFunction:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from asyncgrpo.config import RewardSettings
 from asyncgrpo.errors import RewardError
+from asyncgrpo.settings.reward import RewardSettings
 
 
 class RewardHealth:

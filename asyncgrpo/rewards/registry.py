@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.finding import bind, find
 from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score, time_limit
 from asyncgrpo.rewards.routes import functions_for
+from asyncgrpo.settings.reward import RewardFunction, RewardSettings
 from asyncgrpo.types import Float32, Prompt
 
 __all__ = ["RewardSet", "Scores", "bind", "load_rewards", "lost_scores"]

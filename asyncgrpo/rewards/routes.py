@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.rewards.finding import nearest
+from asyncgrpo.settings.reward import RewardFunction, RewardSettings
 from asyncgrpo.types import Prompt
 
 DEFAULT = "default"
