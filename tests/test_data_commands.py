@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from fakes import write_jsonl
 
-from asyncgrpo.config import RewardSettings, TemplateSettings
 from asyncgrpo.data import gsm8k
 from asyncgrpo.data.check import findings
 from asyncgrpo.data.files import read_rows
 from asyncgrpo.data.records import read_prompts
+from asyncgrpo.settings.data import TemplateSettings
+from asyncgrpo.settings.reward import RewardSettings
 
 SAMPLE = Path(gsm8k.__file__).parent / "gsm8k_sample" / "train.jsonl"
 

@@ -7,12 +7,13 @@ import threading
 
 import pytest
 
-from asyncgrpo.config import RewardFunction, TaskSettings
 from asyncgrpo.data.tasks import KINDS, TaskSource
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.answers import extract_tag, numbers
 from asyncgrpo.rewards.builtin import BUILTINS, task
 from asyncgrpo.rewards.finding import find
+from asyncgrpo.settings.data import TaskSettings
+from asyncgrpo.settings.reward import RewardFunction
 
 TASKS = TaskSource(TaskSettings(kinds=dict.fromkeys(KINDS, 1.0)), 0, 318).held_out()
 

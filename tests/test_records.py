@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from fakes import write_jsonl
 
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
+from asyncgrpo.settings.data import TemplateSettings
 from asyncgrpo.types import Prompt
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k_8.jsonl"

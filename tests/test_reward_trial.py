@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import RewardSettings
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
 from asyncgrpo.rewards.finding import bind
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rewards.trial import Row, try_rewards
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k_8.jsonl"

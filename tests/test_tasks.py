@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncgrpo.config import TaskSettings, from_mapping
+from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.data.records import prompts_from_rows
 from asyncgrpo.data.tasks import KINDS, Task, TaskSource, draw_task, task_records
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.rewards.builtin import task
+from asyncgrpo.settings.data import TaskSettings
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 ALL_KINDS = TaskSettings(kinds=dict.fromkeys(KINDS, 1.0))

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data import tiny
 from asyncgrpo.data.tasks import TaskSource
 from asyncgrpo.data.tiny import build_tokenizer, build_untrained, ensure_tiny, main
 from asyncgrpo.data.warmstart import RECIPE, greedy_accuracy, render
+from asyncgrpo.settings.data import TaskSettings
 
 TOKENIZER = build_tokenizer()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from asyncgrpo.config import DataSettings, RewardSettings, TemplateSettings
 from asyncgrpo.data.files import Located, Row
 from asyncgrpo.data.records import answer_of, messages_of, prompts_from_rows, source_of
 from asyncgrpo.data.templates import AS_IT_IS
 from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.rewards.finding import functions_for
+from asyncgrpo.settings.data import DataSettings, TemplateSettings
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 Finding = tuple[str, str, str]  # where, what kind, details

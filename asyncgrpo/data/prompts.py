@@ -6,12 +6,14 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from asyncgrpo.config import HELD_OUT, TASKS, Config, DataSettings, SourceSettings
+from asyncgrpo.config import TASKS, Config
 from asyncgrpo.data.files import source_name
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.data.streams import EpochStream, MixedStream, resample
 from asyncgrpo.data.tasks import TaskSource
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.settings.data import DataSettings, SourceSettings
+from asyncgrpo.settings.reward import HELD_OUT
 from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,11 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.files import Located, Row, read_rows, source_name
 from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import DataError
 from asyncgrpo.imports import shown
+from asyncgrpo.settings.data import TemplateSettings
 from asyncgrpo.types import Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "query", "question", "problem")

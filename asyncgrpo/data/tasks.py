@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from itertools import count, cycle, zip_longest
 from typing import Any
 
-from asyncgrpo.config import TaskSettings, TemplateSettings
 from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.imports import nearest
+from asyncgrpo.settings.data import TaskSettings, TemplateSettings
 from asyncgrpo.types import Prompt
 
 HELD_OUT_SEED = 1234567  # the held-out set is the same for every run seed

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from asyncgrpo.config import DataSettings, TemplateSettings
 from asyncgrpo.errors import DataError
+from asyncgrpo.settings.data import DataSettings, TemplateSettings
 from asyncgrpo.types import Message, Prompt
 
 AS_IT_IS = TemplateSettings()

@@ -21,10 +21,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import HELD_OUT_PROMPTS
 from asyncgrpo.data.tiny_tokenizer import CHAT_TEMPLATE, build_tokenizer
 from asyncgrpo.data.warmstart import RECIPE, WarmStart
+from asyncgrpo.settings.data import TaskSettings
 
 FORMAT = 1  # raise it when the same settings should no longer give the same model
 UNTRAINED_STD = 0.2  # of random weights: large enough that logits differ clearly

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import TaskSource
 from asyncgrpo.rewards.builtin import task
+from asyncgrpo.settings.data import TaskSettings
 from asyncgrpo.types import Prompt
 
 IGNORED = -100  # label of positions outside the completion

@@ -8,11 +8,11 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
-from asyncgrpo.config import RewardFunction, RewardSettings, Scope
 from asyncgrpo.errors import RewardError
 from asyncgrpo.imports import find_function, nearest
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.rewards.function import BoundFunction, Parameters
+from asyncgrpo.settings.reward import RewardFunction, RewardSettings, Scope
 from asyncgrpo.types import Prompt
 
 DEFAULT = "default"  # the route of all other sources

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from asyncgrpo.config import Scope
 from asyncgrpo.errors import RewardError
 from asyncgrpo.imports import described, is_interrupt, last_place, shown
+from asyncgrpo.settings.reward import Scope
 from asyncgrpo.types import Prompt
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)

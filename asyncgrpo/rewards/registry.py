@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.finding import find, functions_for
 from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, time_limit
+from asyncgrpo.settings.reward import RewardFunction, RewardSettings
 from asyncgrpo.types import Float32, Prompt
 
 PROBES = ("", "0")  # harmless completions that show contract errors before anything starts
