@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncgrpo.launch.options import ConfigFile, Overrides
+from asyncgrpo.launch.commands import ConfigFile, Overrides
 
 if TYPE_CHECKING:
     from asyncgrpo.config import Config

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from asyncgrpo.launch.options import ConfigFile, Overrides
+from asyncgrpo.launch.commands import ConfigFile, Overrides
 
 reward_app = typer.Typer(help="Try rewards before a run pays for them.", no_args_is_help=True)
 
