@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.diagnostics import measure
@@ -30,6 +29,7 @@ from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import Preparer
 from asyncgrpo.learner.update import PolicyUpdater
+from asyncgrpo.settings.algo import AlgoSettings
 from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling, Shard
 
 ALGOS = {

@@ -12,9 +12,10 @@ from fakes import make_lease
 from asyncgrpo.actor.concurrency import EngineLoad
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
-from asyncgrpo.config import RewardSettings, from_mapping
-from asyncgrpo.errors import DataError, RewardError
+from asyncgrpo.config import from_mapping
+from asyncgrpo.errors import DataError, PeerTimeout, RewardError
 from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Completion, Sampled
 from asyncgrpo.weights.proof import NUM_CANARIES
 from asyncgrpo.wire.codec import Packet, groups_from, pack_lease
@@ -400,3 +401,19 @@ def test_an_actor_that_leaves_hands_back_what_it_samples_and_delivers_what_it_ha
         {"lease_id": f"t{i}", "reason": "handed_back", "retry": True} for i in (2, 3, 4)
     ]
     assert stage.client.sent[-1].kind == "bye"
+
+
+def test_an_actor_that_hears_nothing_for_long_says_so_and_ends():
+    stage = Stage(buffer={"take_timeout_seconds": 20})
+    stage.tick(150)
+    stage.client.inbox.append(Packet(kind="noted"))  # a word in between counts
+    stage.tick(190)
+    with pytest.raises(PeerTimeout, match=r"buffer did not answer within 20 s"):
+        stage.tick(30)
+
+
+def test_an_actor_that_stood_still_asks_before_it_gives_up():
+    stage = Stage(buffer={"take_timeout_seconds": 20})
+    stage.tick()
+    stage.time += 3600  # SIGSTOP, a laptop asleep
+    stage.tick(100)

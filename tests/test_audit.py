@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 
 import pytest
+from fakes import make_run
 from test_ledger import Killed
 from typer.testing import CliRunner
 
@@ -15,7 +16,6 @@ from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
 from asyncgrpo.cli import app
 from asyncgrpo.errors import ConfigError, LedgerError
 from asyncgrpo.observe.trajectories import TrajectoryWriter
-from asyncgrpo.rundir import Endpoints, RunDir
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,7 @@ def halted(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("halted")
     run = Killed(5, folder, kill_share=0.004, run={"max_steps": 8}, data={"epochs": 20})
-    endpoints = Endpoints(buffer="", weights="", store=("", 0))
-    RunDir(path=folder, config=run.config, endpoints=endpoints).write()
+    make_run(folder, run.config)
     run.record = TrajectoryWriter(folder, run.config)
     run.rewind = lambda step: run.record.rewind(step, run.ledger.state)
     run.core = run.new_core()

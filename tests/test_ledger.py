@@ -21,6 +21,7 @@ from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
 from asyncgrpo.buffer.server import send
 from asyncgrpo.data.prompts import PromptSource
+from asyncgrpo.data.streams import EpochStream
 from asyncgrpo.errors import LedgerError
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.staleness import bound_of
@@ -66,9 +67,9 @@ class Killed(Simulation):
         if self.ledger is not None:
             self.ledger.close()  # what is not committed is lost
         self.ledger = Ledger(self.folder, lambda: self.now)
-        prompts = PromptSource.from_prompts(
-            [make_prompt(i) for i in range(NUM_PROMPTS)], epochs=self.config.data.epochs, seed=3
-        )
+        numbered = [make_prompt(i) for i in range(NUM_PROMPTS)]
+        stream = EpochStream(numbered, epochs=self.config.data.epochs, seed=3)
+        prompts = PromptSource(stream, {})
         return BufferCore(
             self.config, prompts, self.record, self.ledger, self.now, lambda step: self.rewind(step)
         )
@@ -585,6 +586,6 @@ def test_a_ledger_of_another_release_is_refused(tmp_path):
 
 def test_data_that_changed_under_a_run_is_noticed_when_the_buffer_restarts(peer):
     peer.lease("actor-0.7", 2)
-    peer.prompts = PromptSource.from_prompts([make_prompt(i) for i in range(50, 60)])
+    peer.prompts = PromptSource(EpochStream([make_prompt(i) for i in range(50, 60)]), {})
     with pytest.raises(LedgerError, match=r"position 0 of data.train was prompt 'p0' and is 'p5"):
         peer.restart()

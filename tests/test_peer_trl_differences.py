@@ -16,8 +16,8 @@ from peer_cases import CLIPS, EQUAL, PLAIN, SEEDS, UNCAPPED, assert_same, our_lo
 from torch import Tensor
 from trl_standin import Measured, Sample, random_sample, released, their_loss, their_scoring
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.batch import pack
+from asyncgrpo.settings.algo import AlgoSettings
 from asyncgrpo.types import Completions
 
 pytestmark = pytest.mark.peer

@@ -19,7 +19,7 @@ from asyncgrpo.config import Config
 from asyncgrpo.data.templates import fit, tokenise
 from asyncgrpo.errors import EngineError, PeerTimeout, WireError
 from asyncgrpo.protocols import Client, Engine, WeightReceiver
-from asyncgrpo.rewards.health import RewardHealth
+from asyncgrpo.rewards.registry import RewardHealth
 from asyncgrpo.types import Completions, Group, Lease, Sampled
 from asyncgrpo.weights.proof import CANARY_SAMPLING, NUM_CANARIES, canary_prompts
 from asyncgrpo.wire.codec import Packet, group_packet, lease_from
@@ -77,6 +77,7 @@ class ActorLoop:
         self._concurrency = Concurrency(actor.concurrency, adaptive=actor.adaptive_concurrency)
         self._health = RewardHealth(config.reward)
         self._last_status = 0.0
+        self._unheard = 0  # statuses since the buffer's last word
         self.counters = {
             "tokens_generated": 0.0,
             "groups_generated": 0.0,
@@ -103,6 +104,8 @@ class ActorLoop:
         packets = self._client.poll(0.0 if working else idle_seconds)
         if not working and not packets:
             self.counters["idle_seconds"] += self._clock() - start
+        if packets:
+            self._unheard = 0
         for packet in packets:
             self._receive(packet)
         self._swap()
@@ -238,6 +241,10 @@ class ActorLoop:
         now = self._clock()
         if now - self._last_status >= STATUS_SECONDS:
             self._last_status = now
+            self._unheard += 1
+            if self._unheard > self._config.buffer.take_timeout_seconds / STATUS_SECONDS:
+                silence = self._config.buffer.take_timeout_seconds
+                raise PeerTimeout("the buffer", "buffer.take_timeout_seconds", silence)
             fields = {"actor": self._name, "version": self._engine.version, **self.counters}
             self._client.post(Packet(kind="status", fields=fields))
 

@@ -17,7 +17,7 @@ from asyncgrpo.buffer.flow import FlowFile
 from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import serve_metrics
-from asyncgrpo.observe.metrics import TABLE
+from asyncgrpo.observe.metrics import counters
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.keys import read_keys
@@ -46,7 +46,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     exporter.show(
         {
             # A counter that begins at 0 is known before the first thing it counts.
-            **dict.fromkeys(TABLE["counter", "buffer"], 0.0),
+            **dict.fromkeys(counters("buffer"), 0.0),
             **core.metrics(),
             "setting/actors": config.launch.actors,
             "setting/groups_per_step": config.buffer.groups_per_step,

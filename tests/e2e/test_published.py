@@ -41,27 +41,45 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "lora"),
+    ("kind", "tied", "lora", "processes", "transport"),
     [
-        (Qwen3Config, True, False),
-        (Qwen3Config, False, True),
-        (Qwen2Config, True, False),
-        (LlamaConfig, False, False),
+        (Qwen3Config, True, None, 1, "gloo"),
+        (Qwen3Config, False, "merged", 1, "gloo"),
+        (Qwen3Config, True, "adapter", 1, "gloo"),
+        (Qwen2Config, True, None, 1, "gloo"),
+        (Qwen2Config, True, None, 2, "disk"),
+        (LlamaConfig, False, None, 1, "gloo"),
+        (LlamaConfig, False, "adapter", 2, "gloo"),
     ],
-    ids=["qwen3-tied", "qwen3-untied-lora", "qwen2-tied", "llama-untied"],
+    ids=[
+        "qwen3-tied",
+        "qwen3-untied-lora",
+        "qwen3-tied-adapter",
+        "qwen2-tied",
+        "qwen2-tied-parallel-disk",
+        "llama-untied",
+        "llama-untied-adapter-parallel",
+    ],
 )
-def test_the_engine_computes_after_each_publish_as_the_learner_does(kind, tied, lora, tmp_path):
+def test_the_engine_computes_after_each_publish_as_the_learner_does(
+    kind, tied, lora, processes, transport, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(kind(tie_word_embeddings=tied, **SIZES))
     model.float().save_pretrained(tmp_path)
-    learner = {"lora": {"r": 4}} if lora else {}
-    config = from_mapping({"model": {"path": str(tmp_path)}, "learner": learner})
+    settings = {
+        "model": {"path": str(tmp_path)},
+        "learner": {"lora": {"r": 4, "publish": lora}} if lora else {},
+        "actor": {"tensor_parallel": processes},
+    }
+    config = from_mapping(settings)
     updater = PolicyUpdater(config)
     address = f"tcp://127.0.0.1:{free_port()}"
-    sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
-    command = [sys.executable, str(SCRIPT), str(tmp_path), address]
+    store, folder = ("127.0.0.1", free_port()), tmp_path / "sent"
+    sender = CollectiveSender(config, address, store, transport=transport, folder=folder)
+    command = [sys.executable, str(SCRIPT), str(tmp_path), address, json.dumps(settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as actor:
         try:
             for version in range(VERSIONS):
