@@ -14,8 +14,9 @@ from asyncgrpo.config import from_mapping, load_config, preset_files
 from asyncgrpo.errors import AsyncGRPOError, ConfigError, DataError, ModelError
 from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
-from asyncgrpo.launch.plan import Host, Ports, make_plan
-from asyncgrpo.launch.transport import choose_transport
+from asyncgrpo.launch.placement import choose_transport
+from asyncgrpo.launch.plan import Host, make_plan
+from asyncgrpo.rundir import Endpoints
 
 ROOT = Path(__file__).parent.parent
 HUGE = {"gsm8k-qwen3-8b-8gpu": (4, 4, 8), "math-long": (6, 2, 8)}  # actors, learners, GPUs
@@ -190,13 +191,13 @@ def test_a_choice_that_does_nothing_is_warned_of() -> None:
     assert "warning: algo.clip_low cannot act" in dry_run("--set", "algo.clip_low=0.1")
 
 
-PORTS = Ports(buffer=1, weights=2, store=3, rendezvous=4)
+DOORS = Endpoints(buffer="", weights="", store=("", 3))
 
 
 def places(actors: int, learners: int, gpus: int, *present: str) -> dict[str, tuple[str, ...]]:
     launch = {"actors": actors, "learners": learners, "gpus": gpus, "share_gpus": True}
     config = from_mapping({"launch": launch, "weights": {"transport": "gloo"}})
-    plan = make_plan(config, Host(cores=(0,), gpu_ids=present), PORTS, Path("/r"), "python")
+    plan = make_plan(config, Host(cores=(0,), gpu_ids=present), DOORS, Path("/r"))
     return {spec.name: spec.gpus for spec in plan.specs if spec.name != "buffer"}
 
 

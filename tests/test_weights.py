@@ -28,7 +28,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WeightsError
-from asyncgrpo.learner.parallel import Gathered
+from asyncgrpo.learner.parallel import Published
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.weights import flat as flat_module
 from asyncgrpo.weights.collective import open_group, open_store
@@ -745,10 +745,11 @@ def test_after_a_broken_broadcast_buckets_that_did_not_change_are_sent_too(make_
     assert sender.metrics()["publish/bytes_saved"] == 63 * 65536 + 2048  # all but the first
 
 
-class Sharded:
+class Sharded(Published):
     """Matrices of which each rank holds a part; counts how many are gathered at a time."""
 
     def __init__(self, version: int) -> None:
+        super().__init__(torch.nn.Module(), is_sharded=True)
         mesh = init_device_mesh("cpu", (2,))
         rest = [(f"rest.{i}", torch.ones(1 << 16)) for i in range(16)]
         whole = [*tensors(version), *rest]
@@ -756,7 +757,7 @@ class Sharded:
         self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
         self.most = 0
 
-    def __iter__(self):
+    def _tensors(self):
         for name, part in self._parts:
             tensor = part.full_tensor()
             self.alive.add(tensor)
@@ -775,8 +776,7 @@ def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None
         with sender._changed:
             sender._wait(lambda: len(sender._waiting_joins) == 2, "joining", 30)
     for version in range(2):
-        sharded = Sharded(version)
-        weights = Gathered(sharded)
+        weights = Sharded(version)
         if sender is not None:
             sender.publish(version, weights, logprobs(dict(tensors(version))).numpy())
             sender.wait_for_actors(1, 30)
@@ -786,7 +786,7 @@ def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None
                     sender.serve()
             sender.release()
         weights.help()
-        assert sharded.most <= 2
+        assert weights.most <= 2
     if sender is not None:
         sender.close()
     dist.destroy_process_group()

@@ -64,19 +64,15 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
             folder=run.path / "weights",
         )
         recorder = RunRecorder(run, exporter)
-    save_to = run.model_path if rank == 0 else None
     with memory_explained(run.config, name):
-        updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
+        updater = PolicyUpdater(run.config, run_dir=run.path)
         learner = Learner(
             run.config,
-            rank=rank,
-            world_size=world_size,
             updater=updater,
             client=DealerClient(run.endpoints.buffer, name, "the buffer", read_keys(run, "client")),
             sender=sender,
             recorder=recorder,
-            show=exporter.show,
-            observe=exporter.observe,
+            exporter=exporter,
             stopping=stopping,
         )
         log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)

@@ -124,7 +124,7 @@ class SharedGroup(WeightGroup):
 
 
 def _wait_for_copies() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

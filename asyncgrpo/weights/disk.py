@@ -62,10 +62,9 @@ def open_version(path: str, manifest: Manifest) -> FlatWeights:
     try:
         if Path(path).stat().st_size != size:
             raise WeightsError(f"{path} has {Path(path).stat().st_size} bytes, not {size}")
-        whole = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+        return FlatWeights.in_file(manifest, path, start)
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
-    return FlatWeights(manifest, data=whole[start:])
 
 
 def _header(manifest: Manifest) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+import weakref
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
@@ -124,6 +126,36 @@ class FlatWeights:
         if data is None:
             data = torch.zeros(manifest.num_bytes, dtype=torch.uint8, device=device)
         self.bytes = data
+        self._file: tuple[str, int] | None = None  # path, first byte
+
+    @classmethod
+    def in_file(
+        cls, manifest: Manifest, path: str, start: int = 0, *, shared: bool = False
+    ) -> FlatWeights:
+        """A file's bytes from `start`, read when they are looked at. RuntimeError: cannot be read.
+
+        Pickled it is the name of the file. shared: what is written here, others see there.
+        """
+        size = start + manifest.num_bytes
+        whole = torch.from_file(path, shared=shared, size=size, dtype=torch.uint8)
+        flat = cls(manifest, data=whole[start:])
+        flat._file = (path, start)
+        return flat
+
+    @classmethod
+    def for_children(cls, manifest: Manifest) -> FlatWeights:
+        """In memory that processes of the same user can open; nothing is left of it behind."""
+        memory = os.memfd_create("weights")
+        flat = cls.in_file(manifest, f"/proc/{os.getpid()}/fd/{memory}", shared=True)
+        weakref.finalize(flat, os.close, memory)
+        return flat
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self._file is not None, "only weights in a file go to other processes"
+        return FlatWeights.in_file, (self.manifest, *self._file)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.views()
 
     def views(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in manifest order; tensors share the buffer's memory."""

@@ -81,6 +81,9 @@ class Launch:
             self.process.kill()
             raise AssertionError(f"still running:\n{self.text()[-4000:]}") from None
 
+    def finish(self) -> None:
+        assert self.wait() == 0, self.text()[-4000:]
+
     def rows(self) -> list[dict]:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -129,6 +132,12 @@ class Launch:
     def until_training(self) -> list[psutil.Process]:
         self.until(lambda: len(self.rows()) >= 2, "trained")
         return self.processes()
+
+    def kill_rank(self, started: list[psutil.Process]) -> None:
+        """Kills one of the learner's two ranks."""
+        ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
+        assert len(ranks) == 2
+        ranks[-1].kill()
 
     def assert_nothing_left(self, started: list[psutil.Process]) -> None:
         _, alive = psutil.wait_procs(started, timeout=20)
@@ -212,7 +221,7 @@ def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch,
     started = run.until_training()
     roles = ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
     assert run.targets() == roles
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     run.assert_nothing_left(started)
     assert run.targets() == []
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
@@ -242,7 +251,7 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     run.assert_nothing_left(family)
     run.until(lambda: run.text().count("joined") >= 3 or len(run.rows()) >= 40, "joined again")
     started = run.processes()
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     run.assert_nothing_left(started)
     leases = [row["lease_id"] for step in range(40) for row in trained_rows(run.run_dir, step)]
     assert len(leases) == 40 * 16
@@ -278,12 +287,22 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
 
 
 @pytest.mark.slow
+def test_the_embedded_model_is_not_made_on_when_the_launcher_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYNCGRPO_CACHE", str(tmp_path))
+    run = Launch(tmp_path, Path("tiny"))
+    children = psutil.Process(run.process.pid).children
+    run.until(lambda: any("asyncgrpo.data.tiny" in p.cmdline() for p in children()), "begun")
+    started = children()
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_left(started)
+
+
+@pytest.mark.slow
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     run = launch("run.max_steps=5000", "launch.max_restarts=0")
     started = run.until_training()
-    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
-    assert len(ranks) == 2
-    ranks[-1].kill()
+    run.kill_rank(started)
     assert run.wait() == 3
     assert "learner-1" in run.targets()
     run.assert_nothing_left(started)
@@ -316,9 +335,8 @@ def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches
     until_step(run, 5)
     started = run.processes()
     before = {step: trained_rows(run.run_dir, step) for step in range(5)}
-    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
-    ranks[-1].kill()
-    assert run.wait() == 0, run.text()[-4000:]
+    run.kill_rank(started)
+    run.finish()
     run.assert_nothing_left(started)
     check_made_again(run, 12)
     again = [row["lease_id"] for row in trained_rows(run.run_dir, 4)]
@@ -336,7 +354,7 @@ def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
     run.wait()
     run.assert_nothing_left(started)
     resumed = launch(*settings, resume=True)
-    assert resumed.wait() == 0, resumed.text()[-4000:]
+    resumed.finish()
     if number == signal.SIGKILL:
         check_made_again(resumed, 12)
     found = audit(RunDir.read(run.run_dir))
@@ -364,7 +382,7 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
     (text,) = reports()
     assert f"(pid {doomed.pid}, stopped by a signal)\nno answer" in text
     assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     assert "the run goes on after" in run.text()
 
 
@@ -416,7 +434,7 @@ def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path,
 def test_engines_load_the_weights_from_disk(engine, parallel, launch):
     settings = ("weights.transport=disk", f"learner.parallel={parallel}")
     run = launch(*settings, "run.max_steps=4", engine=engine)
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     check_run_directory(run.run_dir, steps=4, max_staleness=2)
     folders = (run.run_dir / "weights").iterdir()
     assert sorted(folder.name for folder in folders) == ["v3", "v4"]
@@ -442,7 +460,7 @@ def test_a_run_with_one_learner_and_strict_ticket_order_at_staleness_zero(launch
     run = launch(
         "launch.learners=1", "launch.actors=2", "buffer.max_staleness=0", "buffer.order=ticket"
     )
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     check_run_directory(run.run_dir, steps=6, max_staleness=0)
 
 
@@ -488,7 +506,7 @@ def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(laun
     shown = " ".join(" ".join([*p.cmdline(), *p.environ().values()]) for p in started)
     metrics = scraped(run.run_dir)
     attack(run.run_dir, 2.0)
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     run.assert_nothing_left(started)
     check_run_directory(run.run_dir, steps=120, max_staleness=2)
     assert {row.get("publish/evictions", 0) for row in run.rows()} == {0}
@@ -545,22 +563,4 @@ BAD_INPUT = {
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda a: a[-1])
 def test_bad_input_is_refused_before_anything_is_started_or_written(arguments, tmp_path):
     assert BAD_INPUT[arguments] in refused(*arguments, cwd=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    assert "already holds a run" in refused("--run-dir", str(tmp_path), cwd=tmp_path)
-
-
-def test_a_data_file_with_a_broken_line_is_refused_with_its_number(tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": \n')
-    assert "d.jsonl:2" in refused("--set", "data.train=d.jsonl", cwd=tmp_path)
-
-
-def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
-    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--actors", "2", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    for part in ("buffer", "actor-0", "actor-1", "learner", "core", "OMP_NUM_THREADS", "--index 1"):
-        assert part in done.stdout
     assert list(tmp_path.iterdir()) == []
