@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -26,19 +27,9 @@ MODULES = {
     "kl": "kl",
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "grpo": {
-        "advantage": "grpo",
-        "aggregation": "sequence_mean",
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-    },
-    "dapo": {"advantage": "grpo", "aggregation": "token_mean", "clip_low": 0.2, "clip_high": 0.28},
-    "dr_grpo": {
-        "advantage": "dr_grpo",
-        "aggregation": "dr_grpo",
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-    },
+    "grpo": dict(advantage="grpo", aggregation="sequence_mean", clip_low=0.2, clip_high=0.2),
+    "dapo": dict(advantage="grpo", aggregation="token_mean", clip_low=0.2, clip_high=0.28),
+    "dr_grpo": dict(advantage="dr_grpo", aggregation="dr_grpo", clip_low=0.2, clip_high=0.2),
 }
 
 
@@ -113,20 +104,15 @@ def call(kind: str, name: str, *arguments: Any) -> Any:
 
 def _entry(kind: str, name: str, docstring: str) -> Algorithm:
     summary, _, rest = docstring.partition("\n\n")
-    parts: dict[str, list[str]] = {"Formula": []}
-    key = "Formula"
-    for line in rest.splitlines():
-        head, colon, tail = line.partition(": ")
-        if colon and head in ("Source", "Settings", "Use", "Staleness"):
-            key, line = head, tail
-        parts.setdefault(key, []).append(line.strip())
+    formula, *parts = re.split(r"^(Source|Settings|Use|Staleness): ", rest, flags=re.MULTILINE)
+    about = dict(zip(parts[::2], (" ".join(text.split()) for text in parts[1::2]), strict=True))
     return Algorithm(
         kind=kind,
         name=name,
         summary=summary,
-        formula="\n".join(parts["Formula"]).strip(),
-        source=" ".join(parts.get("Source", [])),
-        settings=tuple(" ".join(parts.get("Settings", [])).split()),
-        use=" ".join(parts.get("Use", [])),
-        staleness=" ".join(parts.get("Staleness", [])),
+        formula="\n".join(line.strip() for line in formula.splitlines()).strip(),
+        source=about.get("Source", ""),
+        settings=tuple(about.get("Settings", "").split()),
+        use=about.get("Use", ""),
+        staleness=about.get("Staleness", ""),
     )

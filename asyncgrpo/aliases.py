@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.room import Room
+from asyncgrpo.settings.room import Room
 
 Rooms = Mapping[str, Mapping[str, Any]]  # room -> its fields
 Foreign = Mapping[str, Any]  # foreign name -> value
@@ -105,12 +105,10 @@ class _Ours:
         """Sets it; ConfigError when something else is set already."""
         there = self.given(key)
         if there is not None and there != value:
-            other = self._origins.get(key)
+            other = self._origins.get(key, origin)
             by = f" by {other}" if other != origin else ""
             raise ConfigError(
                 f"{origin}: {key} would be {value!r}, but is {there!r}{by}; keep one of them"
-                if other
-                else f"{origin} means {key}, which is set too, to {there!r}; keep only {key}"
             )
         place = self.settings
         *parents, last = key.split(".")

@@ -39,8 +39,8 @@ class Talker:
         import torch
         from transformers import TextStreamer
 
-        from asyncgrpo.config import DataSettings
         from asyncgrpo.data.templates import tokenise
+        from asyncgrpo.settings.data import DataSettings
 
         self._messages.append({"role": "user", "content": text})
         data = DataSettings(chat_template=self._tokenizer.chat_template is not None)
@@ -91,8 +91,8 @@ def _folder(path: str) -> str:
     from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder
 
     if path == EMBEDDED:
-        from asyncgrpo.config import TaskSettings
         from asyncgrpo.data.tiny import ensure_tiny
+        from asyncgrpo.settings.data import TaskSettings
 
         return str(ensure_tiny(TaskSettings(), report=lambda text: typer.echo(text, err=True)))
     if (Path(path) / "endpoints.json").is_file():  # a run directory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import sys
@@ -16,21 +15,22 @@ import typer
 
 from asyncgrpo.buffer.commands import audit, ledger
 from asyncgrpo.chat import chat
-from asyncgrpo.config_commands import config_app
 from asyncgrpo.data.commands import data_app
-from asyncgrpo.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
-from asyncgrpo.launch.commands import env, plan_app
-from asyncgrpo.launch.error_file import record_error
-from asyncgrpo.launch.options import (
+from asyncgrpo.errors import EXIT_INTERRUPTED, AsyncGRPOError, ConfigError
+from asyncgrpo.launch.commands import (
     Actors,
     ConfigFile,
     Learners,
     NewFolder,
     Overrides,
     Seed,
+    config_app,
+    env,
     overridden,
+    plan_app,
+    slurm_app,
 )
-from asyncgrpo.launch.slurm_commands import slurm_app
+from asyncgrpo.launch.ends import record_error
 from asyncgrpo.learner.commands import app as algo_app
 from asyncgrpo.observe.commands import traj_app
 from asyncgrpo.replay import replay
@@ -43,18 +43,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(algo_app, name="algo")
-app.add_typer(config_app, name="config")
-app.add_typer(plan_app, name="plan")
-app.add_typer(reward_app, name="reward")
-app.add_typer(data_app, name="data")
-app.command()(audit)
-app.command()(env)
-app.command()(ledger)
-app.command()(replay)
-app.add_typer(traj_app, name="traj")
-app.add_typer(slurm_app, name="slurm")
-app.command()(chat)
+GROUPS = {"algo": algo_app, "config": config_app, "plan": plan_app, "reward": reward_app}
+GROUPS |= {"data": data_app, "traj": traj_app, "slurm": slurm_app}
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
+for command in (audit, chat, env, ledger, replay):
+    app.command()(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -97,7 +91,7 @@ def launch(
 ) -> None:
     """Starts a whole run on this machine and shows its progress."""
     from asyncgrpo.config import load_config
-    from asyncgrpo.launch.resume import find_run
+    from asyncgrpo.launch.preflight import find_run
     from asyncgrpo.launch.session import Session
     from asyncgrpo.rundir import stop_flag
 
@@ -158,10 +152,8 @@ def evaluate(
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="at most; default: all, or 318 tasks")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML with reward, template, limits")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="room.key=value, repeatable; eval.key as well")
-    ] = None,
+    config: ConfigFile = None,
+    set_: Overrides = None,
     engine: Annotated[str | None, typer.Option(help="vllm, or toy: slow, repeatable")] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL file for every completion")] = None,
 ) -> None:
@@ -177,17 +169,16 @@ def evaluate(
         raise ConfigError("--data '' names nothing; give a file, folder, hub name, or 'tasks'")
     samples = num_samples or max(k or [1])
     flags = {
-        "model.path": json.dumps(model, ensure_ascii=False),
+        "model.path": model,
         "actor.engine": engine,
-        "eval.data": json.dumps(data, ensure_ascii=False),
+        "eval.data": data,
         "eval.k": k or [],
         "eval.num_samples": samples,
         "eval.num_prompts": num_prompts or (None if data == TASKS else 2**31),
         "eval.sampling.temperature": float(samples > 1) if temperature is None else temperature,
         "eval.sampling.max_completion_tokens": max_tokens,
     }
-    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    settings = load_config(config, ["eval={}", *overrides, *(set_ or [])])
+    settings = load_config(config, ["eval={}", *overridden((), flags), *(set_ or [])])
     desk = Desk(settings)
     if out is not None:
         write_rows(out, [])  # before the work: can it be written?
@@ -246,7 +237,7 @@ def _become(name: str, join: Path) -> NoReturn:
 
     run = RunDir.read(join.absolute())
     port = pick_free_ports(1)[0] if name == "learner" else 0
-    spec = hand_started(name, run.config, run.path, sys.executable, port)
+    spec = hand_started(name, run.config, run.path, port)
     os.execvpe(spec.argv[0], spec.argv, {**os.environ, **spec.environment})
 
 
@@ -257,12 +248,16 @@ def role(
     index: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """One process of a run; the launcher starts it."""
+    from asyncgrpo.launch.lifeline import RUN_ID
     from asyncgrpo.launch.stall import answer_with_stacks
     from asyncgrpo.rundir import RunDir, stop_flag
 
     run = RunDir.read(run_dir)
     logging.getLogger("asyncgrpo").setLevel(run.config.observe.log_level)
-    stopping = stop_flag()
+    unwatched = run_dir if RUN_ID not in os.environ and name != "learner" else None
+    # actors first: they say goodbye to the buffer
+    linger = run.config.launch.grace_seconds if name == "buffer" else 0.0
+    stopping = stop_flag(unwatched, linger)
     answer_with_stacks(run_dir, f"{name}-{os.environ.get('RANK', index)}")
     if name == "buffer":
         from asyncgrpo.buffer.server import run_buffer
@@ -272,12 +267,10 @@ def role(
         from asyncgrpo.actor.process import run_actor
 
         run_actor(run, index, int(os.environ.get("ASYNCGRPO_RESTART", "0")), stopping)
-    elif name == "learner":
+    else:
         from asyncgrpo.learner.process import run_learner
 
         run_learner(run, stopping)
-    else:
-        raise typer.BadParameter(f"{name!r} is no role; roles are buffer, actor, learner")
 
 
 def main() -> None:
@@ -287,28 +280,26 @@ def main() -> None:
     )
     try:
         _end(app(standalone_mode=False) or 0)
-    except AsyncGRPOError as error:
-        record_error(error)
-        print(f"error: {error}", file=sys.stderr)
-        _end(error.exit_code)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(
-            f"error: {str(error.filename)[:60]}... is longer than a path may be here; give a "
-            "shorter one",
-            file=sys.stderr,
-        )
-        _end(EXIT_BAD_INPUT)
     except typer.Abort:
         _end(EXIT_INTERRUPTED)
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # wrong usage of the command
-            error.show()
-            _end(error.exit_code)
-        record_error(error)
-        traceback.print_exc()
-        _end(1)
+        _end(_told(error))
+
+
+def _told(error: Exception) -> int:
+    """Says what went wrong, also to a launcher; the exit code."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        start = str(error.filename)[:60]
+        error = ConfigError(f"{start}... is longer than a path may be here; give a shorter one")
+    if hasattr(error, "exit_code") and hasattr(error, "show"):  # wrong usage of the command
+        error.show()
+        return int(error.exit_code)
+    record_error(error)
+    if isinstance(error, AsyncGRPOError):
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    traceback.print_exception(error)
+    return 1
 
 
 def _end(exit_code: int) -> NoReturn:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from asyncgrpo.config import EvalSettings
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Group
 
 
@@ -28,10 +27,6 @@ class EvalReport:
     truncated_share: float  # of all completions
     accuracy_by_source: dict[str, float]
     seconds: float
-
-    def as_fields(self) -> dict[str, Any]:
-        """Plain values, for the wire and for JSON."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def is_correct(scores: Sequence[float], correct_above: float) -> list[bool]:

@@ -24,7 +24,12 @@ from asyncgrpo.data.prompts import held_out_sets
 from asyncgrpo.errors import ConfigError, RewardError, RunError
 from asyncgrpo.evaluate import is_correct
 from asyncgrpo.launch.environment import detect_host
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
+from asyncgrpo.launch.model_folder import (
+    EMBEDDED,
+    check_model_folder,
+    check_tensor_parallel,
+    quick_tokenizer,
+)
 from asyncgrpo.launch.plan import lone_actor
 from asyncgrpo.rewards.registry import load_rewards
 from asyncgrpo.types import Group
@@ -39,6 +44,7 @@ class Desk:
     def __init__(self, config: Config) -> None:
         """Refuses what `launch` refuses (BadInput); starts nothing."""
         check_model_folder(config.model.path)
+        check_tensor_parallel(config.model.path, config.actor.tensor_parallel)
         if not config.evals:
             raise ConfigError("--data names nothing; give a file, folder, hub name, or 'tasks'")
         ((name, prompts),) = held_out_sets(config).items()

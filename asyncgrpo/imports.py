@@ -1,10 +1,12 @@
-"""Finds a user's function by name, and says what is wrong when it is not there.
+"""Finds a user's function by name, or carries it to other processes; says what is wrong with it.
 
 | name                      | where                                                            |
 |---------------------------|------------------------------------------------------------------|
 | package.module:function   | a module on sys.path, or in the present folder                   |
 | path/to/file.py:function  | that file; it may import what lies beside it                     |
-| path/to/file.pkl:function | functions that the Python trainer packed (packing.py)            |
+| path/to/file.pkl:function | functions without an importable name, of scripts and notebooks   |
+
+A packed file is code, as a .py file is: run directories of strangers are not to be run.
 """
 
 from __future__ import annotations
@@ -13,22 +15,24 @@ import difflib
 import functools
 import importlib
 import os
+import pickle
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from asyncgrpo.errors import BadInput
-from asyncgrpo.packing import PACKED, unpack
+from asyncgrpo.errors import BadInput, RewardError
 
+Function = Callable[..., Any]
+PACKED = ".pkl"
 PATH = "ASYNCGRPO_PATH"  # the launcher's sys.path: its processes import what it can import
 
 
-def find_function(use: str, what: str, error: type[BadInput]) -> Callable[..., Any]:
+def find_function(use: str, what: str, error: type[BadInput]) -> Function:
     """The function that `use` names; `what` ("reward", "loss") begins the message of an error."""
     place, _, name = use.rpartition(":")
     if not place or not name:
@@ -38,7 +42,9 @@ def find_function(use: str, what: str, error: type[BadInput]) -> Callable[..., A
     found: Any = _import(place, f"{what} {use!r}", error)
     for part in name.split("."):
         if not hasattr(found, part):
-            raise error(f"{what} {use!r}: {part!r} is not defined there; {_nearest(part, found)}")
+            names = [name for name in dir(found) if not name.startswith("_")]
+            has = nearest(part, names) or f"it has: {', '.join(names[:10]) or 'nothing'}"
+            raise error(f"{what} {use!r}: {part!r} is not defined there; {has.strip()}")
         found = getattr(found, part)
     if not callable(found):
         raise error(
@@ -46,6 +52,49 @@ def find_function(use: str, what: str, error: type[BadInput]) -> Callable[..., A
             "function of that module"
         )
     return found
+
+
+def importable_name(function: Function) -> str | None:
+    """ "module:function" when importing it elsewhere gives the same function, else None."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    found: Any = sys.modules.get(str(module))
+    if module == "__main__" or not name or getattr(found, "__spec__", None) is None:
+        return None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return f"{module}:{name}" if found is function else None
+
+
+def own_name(function: Function) -> str:
+    """The name of a function, of a partial's function, or of an object's class."""
+    named = getattr(function, "func", function)
+    return getattr(named, "__name__", type(named).__name__).strip("<>")
+
+
+def pack(functions: Mapping[str, Function]) -> bytes:
+    """The functions with all they refer to: globals, closures, instances, other functions.
+
+    What importable modules define goes by name. RewardError for what cannot be copied.
+    """
+    import cloudpickle
+
+    for name, function in functions.items():
+        try:
+            cloudpickle.dumps(function)
+        except Exception as error:  # pickling calls code of the user's objects
+            raise RewardError(
+                f"reward function {name!r} cannot be copied to the reward workers "
+                f"({type(error).__name__}: {error}); let it make files, locks and clients itself "
+                "when it is called, or put it in a module and pass 'my_module:function'"
+            ) from error
+    packed: bytes = cloudpickle.dumps(dict(functions))  # at once: they share their globals
+    return packed
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "did you mean 'x'? " or nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def last_place(error: BaseException) -> str:
@@ -108,16 +157,10 @@ def _import(place: str, who: str, error: type[BadInput]) -> Any:
 def _load(file: Path, changed: int) -> Any:
     """Loaded once, and again when the file has changed: a notebook's process lives long."""
     if file.suffix == PACKED:
-        return unpack(file)
+        return SimpleNamespace(**pickle.loads(file.read_bytes()))
     if str(file.parent) not in sys.path:
         sys.path.insert(0, str(file.parent))
     module = sys.modules[str(file)] = ModuleType(str(file))
     module.__file__ = str(file)
     SourceFileLoader(str(file), str(file)).exec_module(module)
     return module
-
-
-def _nearest(part: str, home: object) -> str:
-    names = [name for name in dir(home) if not name.startswith("_")]
-    near = difflib.get_close_matches(part, names, n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(names[:10]) or 'nothing'}"

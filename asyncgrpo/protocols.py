@@ -91,11 +91,14 @@ class WeightSender(Protocol):
 
         They may be read until `release`. canary_logprobs: float32 [NUM_CANARIES, V], the learner's
         own at this version. Blocks only while the last version is still on its way, within the
-        deadlines.
+        deadlines; with FSDP or without weights.overlap until this one was sent.
         """
 
     def release(self) -> None:
         """Before the weights change: waits until they were read, within the deadlines."""
+
+    def serve(self) -> None:
+        """While the learner waits for something else: sends to late actors what it alone can."""
 
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         """Waits until `count` actors proved the newest version; PeerTimeout if none ever did."""

@@ -10,11 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
-
 from asyncgrpo.algorithms import MODULES, PRESETS, catalogue
 from asyncgrpo.aliases import by_name, entries
-from asyncgrpo.config import Config, EvalBlocks, load_config, preset_files
+from asyncgrpo.config import Config, load_config, preset_files
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.hints import USUAL
 
@@ -73,17 +71,14 @@ def summary(path: Path) -> str:
 
 def changed(config: Config) -> dict[str, Any]:
     """Only what differs from the defaults, such that it loads as the same settings."""
-    defaults = Config().model_dump(mode="json")
-    found = {}
-    for room, value in config.model_dump(mode="json").items():
-        field = Config.model_fields[room]
-        kind: Any = field.annotation if isinstance(field.annotation, type) else EvalBlocks
-        part = _difference(value, defaults[room])
-        # A preset may stand behind a value that is also the default.
-        is_enough = TypeAdapter(kind).validate_python(part) == getattr(config, room)
-        if part or not is_enough:
-            found[room] = part if is_enough else value
-    return found
+    part = config.model_dump(mode="json", exclude_defaults=True)
+    again = Config.model_validate(part)
+    whole, usual = (settings.model_dump(mode="json") for settings in (config, Config()))
+    return {  # a preset may stand behind a value that is also the default: then its whole room
+        room: part[room] if getattr(again, room) == getattr(config, room) else whole[room]
+        for room in whole
+        if whole[room] != usual[room]
+    }
 
 
 def as_toml(table: Mapping[str, Any], prefix: str = "", header: str = "") -> str:
@@ -167,14 +162,6 @@ def _foreign(name: str) -> str:
     said = {"not_needed": "not needed", "not_yet": "not offered yet", "refused": "refused if on"}
     meaning = said.get(entry.kind) or f"is {', '.join(entry.keys_of(name))} here"
     return f"{name} ({', '.join(trainers)}): {meaning}" + (f"; {entry.note}" if entry.note else "")
-
-
-def _difference(value: Any, default: Any) -> Any:
-    """The part of a table that differs; other values whole."""
-    if not (_is_table(value) and _is_table(default)):
-        return value
-    differs = {key: v for key, v in value.items() if v != default.get(key)}
-    return {key: _difference(v, default.get(key)) for key, v in differs.items()}
 
 
 def _is_table(value: Any) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from asyncgrpo.buffer.commands import show_table
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.rows import as_line, whole_rows
 
-WIDTH = 140
+WIDTH = 140  # of the table, also where there is no terminal
 SHOWN = ("loss", "grad_norm", "objective/kl", "ess", "staleness/mean")
 
 
@@ -33,20 +34,18 @@ def replay(
         raise ConfigError(f"--to-step {to_step} must be >= --from-step {from_step}")
     if out is not None and out.exists():
         raise ConfigError(f"--out {out} exists; give a new folder")
-    from rich.console import Console
-    from rich.table import Table
-
-    recorded = {row["step"]: row for row in _rows(run) if "loss" in row}
-    table = Table("step", *SHOWN, "against the record", box=None)
+    if not (metrics := run / "metrics.jsonl").exists():
+        raise ConfigError(f"{run} holds no metrics.jsonl; give the directory of a run")
+    recorded = {row["step"]: row for row in whole_rows(metrics) if "loss" in row}
+    table = []
     for step, row in _steps(run, from_step, to_step, set_ or [], out):
-        table.add_row(
-            str(step), *(_number(row.get(n)) for n in SHOWN), _verdict(row, recorded, step)
-        )
+        shown = (_number(row.get(name)) for name in SHOWN)
+        table.append((step, *shown, _verdict(row, recorded.get(step))))
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves nothing
             with (out / "rows.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **row}) + "\n")
-    Console(highlight=False, width=WIDTH).print(table)
+                file.write(as_line({"step": step, **row}))
+    show_table(("step", *SHOWN, "against the record"), table, WIDTH)
 
 
 def _steps(
@@ -94,11 +93,11 @@ def _steps(
             yield step, row
 
 
-def _verdict(row: dict[str, float], recorded: dict[int, dict[str, Any]], step: int) -> str:
+def _verdict(row: dict[str, float], recorded: dict[str, Any] | None) -> str:
     """What differs most from the recorded row, relative to its size."""
-    if step not in recorded:
+    if recorded is None:
         return "not recorded"
-    pairs = {n: (v, recorded[step][n]) for n, v in row.items() if recorded[step].get(n) is not None}
+    pairs = {n: (v, recorded[n]) for n, v in row.items() if recorded.get(n) is not None}
     differs = {n: abs(v - was) / max(abs(v), abs(was)) for n, (v, was) in pairs.items() if v != was}
     if not differs:
         return f"the same to the last bit ({len(pairs)} metrics)"
@@ -108,11 +107,3 @@ def _verdict(row: dict[str, float], recorded: dict[int, dict[str, Any]], step: i
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.6g}"
-
-
-def _rows(run: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    except OSError:
-        raise ConfigError(f"{run} holds no metrics.jsonl; give the directory of a run") from None
-    return map(json.loads, text.splitlines())

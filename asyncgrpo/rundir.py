@@ -17,14 +17,18 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import TypeAdapter
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 
+Kind = TypeVar("Kind")
 FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
 STOP_SIGNAL = "ASYNCGRPO_STOP_SIGNAL"  # the launcher's; when it is not SIGTERM, that is nobody's
 
@@ -36,6 +40,7 @@ class Endpoints:
     buffer: str  # "tcp://127.0.0.1:PORT"
     weights: str
     store: tuple[str, int]
+    rendezvous: int = 0  # port where torchrun's nodes meet
     cores: dict[str, tuple[int, ...]] = field(default_factory=dict)  # "actor-0" -> cores
     metrics: dict[str, int] = field(default_factory=dict)  # role -> port; 0 = any
     transport: str = "gloo"  # of the weights
@@ -52,13 +57,9 @@ class RunDir:
     @classmethod
     def read(cls, path: Path) -> RunDir:
         """Reads what `write` wrote; ConfigError when this is no run directory, or a broken one."""
-        config = _read_object(path, "config.json")
-        endpoints = _read_object(path, "endpoints.json")
-        try:
-            found = Endpoints(**{**endpoints, "store": tuple(endpoints["store"])})
-        except (KeyError, TypeError) as error:
-            raise _broken(path / "endpoints.json", error) from None
-        return cls(path=path, config=from_mapping(config), endpoints=found)
+        config = _read(path / "config.json", TypeAdapter(dict[str, Any]))
+        endpoints = _read(path / "endpoints.json", TypeAdapter(Endpoints))
+        return cls(path=path, config=from_mapping(config), endpoints=endpoints)
 
     def write(self) -> None:
         """Writes config.json and endpoints.json."""
@@ -73,33 +74,37 @@ class RunDir:
         return self.path / "model"
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def _read(file: Path, kind: TypeAdapter[Kind]) -> Kind:
     try:
-        found = json.loads((path / name).read_text(encoding="utf-8"))
+        return kind.validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path} is not a run directory: {path / name} is missing") from None
+        raise ConfigError(f"{file.parent} is not a run directory: {file} is missing") from None
     except (OSError, ValueError) as error:
-        raise _broken(path / name, error) from None
-    if not isinstance(found, dict):
-        raise _broken(path / name, TypeError(f"it holds a {type(found).__name__}, not an object"))
-    return found
+        reason = " ".join(str(error).partition(" [type=")[0].split())  # pydantic's first finding
+        raise ConfigError(
+            f"{file} is not whole ({reason}): the run was killed while it started, or the file was "
+            "changed; put it back, or name another run directory"
+        ) from None
 
 
-def _broken(file: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{file} is not whole ({type(error).__name__}: {error}): the run was killed while it "
-        "started, or the file was changed; put it back, or name another run directory"
-    )
+def stop_flag(unwatched: Path | None = None, linger_seconds: float = 0.0) -> Callable[[], bool]:
+    """A flag that the launcher's signal sets, or Ctrl-C; loops look at it between two turns.
 
-
-def stop_flag() -> Callable[[], bool]:
-    """A flag that the launcher's signal sets, or Ctrl-C; loops look at it between two turns."""
+    unwatched: directory of a run without a launcher, whose end sets the flag too, after a while.
+    """
     asked: list[int] = []
+    seen: list[float] = []  # when the run was found to be over
+
+    def is_over() -> bool:
+        if unwatched and not seen and (unwatched / "summary.json").exists():
+            seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() - seen[0] >= linger_seconds
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: asked.append(number))
     if int(os.environ.get(STOP_SIGNAL, signal.SIGTERM)) != signal.SIGTERM:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return lambda: bool(asked)
+    return lambda: bool(asked) or is_over()
 
 
 def leave(exit_code: int) -> NoReturn:

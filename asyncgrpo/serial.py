@@ -7,8 +7,8 @@ through the same codec as between processes.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,56 +31,20 @@ from asyncgrpo.weights.local import LocalLink
 from asyncgrpo.wire.codec import Packet, decode, encode
 
 
-class Hub:
-    """Carries packets between local clients and a buffer core."""
-
-    def __init__(self, core: BufferCore, ledger: Ledger, clock: Callable[[], float]) -> None:
-        self._core, self._ledger, self._clock = core, ledger, clock
-        self._inboxes: dict[str, deque[Packet]] = {}
-
-    def inbox(self, peer: str) -> deque[Packet]:
-        """Packets for one peer, oldest first."""
-        return self._inboxes.setdefault(peer, deque())
-
-    def send(self, peer: str, packet: Packet) -> None:
-        """Hands a packet to the core and delivers whatever comes back."""
-        self._deliver(self._core.handle(peer, decode(encode(packet)), self._clock()))
-
-    def tick(self) -> None:
-        """Lets time pass for the core."""
-        self._deliver(self._core.tick(self._clock()))
-
-    def _deliver(self, replies: Replies) -> None:
-        self._ledger.commit()
-        for peer, packet in replies:
-            self.inbox(peer).append(decode(encode(packet)))
-
-
 class LocalClient:
-    """A protocols.Client on a Hub. `others` lets the other roles take a turn."""
+    """A protocols.Client of the buffer of Others; `turns`: what the other roles do meanwhile."""
 
-    def __init__(self, hub: Callable[[], Hub], name: str, others: Callable[[], None]) -> None:
-        self._hub, self._name, self._others = hub, name, others
+    def __init__(self, others: Others, name: str, turns: Callable[[], None]) -> None:
+        self._others, self._name, self._turns = others, name, turns
         self._last_id = 0
 
     def post(self, packet: Packet) -> int:
         self._last_id += 1
-        self._hub().send(
-            self._name,
-            Packet(
-                kind=packet.kind,
-                request_id=self._last_id,
-                fields=packet.fields,
-                arrays=packet.arrays,
-            ),
-        )
+        self._others.send(self._name, replace(packet, request_id=self._last_id))
         return self._last_id
 
     def poll(self, timeout_seconds: float) -> list[Packet]:
-        self._hub().tick()
-        inbox = self._hub().inbox(self._name)
-        arrived = list(inbox)
-        inbox.clear()
+        arrived = self._others.take(self._name)
         for packet in arrived:
             if packet.kind == "refused":
                 raise WireError(f"the buffer refused: {packet.fields.get('reason')}")
@@ -99,7 +63,7 @@ class LocalClient:
                 if answer.request_id == request:
                     return answer
             meanwhile()
-            self._others()
+            self._turns()
         raise PeerTimeout("the buffer", packet.kind, timeout_seconds)
 
 
@@ -123,6 +87,7 @@ class Others:
 
     def _begin(self) -> None:
         config, tokenizer = self._run.config, self._tokenizer
+        self._inboxes: dict[str, list[Packet]] = {}
         self._core = BufferCore(
             config,
             self._prompts,
@@ -131,7 +96,6 @@ class Others:
             time.monotonic(),
             rewind=partial(self._samples.rewind, state=self._ledger.state),
         )
-        self.hub = Hub(self._core, self._ledger, time.monotonic)
         self.link.forget()
         self._actor = ActorLoop(
             "actor-0",
@@ -139,11 +103,25 @@ class Others:
             engine=load_toy_engine(config, stop_token_ids(config, tokenizer)),
             tokenizer=tokenizer,
             vocab_size=len(tokenizer),
-            client=LocalClient(lambda: self.hub, "actor-0", lambda: None),
+            client=LocalClient(self, "actor-0", lambda: None),
             receiver=self.link,
             judge=InlineJudge(config.rewards),
             observe=self._observe,
         )
+
+    def send(self, peer: str, packet: Packet) -> None:
+        """Hands a packet to the buffer and keeps whatever comes back."""
+        self._keep(self._core.handle(peer, decode(encode(packet)), time.monotonic()))
+
+    def take(self, peer: str) -> list[Packet]:
+        """Lets time pass for the buffer; what it has for one peer, oldest first."""
+        self._keep(self._core.tick(time.monotonic()))
+        return self._inboxes.pop(peer, [])
+
+    def _keep(self, replies: Replies) -> None:
+        self._ledger.commit()
+        for peer, packet in replies:
+            self._inboxes.setdefault(peer, []).append(decode(encode(packet)))
 
     def take_turns(self) -> None:
         """One turn of the actor, while the learner waits."""
@@ -151,7 +129,7 @@ class Others:
 
     def add_to_checkpoint(self, folder: Path) -> None:
         """Lets the actor finish what it is at, keeps the ledger, and begins anew."""
-        self.hub.send("serial", Packet(kind="stop"))
+        self.send("serial", Packet(kind="stop"))
         while not self._actor.is_idle:
             self._actor.tick(0.0)
         self._ledger.copy_to(folder / LEDGER_FILE)
@@ -179,13 +157,11 @@ def run_serial(
     others = Others(run, prompts or open_prompts(config), exporter.observe)
     learner = Learner(
         config,
-        rank=0,
-        world_size=1,
-        updater=PolicyUpdater(config, save_to=run.model_path, run_dir=run.path),
-        client=LocalClient(lambda: others.hub, "learner-0", others.take_turns),
+        updater=PolicyUpdater(config, run_dir=run.path),
+        client=LocalClient(others, "learner-0", others.take_turns),
         sender=others.link,
         recorder=RunRecorder(run, exporter),
-        observe=exporter.observe,
+        exporter=exporter,
         stopping=stopping,
         add_to_checkpoint=others.add_to_checkpoint,
     )

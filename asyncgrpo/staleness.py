@@ -36,5 +36,5 @@ def past_bound(group: Group, step: int, max_staleness: int, action: StalenessAct
     """
     oldest_allowed = step - bound_of(max_staleness, action)
     if action != "mask":
-        return group.oldest_version < oldest_allowed
-    return all(int(c.versions.max(initial=-1)) < oldest_allowed for c in group.completions)
+        return group.completions.version_span[0] < oldest_allowed
+    return group.completions.version_span[1] < oldest_allowed

@@ -15,11 +15,10 @@ from typing import Any
 from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.files import as_jsonl
 from asyncgrpo.errors import EXIT_INTERRUPTED, ConfigError
-from asyncgrpo.imports import shown
+from asyncgrpo.imports import PACKED, importable_name, own_name, pack, shown
 from asyncgrpo.launch.local import check_main_thread
 from asyncgrpo.launch.preflight import check_run_dir
 from asyncgrpo.launch.session import Session, new_run_dir
-from asyncgrpo.packing import PACKED, importable_name, own_name, pack
 
 Reward = Callable[..., Any] | str | Mapping[str, Any]
 Dataset = str | Path | Iterable[Mapping[str, Any]]
@@ -132,7 +131,7 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             for file, content in self._files.items():
                 file.write_bytes(content)
-        except (OSError, ValueError) as error:  # ValueError: a null character
+        except OSError as error:
             raise ConfigError(
                 f"run directory {self.run_dir} cannot be written ({error}); give another run_dir"
             ) from None

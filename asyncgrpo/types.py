@@ -5,15 +5,17 @@ A policy version is the number of optimizer updates that the weights contain (0 
 
 Example: one group of two completions for "2 + 3", the second crossing from version 4 to 5:
 
-    Group(lease=Lease(lease_id="t17", ...), prompt_token_ids=[12, 7, 9], completions=(
+    completions = Completions.of([
         Completion(token_ids=[5, 1], behavior_logprobs=[-0.1, -0.02], versions=[4, 4], ...),
         Completion(token_ids=[6, 6, 1], behavior_logprobs=[...], versions=[4, 4, 5], ...),
-    ), rewards=[1.0, -1.0], reward_parts={"task": [1.0, -1.0]}, ...)
+    ])
+    Group(lease=Lease(lease_id="t17", ...), prompt_token_ids=[12, 7, 9], completions=completions,
+        rewards=[1.0, -1.0], reward_parts={"task": [1.0, -1.0]}, ...)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -84,6 +86,68 @@ class Completion:
     text: str = ""
 
 
+class Completions:
+    """G completions one behind the other; each is cut out when it is asked for."""
+
+    __slots__ = (
+        "_span", "behavior_logprobs", "finish_reasons", "lengths", "texts", "token_ids", "versions"
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        token_ids: Int32,
+        behavior_logprobs: Float32,
+        versions: Int32,
+        finish_reasons: Sequence[FinishReason],
+        texts: Sequence[str],
+    ) -> None:
+        """lengths, finish_reasons, texts: [G]; the arrays: [tokens]. ValueError when not so."""
+        if len({len(lengths), len(finish_reasons), len(texts)}) != 1 or min(lengths, default=0) < 0:
+            raise ValueError(f"{len(lengths)} lengths and other reasons or texts, or a length < 0")
+        if not len(token_ids) == len(behavior_logprobs) == len(versions) == sum(lengths):
+            raise ValueError(f"token arrays of other lengths than {sum(lengths)}")
+        self.lengths, self.token_ids, self.versions = lengths, token_ids, versions
+        self.behavior_logprobs = behavior_logprobs
+        self.finish_reasons, self.texts = finish_reasons, texts
+        self._span: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Completion]) -> Completions:
+        """Some completions, one or more, as one."""
+        return cls(
+            [len(each.token_ids) for each in parts],
+            np.concatenate([each.token_ids for each in parts]).astype(np.int32, copy=False),
+            np.concatenate([c.behavior_logprobs for c in parts]).astype(np.float32, copy=False),
+            np.concatenate([each.versions for each in parts]).astype(np.int32, copy=False),
+            [each.finish_reason for each in parts],
+            [each.text for each in parts],
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Completion:
+        length, start = self.lengths[index], sum(self.lengths[: range(len(self))[index]])
+        return Completion(
+            token_ids=self.token_ids[start : start + length],
+            behavior_logprobs=self.behavior_logprobs[start : start + length],
+            versions=self.versions[start : start + length],
+            finish_reason=self.finish_reasons[index],
+            text=self.texts[index],
+        )
+
+    def __iter__(self) -> Iterator[Completion]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def version_span(self) -> tuple[int, int]:
+        """The oldest and the newest policy version of all tokens; ValueError when there is none."""
+        if self._span is None:
+            self._span = int(self.versions.min()), int(self.versions.max())
+        return self._span
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """What an engine returns for one lease: all G completions, not yet scored."""
@@ -99,7 +163,7 @@ class Group:
 
     lease: Lease
     prompt_token_ids: Int32  # [P]
-    completions: tuple[Completion, ...]  # G of them
+    completions: Completions
     rewards: Float32  # [G] weighted sum of the parts
     reward_parts: Mapping[str, Float32]  # each [G]; NaN where a function returned None
     actor: str
@@ -110,23 +174,18 @@ class Group:
     @property
     def num_tokens(self) -> int:
         """Completion tokens of all G completions."""
-        return sum(len(completion.token_ids) for completion in self.completions)
+        return len(self.completions.token_ids)
+
+    @property
+    def mean_reward(self) -> float:
+        """The mean of its rewards."""
+        return sum(self.rewards.tolist()) / len(self.rewards)
 
     @property
     def cost(self) -> float:
         """Estimated FLOPs of training on it, as `sequence_cost` counts."""
         prompt = len(self.prompt_token_ids)
-        return sum(sequence_cost(prompt + len(c.token_ids)) for c in self.completions)
-
-    @property
-    def versions(self) -> Int32:
-        """[tokens] of all completions."""
-        return np.concatenate([completion.versions for completion in self.completions])
-
-    @property
-    def oldest_version(self) -> int:
-        """The oldest policy version that sampled any token of the group."""
-        return int(self.versions.min())
+        return sum(sequence_cost(prompt + length) for length in self.completions.lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,5 +210,5 @@ class Shard:
     @property
     def staleness(self) -> Int32:
         """[tokens] age in versions of every completion token, at this step."""
-        spans = [c.versions for group in self.groups for c in group.completions]
+        spans = [group.completions.versions for group in self.groups]
         return self.step - np.concatenate(spans or [np.zeros(0, np.int32)])

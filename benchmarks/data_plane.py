@@ -17,6 +17,9 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -26,6 +29,7 @@ import numpy as np
 import psutil
 import zmq
 
+import asyncgrpo
 from asyncgrpo.buffer import server
 from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.journal import NoJournal
@@ -34,14 +38,16 @@ from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.rundir import Endpoints, RunDir
-from asyncgrpo.types import Completion, Group, Lease
-from asyncgrpo.wire.codec import Packet, encode, group_packet, lease_from
+from asyncgrpo.types import Completion, Completions, Group, Lease
+from asyncgrpo.wire.codec import Packet, decode, encode, group_packet, lease_from
 from asyncgrpo.wire.sockets import DealerClient
 
 COMPLETIONS, TOKENS, BATCH, CREDIT, PRODUCERS, ACTORS = 8, 512, 64, 8, 3, 64
 SPAWN = multiprocessing.get_context("spawn")
+RECORDS = Path(asyncgrpo.__path__[0]) / "data" / "gsm8k_sample" / "train.jsonl"
 SETTINGS = {
     "run": {"max_steps": 10**7},
+    "data": {"train": str(RECORDS)},
     "buffer": {"groups_per_step": BATCH, "max_staleness": 10**7, "credit": CREDIT},
     "algo": {"group_size": COMPLETIONS},
     "sampling": {"max_completion_tokens": TOKENS},
@@ -84,12 +90,16 @@ def make_group(lease: Lease) -> Group:
     return Group(
         lease=lease,
         prompt_token_ids=np.arange(200, dtype=np.int32),
-        completions=(completion,) * COMPLETIONS,
+        completions=Completions.of([completion] * COMPLETIONS),
         rewards=rewards,
         reward_parts={"judge": rewards},
         actor="bench",
         timings={"generate": 1.0, "judge": 0.1},
     )
+
+
+def put_for(template: Group, lease: bytes) -> Packet:
+    return group_packet("put", [replace(template, lease=lease_from(lease))])
 
 
 # -- processes ----------------------------------------------------------------------------------
@@ -162,7 +172,6 @@ def produce(address: str, index: int, count: Synchronized[int]) -> None:
     ask = Packet(kind="lease", fields={"version": 0, "max": 2 * CREDIT})
     client.post(ask)
     template, leases, waiting = make_group(any_lease()), [], 0
-    described = group_packet("put", [template])
     while True:
         for packet in client.poll(0.1):
             if packet.kind == "leases":
@@ -173,9 +182,7 @@ def produce(address: str, index: int, count: Synchronized[int]) -> None:
                 with count.get_lock():
                     count.value += 1
         while leases and waiting < CREDIT:
-            fields = {**described.fields["groups"][0], "lease": leases.pop(0)}
-            put = Packet(kind="put", fields={"groups": [fields]}, arrays=described.arrays)
-            client.post(put)
+            client.post(put_for(template, leases.pop(0)))
             waiting += 1
             if len(leases) == CREDIT:
                 client.post(ask)
@@ -185,14 +192,20 @@ def consume(address: str) -> None:
     """A learner that trains in no time; frames are not decoded."""
     socket = dealer(address, "learner-0")
     for step in itertools.count():
-        fields = {"step": step, "rank": 0, "world_size": 1}
-        socket.send_multipart(encode(Packet(kind="take", request_id=2 * step + 1, fields=fields)))
-        socket.recv_multipart()
-        fields = {"step": step, "world_size": 1, "covered": step}
-        arrays = (np.zeros(BATCH * COMPLETIONS, np.float32),)
-        done = Packet(kind="trained", request_id=2 * step + 2, fields=fields, arrays=arrays)
-        socket.send_multipart(encode(done))
-        socket.recv_multipart()
+        for packet in (take(step), trained(step)):
+            socket.send_multipart(encode(packet))
+            socket.recv_multipart()
+
+
+def take(step: int) -> Packet:
+    fields = {"step": step, "rank": 0, "world_size": 1}
+    return Packet(kind="take", request_id=2 * step + 1, fields=fields)
+
+
+def trained(step: int) -> Packet:
+    advantages = bytes(4 * BATCH * COMPLETIONS)
+    fields = {"step": step, "world_size": 1, "covered": step, "advantages": advantages}
+    return Packet(kind="trained", request_id=2 * step + 2, fields=fields)
 
 
 def any_lease() -> Lease:
@@ -252,7 +265,7 @@ class Plant:
         }
 
     def close(self) -> None:
-        for process in (*self.others, self.server):
+        for process in (self.server, *self.others):
             process.kill()
             process.join()
         shutil.rmtree(self.folder)
@@ -273,7 +286,7 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
         hello = Packet(kind="hello", fields={"actor": client.identity.partition(".")[0]})
         client.call(hello, 30.0)
     ask = Packet(kind="lease", fields={"version": 0, "max": 1})
-    described = group_packet("put", [make_group(any_lease())])
+    template = make_group(any_lease())
     due = [time.monotonic() + i / rate / ACTORS for i in range(ACTORS)]
     asked = [0.0] * ACTORS
     waits: list[float] = []
@@ -292,14 +305,46 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
                         waits.append(1000 * (time.monotonic() - asked[i]))
                         asked[i] = 0.0
                         (lease,) = packet.fields["leases"]
-                        fields = {**described.fields["groups"][0], "lease": lease}
-                        fields = {"groups": [fields]}
-                        client.post(Packet(kind="put", fields=fields, arrays=described.arrays))
+                        client.post(put_for(template, lease))
     for process in (learner, buffer):
         process.kill()
         process.join()
     shutil.rmtree(folder)
     return sorted(waits)
+
+
+def stages(journal: NoJournal | Ledger, groups: int) -> dict[str, float]:
+    """Microseconds of CPU per group that each stage takes without sockets; MiB early and late."""
+    config = from_mapping(SETTINGS)
+    core = BufferCore(config, open_prompts(config), lambda step, ended: None, journal)
+    core.handle("a.1", Packet(kind="hello", fields={"actor": "a"}), 0.0)
+    ask = Packet(kind="lease", fields={"version": 0, "max": CREDIT})
+    template, leases, spent, memory = make_group(any_lease()), [], Counter[str](), []
+
+    def timed(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.thread_time()
+        result = call(*arguments)
+        spent[name] += time.thread_time() - start
+        return result
+
+    for number in range(groups):
+        if not leases:
+            ((_, granted),) = timed("leases", core.handle, "a.1", ask, 0.0)
+            leases = list(granted.fields["leases"])
+        frames = [bytes(frame) for frame in encode(put_for(template, leases.pop()))]
+        packet = timed("decode", decode, frames)
+        ((_, answer),) = timed("check and store", core.handle, "a.1", packet, 0.0)
+        timed("answer", encode, answer)
+        step, waiting = divmod(number + 1, BATCH)
+        if waiting == 0:
+            for packet in (take(step - 1), trained(step - 1)):
+                ((_, answer),) = timed("batch", core.handle, "learner-0", packet, 0.0)
+                timed("batch", encode, answer)
+        timed("commit", journal.commit)
+        if number in (groups // 5, groups - 1):
+            memory.append(psutil.Process().memory_info().rss / 2**20)
+    each = {name: 1e6 * seconds / groups for name, seconds in spent.items()}
+    return {**each, "sum": sum(each.values()), "MiB early": memory[0], "MiB late": memory[1]}
 
 
 def restart(folder: Path, leases: int) -> tuple[float, float]:
@@ -377,6 +422,12 @@ def main() -> None:
                 )
             (rate, ratio), (cpu, cpu_ratio) = row
             print(f"{kind:12}{rate:12.0f}{cpu:12.0f}{ratio:9.2f}{cpu_ratio:9.2f}")
+        folder.mkdir()
+        for kind, journal in (("no ledger", NoJournal()), ("ledger", Ledger(folder))):
+            found = stages(journal, chosen.compare)
+            row = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
+            print(f"us of CPU per group without sockets, {kind}: {row}")
+        shutil.rmtree(folder)
         for rate in (1.0, 5.0):  # an actor that makes 4000 and 20000 tokens per second
             waits = lease_latency(folder, 10.0, rate)
             p50, p99 = (waits[int(len(waits) * share)] for share in (0.5, 0.99))

@@ -35,7 +35,7 @@ from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.learner import prepare
 from asyncgrpo.learner.batch import Batch, PackReport, pack
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Group, Shard
+from asyncgrpo.types import Completions, Group, Shard
 
 ON_GPU = torch.cuda.is_available()
 SEED = 0
@@ -91,7 +91,10 @@ def cut(shard: Shard, mix: str) -> Shard:
     """The same groups with completions of that mix."""
     lengths = iter(lengths_of(mix, 8 * len(shard.groups)).tolist())
     groups = tuple(
-        replace(group, completions=tuple(_shortened(c, next(lengths)) for c in group.completions))
+        replace(
+            group,
+            completions=Completions.of([_shortened(c, next(lengths)) for c in group.completions]),
+        )
         for group in shard.groups
     )
     total = sum(group.num_tokens for group in groups)

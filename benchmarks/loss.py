@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.diagnostics import measure
@@ -30,7 +29,8 @@ from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import Preparer
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
+from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling, Shard
 
 ALGOS = {
     "ppo_clip, decoupled (default)": {},
@@ -73,7 +73,7 @@ def make_shard(num_tokens: int, length: int, vocab: int) -> Shard:
             Group(
                 lease=lease,
                 prompt_token_ids=random.integers(3, vocab, 8).astype(np.int32),
-                completions=completions,
+                completions=Completions.of(completions),
                 rewards=rewards,
                 reward_parts={"task": rewards},
                 actor="a",

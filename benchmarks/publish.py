@@ -6,17 +6,22 @@ One sender and one receiver process on this machine, float32 parameters sent as 
 (with --transport disk as a file). sent: reading and casting the parameters, the broadcast, digests;
 live: until the receiver has checked its own digests, copied all into another model's memory and
 answered. bare: the same bytes from one buffer to another, in the same buckets. Medians; publishes
-and bare broadcasts take turns. extra: peak resident memory of the sender above that before it.
+and bare broadcasts take turns. extra: peak resident memory of the sender above that before it;
+malloc is told to give freed tensors back.
+With --gathered each parameter is copied first, as FSDP's gather does it, and sent by the thread
+that gathers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing as mp
 import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,12 +30,14 @@ import numpy as np
 import torch
 
 from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.weights.collective import WeightGroup, open_group, open_store
 from asyncgrpo.weights.proof import NUM_CANARIES
 from asyncgrpo.weights.receiver import CollectiveReceiver
 from asyncgrpo.weights.sender import CollectiveSender
 
 SEED, WIDTH, SECONDS, MIB = 0, 1024, 120, 1 << 20
+M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def parameters(count: int) -> list[tuple[str, torch.Tensor]]:
@@ -39,6 +46,17 @@ def parameters(count: int) -> list[tuple[str, torch.Tensor]]:
     sizes = [4 * WIDTH] * (count // (4 * WIDTH * WIDTH))
     sizes += [(count - sum(sizes) * WIDTH) // WIDTH or 1]
     return [(f"layer.{i}.weight", torch.randn(size, WIDTH)) for i, size in enumerate(sizes)]
+
+
+class Gathered:
+    """Parameters that are made anew, one at a time, in each pass."""
+
+    def __init__(self, parts: NamedTensors) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, part in self._parts:
+            yield name, part.clone()
 
 
 def bare_group(port: int, rank: int) -> WeightGroup:
@@ -84,9 +102,14 @@ def free_port() -> int:
 
 def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     config = from_mapping(
-        {"model": {"dtype": options.dtype}, "weights": {"bucket_bytes": options.bucket_mib << 20}}
+        {
+            "model": {"dtype": options.dtype},
+            "weights": {"bucket_bytes": options.bucket_mib << 20},
+            "learner": {"parallel": "fsdp" if options.gathered else "ddp"},
+        }
     )
-    tensors, port = parameters(count), free_port()
+    parts, port = parameters(count), free_port()
+    tensors = Gathered(parts) if options.gathered else parts
     address = f"tcp://127.0.0.1:{free_port()}"
     pipe, other = mp.Pipe()
     context = mp.get_context("spawn")
@@ -145,8 +168,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--bucket-mib", type=int, default=8)
     parser.add_argument("--transport", choices=("gloo", "disk"), default="gloo")
+    parser.add_argument("--gathered", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     with tempfile.TemporaryDirectory() as folder:
         for count in options.parameters:
             measure(int(count), options, Path(folder))

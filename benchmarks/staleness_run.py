@@ -30,7 +30,7 @@ from asyncgrpo.evaluate import is_correct
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.rewards.registry import load_rewards
-from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
+from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling, Shard
 
 BYPASS = {"correction": ["bypass"]}
 METHODS: dict[str, dict[str, Any]] = {  # algo settings; tis is decoupled by its other name
@@ -203,7 +203,7 @@ class Experiment:
             yield Group(
                 lease=self._lease(prompt, policy_version),
                 prompt_token_ids=np.array(row, np.int32),
-                completions=completions,
+                completions=Completions.of(completions),
                 rewards=scores.rewards,
                 reward_parts=scores.parts,
                 actor="benchmark",

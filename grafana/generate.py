@@ -1,6 +1,6 @@
 """Writes the dashboards and rules of this folder anew from its TOML files: `make dashboards`.
 
-In their expressions `{loss}` stands for the metric of that name in asyncgrpo/observe/metrics.py,
+In their expressions `{loss}` stands for the metric of that name in asyncgrpo/observe/metrics.toml,
 with its labels: `{groups_filtered_all_wrong}`; or for all of a family: `{groups_ended}`. A part of
 a histogram is `{step_seconds.sum}`, one value per run `{setting/actors.run}`, a further matcher
 `{up,role="buffer"}`, and `[$]` the window for rates that Grafana chooses.

@@ -1,13 +1,13 @@
-"""Shared set-up: no hub access, few threads, commands without a process."""
+"""Shared set-up: no hub access, few threads, one small model; commands as a user types them."""
 
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
-from collections.abc import Callable
 from functools import cache
-from subprocess import CompletedProcess
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -39,18 +39,26 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., CompletedProcess[str]]:
-    """Runs `asyncgrpo ARGUMENTS` in this process, which saves seconds of imports; but not `role`
-    and `eval`, which end their process at once."""
-    from asyncgrpo.cli import main
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's architecture with random weights."""
+    from asyncgrpo.data.tiny import build_untrained
 
-    def run(*arguments: str) -> CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["asyncgrpo", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return CompletedProcess(arguments, int(str(end.value.code)), *capsys.readouterr())
+    return build_untrained(tmp_path_factory.mktemp("model") / "tiny", True, 5)
+
+
+@pytest.fixture
+def asyncgrpo(monkeypatch, capfd):
+    """Runs one command in this process; returns (exit code, stdout, stderr)."""
+    from asyncgrpo import cli
+
+    def run(*arguments: object, lines: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["asyncgrpo", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        output = capfd.readouterr()
+        return int(ended.value.code or 0), output.out, output.err
 
     return run

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from oracles import Batch, Rows
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.inputs import LossInputs, Totals
+from asyncgrpo.settings.algo import AlgoSettings
 
 
 def totals(batch: Batch, **changes: object) -> Totals:

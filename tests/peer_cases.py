@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from trl_standin import MAX_TOKENS, Measured, Sample
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.inputs import LossInputs, Totals
 from asyncgrpo.learner.objective import objective
+from asyncgrpo.settings.algo import AlgoSettings
 
 TOLERANCE = 1e-5
 SEEDS = range(4)

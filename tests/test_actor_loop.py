@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from fakes import make_lease
 from asyncgrpo.actor.concurrency import EngineLoad
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
-from asyncgrpo.config import RewardSettings, from_mapping
-from asyncgrpo.errors import DataError, RewardError
+from asyncgrpo.config import from_mapping
+from asyncgrpo.errors import DataError, PeerTimeout, RewardError
 from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Completion, Sampled
 from asyncgrpo.weights.proof import NUM_CANARIES
-from asyncgrpo.wire.codec import Packet, groups_from, lease_fields
+from asyncgrpo.wire.codec import Packet, groups_from, pack_lease
 
 
 class FakeEngine:
@@ -97,7 +99,7 @@ class FakeClient:
         return [packet for packet in self.sent if packet.kind == kind]
 
     def grant(self, *leases):
-        fields = {"leases": [lease_fields(lease) for lease in leases]}
+        fields = {"leases": [pack_lease(lease) for lease in leases]}
         self.inbox.append(Packet(kind="leases", fields=fields))
 
 
@@ -272,8 +274,8 @@ def test_an_overlong_prompt_may_end_the_run_as_bad_input():
 def test_an_evaluation_waits_for_its_version_and_keeps_it_until_done():
     stage = Stage().with_version(0)
     lease = make_lease(5, group_size=1, purpose="eval")
-    fields = {**lease_fields(lease), "version": 1}
-    pushed = Packet(kind="evaluate", fields={"version": 1, "leases": [fields]})
+    packed = pack_lease(replace(lease, version=1))
+    pushed = Packet(kind="evaluate", fields={"version": 1, "leases": [packed]})
     stage.client.inbox.append(pushed)
     stage.tick()
     assert stage.client.of("accept") == []
@@ -293,7 +295,7 @@ def test_an_evaluation_waits_for_its_version_and_keeps_it_until_done():
 def test_an_evaluation_of_a_version_that_has_passed_is_refused():
     stage = Stage().with_version(3)
     lease = make_lease(5, group_size=1, purpose="eval")
-    fields = {"version": 0, "leases": [lease_fields(lease)]}
+    fields = {"version": 0, "leases": [pack_lease(lease)]}
     stage.client.inbox.append(Packet(kind="evaluate", fields=fields))
     stage.tick()
     assert stage.client.of("accept")[0].fields == {"lease_ids": ["e5"], "refused": ["e5"]}
@@ -333,8 +335,8 @@ def test_status_is_sent_once_a_second_with_what_was_generated():
 def test_a_second_evaluation_does_not_displace_one_that_still_waits():
     stage = Stage().with_version(0)
     for number, version in ((5, 1), (6, 2)):
-        lease = {**lease_fields(make_lease(number, 1, "eval")), "version": version}
-        fields = {"version": version, "leases": [lease]}
+        lease = replace(make_lease(number, 1, "eval"), version=version)
+        fields = {"version": version, "leases": [pack_lease(lease)]}
         stage.client.inbox.append(Packet(kind="evaluate", fields=fields))
     stage.tick()
     for version in (1, 2):
@@ -399,3 +401,19 @@ def test_an_actor_that_leaves_hands_back_what_it_samples_and_delivers_what_it_ha
         {"lease_id": f"t{i}", "reason": "handed_back", "retry": True} for i in (2, 3, 4)
     ]
     assert stage.client.sent[-1].kind == "bye"
+
+
+def test_an_actor_that_hears_nothing_for_long_says_so_and_ends():
+    stage = Stage(buffer={"take_timeout_seconds": 20})
+    stage.tick(150)
+    stage.client.inbox.append(Packet(kind="noted"))  # a word in between counts
+    stage.tick(190)
+    with pytest.raises(PeerTimeout, match=r"buffer did not answer within 20 s"):
+        stage.tick(30)
+
+
+def test_an_actor_that_stood_still_asks_before_it_gives_up():
+    stage = Stage(buffer={"take_timeout_seconds": 20})
+    stage.tick()
+    stage.time += 3600  # SIGSTOP, a laptop asleep
+    stage.tick(100)

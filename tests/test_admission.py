@@ -14,6 +14,7 @@ from asyncgrpo.buffer.leases import OpenLease
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WireError
 from asyncgrpo.observe.metrics import METRICS
+from asyncgrpo.types import Completions
 from asyncgrpo.weights.sender import CollectiveSender
 from asyncgrpo.wire.codec import Packet, decode, encode, group_packet, groups_from, lease_from
 from asyncgrpo.wire.schema import BUFFER_REQUESTS, WEIGHTS_REQUESTS
@@ -30,7 +31,7 @@ def group(**changes):
 
 def with_completion(**changes):
     first, *others = group().completions
-    return group(completions=(replace(first, **changes), *others))
+    return group(completions=Completions.of([replace(first, **changes), *others]))
 
 
 def int32(*values):
@@ -89,7 +90,8 @@ def test_an_evaluation_answers_with_its_own_version_only():
 
 
 def test_a_lease_is_held_by_the_actor_of_that_name():
-    opened = OpenLease(ticket=1, lease=LEASE, peer="actor-1.17", expires_at=1.0, turn=None)
+    held = {"ticket": 1, "lease": LEASE, "packed": b"", "expires_at": 1.0, "turn": None}
+    opened = OpenLease(peer="actor-1.17", **held)
     assert is_holder("actor-1.17", opened)
     assert not is_holder("actor-10.17", opened)
     assert not is_holder("actor-0.17", opened)
@@ -126,7 +128,8 @@ def test_a_request_that_makes_no_sense_is_refused_with_the_field(name):
 
 @pytest.mark.parametrize("world_size", [0, 3, 1 << 30])
 def test_a_batch_cannot_be_trained_by_more_ranks_than_there_are(world_size):
-    told = Packet(kind="trained", fields={"step": 0, "world_size": world_size, "covered": 0})
+    fields = {"step": 0, "world_size": world_size, "covered": 0, "advantages": b""}
+    told = Packet(kind="trained", fields=fields)
     with pytest.raises(WireError, match=f"rank=0 of {world_size} is no rank of 2"):
         check_request(told, newest=NEWEST, num_learners=2)
 

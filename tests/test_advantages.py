@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import oracle_advantages as oracle
 import pytest
-from fakes import make_lease
+from fakes import completion_of, group_of
 
 from asyncgrpo.algorithms import catalogue
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import AlgorithmError
 from asyncgrpo.learner.advantages import GroupRewards
 from asyncgrpo.learner.shaping import advantages, penalties, reward_to_go
-from asyncgrpo.types import Completion, Group
+from asyncgrpo.types import Group
 
 
-def group_of(
+def rewarded(
     rewards: list[float], lengths: list[int] | None = None, parts: dict[str, Any] | None = None
 ) -> Group:
-    lengths = lengths or [3] * len(rewards)
-    scores = np.array(rewards, np.float32)
-    return Group(
-        lease=make_lease(1, group_size=len(rewards)),
-        prompt_token_ids=np.array([1], np.int32),
-        completions=tuple(
-            Completion(
-                token_ids=np.zeros(n, np.int32),
-                behavior_logprobs=np.zeros(n, np.float32),
-                versions=np.zeros(n, np.int32),
-                finish_reason="stop",
-            )
-            for n in lengths
-        ),
-        rewards=scores,
-        reward_parts={n: np.array(p, np.float32) for n, p in (parts or {"task": rewards}).items()},
-        actor="actor-0",
-    )
+    completions = [completion_of([0] * n) for n in lengths or [3] * len(rewards)]
+    group = group_of(1, [1], completions, rewards)
+    named = {name: np.array(part, np.float32) for name, part in (parts or {}).items()}
+    return replace(group, reward_parts=named or group.reward_parts)
 
 
 def settings(**algo: Any) -> Config:
@@ -45,7 +32,7 @@ def settings(**algo: Any) -> Config:
 
 
 def found(rewards: list[float], lengths: list[int] | None = None, **algo: Any) -> np.ndarray:
-    group = group_of(rewards, lengths)
+    group = rewarded(rewards, lengths)
     return advantages(group, settings(**algo), np.zeros(len(rewards)))
 
 
@@ -109,7 +96,7 @@ NAMES = sorted(catalogue("advantage"))
 def test_equal_rewards_give_exactly_zero_for_any_group_size(name: str, reward: float) -> None:
     for size in range(2, 65):
         config = settings(advantage=name, advantage_eps=1e-8)
-        values = advantages(group_of([reward] * size), config, np.zeros(size), batch_std=1.0)
+        values = advantages(rewarded([reward] * size), config, np.zeros(size), batch_std=1.0)
         assert values.dtype == np.float32
         assert values.tolist() == [0.0] * size
 
@@ -123,7 +110,7 @@ def test_separately_normalised_rewards_are_summed_by_weight_without_those_that_d
     }
     nan = float("nan")
     parts = {"task": [1.0, -1.0, -1.0, 1.0], "length_penalty": [-0.1, nan, -0.3, -0.4]}
-    values = advantages(group_of([0.0, 1.0, 2.0, 3.0], None, parts), from_mapping(raw), np.zeros(4))
+    values = advantages(rewarded([0.0, 1.0, 2.0, 3.0], None, parts), from_mapping(raw), np.zeros(4))
     task = oracle.grpo(parts["task"])
     short = oracle.grpo([-0.1, -0.3, -0.4])
     expected = np.array(task) + 0.5 * np.array([short[0], 0.0, short[1], short[2]])
@@ -137,7 +124,7 @@ def test_the_soft_length_penalty_grows_over_the_last_tokens_to_the_limit() -> No
             "algo": {"overlong_buffer": 8, "overlong_penalty": 2.0},
         }
     )
-    group = group_of([1.0] * 5, [4, 12, 14, 16, 20])
+    group = rewarded([1.0] * 5, [4, 12, 14, 16, 20])
     assert penalties(group, config).tolist() == pytest.approx([0, 0, -0.5, -1.0, -2.0])
     values = advantages(group, config, penalties(group, config))
     np.testing.assert_allclose(values, oracle.grpo([1.0, 1.0, 0.5, 0.0, -1.0]), rtol=1e-5)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from asyncgrpo.algo import AlgoSettings, notices
 from asyncgrpo.algorithms import MODULES, PRESETS, catalogue, find
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.settings.algo import AlgoSettings, notices
 
 
 @pytest.mark.parametrize(

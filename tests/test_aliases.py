@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from peer_cases import EQUAL
 
 from asyncgrpo.aliases import by_name, entries
-from asyncgrpo.config import AlgoSettings, Config, from_mapping
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.learner.schedule import learning_rate
+from asyncgrpo.settings.algo import AlgoSettings
 
 # What a name means that is only called otherwise: foreign setting -> ours.
 CALLED: dict[str, tuple[Any, str, Any]] = {
@@ -235,13 +236,16 @@ def test_no_kl_loss_is_a_coefficient_of_zero_whatever_the_coefficient_says():
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"algo": {"num_generations": 4, "group_size": 8}}, "means algo.group_size, which is set"),
+        (
+            {"algo": {"num_generations": 4, "group_size": 8}},
+            "group_size would be 4, but is 8; keep",
+        ),
         ({"num_generations": 4, "prompt_repeat_k": 5}, "algo.group_size would be 5, but is 4;"),
         ({"num_generations": 4, "algo": {"num_generations": 5}}, "set twice, to 4 and to 5"),
         ({"optimizer_steps": 4, "per_device_train_batch_size": 8}, "but is 1 by per_device_train"),
         ({"beta": 0.1, "kl_loss_coef": 0.2}, "algo.kl_coef would be 0.2, but is 0.1"),
         ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "is not offered; use"),
-        ({"loss_type": "cispo", "algo": {"correction": "tis"}}, "algo.correction, which is set"),
+        ({"loss_type": "cispo", "algo": {"correction": "tis"}}, "but is 'tis'; keep one of them"),
     ],
 )
 def test_names_that_contradict_each_other_are_refused(settings, parts):
@@ -262,7 +266,7 @@ def test_names_that_agree_are_taken():
         ("optim", "adafactor", "the optimizer is AdamW"),
         ("trust_remote_code", True, "code of their own"),
         ("resume_from_checkpoint", "x", "launch --resume"),
-        ("tensor_parallel_size", 2, "one GPU holds one engine"),
+        ("expert_parallel_size", 2, "experts and sequences are not dealt"),
         ("batch_size", 8, "say the unit"),
         ("vllm_importance_sampling_mode", "sequence_mask", "geometric_mask"),
         ("lr_scheduler_type", "polynomial", "'constant', 'linear' or 'cosine'"),

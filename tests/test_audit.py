@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 
 import pytest
+from fakes import make_run
 from test_ledger import Killed
 from typer.testing import CliRunner
 
@@ -15,7 +16,6 @@ from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
 from asyncgrpo.cli import app
 from asyncgrpo.errors import ConfigError, LedgerError
 from asyncgrpo.observe.trajectories import TrajectoryWriter
-from asyncgrpo.rundir import Endpoints, RunDir
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,7 @@ def halted(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("halted")
     run = Killed(5, folder, kill_share=0.004, run={"max_steps": 8}, data={"epochs": 20})
-    endpoints = Endpoints(buffer="", weights="", store=("", 0))
-    RunDir(path=folder, config=run.config, endpoints=endpoints).write()
+    make_run(folder, run.config)
     run.record = TrajectoryWriter(folder, run.config)
     run.rewind = lambda step: run.record.rewind(step, run.ledger.state)
     run.core = run.new_core()
@@ -251,7 +250,7 @@ def test_pages_that_were_overwritten_are_noticed(halted, tmp_path):
         Ledger(file.parent).remembered()
 
 
-@pytest.mark.parametrize("sql", ["UPDATE payloads SET packet = x'00'", "DELETE FROM payloads"])
+@pytest.mark.parametrize("sql", ["UPDATE payloads SET frame = x'00'", "DELETE FROM payloads"])
 def test_a_lost_or_damaged_group_is_refused_with_its_lease(sql, halted, tmp_path):
     copy = spoilt(halted, tmp_path, sql)
     with pytest.raises(LedgerError, match=r"malformed group of lease t\d+"):

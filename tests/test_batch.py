@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import make_lease
+from fakes import completion_of, group_of, shard_of
 
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
@@ -21,36 +21,11 @@ STEP = 9
 def completion(
     tokens: list[int], versions: list[int] | int = STEP, logprobs: list[float] | None = None
 ) -> Completion:
-    spread = [versions] * len(tokens) if isinstance(versions, int) else versions
-    return Completion(
-        token_ids=np.array(tokens, np.int32),
-        behavior_logprobs=np.array(logprobs or [-0.1 * t for t in tokens], np.float32),
-        versions=np.array(spread, np.int32),
-        finish_reason="stop",
-    )
-
-
-def group(
-    number: int, prompt: list[int], completions: list[Completion], rewards: list[float]
-) -> Group:
-    scores = np.array(rewards, np.float32)
-    return Group(
-        lease=make_lease(number, group_size=len(completions)),
-        prompt_token_ids=np.array(prompt, np.int32),
-        completions=tuple(completions),
-        rewards=scores,
-        reward_parts={"task": scores},
-        actor="actor-0",
-    )
+    return completion_of(tokens, versions, logprobs)
 
 
 def shard(*groups: Group) -> Shard:
-    return Shard(
-        step=STEP,
-        groups=groups,
-        num_loss_tokens_global=sum(g.num_tokens for g in groups),
-        num_completions_global=sum(len(g.completions) for g in groups),
-    )
+    return shard_of(groups, STEP)
 
 
 def packed(batch_of: Shard, **changes: Any) -> tuple[tuple[Batch, ...], PackReport]:
@@ -86,7 +61,7 @@ def random_shard(seed: int, longest: int = 12) -> Shard:
             completions.append(
                 completion(tokens(length), versions, (-random.random(length)).tolist())
             )
-        groups.append(group(number, prompt, completions, random.normal(size=4).tolist()))
+        groups.append(group_of(number, prompt, completions, random.normal(size=4).tolist()))
     return shard(*groups)
 
 
@@ -108,7 +83,7 @@ def expected_tokens(batch_of: Shard) -> dict[int, tuple[int, int, float, float, 
 def test_the_example_of_the_docstring_holds() -> None:
     one = completion([4, 5], STEP - 2, [-0.1, -0.3])
     other = completion([6], STEP)
-    (batch,), report = packed(shard(group(1, [7, 8, 9], [one, other], [1.4, 0.0])))
+    (batch,), report = packed(shard(group_of(1, [7, 8, 9], [one, other], [1.4, 0.0])))
     assert batch.cu_seqlens.tolist() == [0, 3, 7]
     assert batch.sequence_ids.tolist() == [0] * 3 + [1] * 4
     assert batch.input_ids[3:].tolist() == [7, 8, 9, 4]
@@ -222,29 +197,27 @@ def test_packing_twice_gives_the_same() -> None:
 
 
 def test_a_token_past_the_bound_is_refused_with_group_version_step_and_bound() -> None:
-    old = group(17, [7], [completion([4, 5], [STEP - 5, STEP]), completion([6])], [1.0, 0.0])
+    old = group_of(17, [7], [completion([4, 5], [STEP - 5, STEP]), completion([6])], [1.0, 0.0])
     with pytest.raises(StalenessError, match=r"group t17 .* version 4 at step 9.*max_staleness=4"):
         packed(shard(old))
 
 
 def test_a_token_at_the_bound_is_trained() -> None:
-    old = group(17, [7], [completion([4, 5], [STEP - 4, STEP]), completion([6])], [1.0, 0.0])
+    old = group_of(17, [7], [completion([4, 5], [STEP - 4, STEP]), completion([6])], [1.0, 0.0])
     (batch,), _ = packed(shard(old))
     assert int(batch.staleness.max()) == 4
 
 
 def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> None:
     versions = [STEP - 6, STEP - 5, STEP - 4, STEP]
-    old = group(1, [7], [completion([1, 2, 3, 4], versions), completion([6])], [1.0, 0.0])
+    old = group_of(1, [7], [completion([1, 2, 3, 4], versions), completion([6])], [1.0, 0.0])
     (batch,), report = packed(shard(old), staleness_action="mask")
     assert batch.target_ids[batch.loss_mask].tolist() == [6, 3, 4]
     assert batch.staleness.tolist() == [0, 0, 0, 4, 0]
     assert report == PackReport(
         num_loss_tokens=3,
-        num_masked_stale=2,
-        num_masked_nonfinite=0,
+        num_masked_tokens=2,
         num_nonfinite_sequences=0,
-        num_truncated_sequences=0,
         num_counted_tokens=5,
         num_counted_sequences=2,
     )
@@ -252,7 +225,7 @@ def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> N
 
 def test_tokens_past_the_bound_count_half_for_each_version_when_they_are_weighed_down() -> None:
     versions = [STEP - 8, STEP - 6, STEP - 5, STEP - 4, STEP]
-    old = group(1, [7], [completion([1, 2, 3, 4, 5], versions), completion([6])], [1.0, 0.0])
+    old = group_of(1, [7], [completion([1, 2, 3, 4, 5], versions), completion([6])], [1.0, 0.0])
     ((batch,), report) = pack(
         (old,), STEP, max_tokens=99, max_staleness=4, staleness_action="downweight"
     )
@@ -263,34 +236,33 @@ def test_tokens_past_the_bound_count_half_for_each_version_when_they_are_weighed
     found = dict(zip(batch.target_ids.tolist(), weighed.advantages.tolist(), strict=True))
     assert found == {1: 0.5 / 16, 2: 0.5 / 4, 3: 0.5 / 2, 4: 0.5, 5: 0.5, 6: -0.5}
     assert (share_of(batch.staleness, 4, "mask") == 1).all()
-    older = group(1, [7], [completion([1], [STEP - 9]), completion([6])], [1.0, 0.0])
+    older = group_of(1, [7], [completion([1], [STEP - 9]), completion([6])], [1.0, 0.0])
     with pytest.raises(StalenessError):
         pack((older,), STEP, max_tokens=99, max_staleness=4, staleness_action="downweight")
 
 
 def test_masking_truncated_completions_takes_them_out_of_the_loss_and_of_the_count() -> None:
     cut = replace(completion([1, 2, 3]), finish_reason="length")
-    one = group(1, [7], [cut, completion([6])], [1.0, 0.0])
+    one = group_of(1, [7], [cut, completion([6])], [1.0, 0.0])
     (batch,), report = packed(shard(one), mask_truncated=True)
     assert batch.target_ids[batch.loss_mask].tolist() == [6]
-    assert (report.num_truncated_sequences, report.num_counted_tokens) == (1, 1)
-    assert report.num_counted_sequences == 1
+    assert (report.num_counted_tokens, report.num_counted_sequences) == (1, 1)
     (batch,), report = packed(shard(one))
     assert sorted(batch.target_ids[batch.loss_mask].tolist()) == [1, 2, 3, 6]
-    assert (report.num_truncated_sequences, report.num_counted_tokens) == (0, 4)
+    assert (report.num_counted_tokens, report.num_counted_sequences) == (4, 2)
 
 
 def test_completion_ids_name_the_sequences_by_their_place_in_the_batch() -> None:
     groups = [
-        group(1, [7], [completion([1, 2, 3]), completion([])], [1.0, 0.0]),
-        group(2, [8], [completion([4]), completion([5, 6])], [1.0, 0.0]),
+        group_of(1, [7], [completion([1, 2, 3]), completion([])], [1.0, 0.0]),
+        group_of(2, [8], [completion([4]), completion([5, 6])], [1.0, 0.0]),
     ]
     (batch,), _ = packed(shard(*groups))
     assert batch.completion_ids.tolist() == [2, 3, 0]  # by length; the empty one takes no place
 
 
 def test_advantages_per_place_are_added_inside_the_loss_only() -> None:
-    (batch,), _ = packed(shard(group(1, [7, 8], [completion([4, 5]), completion([6])], [1, 0])))
+    (batch,), _ = packed(shard(group_of(1, [7, 8], [completion([4, 5]), completion([6])], [1, 0])))
     moved = with_advantages(batch, np.zeros(2, np.float32), np.arange(5.0))
     assert moved.advantages.tolist() == [0, 1, 0, 3, 4]
 
@@ -298,27 +270,27 @@ def test_advantages_per_place_are_added_inside_the_loss_only() -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("-inf"), float("inf")])
 def test_a_completion_with_a_nonfinite_logprob_leaves_the_loss_whole(poison: float) -> None:
     bad = completion([1, 2, 3], STEP, [-0.1, poison, -0.1])
-    (batch,), report = packed(shard(group(1, [7], [bad, completion([6])], [1.0, 0.0])))
+    (batch,), report = packed(shard(group_of(1, [7], [bad, completion([6])], [1.0, 0.0])))
     assert batch.target_ids[batch.loss_mask].tolist() == [6]
     assert np.isfinite(batch.behavior_logprobs).all()
     assert report == PackReport(
         num_loss_tokens=1,
-        num_masked_stale=0,
-        num_masked_nonfinite=3,
+        num_masked_tokens=3,
         num_nonfinite_sequences=1,
-        num_truncated_sequences=0,
         num_counted_tokens=4,
         num_counted_sequences=2,
     )
 
 
 def test_the_reward_of_an_empty_completion_still_counts_in_the_group_mean() -> None:
-    (batch,), _ = packed(shard(group(1, [7, 8], [completion([]), completion([6])], [1.0, 0.0])))
+    (batch,), _ = packed(shard(group_of(1, [7, 8], [completion([]), completion([6])], [1.0, 0.0])))
     assert batch.target_ids.tolist() == [8, 6]
     assert batch.advantages == pytest.approx([0.0, -0.5])
 
 
-@pytest.mark.parametrize("groups", [(), (group(1, [7], [completion([]), completion([])], [1, 0]),)])
+@pytest.mark.parametrize(
+    "groups", [(), (group_of(1, [7], [completion([]), completion([])], [1, 0]),)]
+)
 def test_a_shard_without_tokens_gives_one_micro_batch_with_an_empty_mask(
     groups: tuple[Group, ...],
 ) -> None:
@@ -330,5 +302,5 @@ def test_a_shard_without_tokens_gives_one_micro_batch_with_an_empty_mask(
 
 def test_a_sequence_longer_than_a_micro_batch_gets_one_of_its_own() -> None:
     long = completion(list(range(1, 41)))
-    batches, _ = packed(shard(group(1, [7], [long, completion([6])], [1.0, 0.0])), max_tokens=16)
+    batches, _ = packed(shard(group_of(1, [7], [long, completion([6])], [1.0, 0.0])), max_tokens=16)
     assert [len(batch.input_ids) for batch in batches] == [1, 40]

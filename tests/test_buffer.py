@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,11 +211,9 @@ def number_of(group):
 def trained_packet(step, groups, world_size=2, covered=0):
     """What rank 0 tells: advantages by which a group and its completions can be recognised."""
     values = [number_of(group) + sample for group in groups for sample in range(2)]
-    return Packet(
-        kind="trained",
-        fields={"step": step, "world_size": world_size, "covered": covered},
-        arrays=(np.array(values, np.float32),),
-    )
+    fields = {"step": step, "world_size": world_size, "covered": covered}
+    advantages = np.array(values, np.float32).tobytes()
+    return Packet(kind="trained", fields={**fields, "advantages": advantages})
 
 
 class Simulation:
@@ -266,12 +265,7 @@ class Simulation:
 
     def post(self, peer, packet):
         self.ids[peer] += 1
-        numbered = Packet(
-            kind=packet.kind,
-            request_id=self.ids[peer],
-            fields=packet.fields,
-            arrays=packet.arrays,
-        )
+        numbered = replace(packet, request_id=self.ids[peer])
         for receiver, answer in self.core.handle(peer, numbered, self.now):
             assert answer.kind != "refused", answer.fields
             self.arrive(receiver, answer)
@@ -414,7 +408,7 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     assert bool(again) == bool(run.config.buffer.replay_ratio)
     trained_at = {g.lease.lease_id: step for step, groups in run.trained.items() for g in groups}
     for step, group in run.replayed:
-        assert trained_at[group.lease.lease_id] < step <= group.oldest_version + bound
+        assert trained_at[group.lease.lease_id] < step <= group.completions.version_span[0] + bound
     assert run.core.replay.num_tokens == sum(
         stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
     )
@@ -616,12 +610,7 @@ class Exam:
 
     def post(self, peer, packet, now=0.0):
         self.ids[peer] += 1
-        numbered = Packet(
-            kind=packet.kind,
-            request_id=self.ids[peer],
-            fields=packet.fields,
-            arrays=packet.arrays,
-        )
+        numbered = replace(packet, request_id=self.ids[peer])
         answers = []
         for receiver, answer in self.core.handle(peer, numbered, now):
             assert answer.kind != "refused", answer.fields
@@ -734,8 +723,9 @@ def test_advantages_that_do_not_fit_the_batch_change_nothing():
         run.core.step or run.send("learner-1", "take", step=0, rank=1, world_size=2)
     before = run.core.metrics()
     good = trained_packet(0, run.shards[0][0].groups + run.shards[0][1].groups)
-    for arrays in ((), (good.arrays[0][1:],), good.arrays * 2):
-        bad = Packet(kind="trained", request_id=9, fields=good.fields, arrays=arrays)
+    sent = good.fields["advantages"]
+    for wrong in (b"", sent[:-4], sent[:-1], sent * 2):
+        bad = Packet(kind="trained", request_id=9, fields={**good.fields, "advantages": wrong})
         (_, answer), *_ = run.core.handle("learner-0", bad, run.now)
         assert (answer.kind, "ValueError" in answer.fields["reason"]) == ("refused", True)
     assert (run.core.metrics(), run.core.step) == (before, 0)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from asyncgrpo import cli
 from asyncgrpo.data.tiny import build_untrained
 
 
@@ -26,18 +24,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def chat(monkeypatch, capfd):
-    """Runs `asyncgrpo chat` in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object, lines: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["asyncgrpo", "chat", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        output = capfd.readouterr()
-        return int(end.value.code or 0), output.out, output.err
-
-    return run
+def chat(asyncgrpo):
+    return functools.partial(asyncgrpo, "chat")
 
 
 def greedy(folder: Path, *turns: str, system: str = "", count: int = 12) -> str:

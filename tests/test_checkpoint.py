@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import learner_case
 import pytest
-import test_update
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_update import make_groups, shard_of
+from learner_case import make_groups, on_ranks, part_of, shard_of, weights_of
 
-from asyncgrpo.buffer.replay import deal
 from asyncgrpo.config import Config
-from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import CheckpointError
 from asyncgrpo.learner.saved import find_damage, newest, saved, step_of
 from asyncgrpo.learner.update import PolicyUpdater
@@ -34,11 +30,6 @@ WITH_REFERENCE = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_untrained(tmp_path_factory.mktemp("model") / "tiny", True, 5)
-
-
-@pytest.fixture(scope="module")
 def shard(folder: Path) -> Shard:
     return shard_of(make_groups(folder))
 
@@ -46,25 +37,11 @@ def shard(folder: Path) -> Shard:
 def settings(folder: Path, **rooms: Any) -> Config:
     """Any step may train on the same groups."""
     buffer = {"groups_per_step": 6, "max_staleness": 20}
-    return test_update.settings(folder, buffer=buffer, **rooms)
-
-
-def at(step: int, shard: Shard) -> Shard:
-    """The same groups as the batch of another step."""
-    return Shard(
-        step=step,
-        groups=shard.groups,
-        num_loss_tokens_global=shard.num_loss_tokens_global,
-        num_completions_global=shard.num_completions_global,
-    )
+    return learner_case.settings(folder, buffer=buffer, **rooms)
 
 
 def train(updater: PolicyUpdater, shard: Shard, first: int, last: int) -> list[dict[str, float]]:
-    return [updater.update(at(step, shard)) for step in range(first, last)]
-
-
-def weights_of(updater: PolicyUpdater) -> Weights:
-    return {name: tensor.clone() for name, tensor in updater.weights()}
+    return [updater.update(replace(shard, step=step)) for step in range(first, last)]
 
 
 def assert_same(one: Weights, two: Weights, atol: float = 0) -> None:
@@ -176,38 +153,16 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_says_where(folder,
         updater.checkpoint(4)
 
 
-def resume(rank: int, count: int, port: int, config: Config, run: Path, shard: Shard) -> None:
+def resume(rank: int, count: int, config: Config, run: Path, shard: Shard) -> None:
     """A rank that restores, trains two steps, saves a checkpoint and its weights."""
-    torch.set_num_threads(1)
-    if count > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
     updater = PolicyUpdater(config, run_dir=run)
     first = updater.restore()
     for step in range(first, first + 2):
-        whole = at(step, shard)
-        groups = deal(whole.groups, count)[rank]
-        updater.update(
-            Shard(
-                step=step,
-                groups=groups,
-                num_loss_tokens_global=whole.num_loss_tokens_global,
-                num_completions_global=whole.num_completions_global,
-            )
-        )
+        updater.update(part_of(shard, rank, count, step))
     updater.checkpoint(first + 2)
     updater.save()
     if rank == 0:
         torch.save(weights_of(updater), run / f"weights_{first + 2}")
-    if count > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -218,11 +173,7 @@ def test_a_checkpoint_goes_on_with_other_numbers_of_ranks(folder, shard, tmp_pat
         run_dir = tmp_path / name
         run_dir.mkdir()
         for count in counts:
-            arguments = (count, free_port(), config, run_dir, shard)
-            if count == 1:
-                resume(0, *arguments)
-            else:
-                mp.spawn(resume, args=arguments, nprocs=count)
+            on_ranks(count, resume, config, run_dir, shard)
         assert [step_of(path) for path in saved(run_dir / "checkpoints")] == [4, 6]
     for step in (2, 4, 6):
         one, two = (torch.load(tmp_path / n / f"weights_{step}") for n in ("alone", "changing"))

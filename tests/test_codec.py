@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 import zlib
 from dataclasses import replace
@@ -15,31 +16,51 @@ from asyncgrpo.errors import SchemaMismatch, WireError
 from asyncgrpo.types import Shard
 from asyncgrpo.wire.codec import (
     MAGIC,
-    MAX_ARRAYS,
+    MAX_FRAMES,
     MAX_FULL_FRAMES,
     PREFIX,
     SCHEMA,
+    SIZES,
     Packet,
+    checked,
     decode,
     encode,
+    group_from,
     group_packet,
     groups_from,
-    lease_fields,
     lease_from,
+    pack_group,
+    pack_lease,
     shard_from,
     shard_packet,
 )
 
 
-def sealed(header, *frames):
-    """Frames with a right prefix around whatever header."""
+def framed(header, *frames, sums=None):
+    """Frames with a right prefix and right checksums around whatever header."""
     if not isinstance(header, bytes):
-        *rest, specs = header
-        sums = [zlib.crc32(frame) for frame in frames] or [0] * 9
-        if isinstance(specs, list):
-            specs = [[*spec, checksum] for spec, checksum in zip(specs, sums, strict=False)]
-        header = msgpack.packb([*rest, specs])
+        *rest, last = header
+        sums = list(map(zlib.crc32, frames)) if sums is None else sums
+        header = msgpack.packb([*rest, last and sums])
     return [PREFIX.pack(MAGIC, SCHEMA, zlib.crc32(header)) + header, *frames]
+
+
+def group_frame(sizes=(4, 2, 5, 1), numbers=None, cut=None, **changes):
+    """The frame of a group of completions of 2 and 3 tokens, perhaps a wrong one."""
+    frame, _ = pack_group(make_group(make_lease(1)))
+    start = SIZES.size + 4 * (4 + 2 * 2 + 3 * 5 + 2)
+    head = {**msgpack.unpackb(frame[start:]), **changes}
+    body = bytearray(frame[SIZES.size : start])
+    for place, value in (numbers or {}).items():
+        struct.pack_into("<i", body, 4 * place, value)
+    whole = SIZES.pack(*sizes) + body + msgpack.packb(head)
+    return whole[:cut], zlib.crc32(whole[:cut])
+
+
+EMPTY = {
+    "lease": pack_lease(make_lease(1)),
+    **{"finish_reasons": [], "texts": [], "reward_parts": [], "actor": "a", "timings": {}},
+}
 
 
 def same_group(one, other):
@@ -61,7 +82,7 @@ def same_group(one, other):
 
 def test_a_lease_survives_the_wire():
     lease = make_lease(3)
-    packet = decode(encode(Packet(kind="leases", fields={"leases": [lease_fields(lease)]})))
+    packet = decode(encode(Packet(kind="leases", fields={"leases": [pack_lease(lease)]})))
     assert lease_from(packet.fields["leases"][0]) == lease
 
 
@@ -105,28 +126,63 @@ def test_nan_rewards_of_functions_that_do_not_apply_survive_the_wire():
         [b""],
         [b"AG"],
         [b"\xc1 is no msgpack and has no prefix"],
-        sealed(b"\xc1"),
-        sealed(["put", 0, {}]),
-        sealed([7, 0, {}, []]),
-        sealed(["put", True, {}, []]),
-        sealed(["put", 0, [], []]),
-        sealed(["put", 0, {}, [["int32", [2]]]]),
-        sealed(["put", 0, {}, [["int32", [2]]]], b"123"),
-        sealed(["put", 0, {}, [["object", [1]]]], b"12345678"),
-        sealed(["put", 0, {}, [[["int32"], [1]]]], b"1234"),
-        sealed(["put", 0, {}, [["int32", [-1]]]], b""),
-        sealed(["put", 0, {}, [["int32", 5]]], b""),
-        sealed(["put", 0, {}, [["int32", [True]]]], b"1234"),
-        sealed(["put", 0, {}, [["bool", [0, 1 << 30, 1 << 30, 1 << 30]]]], b""),
-        sealed(["put", 0, {}, [["bool", [1 << 31, 0]]]], b""),
-        sealed(["put", 0, {}, [["bool", [1] * 5]]], b"1"),
-        sealed(["put", 0, {}, [["bool", [1 << 62] * 100_000]]], b"1"),
-        sealed(msgpack.packb(msgpack.ExtType(5, b"code"))),
+        framed(b"\xc1"),
+        framed(["put", 0, {}]),
+        framed([7, 0, {}, [0]]),
+        framed(["put", True, {}, [0]]),
+        framed(["put", 0, [], [0]]),
+        framed(["put", 0, {}, [0]], sums=[5]),
+        framed(["put", 0, {}, [0]], b"123", sums=[]),
+        framed(["put", 0, {}, [0]], b"123", sums=7),
+        framed(["put", 0, {}, [0]], b"123", sums=[None]),
+        framed(["put", 0, {}, [0]], b"123", sums=[zlib.crc32(b"12")]),
+        framed(msgpack.packb(msgpack.ExtType(5, b"code"))),
     ],
 )
 def test_malformed_frames_are_refused(frames):
     with pytest.raises(WireError):
         decode(frames)
+
+
+def test_the_frame_that_malformed_groups_are_made_of_is_right():
+    assert [len(each.token_ids) for each in group_from(group_frame()).completions] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "sealed",
+    [
+        (b"", 0),
+        (SIZES.pack(4, 2, 5, 1), 0),  # nothing but sizes
+        (SIZES.pack(0, 0, 0, 0) + msgpack.packb(EMPTY), 0),  # no completion
+        group_frame(sizes=(4, 2, 6, 1)),
+        group_frame(sizes=(4, 2, 4, 1)),
+        group_frame(sizes=(2, 3, 5, 1)),  # as many numbers, other completions
+        group_frame(sizes=(4, 2, 5, (1 << 32) - 1)),
+        group_frame(sizes=((1 << 32) - 1,) * 4),
+        group_frame(numbers={4: 1}),  # lengths of 1 and 3, of 5 tokens
+        group_frame(numbers={4: -1, 5: 6}),
+        group_frame(cut=-1),
+        group_frame(finish_reasons=["stop"]),
+        group_frame(finish_reasons=["stop", "tired"]),
+        group_frame(texts=["7"] * 3),
+        group_frame(reward_parts=[]),
+        group_frame(reward_parts=["task", "task"]),
+        group_frame(sizes=(2, 2, 5, 2), reward_parts=["task", "task"]),
+        group_frame(lease=b""),
+        group_frame(lease=msgpack.packb({})),
+        group_frame(lease=pack_lease(replace(make_lease(1), lease_id=1 << 63))),
+        group_frame(lease=msgpack.packb([])),
+        group_frame(unknown="field"),
+        *(
+            group_frame(**{key: junk})
+            for key in ("lease", "finish_reasons", "texts", "reward_parts", "actor", "timings")
+            for junk in (None, 7, [None], {"x": []})
+        ),
+    ],
+)
+def test_a_frame_that_is_no_group_is_refused(sealed):
+    with pytest.raises(WireError):
+        group_from(sealed)
 
 
 def test_a_wrong_schema_number_is_named():
@@ -151,7 +207,7 @@ def test_a_wrong_schema_number_is_named():
 def test_sizes_that_are_only_announced_allocate_nothing(announced):
     tracemalloc.start()
     with pytest.raises(WireError) as caught:
-        decode(sealed(announced))
+        decode(framed(announced))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12 << 20
@@ -159,52 +215,40 @@ def test_sizes_that_are_only_announced_allocate_nothing(announced):
 
 
 def test_what_is_too_large_is_refused_by_both_sides():
-    packet = Packet(kind="put", arrays=(np.zeros(100, dtype=np.int32),) * 3)
+    packet = Packet(kind="put", frames=(checked(bytes(400), zlib.crc32(bytes(400))),) * 3)
     for limit in (399, 1200 // MAX_FULL_FRAMES):
         with pytest.raises(WireError, match="over the limit"):
             encode(packet, limit)
         with pytest.raises(WireError, match="over the limit"):
             decode(encode(packet), limit)
-    assert len(decode(encode(packet, 400), 400).arrays) == 3
+    assert len(decode(encode(packet, 700), 700).frames) == 3
     with pytest.raises(
-        WireError, match=rf"{MAX_ARRAYS + 2} frames, .* over the limit of {MAX_ARRAYS + 1}"
+        WireError, match=rf"{MAX_FRAMES + 1} frames, .* over the limit of {MAX_FRAMES}"
     ):
-        decode([*encode(Packet(kind="x")), *[b""] * (MAX_ARRAYS + 1)])
-
-
-def test_a_group_with_arrays_of_other_types_or_fields_is_refused():
-    packet = group_packet("put", [make_group(make_lease(1))])
-    for place, array in enumerate(packet.arrays):
-        for wrong in (array.astype(np.float64), array[None]):
-            arrays = (*packet.arrays[:place], wrong, *packet.arrays[place + 1 :])
-            with pytest.raises(WireError, match="other dtypes or dimensions"):
-                groups_from(Packet(kind="put", fields=packet.fields, arrays=arrays))
-    (fields,) = packet.fields["groups"]
-    for key in fields:
-        for junk in (None, 7, [None], {"x": []}):
-            changed = {"groups": [{**fields, key: junk}]}
-            with pytest.raises(WireError):
-                groups_from(Packet(kind="put", fields=changed, arrays=packet.arrays))
+        decode([*encode(Packet(kind="x")), *[b""] * MAX_FRAMES])
 
 
 def test_what_msgpack_cannot_carry_is_refused_by_name():
-    with pytest.raises(WireError, match="'put'"):
+    with pytest.raises(WireError, match=r"'put'.* cannot be sent: can not serialize 'object'"):
         encode(Packet(kind="put", fields={"x": object()}))
-    with pytest.raises(WireError, match="complex128"):
-        encode(Packet(kind="put", arrays=(np.zeros(1, dtype=np.complex128),)))
 
 
-def test_a_group_that_came_goes_on_with_the_frames_and_fields_it_came_with():
+def test_a_group_that_came_goes_on_in_the_frame_it_came_in():
     came = encode(group_packet("put", [make_group(make_lease(1))]))
-    (described,) = decode(came).fields["groups"]
-    packet = decode(came)
-    packet = replace(packet, fields={"groups": [{**described, "unknown": "field"}]})
-    (group,) = groups_from(packet)
+    (group,) = groups_from(decode(came))
     sent = encode(group_packet("shard", [group]))
-    assert all(one is other for one, other in zip(sent[1:], came[1:], strict=True))
-    assert decode(sent).fields["groups"] == [described]
+    assert sent[1] is came[1]
     (other,) = groups_from(decode(encode(group_packet("shard", [replace(group, actor="other")]))))
     assert other.actor == "other"
+
+
+def test_the_same_lease_is_always_the_same_bytes_and_may_be_looked_up_by_them():
+    group = make_group(make_lease(1))
+    packet = decode(encode(group_packet("put", [group])))
+    known = {pack_lease(make_lease(number)): make_lease(number) for number in range(3)}
+    (read,) = groups_from(packet, known.__getitem__)
+    assert read.lease is known[pack_lease(group.lease)]
+    assert pack_lease(lease_from(pack_lease(group.lease))) == pack_lease(group.lease)
 
 
 def test_each_damaged_bit_of_any_frame_is_seen():

@@ -39,6 +39,7 @@ WRONG = {
     "algo.group_size=1": ["algo.group_size=1", "must be >= 2", "set algo.group_size"],
     "buffer.completions_per_step=30": ["completions_per_step=30", "group_size=8", "24 or 32"],
     "weights.publish_every=6": ["publish_every=6", "max_staleness + 1 = 5", "deadlock"],
+    "weights={only_changed=true, transport='disk'}": ["only_changed=true", "set another transport"],
     "launch.learners=17": ["groups_per_step=16", "launch.learners=17", "at least one group"],
     "learner.max_tokens_per_microbatch=20": ["=20", "256 + 16 = 272"],
     "data.tasks.sequence_min=9": ["sequence_min=9", "sequence_max=6"],

@@ -48,7 +48,11 @@ TRICKY = st.fixed_dictionaries(
             },
         ),
         "buffer": st.sampled_from([{"completions_per_step": 128}, {"completions_per_step": 64}]),
-        "learner": st.fixed_dictionaries({"lr": WEIGHT, "adam_eps": st.floats(1e-12, 1e-3)}),
+        "learner": st.fixed_dictionaries(
+            {"lr": WEIGHT, "adam_eps": st.floats(1e-12, 1e-3)},
+            optional={"lora": st.sampled_from([{}, {"r": 4}])},
+        ),
+        "eval": st.sampled_from([[], [{}], {"every": 3}, [{}, {"name": "b"}], [{"reward": {}}]]),
     },
 )
 

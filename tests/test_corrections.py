@@ -11,10 +11,10 @@ import torch
 from oracles import Batch, Rows, random_case
 from packed_case import as_inputs, as_rows, assert_rows_equal, totals
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import catalogue
 from asyncgrpo.learner.objective import Corrected, correct
 from asyncgrpo.learner.prepare import second_moment_cut
+from asyncgrpo.settings.algo import AlgoSettings
 
 SIMPLE: dict[str, Any] = {
     "decoupled": oracle.tis,

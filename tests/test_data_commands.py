@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from fakes import write_jsonl
 
-from asyncgrpo import cli
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data import gsm8k
-from asyncgrpo.data.check import Checker
+from asyncgrpo.data.check import findings
 from asyncgrpo.data.files import read_rows
 from asyncgrpo.data.records import read_prompts
+from asyncgrpo.settings.data import TemplateSettings
+from asyncgrpo.settings.reward import RewardSettings
 
 SAMPLE = Path(gsm8k.__file__).parent / "gsm8k_sample" / "train.jsonl"
-
-
-@pytest.fixture
-def asyncgrpo(monkeypatch, capsys):
-    """Runs one command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["asyncgrpo", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        output = capsys.readouterr()
-        return int(ended.value.code or 0), output.out, output.err
-
-    return run
-
-
-def write(path: Path, *rows: object) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 GOOD = {"question": "1 + 1?", "answer": "2", "data_source": "sums"}
@@ -57,10 +36,9 @@ FINDINGS = {
 
 @pytest.mark.parametrize("row", FINDINGS)
 def test_validate_finds_what_is_wrong_and_where(tmp_path, asyncgrpo, row):
-    path = write(tmp_path / "rows.jsonl", GOOD, row, {**GOOD, "question": "b"})
+    path = write_jsonl(tmp_path / "rows.jsonl", GOOD, row, {**GOOD, "question": "b"})
     kind, detail = FINDINGS[row]
-    checker = Checker(known_sources=["sums"])
-    (finding,) = checker.findings(read_rows(path), "sums")
+    (finding,) = findings(read_rows(path), "sums", RewardSettings(), known_sources=["sums"])
     assert finding[:2] == (f"{path}:2", kind)
     assert detail in finding[2]
     code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "sums,other")
@@ -71,7 +49,7 @@ def test_validate_finds_what_is_wrong_and_where(tmp_path, asyncgrpo, row):
 
 def test_validate_finds_sources_that_no_route_of_the_settings_judges(tmp_path, asyncgrpo):
     rows = [{**GOOD, "question": n, "data_source": n} for n in ("sums", "words")]
-    path = write(tmp_path / "rows.jsonl", *rows)
+    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
     code, out, _ = asyncgrpo("data", "validate", path, "--set", "reward.routes={sums='integer'}")
     assert (code, "1 problems in 2 records" in out) == (1, True)
     assert "'words' has no judge" in out
@@ -80,7 +58,7 @@ def test_validate_finds_sources_that_no_route_of_the_settings_judges(tmp_path, a
 
 
 def test_validate_reports_everything_at_once(tmp_path, asyncgrpo):
-    path = write(tmp_path / "rows.jsonl", GOOD, *FINDINGS)
+    path = write_jsonl(tmp_path / "rows.jsonl", GOOD, *FINDINGS)
     code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "sums")
     assert code == 1
     assert f"{len(FINDINGS)} problems in {len(FINDINGS) + 1} records" in out
@@ -88,7 +66,7 @@ def test_validate_reports_everything_at_once(tmp_path, asyncgrpo):
 
 def test_validate_says_what_is_wrong_with_many_records_once(tmp_path, asyncgrpo):
     rows = [{**GOOD, "question": f"{number} + 1?"} for number in range(4)]
-    path = write(tmp_path / "rows.jsonl", *rows)
+    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
     code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "others")
     assert (code, out.count("is unknown")) == (1, 1)
     assert "and 3 more" in out
@@ -101,7 +79,7 @@ def test_validate_ends_with_0_when_nothing_is_found(asyncgrpo):
 
 
 def test_validate_measures_prompts_with_the_model_and_the_template(tmp_path, asyncgrpo):
-    path = write(tmp_path / "rows.jsonl", GOOD)
+    path = write_jsonl(tmp_path / "rows.jsonl", GOOD)
     limit = ("data", "validate", path, "--model", "tiny", "--max-prompt-tokens")
     assert asyncgrpo(*limit, 20)[0] == 0
     code, out, _ = asyncgrpo(*limit, 5)
@@ -111,7 +89,7 @@ def test_validate_measures_prompts_with_the_model_and_the_template(tmp_path, asy
 
 
 def test_validate_takes_limit_model_and_template_from_the_config(tmp_path, asyncgrpo):
-    path = write(tmp_path / "rows.jsonl", {"text": "1 + 1?", "label": 2})
+    path = write_jsonl(tmp_path / "rows.jsonl", {"text": "1 + 1?", "label": 2})
     config = tmp_path / "run.toml"
     settings = """[data]
         max_prompt_tokens = {limit}
@@ -131,7 +109,7 @@ def test_a_limit_without_a_model_is_wrong_usage(asyncgrpo):
 
 
 def test_preview_shows_records_raw_rendered_and_tokenised_with_their_lengths(tmp_path, asyncgrpo):
-    path = write(tmp_path / "rows.jsonl", '{"question": "三加四?", "answer": "七"}', GOOD)
+    path = write_jsonl(tmp_path / "rows.jsonl", '{"question": "三加四?", "answer": "七"}', GOOD)
     code, out, _ = asyncgrpo(
         "data", "preview", path, "-n", 1, "--model", "tiny", "--set", "data.template.suffix=Go."
     )
@@ -180,10 +158,9 @@ def test_made_tasks_can_be_checked_and_read(tmp_path, asyncgrpo):
 
 def test_convert_gsm8k_writes_both_splits_and_names_rows_without_an_answer(tmp_path, asyncgrpo):
     folder = tmp_path / "in"
-    folder.mkdir()
     row = {"question": "1 + 1?", "answer": "2\n#### 1,002"}
-    write(folder / "train.jsonl", row, {**row, "answer": "two"}, row)
-    write(folder / "test.jsonl", row)
+    write_jsonl(folder / "train.jsonl", row, {**row, "answer": "two"}, row)
+    write_jsonl(folder / "test.jsonl", row)
     arguments = ("data", "convert-gsm8k", "--input-dir", folder, "--out-dir", tmp_path / "out")
     code, out, err = asyncgrpo(*arguments)
     assert code == 0

@@ -12,11 +12,11 @@ import torch
 from oracles import Batch, random_case
 from packed_case import as_inputs, totals
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.diagnostics import finish, measure
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import decile_edges
 from asyncgrpo.observe.metrics import LAG_BINS, METRICS
+from asyncgrpo.settings.algo import AlgoSettings
 
 RULES = ["geometric_mask", "opsm", "icepop", "tis_sequence"]
 
@@ -24,13 +24,8 @@ RULES = ["geometric_mask", "opsm", "icepop", "tis_sequence"]
 def reported(parts: list[Batch], **settings: Any) -> dict[str, float]:
     algo = AlgoSettings(**settings)
     batch = [seq for part in parts for seq in part]
-    lengths = [int(seq["mask"].sum()) for seq in batch if seq["mask"].any()]
-    whole = totals(
-        batch,
-        decile_edges=decile_edges(
-            np.bincount([0, *lengths]) - (np.arange(max([0, *lengths]) + 1) == 0)
-        ),
-    )
+    lengths = torch.tensor([float(seq["mask"].sum()) for seq in batch])
+    whole = totals(batch, decile_edges=decile_edges(lengths))
     sums: dict[str, torch.Tensor] = {}
     maxima: dict[str, torch.Tensor] = {}
     for part in parts:

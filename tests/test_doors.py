@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import zmq
 from fakes import CountingPrompts, make_group
@@ -111,8 +110,8 @@ def train(run: RunDir, pause_seconds: float = 0.0) -> None:
             shard = learner.call(Packet(kind="take", fields=take), 10)
             assert len(groups_from(shard)) == GROUPS
             told = {"step": step, "world_size": 1, "covered": 0}
-            advantages = np.zeros(sum(len(g.completions) for g in groups_from(shard)), np.float32)
-            learner.call(Packet(kind="trained", fields=told, arrays=(advantages,)), 10)
+            told["advantages"] = bytes(4 * sum(len(g.completions) for g in groups_from(shard)))
+            learner.call(Packet(kind="trained", fields=told), 10)
 
 
 def injections() -> list[Packet]:
@@ -123,8 +122,7 @@ def injections() -> list[Packet]:
         Packet(kind="take", fields={"step": 0, "rank": 0, "world_size": 1}),
         Packet(
             kind="trained",
-            fields={"step": 0, "world_size": 1, "covered": 0},
-            arrays=(np.zeros(8, np.float32),),
+            fields={"step": 0, "world_size": 1, "covered": 0, "advantages": bytes(32)},
         ),
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from asyncgrpo.config import from_mapping, load_config, preset_files
 from asyncgrpo.errors import AsyncGRPOError, ConfigError, DataError, ModelError
 from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
-from asyncgrpo.launch.plan import Host, Ports, make_plan
-from asyncgrpo.launch.transport import choose_transport
+from asyncgrpo.launch.placement import choose_transport
+from asyncgrpo.launch.plan import Host, make_plan
+from asyncgrpo.rundir import Endpoints
 
 ROOT = Path(__file__).parent.parent
 HUGE = {"gsm8k-qwen3-8b-8gpu": (4, 4, 8), "math-long": (6, 2, 8)}  # actors, learners, GPUs
@@ -190,13 +190,13 @@ def test_a_choice_that_does_nothing_is_warned_of() -> None:
     assert "warning: algo.clip_low cannot act" in dry_run("--set", "algo.clip_low=0.1")
 
 
-PORTS = Ports(buffer=1, weights=2, store=3, rendezvous=4)
+DOORS = Endpoints(buffer="", weights="", store=("", 3))
 
 
 def places(actors: int, learners: int, gpus: int, *present: str) -> dict[str, tuple[str, ...]]:
     launch = {"actors": actors, "learners": learners, "gpus": gpus, "share_gpus": True}
     config = from_mapping({"launch": launch, "weights": {"transport": "gloo"}})
-    plan = make_plan(config, Host(cores=(0,), gpu_ids=present), PORTS, Path("/r"), "python")
+    plan = make_plan(config, Host(cores=(0,), gpu_ids=present), DOORS, Path("/r"))
     return {spec.name: spec.gpus for spec in plan.specs if spec.name != "buffer"}
 
 
@@ -285,11 +285,10 @@ def test_an_evaluation_of_nothing_is_refused() -> None:
 
 @pytest.mark.parametrize("option", ["--config", "--run-dir", "model.path", "data.train"])
 def test_paths_that_are_too_long_are_one_message(
-    option: str, command: Callable[..., subprocess.CompletedProcess[str]]
+    option: str, asyncgrpo: Callable[..., tuple[int, str, str]]
 ) -> None:
     path = "x" * 5000
     arguments = [option, path] if option.startswith("--") else ["--set", f"{option}={path}"]
-    done = command("launch", "--dry-run", *arguments)
-    assert done.returncode == 2
-    assert "longer than a path may be" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, _, err = asyncgrpo("launch", "--dry-run", *arguments)
+    assert (code, "Traceback" in err) == (2, False)
+    assert "longer than a path may be" in err

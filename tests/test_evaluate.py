@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import numpy as np
@@ -11,8 +11,9 @@ from fakes import make_group, make_lease, make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncgrpo.config import EvalSettings
 from asyncgrpo.evaluate import pass_at_k, summarise
+from asyncgrpo.settings.reward import EvalSettings
+from asyncgrpo.types import Completions
 
 
 @given(st.data())
@@ -35,9 +36,10 @@ def group(number: int, scores: list[float], lengths: list[int], reason="stop", s
         make_lease(number, len(scores), "eval"), prompt=make_prompt(number, data_source=source)
     )
     made = make_group(lease, versions=[[3] * length for length in lengths], scores=scores)
-    last = replace(made.completions[-1], finish_reason=reason)
+    *others, last = made.completions
+    completions = Completions.of([*others, replace(last, finish_reason=reason)])
     rewards = made.rewards - np.float32(0.5)
-    return replace(made, rewards=rewards, completions=(*made.completions[:-1], last))
+    return replace(made, rewards=rewards, completions=completions)
 
 
 def test_a_report_averages_completions_and_estimates_pass_at_k_per_prompt():
@@ -49,10 +51,8 @@ def test_a_report_averages_completions_and_estimates_pass_at_k_per_prompt():
         group(2, [0.0, 0.3], [3, 3]),
         group(3, [1.0, 0.9], [1, 5], source="task/sort"),
     ]
-    report = summarise(
-        groups, block, version=3, num_prompts=4, correct_above=0.5, seconds=2.5
-    ).as_fields()
-    assert report == {
+    values = {"version": 3, "num_prompts": 4, "correct_above": 0.5, "seconds": 2.5}
+    assert asdict(summarise(groups, block, **values)) == {
         "name": "b",
         "version": 3,
         "num_prompts": 4,

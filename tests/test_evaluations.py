@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from fakes import make_run, rows_of
 from typer.testing import CliRunner
 
 from asyncgrpo.cli import app
@@ -13,7 +13,7 @@ from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import AsyncGRPOError, RunError
 from asyncgrpo.evaluate_model import Desk, run
-from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.rundir import RunDir
 from asyncgrpo.serial import run_serial
 from asyncgrpo.wire.codec import Packet
 
@@ -55,17 +55,13 @@ def settings(model: Path, **rooms) -> Config:
 
 @pytest.fixture(scope="module")
 def trained(model, tmp_path_factory) -> RunDir:
-    folder = tmp_path_factory.mktemp("serial")
-    endpoints = Endpoints(buffer="", weights="", store=("", 0))
-    made = RunDir(path=folder, config=settings(model), endpoints=endpoints)
-    made.write()
+    made = make_run(tmp_path_factory.mktemp("serial"), settings(model))
     run_serial(made)
     return made
 
 
 def reports(trained: RunDir, name: str) -> dict[int, dict]:
-    rows = map(json.loads, (trained.path / "evals.jsonl").read_text().splitlines())
-    found = [row for row in rows if row["name"] == name]
+    found = [row for row in rows_of(trained.path / "evals.jsonl") if row["name"] == name]
     by_version = {row["version"]: row for row in found}
     assert len(by_version) == len(found)
     return by_version
@@ -75,7 +71,7 @@ def test_each_block_is_evaluated_at_the_start_every_n_steps_and_at_the_end(train
     assert list(reports(trained, "held-out")) == [0, 2, 4, 5]
     assert list(reports(trained, "sampled")) == [0, 3, 5]
     assert list(reports(trained, "ends")) == [0, 5]
-    rows = [json.loads(x) for x in (trained.path / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(trained.path / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(5))
     last = rows[-1]
     assert last["eval/accuracy"] == reports(trained, "held-out")[5]["accuracy"]
@@ -118,7 +114,7 @@ def test_eval_prints_a_table_and_writes_every_completion(model, tmp_path):
     assert done.exit_code == 0, done.output
     for part in ("5 prompts, 2 samples at temperature 1", "pass@2", "truncated", str(out)):
         assert part in done.output
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = rows_of(out)
     assert [row["sample"] for row in rows] == [0, 1] * 5
     assert len({row["prompt_id"] for row in rows}) == 5
     for row in rows:

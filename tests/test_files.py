@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import builtins
 import datetime
-import json
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
 import datasets
-import pyarrow
 import pytest
-from fakes import make_lease
-from pyarrow import parquet
+from fakes import make_lease, write_jsonl, write_parquet
 
 from asyncgrpo.data.files import read_rows, source_name
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
 from asyncgrpo.types import Lease, Prompt
-from asyncgrpo.wire.codec import Packet, decode, encode, lease_fields, lease_from
+from asyncgrpo.wire.codec import Packet, decode, encode, lease_from, pack_lease
 
 ROWS = [
     {
@@ -33,29 +30,16 @@ ROWS = [
 ]
 
 
-def jsonl(path: Path, rows: list[dict]) -> Path:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def as_parquet(path: Path, rows: list[dict]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
-
-
-def as_folder(path: Path, rows: list[dict]) -> Path:
-    jsonl(path / "a" / "first.jsonl", rows[:1])
-    as_parquet(path / "b" / "second.parquet", rows[1:3])
-    jsonl(path / "third.jsonl", rows[3:])
+def write_folder(path: Path, *rows: dict) -> Path:
+    write_jsonl(path / "a" / "first.jsonl", rows[0])
+    write_parquet(path / "b" / "second.parquet", *rows[1:3])
+    write_jsonl(path / "third.jsonl", *rows[3:])
     (path / "README.md").write_text("not data")
     return path
 
 
-def as_arrow(path: Path, rows: list[dict]) -> Path:
-    datasets.Dataset.from_list(rows).save_to_disk(path)
+def write_arrow(path: Path, *rows: dict) -> Path:
+    datasets.Dataset.from_list([*rows]).save_to_disk(path)
     return path
 
 
@@ -70,14 +54,14 @@ def contents(path: str | Path) -> list[object]:
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("rows.jsonl", jsonl),
-        ("rows.parquet", as_parquet),
-        ("rows", as_folder),
-        ("arrow", as_arrow),
+        ("rows.jsonl", write_jsonl),
+        ("rows.parquet", write_parquet),
+        ("rows", write_folder),
+        ("arrow", write_arrow),
     ],
 )
 def test_every_kind_of_file_holds_the_same_rows(tmp_path, name, write):
-    path = write(tmp_path / name, ROWS)
+    path = write(tmp_path / name, *ROWS)
     assert contents(path) == ROWS
     prompts = read_prompts(path)
     assert [prompt.answer for prompt in prompts] == ["0", "1", "2", "3"]
@@ -88,37 +72,37 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path, name, write):
 
 def test_a_glob_takes_what_it_matches_in_the_order_of_the_names(tmp_path):
     for number in (2, 0, 1):
-        jsonl(tmp_path / "parts" / f"part-{number}.jsonl", [ROWS[number]])
-    jsonl(tmp_path / "parts" / "other.jsonl", [ROWS[3]])
+        write_jsonl(tmp_path / "parts" / f"part-{number}.jsonl", ROWS[number])
+    write_jsonl(tmp_path / "parts" / "other.jsonl", ROWS[3])
     assert contents(tmp_path / "parts" / "part-*.jsonl") == ROWS[:3]
     assert contents(tmp_path / "**" / "*.jsonl") == [ROWS[3], *ROWS[:3]]
 
 
 def test_a_row_is_found_again_by_its_place(tmp_path):
-    path = jsonl(tmp_path / "rows.jsonl", ROWS[:1])
+    path = write_jsonl(tmp_path / "rows.jsonl", *ROWS[:1])
     path.write_text("\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     assert [where for where, _ in read_rows(path)] == [f"{path}:2"]
-    path = as_parquet(tmp_path / "rows.parquet", ROWS[:2])
+    path = write_parquet(tmp_path / "rows.parquet", *ROWS[:2])
     assert [where for where, _ in read_rows(path)] == [f"{path} row 0", f"{path} row 1"]
 
 
 def test_dates_and_decimals_of_parquet_become_text_that_can_travel(tmp_path):
     row = {"question": "?", "answer": Decimal("7.50"), "day": datetime.date(2024, 2, 29), "n": 1}
-    (prompt,) = read_prompts(as_parquet(tmp_path / "rows.parquet", [row]))
+    (prompt,) = read_prompts(write_parquet(tmp_path / "rows.parquet", row))
     assert prompt.answer == "7.50"
     assert prompt.columns == {"question": "?", "answer": "7.50", "day": "2024-02-29", "n": 1}
-    packet = decode(encode(Packet(kind="lease", fields=lease_fields(lease_of(prompt)))))
-    assert lease_from(packet.fields).prompt == prompt
+    packet = decode(encode(Packet(kind="lease", fields={"lease": pack_lease(lease_of(prompt))})))
+    assert lease_from(packet.fields["lease"]).prompt == prompt
 
 
 def test_columns_that_other_rows_lack_do_not_hide_an_answer(tmp_path):
     rows = [{"prompt": "a", "ground_truth": "1"}, {"prompt": "b", "answer": "2"}]
-    path = as_parquet(tmp_path / "rows.parquet", [{**rows[0], "answer": None}, rows[1]])
+    path = write_parquet(tmp_path / "rows.parquet", {**rows[0], "answer": None}, rows[1])
     assert [prompt.answer for prompt in read_prompts(path)] == ["1", "2"]
 
 
 def test_a_broken_line_is_an_error_in_its_place_and_the_others_are_read(tmp_path):
-    path = jsonl(tmp_path / "rows.jsonl", ROWS[:1])
+    path = write_jsonl(tmp_path / "rows.jsonl", *ROWS[:1])
     path.write_text(path.read_text(encoding="utf-8") + '{"a": \n[1]\n', encoding="utf-8")
     first, second, third = contents(path)
     assert first == ROWS[0]
@@ -166,7 +150,7 @@ def test_a_hub_name_may_say_which_configuration_and_split(monkeypatch, text, ask
 
 @pytest.mark.parametrize("name", ["rows.parquet", "arrow"])
 def test_a_missing_package_names_the_extra_that_brings_it(tmp_path, monkeypatch, name):
-    path = (as_arrow if name == "arrow" else as_parquet)(tmp_path / name, ROWS)
+    path = (write_arrow if name == "arrow" else write_parquet)(tmp_path / name, *ROWS)
 
     def refuse(module, *arguments):
         raise ImportError(module)
@@ -183,7 +167,7 @@ def test_jsonl_needs_no_optional_package(tmp_path, monkeypatch):
         assert name.partition(".")[0] not in ("pyarrow", "datasets")
         return real(name, *arguments, **options)
 
-    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    path = write_jsonl(tmp_path / "rows.jsonl", *ROWS)
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert contents(path) == ROWS
 
@@ -197,7 +181,7 @@ def test_a_folder_of_several_splits_names_them(tmp_path):
 
 
 def test_what_cannot_be_read_is_named_with_the_remedy(tmp_path):
-    jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "rows.jsonl", *ROWS)
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.parquet").write_bytes(b"PAR1\xff\xfe\x00")
     for path, message in {

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import struct
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 
 import msgpack
-import numpy as np
 import psutil
 import pytest
 from fakes import CountingPrompts, make_group
 
 from asyncgrpo.buffer.admission import newest_version, why_failed
 from asyncgrpo.buffer.core import BufferCore
+from asyncgrpo.buffer.journal import Journal, NoJournal
 from asyncgrpo.buffer.leases import STATES
+from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WireError
 from asyncgrpo.observe.metrics import METRICS
@@ -23,13 +27,14 @@ from asyncgrpo.wire.codec import (
     MAGIC,
     PREFIX,
     SCHEMA,
+    SIZES,
     Packet,
     decode,
     encode,
     group_packet,
     groups_from,
-    lease_fields,
     lease_from,
+    pack_lease,
 )
 
 CONFIG = from_mapping({"buffer": {"groups_per_step": 2}, "algo": {"group_size": 2}})
@@ -58,18 +63,22 @@ def trained_packet(step: int, num_completions: int, request_id: int) -> Packet:
     return Packet(
         kind="trained",
         request_id=request_id,
-        fields={"step": step, "world_size": 1, "covered": 0},
-        arrays=(np.zeros(num_completions, np.float32),),
+        fields={
+            "step": step,
+            "world_size": 1,
+            "covered": 0,
+            "advantages": bytes(4 * num_completions),
+        },
     )
 
 
 class Victim:
     """A buffer with open leases, and the real messages that its peers would send now."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal) -> None:
         self.trained: list[str] = []
         self.leases: dict[str, Lease] = {}  # all that were given out
-        self.core = BufferCore(CONFIG, CountingPrompts(), self.record)
+        self.core = BufferCore(CONFIG, CountingPrompts(), self.record, journal)
         self.send("actor-0.1", Packet(kind="hello", fields={"actor": "actor-0"}))
         request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 6})
         ((_, answer),) = self.send("actor-0.1", request)
@@ -96,7 +105,7 @@ class Victim:
     def record(self, step, ended) -> None:
         for group in (each.group for each in ended if each.status == "trained"):
             lease = self.leases[group.lease.lease_id]
-            assert lease_fields(group.lease) == lease_fields(lease)
+            assert pack_lease(group.lease) == pack_lease(lease)
             assert why_failed(group, lease, newest_version(step)) is None
             self.trained.append(group.lease.lease_id)
 
@@ -104,8 +113,8 @@ class Victim:
         """As the server does: every answer must be able to travel."""
         replies = self.core.handle(peer, packet, 1.0)
         for _, reply in replies:
-            for fields in reply.fields.get("leases", ()):
-                self.leases[fields["lease_id"]] = lease_from(fields)
+            for lease in map(lease_from, reply.fields.get("leases", ())):
+                self.leases[lease.lease_id] = lease
             encode(reply)
         return replies
 
@@ -134,14 +143,13 @@ class Victim:
 
 def seal(frames: list[bytes]) -> list[bytes]:
     """The checksums that would be right: what only a peer that knows the format would send."""
-    first, *arrays = frames or [b""]
+    first, *groups = frames or [b""]
     body = first[PREFIX.size :]
     with suppress(Exception):  # it is no header any more
         header = msgpack.unpackb(body, strict_map_key=False)
-        for spec, frame in zip(header[3], arrays, strict=False):
-            spec[2] = zlib.crc32(frame)
+        header[3] = header[3] and [zlib.crc32(frame) for frame in groups]
         body = msgpack.packb(header)
-    return [PREFIX.pack(MAGIC, SCHEMA, zlib.crc32(body)) + body, *arrays]
+    return [PREFIX.pack(MAGIC, SCHEMA, zlib.crc32(body)) + body, *groups]
 
 
 def damage(rng: random.Random, frames: list[bytes], others: list[list[bytes]]) -> list[bytes]:
@@ -174,8 +182,20 @@ def confuse(rng: random.Random, frames: list[bytes]) -> list[bytes]:
     """A message that follows the format and holds something else than it should."""
     if rng.random() < 0.05:
         return [bytes(PREFIX.size) + rng.choice(HEADERS) + rng.randbytes(8), *frames[1:]]
-    header = msgpack.unpackb(frames[0][PREFIX.size :], strict_map_key=False)
-    place, key = header, rng.randrange(len(header))
+    number = rng.randrange(len(frames))
+    frame = frames[number]
+    start = PREFIX.size
+    if number:  # a group: its sizes, its numbers or the rest
+        sizes = list(SIZES.unpack_from(frame))
+        num_prompt, size, total, parts = sizes
+        start = SIZES.size + 4 * (num_prompt + 2 * size + 3 * total + parts * size)
+        if rng.random() < 0.4:
+            changed = bytearray(frame)
+            wrong = rng.choice((0, 1, 2, 3, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1))
+            struct.pack_into("<I", changed, 4 * rng.randrange(start // 4), wrong)
+            return [*frames[:number], bytes(changed), *frames[number + 1 :]]
+    header = msgpack.unpackb(frame[start:], strict_map_key=False)
+    place, key = header, rng.choice(list(header) if number else range(len(header)))
     while isinstance(place[key], list | dict) and place[key] and rng.random() < 0.85:
         place = place[key]
         key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
@@ -183,15 +203,18 @@ def confuse(rng: random.Random, frames: list[bytes]) -> list[bytes]:
         del place[key]
     else:
         place[key] = rng.choice(JUNK)
-    return [bytes(PREFIX.size) + msgpack.packb(header), *frames[1:]]
+    changed = frame[:start] + msgpack.packb(header)
+    return [*frames[:number], changed, *frames[number + 1 :]]
 
 
-def fuzz(seed: int, num_messages: int) -> dict[str, int]:
+def fuzz(
+    seed: int, num_messages: int, new_journal: Callable[[], Journal] = NoJournal
+) -> dict[str, int]:
     rng = random.Random(seed)
     seen = {"refused by codec": 0, "refused by buffer": 0, "taken": 0}
     for number in range(num_messages):
         if number % MESSAGES_PER_CORE == 0:
-            victim = Victim()
+            victim = Victim(new_journal())
         frames = rng.choice(victim.real)
         is_sealed = rng.random() < 0.7
         if is_sealed and rng.random() < 0.6:
@@ -215,6 +238,18 @@ def fuzz(seed: int, num_messages: int) -> dict[str, int]:
 def test_mutated_messages_do_no_harm():
     seen = fuzz(seed=1, num_messages=5000)
     assert min(seen.values()) > 250, seen  # each stage had its share
+
+
+def test_mutated_messages_do_no_harm_to_a_buffer_with_a_ledger(tmp_path):
+    folders = (tmp_path / str(number) for number in itertools.count())
+
+    def ledger() -> Ledger:
+        folder = next(folders)
+        folder.mkdir()
+        return Ledger(folder)
+
+    seen = fuzz(seed=7, num_messages=1500, new_journal=ledger)
+    assert min(seen.values()) > 75, seen
 
 
 @pytest.mark.slow

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow
 import pytest
-from pyarrow import parquet
+from fakes import write_jsonl, write_parquet
 
 from asyncgrpo.data import gsm8k
-from asyncgrpo.data.files import as_line
 from asyncgrpo.data.gsm8k import convert_folder, convert_row, final_answer
 from asyncgrpo.errors import DataError
 
@@ -30,16 +28,6 @@ def originals(split: str) -> list[dict]:
     ]
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(map(as_line, rows)), encoding="utf-8")
-
-
-def write_parquet(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
 @pytest.mark.parametrize("split", LEAST)
 def test_the_sample_is_large_enough_and_its_licence_stands_beside_it(split):
     assert len(records(split)) >= LEAST[split]
@@ -53,7 +41,7 @@ def test_the_sample_is_large_enough_and_its_licence_stands_beside_it(split):
     [("{}.jsonl", write_jsonl), ("main/{}-00000-of-00001.parquet", write_parquet)],
 )
 def test_real_records_come_out_of_question_and_answer_to_the_byte(tmp_path, split, name, write):
-    write(tmp_path / "in" / name.format(split), originals(split))
+    write(tmp_path / "in" / name.format(split), *originals(split))
     done = convert_folder(tmp_path / "in", tmp_path / "out")
     assert done == {split: (len(records(split)), [])}
     assert (tmp_path / "out" / f"{split}.jsonl").read_bytes() == (
@@ -100,7 +88,7 @@ def test_the_final_answer_is_the_bare_number_after_the_last_marks(answer, truth)
 
 def test_rows_without_an_answer_are_left_out_and_named_by_index(tmp_path):
     rows = [{"question": f"{i}?", "answer": f"#### {i}" if i % 2 else "no"} for i in range(5)]
-    write_jsonl(tmp_path / "in" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "in" / "train.jsonl", *rows)
     assert convert_folder(tmp_path / "in", tmp_path) == {"train": (2, [0, 2, 4])}
     kept = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [record["extra_info"]["index"] for record in kept] == [1, 3]
@@ -115,13 +103,13 @@ def test_the_instruction_can_be_another_or_none():
 def test_the_other_version_of_the_data_set_is_left_alone(tmp_path):
     row = {"question": "1 + 1?", "answer": "#### 2"}
     for name in ("train.jsonl", "train_socratic.jsonl"):
-        write_jsonl(tmp_path / "in" / name, [row])
+        write_jsonl(tmp_path / "in" / name, row)
     assert convert_folder(tmp_path / "in", tmp_path) == {"train": (1, [])}
 
 
 @pytest.mark.parametrize("rows", [[{"problem": "1 + 1?", "answer": "#### 2"}], [{"question": "?"}]])
 def test_other_data_is_refused_with_the_columns_it_has(tmp_path, rows):
-    write_jsonl(tmp_path / "in" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "in" / "train.jsonl", *rows)
     with pytest.raises(DataError, match="row 0 of train has no question or no answer; it has the"):
         convert_folder(tmp_path / "in", tmp_path)
 

@@ -10,7 +10,7 @@ import pytest
 from fakes import make_prompt
 
 from asyncgrpo.actor.judge import InlineJudge, Job, JudgePool
-from asyncgrpo.config import RewardSettings
+from asyncgrpo.settings.reward import RewardSettings
 
 
 def settings(use: str, **changes) -> RewardSettings:

@@ -7,12 +7,13 @@ import threading
 
 import pytest
 
-from asyncgrpo.config import RewardFunction, TaskSettings
 from asyncgrpo.data.tasks import KINDS, TaskSource
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.answers import extract_tag, numbers
-from asyncgrpo.rewards.builtin import BUILTINS, task_score
+from asyncgrpo.rewards.builtin import BUILTINS, task
 from asyncgrpo.rewards.finding import find
+from asyncgrpo.settings.data import TaskSettings
+from asyncgrpo.settings.reward import RewardFunction
 
 TASKS = TaskSource(TaskSettings(kinds=dict.fromkeys(KINDS, 1.0)), 0, 318).held_out()
 
@@ -68,13 +69,13 @@ def judge(use: str, text: str, answer: object = None, **options: object) -> floa
     ],
 )
 def test_the_task_judge_takes_the_last_number_whole_words_and_bare_text(kind, answer, text, right):
-    assert task_score(text, answer, kind) == (1.0 if right else -1.0)
+    assert task(text, answer, kind) == (1.0 if right else -1.0)
 
 
 def test_every_truth_scores_right_and_another_text_wrong():
-    scores = [task_score(str(p.answer), str(p.answer), p.columns["kind"]) for p in TASKS]
+    scores = [task(str(p.answer), str(p.answer), p.columns["kind"]) for p in TASKS]
     assert scores == [1.0] * len(TASKS)
-    swapped = [task_score("zz", str(p.answer), p.columns["kind"]) for p in TASKS]
+    swapped = [task("zz", str(p.answer), p.columns["kind"]) for p in TASKS]
     assert swapped == [-1.0] * len(TASKS)
 
 
@@ -427,44 +428,11 @@ def test_wrong_options_are_refused_when_the_judge_is_loaded(use, options, said):
         find(RewardFunction(use=use, options=options))
 
 
-PIECES = (
-    *("<answer>", "</answer>", "####", "```", "```json\n", "\\boxed{", "}", "{", '"answer":', "["),
-    *(
-        "]",
-        "$",
-        "\\frac",
-        "=",
-        "-",
-        "−",
-        "+",
-        "1,234",
-        "72",
-        ".5",
-        "１",
-        "٣",
-        "e9",
-        "NO",
-        "UNKNOWN",
-    ),
-    *(
-        "YES",
-        " ",
-        "\n",
-        "\r",
-        "\x00",
-        "\ud800",
-        "é",
-        "是",
-        "％",
-        '"',
-        "'",
-        "\\",
-        "(",
-        ")",
-        "%",
-        "𝟜",
-    ),
+WORDS = (
+    '<answer> </answer> #### ``` \\boxed{ } { "answer": [ ] $ \\frac = - − + 1,234 72 .5 １ ٣ '
+    "e9 NO UNKNOWN YES é 是 ％ \" ' \\ ( ) % 𝟜"
 )
+PIECES = (*WORDS.split(), "```json\n", " ", "\n", "\r", "\x00", "\ud800")
 FUZZED = {
     "gsm8k": {"format_score": 0.1},
     "tag": {"format_score": 0.1},
@@ -493,4 +461,4 @@ def test_no_judge_raises_on_thousands_of_texts_and_scores_stay_bounded():
             assert -0.4 <= score <= 1.0, (use, text)
     for text in texts:
         prompt = chance.choice(TASKS)
-        assert task_score(text, str(prompt.answer), prompt.columns["kind"]) in (-1.0, 1.0)
+        assert task(text, str(prompt.answer), prompt.columns["kind"]) in (-1.0, 1.0)

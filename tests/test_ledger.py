@@ -21,9 +21,12 @@ from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
 from asyncgrpo.buffer.server import send
 from asyncgrpo.data.prompts import PromptSource
+from asyncgrpo.data.streams import EpochStream
 from asyncgrpo.errors import LedgerError
 from asyncgrpo.rundir import Endpoints, RunDir
-from asyncgrpo.wire.codec import Packet, group_packet, lease_from, shard_from
+from asyncgrpo.staleness import bound_of
+from asyncgrpo.types import Completions
+from asyncgrpo.wire.codec import Packet, group_packet, groups_from, lease_from, shard_from
 
 SHARED_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 NUM_PROMPTS = 9
@@ -64,9 +67,9 @@ class Killed(Simulation):
         if self.ledger is not None:
             self.ledger.close()  # what is not committed is lost
         self.ledger = Ledger(self.folder, lambda: self.now)
-        prompts = PromptSource.from_prompts(
-            [make_prompt(i) for i in range(NUM_PROMPTS)], epochs=self.config.data.epochs, seed=3
-        )
+        numbered = [make_prompt(i) for i in range(NUM_PROMPTS)]
+        stream = EpochStream(numbered, epochs=self.config.data.epochs, seed=3)
+        prompts = PromptSource(stream, {})
         return BufferCore(
             self.config, prompts, self.record, self.ledger, self.now, lambda step: self.rewind(step)
         )
@@ -92,12 +95,7 @@ class Killed(Simulation):
 
     def post(self, peer, packet):
         self.ids[peer] += 1
-        numbered = Packet(
-            kind=packet.kind,
-            request_id=self.ids[peer],
-            fields=packet.fields,
-            arrays=packet.arrays,
-        )
+        numbered = replace(packet, request_id=self.ids[peer])
         self.unanswered.setdefault(peer, {})[self.ids[peer]] = numbered
         self.mail.append((peer, numbered))
         while self.mail:
@@ -149,7 +147,7 @@ class Killed(Simulation):
         actor = peer.rpartition(".")[0]
         at_work = [lease.lease_id for lease in self.work.get(peer, ())]
         sent = [
-            packet.fields["groups"][0]["lease"]["lease_id"]
+            groups_from(packet)[0].lease.lease_id
             for packet in self.unanswered[peer].values()
             if packet.kind == "put"
         ]
@@ -175,12 +173,12 @@ class Killed(Simulation):
 
 
 def check_killed_run(seed, rooms, folder):
-    buffer = {
-        "groups_per_step": 2,
-        **rooms.get("buffer", {}),
-    }  # small: many schedules in little time
-    steps = {"max_steps": 4 if "weights" in rooms else 3}
-    rooms = {"run": steps, "observe": {"trajectories": False}, **rooms, "buffer": buffer}
+    buffer = {"groups_per_step": 2, **rooms.get("buffer", {})}  # small: many in little time
+    if "tokens_per_step" in buffer:
+        buffer["tokens_per_step"] = min(20, buffer["tokens_per_step"])
+    if "data" not in rooms:  # else until they are used up
+        rooms = {**rooms, "run": {"max_steps": 4 if "weights" in rooms else 3}}
+    rooms = {"observe": {"trajectories": False}, **rooms, "buffer": buffer}
     run = Killed(seed, folder, **rooms)
     run.run()
     bound, action = run.config.buffer.max_staleness, run.config.buffer.staleness_action
@@ -189,7 +187,7 @@ def check_killed_run(seed, rooms, folder):
     for step, groups in run.trained.items():
         oldest = [step - int(c.versions.min()) for g in groups for c in g.completions]
         newest = [step - int(c.versions.max()) for g in groups for c in g.completions]
-        assert (max(oldest) if action == "drop" else min(newest)) <= bound
+        assert (min(newest) if action == "mask" else max(oldest)) <= bound_of(bound, action)
     assert sorted(run.trained) == list(range(run.core.step))
     found = run.audited()
     assert not any(found.wrong.values()), found.wrong
@@ -263,7 +261,7 @@ class Peer:
 
     def lease(self, peer, count):
         (granted,) = self.ask(peer, "lease", version=0, max=count)
-        return [lease_from(fields) for fields in granted.fields["leases"]]
+        return [lease_from(packed) for packed in granted.fields["leases"]]
 
 
 @pytest.fixture
@@ -314,7 +312,7 @@ def test_a_lease_request_of_before_the_restart_is_served_for_the_version_held_no
     held = [f"t{i + 1}" for i in range(12)]
     peer.ask("actor-0.7", "hello", actor="actor-0", version=1, leases=held)
     (late,) = peer.ask("actor-0.7", "lease", version=0, max=9)
-    assert [fields["version"] for fields in late.fields["leases"]] == [1] * 4
+    assert [lease_from(packed).version for packed in late.fields["leases"]] == [1] * 4
 
 
 def test_open_leases_get_a_new_deadline_and_a_late_group_is_measured(peer):
@@ -450,7 +448,8 @@ def test_evaluations_of_policies_that_were_rolled_back_are_made_again(peer):
     peer.ask("actor-0.7", "hello", actor="actor-0")
     assert evaluate(0) == []
     (push,) = evaluate(1)
-    assert not {f["lease_id"] for f in push.fields["leases"]} & {f"e{i}" for i in range(20)}
+    again = {lease_from(packed).lease_id for packed in push.fields["leases"]}
+    assert not again & {f"e{i}" for i in range(20)}
     answer(push, -1.0)
     assert results() == {0: 1.0, 1: 0.0}
 
@@ -554,7 +553,7 @@ def test_a_full_disk_stops_the_buffer_and_what_was_committed_is_there_afterwards
     pages = peer.ledger._db.execute("PRAGMA page_count").fetchone()[0]
     peer.ledger._db.execute(f"PRAGMA max_page_count = {pages}")
     group = make_group(leases[1])
-    talkative = tuple(replace(sample, text="7" * 90_000) for sample in group.completions)
+    talkative = Completions.of([replace(c, text="7" * 90_000) for c in group.completions])
     with pytest.raises(LedgerError, match=r"ledger.sqlite: database or disk is full; free space"):
         peer.tell("actor-0.7", group_packet("put", [replace(group, completions=talkative)]))
     peer.restart()
@@ -581,12 +580,12 @@ def test_a_ledger_of_another_release_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / FILE)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(LedgerError, match=r"tables of version 99, not 2"):
+    with pytest.raises(LedgerError, match=r"tables of version 99, not 3"):
         Ledger(tmp_path)
 
 
 def test_data_that_changed_under_a_run_is_noticed_when_the_buffer_restarts(peer):
     peer.lease("actor-0.7", 2)
-    peer.prompts = PromptSource.from_prompts([make_prompt(i) for i in range(50, 60)])
+    peer.prompts = PromptSource(EpochStream([make_prompt(i) for i in range(50, 60)]), {})
     with pytest.raises(LedgerError, match=r"position 0 of data.train was prompt 'p0' and is 'p5"):
         peer.restart()

@@ -6,33 +6,29 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import learner_case
 import numpy as np
 import pytest
-import test_update
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from golden.test_serial import rows
+from learner_case import STEP, logprobs, make_groups, on_ranks, part_of, shard_of, token_log
 from peft import PeftModel
 from rich.console import Console
-from test_checkpoint import free_port
-from test_update import STEP, logprobs, make_groups, shard_of, token_log
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from asyncgrpo.buffer.replay import deal
-from asyncgrpo.config import Config, LoraSettings, from_mapping, load_config
+from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
-from asyncgrpo.launch.preflight import missing_extra
-from asyncgrpo.launch.resume import check_resumable
+from asyncgrpo.launch.preflight import check_resumable, missing_extra, pick_free_ports
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.lora import check_targets
 from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.serial import run_serial
+from asyncgrpo.settings.learner import LoraSettings
 from asyncgrpo.types import Shard
 from asyncgrpo.weights.local import LocalLink
 from asyncgrpo.weights.proof import canary_prompts
@@ -40,11 +36,6 @@ from asyncgrpo.weights.sender import CollectiveSender
 
 Weights = dict[str, torch.Tensor]
 R, ALPHA = 4, 10
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_untrained(tmp_path_factory.mktemp("model") / "tiny", True, 5)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +47,7 @@ def settings(folder: Path, lora: dict[str, Any] | None = None, **rooms: Any) -> 
     lora = {"r": R, "alpha": ALPHA, **(lora or {})}
     learner = {"lora": lora, **rooms.pop("learner", {})}
     rooms.setdefault("buffer", {"groups_per_step": 6, "max_staleness": 6})
-    return test_update.settings(folder, learner=learner, **rooms)
+    return learner_case.settings(folder, learner=learner, **rooms)
 
 
 def trained(config: Config, shard: Shard, updates: int = 2, **where: Path) -> PolicyUpdater:
@@ -103,6 +94,35 @@ def test_published_weights_are_the_base_plus_alpha_over_r_b_a(folder, shard):
     assert kinds == {f"{k}_proj" for k in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
+def test_an_adapter_is_published_as_peft_saves_it_and_proven_apart_from_the_base(folder, shard):
+    lora = {"publish": "adapter", "r": 8}
+    updater = trained(settings(folder, lora, actor={"engine": "vllm"}), shard)
+    saved = updater._adapter._peft.state_dict()
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): tensor
+        for name, tensor in saved.items()
+        if ".lora_" in name
+    }
+    published = copied(updater)
+    assert list(published) == list(expected)
+    assert all(torch.equal(published[name], expected[name]) for name in expected)
+    for table, whole in [(updater.canary_logprobs(), False), (merged_canaries(updater), True)]:
+        own = updater._plain_head.next_logprobs(canary_prompts(updater.vocab_size)).numpy()
+        assert (np.abs(table - own).max() > 0) == whole  # merged rounds differently
+        np.testing.assert_allclose(table, own, atol=1e-5)
+
+
+def merged_canaries(updater: PolicyUpdater) -> np.ndarray:
+    with updater._adapter.merged():
+        return updater._plain_head.next_logprobs(canary_prompts(updater.vocab_size)).numpy()
+
+
+def test_a_serial_run_refuses_to_publish_an_adapter(folder):
+    config = settings(folder, {"publish": "adapter"}, actor={"engine": "vllm"})
+    with pytest.raises(ConfigError, match="needs vLLM, but --serial has the toy engine"):
+        Session(config).run_serially()
+
+
 def test_publishing_changes_no_weight_and_makes_one_at_a_time(folder, shard):
     updater = trained(settings(folder), shard)
     weights = updater.weights()
@@ -118,7 +138,7 @@ class Here:
     """The sender of other processes, with nobody there."""
 
     def __init__(self, config: Config) -> None:
-        ports = [free_port() for _ in range(2)]
+        ports = pick_free_ports(2)
         self._sender = CollectiveSender(
             config, f"tcp://127.0.0.1:{ports[0]}", ("127.0.0.1", ports[1])
         )
@@ -155,9 +175,9 @@ def test_publishing_holds_one_merged_weight_at_a_time(folder, shard, kind):
 
 
 def test_canaries_are_computed_with_the_published_weights(folder, shard, tmp_path):
-    updater = trained(settings(folder), shard, save_to=tmp_path)
+    updater = trained(settings(folder), shard, run_dir=tmp_path)
     updater.save()
-    plain = PolicyUpdater(test_update.settings(tmp_path))
+    plain = PolicyUpdater(learner_case.settings(tmp_path / "model"))
     np.testing.assert_array_equal(updater.canary_logprobs(), plain.canary_logprobs())
     apart = PolicyHead(updater._policy).next_logprobs(canary_prompts(updater.vocab_size)).numpy()
     np.testing.assert_allclose(apart, updater.canary_logprobs(), atol=1e-5)
@@ -219,7 +239,7 @@ def test_the_saved_model_loads_plainly_and_the_adapter_with_peft(
     folder, shard, tmp_path, save_merged
 ):
     model = tmp_path / "model"
-    updater = trained(settings(folder, {"save_merged": save_merged}), shard, save_to=model)
+    updater = trained(settings(folder, {"save_merged": save_merged}), shard, run_dir=tmp_path)
     updater.save()
     prompts = canary_prompts(updater.vocab_size)
     expected = PolicyHead(updater._policy).next_logprobs(prompts)
@@ -257,22 +277,11 @@ def test_a_checkpoint_is_small_and_goes_on_bit_for_bit(folder, shard, tmp_path):
     assert all(".lora_" in name for name in tensors)
 
 
-def learn(rank: int, count: int, port: int, config: Config, shard: Shard, out: Path) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+def learn(rank: int, count: int, config: Config, shard: Shard, out: Path) -> None:
     updater = PolicyUpdater(config)
-    part = Shard(
-        step=shard.step,
-        groups=deal(shard.groups, count)[rank],
-        num_loss_tokens_global=shard.num_loss_tokens_global,
-        num_completions_global=shard.num_completions_global,
-    )
     for _ in range(2):
-        updater.update(part)
+        updater.update(part_of(shard, rank, count))
     torch.save(copied(updater), out / f"rank_{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -280,7 +289,7 @@ def test_two_ranks_train_the_same_adapter_as_one(folder, shard, tmp_path):
     # adam_eps: a step must not depend on the sign of a gradient that is zero but for rounding
     learner = {"lr": 1e-3, "adam_eps": 1e-3}
     config = settings(folder, learner=learner, algo={"kl_coef": 0.1})
-    mp.spawn(learn, args=(2, free_port(), config, shard, tmp_path), nprocs=2)
+    on_ranks(2, learn, config, shard, tmp_path)
     one, two = (torch.load(tmp_path / f"rank_{rank}") for rank in range(2))
     alone = copied(trained(config, shard))
     assert not torch.equal(
@@ -330,6 +339,21 @@ def test_a_serial_run_learns_and_its_model_is_the_learners(folder, tmp_path):
         (
             {"learner": {"lora": {}}, "algo": {"kl_coef": 0.1, "reference": {"sync_every": 5}}},
             "algo.reference.sync_every=5 with learner.lora: an adapter has no weights",
+        ),
+        (
+            {"learner": {"lora": {"publish": "adapter"}}, "actor": {"engine": "toy"}},
+            "learner.lora.publish='adapter' needs actor.engine = 'vllm'",
+        ),
+        (
+            {
+                "learner": {"lora": {"publish": "adapter", "quantize": "4bit"}},
+                "launch": {"gpus": 4},
+            },
+            "learner.lora.publish='adapter' with learner.lora.quantize='4bit': engines would add",
+        ),
+        (
+            {"learner": {"lora": {"publish": "adapter", "r": 513}}},
+            "learner.lora.r=513 must be <= 512, vLLM's limit, with learner.lora.publish='adapter'",
         ),
         ({"learner": {"lora": {"rank": 8}}}, "unknown setting learner.lora.rank"),
         ({"learner": {"lora": {"r": 0}}}, "learner.lora.r=0 is not allowed"),
@@ -387,14 +411,14 @@ def test_missing_extra_are_named_with_the_extra_that_brings_them(monkeypatch):
 def test_a_4bit_base_trains_publishes_and_saves_in_full_precision(folder, shard, tmp_path):
     pytest.importorskip("bitsandbytes")
     config = settings(folder, {"quantize": "4bit"}, launch={"learners": 1, "gpus": 1})
-    updater = PolicyUpdater(config, save_to=tmp_path)
+    updater = PolicyUpdater(config, run_dir=tmp_path)
     before, base = copied(updater), base_of(folder)
     assert {name: t.shape for name, t in before.items()} == {n: t.shape for n, t in base.items()}
     for name, tensor in base.items():  # NF4 keeps about a digit
         assert (before[name].cpu() - tensor).abs().max() <= 0.2 * tensor.abs().max()
     updater.update(shard)
     updater.save()
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for name, tensor in updater.weights():
         assert torch.equal(saved.get_parameter(name), tensor.cpu())
     assert not torch.equal(

@@ -42,7 +42,7 @@ from asyncgrpo.learner import process as learner_process
 from asyncgrpo.learner.loop import Learner
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Completion, Completions, Group, Shard
 
 PROMPT, COMPLETION, SIZE = 2, 126, 4  # nearly every token is in the loss: the worst case
 QWEN_HALF_B = {
@@ -172,7 +172,7 @@ def full_shard(count: int = 4) -> Shard:
             Group(
                 lease=make_lease(number, group_size=SIZE),
                 prompt_token_ids=random.integers(3, 90, PROMPT).astype(np.int32),
-                completions=completions,
+                completions=Completions.of(completions),
                 rewards=rewards,
                 reward_parts={"task": rewards},
                 actor="actor-0",
@@ -207,7 +207,7 @@ def measured_peak(updater: PolicyUpdater, shard: Shard) -> int:
 
 def estimated(config: Config, *names: str) -> float:
     shape = model_shape(config.model.path)
-    lines = {n: s for n, s, _ in learner_lines(config, shape, shape.parameters, is_first=True)}
+    lines = {n: s for n, s, _ in learner_lines(config, shape, is_first=True)}
     assert set(names) <= set(lines)
     chosen = names or set(lines) - {"publishing", "process"}
     return sum(lines[name] for name in chosen)
@@ -317,7 +317,7 @@ def test_activations_are_what_autograd_keeps_with_the_scores_of_the_kernel_that_
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     updater._head._score = lambda hidden, targets: (hidden[:, 0].float(), hidden[:, 0].float())
     with kernel, hooks:
-        updater._objective(batch, 0, updater._head)
+        updater._objective(batch, 0)
     sizes = [t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights]
     rounded = ["rounded weights"] if "float32_head" in learner else []
     assert estimated(config, "activations", *rounded) == pytest.approx(sum(sizes), rel=0.05)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fakes import make_lease
+from fakes import completion_of, group_of, shard_of
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -18,15 +18,11 @@ from asyncgrpo.errors import ModelError
 from asyncgrpo.learner.attention import MAX_PADDED_TOKENS, packed_attention
 from asyncgrpo.learner.batch import Batch, pack, with_advantages
 from asyncgrpo.learner.inputs import Totals
-from asyncgrpo.learner.model import (
-    PolicyHead,
-    PublishedParameters,
-    load_policy,
-    packed_row,
-)
+from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.objective import objective
+from asyncgrpo.learner.parallel import Published
 from asyncgrpo.learner.prepare import OptimizerBatch
-from asyncgrpo.types import Completion, Group, Shard
+from asyncgrpo.types import Shard
 
 VOCAB = 97
 
@@ -73,32 +69,13 @@ def make_shard(lengths: list[int], seed: int = 0, prompt: int = 3) -> Shard:
     random = np.random.default_rng(seed)
     groups = []
     for first in range(0, len(lengths), 2):
-        completions = tuple(
-            Completion(
-                token_ids=random.integers(0, VOCAB, length).astype(np.int32),
-                behavior_logprobs=(-5 * random.random(length)).astype(np.float32),
-                versions=np.zeros(length, np.int32),
-                finish_reason="stop",
-            )
-            for length in lengths[first : first + 2]
-        )
-        rewards = random.normal(size=len(completions)).astype(np.float32)
-        groups.append(
-            Group(
-                lease=make_lease(first, group_size=len(completions)),
-                prompt_token_ids=random.integers(0, VOCAB, prompt).astype(np.int32),
-                completions=completions,
-                rewards=rewards,
-                reward_parts={},
-                actor="actor-0",
-            )
-        )
-    return Shard(
-        step=0,
-        groups=tuple(groups),
-        num_loss_tokens_global=sum(lengths),
-        num_completions_global=len(lengths),
-    )
+        completions = [
+            completion_of(random.integers(0, VOCAB, n), 0, -5 * random.random(n))
+            for n in lengths[first : first + 2]
+        ]
+        rewards = random.normal(size=len(completions))
+        groups.append(group_of(first, random.integers(0, VOCAB, prompt), completions, rewards))
+    return shard_of(groups, 0)
 
 
 def packed(shard: Shard, max_tokens: int = 10_000) -> tuple[Batch, ...]:
@@ -114,11 +91,9 @@ def loss_of(batch: Batch, scored: tuple[torch.Tensor, torch.Tensor], count: int)
     ready = OptimizerBatch(
         groups=(),
         batches=(batch,),
-        advantages=(),
+        rows=(),
         report=pack((), 0, max_tokens=1, max_staleness=0, staleness_action="drop")[1],
         totals=Totals(num_tokens=count, num_sequences=1),
-        proximal=None,
-        ref=None,
     )
     config = from_mapping({})
     return objective(ready.inputs(0, *scored, config), config.algo, 0.0).loss
@@ -283,18 +258,16 @@ def test_gradient_hooks_fire_when_the_head_is_wrapped_for_several_ranks(
         count.__annotations__ = {}  # torch compares them with types, not with their names
         wrapped.register_comm_hook(None, count)
         found = gradients(wrapped, batches, shard.num_loss_tokens_global)
-        names = [name for name, _ in PublishedParameters(wrapped)]
     finally:
         dist.destroy_process_group()
     assert sum(seen) == len(list(policy.parameters()))
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-5)
-    assert names == [name for name, _ in policy.named_parameters()]
 
 
 def test_published_names_are_those_of_hugging_face_without_the_tied_output_layer(
     policy: PreTrainedModel,
 ) -> None:
-    published = dict(PublishedParameters(PolicyHead(policy)))
+    published = dict(Published(policy, is_sharded=False))
     assert published.keys() == dict(policy.named_parameters()).keys()
     assert "model.embed_tokens.weight" in published
     assert "lm_head.weight" not in published

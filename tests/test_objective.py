@@ -13,7 +13,6 @@ import torch
 from oracles import Batch, Rows, random_case
 from packed_case import as_inputs, as_rows, assert_rows_equal, totals
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import catalogue
 from asyncgrpo.errors import AlgorithmError, ConfigError
 from asyncgrpo.learner.corrections import Correction
@@ -21,6 +20,7 @@ from asyncgrpo.learner.inputs import Totals
 from asyncgrpo.learner.losses import TokenLoss
 from asyncgrpo.learner.objective import objective, probe
 from asyncgrpo.learner.prepare import decile_edges
+from asyncgrpo.settings.algo import AlgoSettings
 
 AGGREGATIONS: dict[str, Any] = {
     "token_mean": oracle_sums.token_mean,
@@ -203,13 +203,15 @@ def test_with_one_update_per_batch_decoupled_is_truncated_importance_sampling() 
     [
         ([0, 10], [1] * 9),
         ([0] + [1] * 10, list(range(1, 10))),
-        ([0, 5, 0, 5], [1] * 5 + [3] * 4),
+        ([7, 5, 0, 5], [1] * 5 + [3] * 4),  # what is not trained does not count
+        ([3], [0] * 9),
     ],
 )
 def test_decile_edges_are_the_lengths_up_to_which_each_tenth_lies(
     counts: list[int], edges: list[int]
 ) -> None:
-    assert decile_edges(counts).tolist() == edges
+    lengths = torch.tensor(np.repeat(np.arange(len(counts)), counts))
+    assert decile_edges(lengths).tolist() == edges
 
 
 def own_loss(inputs: Any, algo: Any) -> torch.Tensor:

@@ -9,10 +9,11 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from fakes import make_group, make_lease
+from fakes import make_group, make_lease, make_run, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY, Counter
@@ -21,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from asyncgrpo.cli import app
-from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.exporter import Exporter, serve_metrics
 from asyncgrpo.observe.metrics import BUCKETS, METRICS, eval_metrics, metric_of
@@ -34,23 +35,13 @@ from asyncgrpo.observe.progress import (
     sparkline,
 )
 from asyncgrpo.observe.recorder import RunRecorder
-from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.rundir import RunDir
 from asyncgrpo.types import Shard
 
-ENDPOINTS = Endpoints(buffer="tcp://127.0.0.1:1", weights="tcp://127.0.0.1:2", store=("h", 3))
 REPORT = {
-    "name": "held-out",
-    "version": 0,
-    "num_prompts": 4,
-    "num_answered": 4,
-    "num_samples": 1,
-    "temperature": 0.0,
-    "accuracy": 0.5,
-    "pass_at_k": {},
-    "truncated_share": 0.25,
-    "seconds": 1.5,
-    "reward_mean": 0.1,
-    "mean_tokens": 3.0,
+    **dict(name="held-out", version=0, num_prompts=4, num_answered=4, num_samples=1),
+    **dict(temperature=0.0, accuracy=0.5, pass_at_k={}, truncated_share=0.25, seconds=1.5),
+    **dict(reward_mean=0.1, mean_tokens=3.0),
     "accuracy_by_source": {"task/add": 0.25, "task/sort": 0.75},
 }
 ROW = {
@@ -73,31 +64,49 @@ def counters(tokens: float, busy: float, idle: float) -> dict:
 
 
 def summary(actors=None, evaluations=(), **more) -> dict:
-    metrics = {
-        "groups_arrived": 4.0,
-        "tokens_arrived": 320.0,
-        "reward_arrived_sum": 2.0,
-        "leases_trained": 4,
-        **more,
-    }
+    arrived = dict(groups_arrived=4.0, tokens_arrived=320.0, reward_arrived_sum=2.0)
+    metrics = {**arrived, "leases_trained": 4, **more}
     return {"metrics": metrics, "actors": actors or {}, "evaluations": list(evaluations)}
 
 
 @pytest.fixture
 def run(tmp_path) -> RunDir:
-    made = RunDir(path=tmp_path, config=Config(), endpoints=ENDPOINTS)
-    made.write()
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def recorder(run) -> RunRecorder:
+    """Of a run that begins."""
+    return begun(run)
+
+
+def begun(run: RunDir, role: str = "learner-0", step: int = 0) -> RunRecorder:
+    made = RunRecorder(run, Exporter(role, 0, run.path))
+    made.begin(step)
     return made
 
 
-def scrape(port: int, page: str = "metrics") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}", timeout=5) as answer:
+def printed(show: Callable[[Console], object]) -> str:
+    """What a function prints, elsewhere than on a terminal."""
+    console = Console(file=io.StringIO(), width=200)
+    show(console)
+    return console.file.getvalue()
+
+
+def summary_of(run: RunDir) -> str:
+    """The last screen."""
+    return printed(lambda console: show_summary(run.path, console))
+
+
+def target_of(run: RunDir, role: str) -> dict:
+    (target,) = json.loads((run.path / "targets" / f"{role}.json").read_text())
+    return target
+
+
+def scrape(run: RunDir, role: str, page: str = "metrics") -> str:
+    (address,) = target_of(run, role)["targets"]
+    with urllib.request.urlopen(f"http://{address}/{page}", timeout=5) as answer:
         return answer.read().decode()
-
-
-def port_of(run: RunDir, role: str) -> int:
-    target = json.loads((run.path / "targets" / f"{role}.json").read_text())
-    return int(target[0]["targets"][0].rsplit(":", 1)[1])
 
 
 def test_every_metric_has_a_unit_a_meaning_and_a_name_of_its_own_for_prometheus():
@@ -148,7 +157,7 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
     exporter = Exporter("actor-0", 0, run.path)
     exporter.show({"rewards/mean": 0.25, "tokens_generated": 7})
     exporter.show({"rewards/mean": 0.5})
-    text = scrape(port_of(run, "actor-0"))
+    text = scrape(run, "actor-0")
     assert 'asyncgrpo_learner_rewards_mean{role="actor-0"} 0.5' in text
     assert 'asyncgrpo_actor_generated_tokens_total{role="actor-0"} 7.0' in text
     assert "# TYPE asyncgrpo_actor_generated_tokens_total counter" in text
@@ -158,15 +167,18 @@ def test_the_endpoint_serves_the_last_values_with_role_and_help(run):
 
 def test_the_target_names_the_run_and_goes_away_with_a_process_that_ends_as_it_should(run):
     exporter = Exporter("actor-0", 0, run.path)
-    (target,) = json.loads((run.path / "targets" / "actor-0.json").read_text())
     name = run.path.name
-    assert target["labels"] == {"role": "actor-0", "run": name, "instance": f"{name}/actor-0"}
+    assert target_of(run, "actor-0")["labels"] == {
+        "role": "actor-0",
+        "run": name,
+        "instance": f"{name}/actor-0",
+    }
     assert [file.name for file in (run.path / "targets").iterdir()] == ["actor-0.json"]
     exporter.close()
     assert list((run.path / "targets").iterdir()) == []
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(batches=st.lists(st.lists(st.floats(0, 4000), max_size=20), min_size=1, max_size=5))
 def test_a_histogram_counts_each_value_in_every_bucket_that_reaches_it(tmp_path_factory, batches):
     exporter = Exporter("actor-0", 0, tmp_path_factory.mktemp("run"))
@@ -184,7 +196,7 @@ def test_a_histogram_counts_each_value_in_every_bucket_that_reaches_it(tmp_path_
 def test_histograms_of_rewards_have_a_sum_too_and_no_value_spoils_it(run):
     exporter = Exporter("actor-0", 0, run.path)
     exporter.observe("completion/reward", [-1.03, 1.0, float("nan")])
-    text = scrape(port_of(run, "actor-0"))
+    text = scrape(run, "actor-0")
     name = "asyncgrpo_actor_completion_reward"
     assert f'{name}_bucket{{le="-1.0",role="actor-0"}} 1.0' in text
     assert f'{name}_sum{{role="actor-0"}} -0.03' in text
@@ -195,7 +207,7 @@ def test_times_of_steps_are_counted_and_not_replaced(run):
     exporter = Exporter("learner-1", 0, run.path)
     exporter.show({"step_seconds": 2.0})
     exporter.show({"step_seconds": 3.0})
-    text = scrape(port_of(run, "learner-1"))
+    text = scrape(run, "learner-1")
     assert 'asyncgrpo_learner_step_seconds_sum{role="learner-1"} 5.0' in text
     assert 'asyncgrpo_learner_step_seconds_count{role="learner-1"} 2.0' in text
 
@@ -204,9 +216,9 @@ def test_a_lag_that_the_last_row_does_not_have_is_no_longer_shown(run):
     exporter = Exporter("learner-0", 0, run.path)
     exporter.show({"lag_4/tokens": 9, "eval/accuracy": 0.5})
     exporter.show({"step": 3})
-    assert 'lag="4"' in scrape(port_of(run, "learner-0"))
+    assert 'lag="4"' in scrape(run, "learner-0")
     exporter.show({"lag_1/tokens": 8})
-    text = scrape(port_of(run, "learner-0"))
+    text = scrape(run, "learner-0")
     assert 'asyncgrpo_learner_lag_tokens{lag="1",role="learner-0"} 8.0' in text
     assert 'lag="4"' not in text
     assert "asyncgrpo_eval_accuracy_ratio" in text
@@ -225,7 +237,7 @@ def test_what_other_libraries_keep_for_prometheus_is_served_beside_ours(run):
     try:
         theirs.inc(5)
         Exporter("actor-0", 0, run.path).show({"swaps": 1})
-        text = scrape(port_of(run, "actor-0"))
+        text = scrape(run, "actor-0")
     finally:
         REGISTRY.unregister(theirs)
     assert "vllm:generation_tokens_total 5.0" in text
@@ -236,15 +248,14 @@ def test_what_other_libraries_keep_for_prometheus_is_served_beside_ours(run):
 def test_healthz_says_who_it_is_and_how_long_its_loop_has_been_silent(run):
     exporter = Exporter("buffer", 0, run.path)
     exporter.told -= 60.0
-    health = json.loads(scrape(port_of(run, "buffer"), "healthz"))
+    health = json.loads(scrape(run, "buffer", "healthz"))
     assert health["role"] == "buffer"
     assert 60.0 <= health["report_age_seconds"] < 90.0
     exporter.show({})
-    assert json.loads(scrape(port_of(run, "buffer"), "healthz"))["report_age_seconds"] < 30.0
-    age = re.search(
-        r'asyncgrpo_process_report_age_seconds{role="buffer"} (\S+)', scrape(port_of(run, "buffer"))
-    )
-    assert float(age[1]) < 30.0
+    assert json.loads(scrape(run, "buffer", "healthz"))["report_age_seconds"] < 30.0
+    name = 'asyncgrpo_process_report_age_seconds{role="buffer"}'
+    (age,) = re.findall(rf"{re.escape(name)} (\S+)", scrape(run, "buffer"))
+    assert float(age) < 30.0
 
 
 def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(run):
@@ -255,7 +266,7 @@ def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(ru
     assert values["eval/sampled/accuracy"] == 0.25
     assert values["eval/sampled/pass@4"] == 0.75
     Exporter("learner-0", 0, run.path).show({**values, "loss": 1.0})
-    text = scrape(port_of(run, "learner-0"))
+    text = scrape(run, "learner-0")
     assert 'asyncgrpo_eval_accuracy_ratio{eval="held-out",role="learner-0"} 0.5' in text
     assert 'asyncgrpo_eval_accuracy_ratio{eval="sampled",role="learner-0"} 0.25' in text
     assert 'asyncgrpo_eval_pass_ratio{eval="sampled",k="4",role="learner-0"} 0.75' in text
@@ -265,17 +276,15 @@ def test_evaluations_have_the_names_of_their_blocks_and_labels_for_prometheus(ru
         metric_of("eval/sampled/median")
 
 
-def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run):
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+def test_each_evaluation_is_one_line_of_its_file_however_often_it_is_told(run, recorder):
     sampled = {**REPORT, "name": "sampled", "pass_at_k": {"4": 0.75}}
     recorder.row(ROW, summary(evaluations=[REPORT]))
     recorder.row(ROW, summary(evaluations=[REPORT]))
     last = [{**report, "version": 1} for report in (REPORT, sampled)]
     recorder.finish([REPORT, sampled, *last], summary())
-    rows = [json.loads(line) for line in (run.path / "evals.jsonl").read_text().splitlines()]
+    rows = rows_of(run.path / "evals.jsonl")
     assert rows == [REPORT, sampled, *last]
-    metrics = list(map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines()))
+    metrics = rows_of(run.path / "metrics.jsonl")
     assert [row["version"] for row in metrics] == [1, 1, 0, 1]
     assert metrics[2]["eval/sampled/pass@4"] == 0.75
     assert "eval/accuracy" not in metrics[2]
@@ -298,28 +307,23 @@ def test_only_endpoints_that_prometheus_reaches_beside_the_launcher_are_targets(
     endpoints = replace(run.endpoints, store=("127.0.0.1", 9))
     run = replace(run, config=from_mapping(rooms), endpoints=endpoints)
     serve_metrics(run, "actor-0").show({"swaps": 3})
-    found = [
-        json.loads(path.read_text())[0]["targets"][0].split(":")[0]
-        for path in (run.path / "targets").glob("*.json")
-    ]
+    roles = [path.stem for path in (run.path / "targets").glob("*.json")]
+    found = [target_of(run, role)["targets"][0].split(":")[0] for role in roles]
     assert found == ([target] if target else [])
 
 
 def test_the_endpoint_can_be_bound_and_announced_elsewhere(run):
     Exporter("actor-0", 0, run.path, "127.0.0.2").show({"swaps": 3})
-    target = json.loads((run.path / "targets" / "actor-0.json").read_text())[0]["targets"][0]
-    assert target.startswith("127.0.0.2:")
-    with urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as answer:
-        assert b"asyncgrpo_actor_swaps_total" in answer.read()
+    host, port = target_of(run, "actor-0")["targets"][0].split(":")
+    assert host == "127.0.0.2"
+    assert "asyncgrpo_actor_swaps_total" in scrape(run, "actor-0")
     with pytest.raises(urllib.error.URLError):
-        scrape(int(target.split(":")[1]))
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
 
 
-def test_a_name_outside_the_table_is_refused(run):
+def test_a_name_outside_the_table_is_refused(run, recorder):
     with pytest.raises(KeyError, match="rewards/median"):
         Exporter("x", 0, run.path).show({"rewards/median": 1.0})
-    recorder = RunRecorder(run, Exporter("y", 0, run.path))
-    recorder.begin(0)
     with pytest.raises(KeyError, match="rewards/median"):
         recorder.row({**ROW, "rewards/median": 1.0}, summary())
 
@@ -327,17 +331,15 @@ def test_a_name_outside_the_table_is_refused(run):
 def test_a_metrics_port_in_use_is_refused_with_the_setting(run):
     Exporter("one", 0, run.path)
     with pytest.raises(ConfigError, match=r"launch\.metrics_port"):
-        Exporter("two", port_of(run, "one"), run.path)
+        Exporter("two", int(target_of(run, "one")["targets"][0].rpartition(":")[2]), run.path)
 
 
-def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+def test_a_row_joins_the_learner_the_actors_and_the_buffer(run, recorder):
     first = {"actor-0": counters(100, 1.0, 1.0), "actor-1": counters(50, 1.0, 1.0)}
     second = {"actor-0": counters(300, 4.0, 1.0), "actor-1": counters(10, 1.0, 0.0)}  # restarted
     recorder.row(ROW, summary(first, [REPORT]))
     recorder.row({**ROW, "step": 1, "grad_norm": float("inf")}, summary(second, [REPORT]))
-    one, two = (json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines())
+    one, two = rows_of(run.path / "metrics.jsonl")
     assert one["tokens_generated"] == 150
     assert one["actor_idle_share"] == pytest.approx(0.5)
     assert one["rewards/generated_mean"] == pytest.approx(0.5)
@@ -350,10 +352,8 @@ def test_a_row_joins_the_learner_the_actors_and_the_buffer(run):
 
 @pytest.mark.parametrize(("role", "alone"), [("learner-0", False), ("serial", True)])
 def test_the_learners_endpoint_leaves_others_counts_to_them_unless_it_is_alone(run, role, alone):
-    recorder = RunRecorder(run, Exporter(role, 0, run.path))
-    recorder.begin(0)
-    recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
-    text = scrape(port_of(run, role))
+    begun(run, role).row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
+    text = scrape(run, role)
     assert "asyncgrpo_learner_loss_nats" in text
     assert "asyncgrpo_run_actor_idle_ratio" in text
     for other in ("asyncgrpo_actor_generated_tokens", "asyncgrpo_buffer_arrived_groups"):
@@ -363,50 +363,41 @@ def test_the_learners_endpoint_leaves_others_counts_to_them_unless_it_is_alone(r
 def test_tokens_per_second_and_the_total_are_of_what_arrived(run, monkeypatch):
     clock = iter([100.0, 104.0, 106.0, 107.0])
     monkeypatch.setattr("asyncgrpo.observe.recorder.time.time", lambda: next(clock))
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+    recorder = begun(run)
     row = {name: value for name, value in ROW.items() if name != "tokens_per_second"}
     recorder.row(row, summary({}))  # no actor has told its counters yet
     recorder.row(row, summary({}, tokens_arrived=480))
     recorder.finish([], summary({"actor-0": counters(150, 1.0, 1.0)}, tokens_arrived=500))
-    rows = list(map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines()))
+    rows = rows_of(run.path / "metrics.jsonl")
     assert [row["tokens_per_second"] for row in rows] == [80.0, 80.0]
     assert json.loads((run.path / "summary.json").read_text())["tokens_arrived"] == 500
 
 
-def test_a_run_without_a_step_says_why_nothing_was_trained(run):
+def test_a_run_without_a_step_says_why_nothing_was_trained(run, recorder):
     counts = {"groups_filtered_all_wrong": 3, "groups_filtered_empty_completion": 1}
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
     recorder.finish([], summary(**counts))
-    out = io.StringIO()
-    show_summary(run.path, Console(file=out, width=200))
+    shown = summary_of(run)
     for part in (
         "0 steps",
         "4 groups arrived, 3 filtered all_wrong, 1 filtered empty_completion",
         "nothing was trained",
         f"traj show {run.path} --status all",
     ):
-        assert part in out.getvalue()
+        assert part in shown
 
 
-def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run):
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+def test_the_error_rate_and_latency_of_rewards_are_those_since_the_last_row(run, recorder):
     for judged, errors, seconds in ((10, 5, 1.0), (30, 6, 3.0), (30, 6, 3.0)):
         judge = {"judged_groups": judged, "judge_errors": errors, "judge_seconds": seconds}
         recorder.row(ROW, summary({"actor-0": {**counters(judged, judged, 0.0), **judge}}))
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    one, two, three = map(json.loads, lines)
+    one, two, three = rows_of(run.path / "metrics.jsonl")
     assert (one["judge/error_rate"], one["judge/latency_seconds"]) == (0.5, 0.1)
     assert (two["judge/error_rate"], two["judge/latency_seconds"]) == (0.05, 0.1)
     assert "judge/error_rate" not in three
     assert three["judge_errors"] == 6
 
 
-def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run, recorder):
     recorder.row(ROW, summary({"actor-0": counters(100, 1.0, 1.0)}))
     after = {
         **REPORT,
@@ -419,19 +410,17 @@ def test_the_summary_compares_before_and_after_and_is_shown_as_a_table(run):
     assert written["evals"] == {"held-out": {"before": REPORT, "after": after}}
     assert (written["before"]["accuracy"], written["after"]["accuracy"]) == (0.5, 0.9)
     assert (written["steps"], written["tokens_trained"], written["staleness_max"]) == (1, 100, 1)
-    out = io.StringIO()
-    show_summary(run.path, Console(file=out, width=100))
+    shown = summary_of(run)
     for part in ("task/add", "25.0%", "80.0%", "+55.0", "+40.0", "320 tokens arrived", "model"):
-        assert part in out.getvalue()
-    assert "held-out accuracy, 4 prompts, greedy" in out.getvalue()
+        assert part in shown
+    assert "held-out accuracy, 4 prompts, greedy" in shown
 
 
 def test_the_table_of_one_evaluation_says_how_it_was_sampled_and_shows_pass_at_k():
-    out = io.StringIO()
     sampled = {"name": "sampled", "num_samples": 8, "temperature": 0.6, "pass_at_k": {"8": 0.875}}
-    Console(file=out, width=100).print(eval_table({**REPORT, **sampled}))
-    assert "sampled accuracy, 4 prompts, 8 samples at temperature 0.6" in out.getvalue()
-    cells = [re.findall(r"[^│|┃\s]+", line) for line in out.getvalue().splitlines()]
+    shown = printed(lambda console: console.print(eval_table({**REPORT, **sampled})))
+    assert "sampled accuracy, 4 prompts, 8 samples at temperature 0.6" in shown
+    cells = [re.findall(r"[^│|┃\s]+", line) for line in shown.splitlines()]
     for row in (["pass@8", "87.5%"], ["all", "50.0%"], ["truncated", "25.0%"], ["tokens", "3.00"]):
         assert row in cells
 
@@ -473,9 +462,7 @@ def write_rows(run: RunDir, *rows: dict) -> None:
 
 def view(run: RunDir, *, once: bool = True, pause=lambda: None) -> str:
     """What `asyncgrpo top` prints elsewhere than on a terminal."""
-    out = io.StringIO()
-    follow(run.path, 4, Console(file=out, width=200), once=once, pause=pause)
-    return out.getvalue()
+    return printed(lambda console: follow(run.path, 4, console, once=once, pause=pause))
 
 
 def test_the_view_has_groups_by_what_became_of_them_and_both_paces(run):
@@ -532,9 +519,7 @@ def test_top_says_for_how_long_nothing_happened(run):
     assert "3 s, about 9 s left; no step for 10 min" in view(run)
 
 
-def test_top_follows_a_run_to_its_summary_and_tells_every_step_once(run):
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+def test_top_follows_a_run_to_its_summary_and_tells_every_step_once(run, recorder):
     recorder.row(ROW, summary())
     turns = iter(
         [
@@ -554,9 +539,7 @@ def test_top_follows_a_run_to_its_summary_and_tells_every_step_once(run):
 
 
 @pytest.mark.parametrize("options", [[], ["--once"]])
-def test_top_of_a_finished_run_is_its_summary(run, options):
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+def test_top_of_a_finished_run_is_its_summary(run, recorder, options):
     recorder.row(ROW, summary())
     recorder.finish([REPORT], summary())
     result = CliRunner().invoke(app, ["top", str(run.path), *options])
@@ -592,19 +575,16 @@ def test_the_summary_has_reward_and_faults_of_all_lives(run):
             for step, (reward, evicted) in enumerate(rows)
         ),
     )
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(25)
-    recorder.finish([], summary())
+    begun(run, step=25).finish([], summary())
     (run.path / "logs").mkdir()
     log = "10:00:01 restarted actor-0 (pid 7)\n10:00:02 actor-1 joined\n"
     (run.path / "logs" / "launcher.log").write_text(log + log)
-    out = io.StringIO()
-    show_summary(run.path, Console(file=out, width=200))
-    found = re.search(r"reward +(\S+) (\S+) (\S+) \(first, last 10 steps\)", out.getvalue())
+    shown = summary_of(run)
+    found = re.search(r"reward +(\S+) (\S+) (\S+) \(first, last 10 steps\)", shown)
     assert found is not None
     assert found.groups() == ("+0.000", "▁" * 10 + "▅" * 5 + "█" * 10, "+1.000")
-    assert "faults        actor-0 restarted 2 times, 3 publish evictions\n" in out.getvalue()
-    assert f"model         {run.model_path}" in out.getvalue()
+    assert "faults        actor-0 restarted 2 times, 3 publish evictions\n" in shown
+    assert f"model         {run.model_path}" in shown
 
 
 @pytest.mark.parametrize(
@@ -627,18 +607,18 @@ def test_a_long_sparkline_is_bounded_and_covers_everything(shares):
     assert "█" in sparkline([*shares[:-7], *[1.0] * 7])
 
 
-def test_a_resumed_run_takes_back_rows_that_are_made_again(run):
-    recorder = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    recorder.begin(0)
+def test_a_resumed_run_takes_back_rows_that_are_made_again(run, recorder):
     nothing = {"metrics": {}, "actors": {}, "evaluations": []}
     for step in range(5):
         recorder.row({"step": step, "version": step + 1, "tokens_trained": 10.0}, nothing)
     path = run.path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 5, "ver', encoding="utf-8")
-    again = RunRecorder(run, Exporter("learner-0", 0, run.path))
-    again.begin(3)
+    evals = "".join(json.dumps({**REPORT, "version": v}) + "\n" for v in (0, 3, 4))
+    (run.path / "evals.jsonl").write_text(evals + '{"name": "hel')
+    again = begun(run, step=3)
+    assert [report["version"] for report in rows_of(run.path / "evals.jsonl")] == [0, 3]
     again.row({"step": 3, "version": 4, "tokens_trained": 1.0}, nothing)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = rows_of(path)
     assert [(row["step"], row["tokens_trained"]) for row in rows] == [
         *((step, 10.0) for step in range(3)),
         (3, 1.0),

@@ -8,25 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import learner_case
 import numpy as np
 import pytest
-import test_update
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_checkpoint import free_port
-from test_update import STEP, make_groups, shard_of
+from learner_case import STEP, make_groups, on_ranks, shard_of
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from asyncgrpo.config import Config, RunSettings, from_mapping
-from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
 from asyncgrpo.learner.batch import pack
 from asyncgrpo.learner.model import packed_row
 from asyncgrpo.learner.saved import newest
 from asyncgrpo.learner.update import PolicyUpdater
+from asyncgrpo.settings.run import RunSettings
 from asyncgrpo.types import Group
 from asyncgrpo.weights.flat import FlatWeights, Manifest
 
@@ -50,11 +48,6 @@ ON_FOUR = ["ddp", "fsdp", "fsdp in pairs"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_untrained(tmp_path_factory.mktemp("model") / "tiny", True, 5)
-
-
-@pytest.fixture(scope="module")
 def groups(folder: Path) -> list[Group]:
     return make_groups(folder, count=7)
 
@@ -70,7 +63,7 @@ def lone_group() -> Iterator[None]:
 def settings(folder: Path, learner: dict[str, Any], count: int = 1) -> Config:
     """A reference that moves with the policy; with an adapter it is the base."""
     algo = {"kl_coef": 0.1, "reference": {"sync_every": 0 if "lora" in learner else 2}}
-    return test_update.settings(
+    return learner_case.settings(
         folder,
         algo=algo,
         learner={**PLAIN, **learner},
@@ -101,7 +94,7 @@ def published(updater: PolicyUpdater) -> Weights:
         flat = FlatWeights(Manifest.of(weights, "float32"))
         flat.fill(weights)
         found = {name: tensor.clone() for name, tensor in flat.views()}
-    updater.help_gather()
+    weights.help()
     return found
 
 
@@ -113,7 +106,7 @@ def held(updater: PolicyUpdater) -> int:
 
 def train(config: Config, own: list[Group], whole: list[Group], run: Path) -> Found:
     """Three steps, then what everyone sees of the model."""
-    updater = PolicyUpdater(config, save_to=run / "model" if is_first() else None, run_dir=run)
+    updater = PolicyUpdater(config, run_dir=run)
     rows = []
     for step in range(STEP, STEP + 3):
         rows.append(updater.update(shard_of(own, whole, step)))
@@ -124,18 +117,13 @@ def train(config: Config, own: list[Group], whole: list[Group], run: Path) -> Fo
     return found
 
 
-def train_all(rank: int, count: int, port: int, names: list[str], folder: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+def train_all(rank: int, count: int, names: list[str], folder: Path, out: Path) -> None:
     groups = make_groups(folder, count=7)
     found = {}
     for name in names:
         config = settings(folder, LAYOUTS[name], count)
         found[name] = train(config, share(groups, rank, count), groups, out / name)
     torch.save(found, out / f"rank_{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def assert_alike(found: Found, alone: Found, *, exact: bool = True) -> None:
@@ -193,7 +181,7 @@ def test_a_lone_rank_may_be_sharded(folder, groups, tmp_path, lone_group):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "names"), [(2, ON_TWO), (4, ON_FOUR)])
 def test_all_layouts_give_the_same_as_one_rank(folder, groups, tmp_path, count, names):
-    mp.spawn(train_all, args=(count, free_port(), names, folder, tmp_path), nprocs=count)
+    on_ranks(count, train_all, names, folder, tmp_path)
     by_rank = [torch.load(tmp_path / f"rank_{r}", weights_only=False) for r in range(count)]
     for name in names:
         learner, found = LAYOUTS[name], by_rank[0][name]
@@ -210,12 +198,8 @@ def test_all_layouts_give_the_same_as_one_rank(folder, groups, tmp_path, count, 
                 assert other[name]["held"] == pytest.approx(whole / parts, rel=0.05)
 
 
-def go_on(rank: int, count: int, port: int, config: Config, folder: Path, run: Path) -> None:
+def go_on(rank: int, count: int, config: Config, folder: Path, run: Path) -> None:
     """Restores, trains two steps, saves a checkpoint, and on rank 0 what would be published."""
-    torch.set_num_threads(1)
-    if count > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
     groups = make_groups(folder, count=7)
     updater = PolicyUpdater(config, run_dir=run)
     first = updater.restore()
@@ -226,9 +210,6 @@ def go_on(rank: int, count: int, port: int, config: Config, folder: Path, run: P
     weights = published(updater)
     if rank == 0:
         torch.save(weights, run / f"weights_{first + 2}")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -238,12 +219,9 @@ def test_a_checkpoint_goes_on_with_other_ranks_and_layouts(folder, tmp_path):
         run = tmp_path / name
         run.mkdir()
         for count, learner in lives:
-            if name == "alone" or count == 1:
-                config = settings(folder, {} if name == "alone" else learner)
-                go_on(0, 1, 0, config, folder, run)
-            else:
-                config = settings(folder, learner, count)
-                mp.spawn(go_on, args=(count, free_port(), config, folder, run), nprocs=count)
+            if name == "alone":
+                count, learner = 1, {}
+            on_ranks(count, go_on, settings(folder, learner, count), folder, run)
     for step in (2, 4, 6, 8, 10):
         one, two = (torch.load(tmp_path / n / f"weights_{step}") for n in ("alone", "changing"))
         for tensor in one:

@@ -15,7 +15,7 @@ from peer_cases import EQUAL, SEEDS, assert_same, our_loss
 from torch import Tensor
 from trl_standin import Sample, random_sample, their_config, their_loss
 
-from asyncgrpo.algo import AlgoSettings
+from asyncgrpo.settings.algo import AlgoSettings
 
 pytestmark = pytest.mark.peer
 

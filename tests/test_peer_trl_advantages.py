@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from trl_standin import their_advantages
 from asyncgrpo.config import Config
 from asyncgrpo.learner.prepare import Preparer
 from asyncgrpo.learner.shaping import advantages
-from asyncgrpo.types import Group
+from asyncgrpo.types import Completions, Group
 
 pytestmark = pytest.mark.peer
 
@@ -38,12 +39,9 @@ def our_advantages(parts: np.ndarray, size: int, **algo: Any) -> np.ndarray:
         {"algo": {**algo, "group_size": size}, "reward": {"functions": functions}}
     )
     groups = [_group(chunk) for chunk in np.split(parts, len(parts) // size)]
-    extras = [np.zeros(size) for _ in groups]
-    preparer = Preparer(config, None, None, "cpu")  # type: ignore[arg-type]
-    spread = preparer._batch_std([tuple(groups)], [extras])
-    return np.concatenate(
-        [advantages(g, config, e, spread) for g, e in zip(groups, extras, strict=True)]
-    )
+    batch = SimpleNamespace(groups=groups, kl=None)
+    spread = Preparer(config, None, None, "cpu")._batch_std([batch])
+    return np.concatenate([advantages(g, config, np.zeros(size), spread) for g in groups])
 
 
 def _group(parts: np.ndarray) -> Group:
@@ -51,7 +49,7 @@ def _group(parts: np.ndarray) -> Group:
     total = np.nansum(parts * np.array(list(WEIGHTS.values()), np.float32), 1)
     return replace(
         make_group(make_lease(group_size=len(parts))),
-        completions=tuple(make_completion([0, 0]) for _ in parts),
+        completions=Completions.of([make_completion([0, 0]) for _ in parts]),
         rewards=total.astype(np.float32),
         reward_parts=named,
     )

@@ -16,8 +16,9 @@ from peer_cases import CLIPS, EQUAL, PLAIN, SEEDS, UNCAPPED, assert_same, our_lo
 from torch import Tensor
 from trl_standin import Measured, Sample, random_sample, released, their_loss, their_scoring
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.learner.batch import pack
+from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.types import Completions
 
 pytestmark = pytest.mark.peer
 
@@ -151,12 +152,12 @@ def _counts(sample: Sample, stale: int | None = None) -> tuple[int, int]:
     versions = [[0 if n == stale else 9] * length for n, length in enumerate(sample.lengths)]
     group = make_group(make_lease(group_size=len(versions)), versions=versions)
     ends = ["length" if n in sample.truncated else "stop" for n in range(len(versions))]
-    cut = tuple(
+    cut = [
         replace(completion, finish_reason=end)
         for completion, end in zip(group.completions, ends, strict=True)
-    )
+    ]
     _, report = pack(
-        [replace(group, completions=cut)],
+        [replace(group, completions=Completions.of(cut))],
         9,
         max_tokens=512,
         max_staleness=4,

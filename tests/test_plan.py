@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 
 from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.cores import assign_cores, core_sharers
+from asyncgrpo.launch.placement import assign_cores, core_sharers
 from asyncgrpo.launch.plan import (
     Host,
     Plan,
-    Ports,
     ProcessSpec,
     lone_actor,
     make_plan,
     render_plan,
 )
+from asyncgrpo.rundir import Endpoints
 
-PORTS = Ports(buffer=5001, weights=5002, store=5003, rendezvous=5004)
+DOORS = Endpoints(
+    buffer="tcp://10.0.0.1:1", weights="tcp://10.0.0.1:2", store=("10.0.0.1", 3), rendezvous=5004
+)
 RUN_DIR = Path("/runs/one")
 
 
@@ -32,9 +34,9 @@ def settings(**rooms: Any) -> Config:
     return from_mapping({"launch": {"actors": 2, "learners": 2}, **rooms})
 
 
-def plan_on(num_cores: int, config: Config | None = None, **keywords: Any) -> Plan:
+def plan_on(num_cores: int, config: Config | None = None) -> Plan:
     host = Host(cores=tuple(range(num_cores)))
-    return make_plan(config or settings(), host, PORTS, RUN_DIR, "python", **keywords)
+    return make_plan(config or settings(), host, DOORS, RUN_DIR)
 
 
 def spec(plan: Plan, name: str) -> ProcessSpec:
@@ -85,7 +87,6 @@ def test_more_roles_than_cores_share_and_the_warning_names_who_shares_what() -> 
     }
     assert "core 0: actor-0, actor-1; core 1: learner-0, learner-1" in plan.warnings[0]
     assert spec(plan, "actor-0").environment["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert spec(plan, "actor-0").note == "core 0 is used by actor-0, actor-1"
 
 
 def test_one_core_is_shared_by_all() -> None:
@@ -121,25 +122,22 @@ def test_the_command_lines_are_exactly_these() -> None:
     plan = plan_on(4)
     assert [spec.name for spec in plan.specs] == ["buffer", "learner", "actor-0", "actor-1"]
     role = "-m asyncgrpo.cli role {} --run-dir /runs/one"
-    assert " ".join(spec(plan, "buffer").argv) == f"python {role.format('buffer')}"
-    assert " ".join(spec(plan, "actor-1").argv) == f"python {role.format('actor')} --index 1"
+    assert " ".join(spec(plan, "buffer").argv) == f"{sys.executable} {role.format('buffer')}"
+    assert (
+        " ".join(spec(plan, "actor-1").argv) == f"{sys.executable} {role.format('actor')} --index 1"
+    )
     assert " ".join(spec(plan, "learner").argv) == (
-        "python -m asyncgrpo.learner.torchrun --nnodes 1 --nproc-per-node 2 --rdzv-backend "
-        "asyncgrpo --rdzv-endpoint 127.0.0.1:5004 --max-restarts 0 --monitor-interval 0.2 "
-        + role.format("learner")
+        f"{sys.executable} -m asyncgrpo.learner.torchrun --nnodes 1 --nproc-per-node 2 "
+        "--rdzv-backend asyncgrpo --rdzv-endpoint 127.0.0.1:5004 --max-restarts 0 "
+        "--monitor-interval 0.2 " + role.format("learner")
     )
     assert spec(plan, "actor-1").log_file == RUN_DIR / "logs" / "actor-1.log"
 
 
 def test_everything_stays_on_loopback_until_the_host_is_set() -> None:
     near = plan_on(4)
-    assert near.endpoints.buffer == "tcp://127.0.0.1:5001"
-    assert near.endpoints.store == ("127.0.0.1", 5003)
     assert spec(near, "learner").environment["NCCL_SOCKET_IFNAME"] == "lo"
     far = plan_on(4, from_mapping({"launch": {"host": "10.0.0.1"}}))
-    assert far.endpoints.buffer == "tcp://10.0.0.1:5001"
-    assert far.endpoints.weights == "tcp://10.0.0.1:5002"
-    assert far.endpoints.store == ("10.0.0.1", 5003)
     assert "127.0.0.1:5004" in spec(far, "learner").argv
     for name in ("learner", "actor-0"):
         assert spec(far, name).environment["GLOO_SOCKET_IFNAME"] == "lo"
@@ -162,29 +160,15 @@ def test_only_vllm_actors_get_the_engine_environment() -> None:
     assert not any(key.startswith("VLLM") for key in toy)
 
 
-def test_only_local_models_keep_actors_off_the_hub() -> None:
-    hub = settings(model={"path": "Qwen/Qwen3-0.6B"})
-    assert "HF_HUB_OFFLINE" not in spec(plan_on(4, hub), "actor-0").environment
-    local = plan_on(4, hub, model_is_local=True)
-    assert spec(local, "actor-0").environment["HF_HUB_OFFLINE"] == "1"
-
-
-def test_metrics_ports_count_up_from_the_buffer_and_zero_means_any() -> None:
-    assert set(plan_on(4).endpoints.metrics.values()) == {0}
-    fixed = Ports(buffer=1, weights=2, store=3, rendezvous=4, metrics=9000)
-    plan = make_plan(settings(), Host(cores=(0,)), fixed, RUN_DIR, "python")
-    assert plan.endpoints.metrics == {
-        "buffer": 9000,
-        "actor-0": 9001,
-        "actor-1": 9002,
-        "learner-0": 9003,
-        "learner-1": 9004,
-    }
+def test_only_local_models_keep_actors_off_the_hub(tmp_path: Path) -> None:
+    for model, offline in (("Qwen/Qwen3-0.6B", None), (str(tmp_path), "1"), ("tiny", "1")):
+        plan = plan_on(4, settings(model={"path": model}))
+        assert spec(plan, "actor-0").environment.get("HF_HUB_OFFLINE") == offline
 
 
 def gpu_plan(gpus: int, *present: str) -> Plan:
     config = settings(launch={"actors": 2, "learners": 2, "gpus": gpus})
-    return make_plan(config, Host(cores=(0, 1), gpu_ids=present), PORTS, RUN_DIR, "python")
+    return make_plan(config, Host(cores=(0, 1), gpu_ids=present), DOORS, RUN_DIR)
 
 
 def test_on_gpus_everyone_gets_one_and_nobody_is_pinned() -> None:
@@ -211,7 +195,9 @@ def test_the_rendered_plan_shows_cores_logs_command_lines_and_warnings() -> None
     assert "actor-1    cores 0" in text
     assert "/runs/one/logs/learner.log" in text
     assert "OMP_WAIT_POLICY=PASSIVE" in text
-    assert "run  python -m asyncgrpo.cli role actor --run-dir /runs/one --index 1" in text
+    assert (
+        f"run  {sys.executable} -m asyncgrpo.cli role actor --run-dir /runs/one --index 1" in text
+    )
     assert "warning: launch.actors=2" in text
 
 

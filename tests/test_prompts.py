@@ -6,77 +6,66 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fakes import make_prompt
+from fakes import make_prompt, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncgrpo.config import from_mapping
-from asyncgrpo.data.prompts import SURVEYED, PromptSource, open_prompts
-from asyncgrpo.data.streams import permutation
-from asyncgrpo.errors import ConfigError, DataError
+from asyncgrpo.data.prompts import PromptSource, open_prompts
+from asyncgrpo.data.streams import EpochStream
+from asyncgrpo.data.tasks import SURVEYED
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.types import Prompt
 
 GSM8K = str(Path(__file__).parent / "data" / "gsm8k_8.jsonl")
 seeds = st.integers(0, 2**31 - 1)
 
 
-def ids(source: PromptSource, positions: range) -> list[str]:
+def numbered(*numbers: int) -> list[Prompt]:
+    return [make_prompt(number) for number in numbers]
+
+
+def ids(source: PromptSource | EpochStream, positions: range) -> list[str]:
     return [prompt.prompt_id for i in positions if (prompt := source.get(i)) is not None]
 
 
 @given(st.integers(1, 30), seeds, st.integers(0, 5))
 def test_every_prompt_comes_exactly_once_per_epoch(count, seed, epoch):
-    source = PromptSource.from_prompts([make_prompt(i) for i in range(count)], seed=seed)
-    one_epoch = ids(source, range(epoch * count, (epoch + 1) * count))
+    stream = EpochStream(numbered(*range(count)), seed=seed)
+    one_epoch = ids(stream, range(epoch * count, (epoch + 1) * count))
     assert sorted(one_epoch) == sorted(f"p{i}" for i in range(count))
 
 
 @given(st.integers(1, 30), seeds, st.lists(st.integers(0, 200), max_size=20))
 def test_a_position_holds_the_same_prompt_in_whatever_order_it_is_asked(count, seed, positions):
-    prompts = [make_prompt(i) for i in range(count)]
-    source = PromptSource.from_prompts(prompts, seed=seed)
+    prompts = numbered(*range(count))
+    stream = EpochStream(prompts, seed=seed)
     for position in positions:
-        assert source.get(position) == PromptSource.from_prompts(prompts, seed=seed).get(position)
+        assert stream.get(position) == EpochStream(prompts, seed=seed).get(position)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(permutation(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
-    assert len(orders) == 16
-    assert permutation(50, 1, 2) == permutation(50, 1, 2)
+    streams = [EpochStream(numbered(*range(50)), seed=seed) for seed in range(4)]
+    epochs = [range(50 * epoch, 50 * (epoch + 1)) for epoch in range(4)]
+    assert len({tuple(ids(stream, epoch)) for stream in streams for epoch in epochs}) == 16
 
 
 def test_without_shuffling_the_order_is_that_of_the_file():
-    source = PromptSource.from_prompts([make_prompt(i) for i in range(3)], shuffle=False)
-    assert ids(source, range(7)) == ["p0", "p1", "p2", "p0", "p1", "p2", "p0"]
+    stream = EpochStream(numbered(0, 1, 2), shuffle=False)
+    assert ids(stream, range(7)) == ["p0", "p1", "p2", "p0", "p1", "p2", "p0"]
 
 
 def test_after_the_last_epoch_there_is_no_prompt():
-    source = PromptSource.from_prompts([make_prompt(i) for i in range(3)], epochs=2)
-    assert source.get(5) is not None
-    assert source.get(6) is None
-    assert source.get(10**6) is None
+    stream = EpochStream(numbered(0, 1, 2), epochs=2)
+    assert stream.get(5) is not None
+    assert stream.get(6) is None
+    assert stream.get(10**6) is None
 
 
 def test_held_out_prompts_are_cut_to_the_number_asked_for():
-    held_out = [make_prompt(i) for i in range(5)]
-    source = PromptSource.from_prompts([make_prompt(9)], held_out)
+    source = PromptSource(EpochStream(numbered(9)), {"held-out": numbered(*range(5))})
     assert source.held_out(2) == (make_prompt(0), make_prompt(1))
     assert len(source.held_out(100)) == 5
-
-
-def test_two_prompts_with_one_id_are_refused():
-    with pytest.raises(DataError, match="2 training prompts have the prompt_id 'p1'"):
-        PromptSource.from_prompts([make_prompt(1), make_prompt(1)])
-
-
-def test_a_source_without_training_prompts_is_refused():
-    with pytest.raises(DataError, match="no training prompts"):
-        PromptSource.from_prompts([])
-
-
-def test_held_out_prompts_that_are_trained_on_are_warned_about(caplog):
-    with caplog.at_level(logging.WARNING):
-        PromptSource.from_prompts([make_prompt(1), make_prompt(2)], [make_prompt(2)])
-    assert "1 of 1 held-out prompts are training prompts too" in caplog.text
 
 
 def test_the_default_configuration_trains_and_evaluates_generated_tasks():
@@ -116,9 +105,7 @@ def test_prompts_can_be_written_as_json():
 
 
 def test_a_survey_shows_each_training_prompt_once_or_those_of_one_evaluation():
-    source = PromptSource.from_prompts(
-        [make_prompt(i) for i in range(5)], [make_prompt(7), make_prompt(8)], seed=3
-    )
+    source = PromptSource(EpochStream(numbered(*range(5))), {"held-out": numbered(7, 8)})
     names = [prompt.prompt_id for prompt in source.survey()]
     assert sorted(names) == ["p0", "p1", "p2", "p3", "p4"]
     assert [prompt.prompt_id for prompt in source.survey("held-out")] == ["p7", "p8"]
@@ -131,10 +118,8 @@ def test_a_survey_of_an_endless_stream_ends():
 
 
 def table(folder: Path, name: str, count: int) -> str:
-    path = folder / f"{name}.jsonl"
     rows = [{"question": f"{name} {i}?", "answer": str(i), "row": i} for i in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return str(write_jsonl(folder / f"{name}.jsonl", *rows))
 
 
 def mixed(*tables: dict, seed: int = 0, **data: object) -> PromptSource:
@@ -220,10 +205,12 @@ def test_two_tables_of_one_name_are_refused(tmp_path):
         mixed({"path": path}, {"path": path})
 
 
-def test_a_table_that_is_held_out_as_well_is_warned_about(tmp_path, caplog):
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_training_prompts_that_are_held_out_as_well_are_warned_about(tmp_path, caplog, is_alone):
     path = table(tmp_path, "a", 3)
+    train = path if is_alone else [{"path": path}, {"path": table(tmp_path, "b", 3)}]
     with caplog.at_level(logging.WARNING):
-        mixed({"path": path}, {"path": table(tmp_path, "b", 3)}, eval=path)
+        open_prompts(from_mapping({"data": {"train": train, "eval": path}}))
     assert "3 of 3 held-out prompts are training prompts too" in caplog.text
 
 

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from fakes import write_jsonl
 
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
+from asyncgrpo.settings.data import TemplateSettings
 from asyncgrpo.types import Prompt
 
 GSM8K = Path(__file__).parent / "data" / "gsm8k_8.jsonl"
@@ -15,66 +16,34 @@ QUESTION = ({"role": "user", "content": "2 + 3?"},)
 
 
 def write(folder: Path, *rows: object) -> Path:
-    path = folder / "rows.jsonl"
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_jsonl(folder / "rows.jsonl", *rows)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": [{"role": "user", "content": "2 + 3?"}], "reward_model": {"ground_truth": "5"}},
-        {"prompt": "2 + 3?", "answer": "5"},
-        {"prompt": "2 + 3?", "solution": 5},
-        {"messages": [{"content": "2 + 3?", "role": "user"}], "ground_truth": 5},
-        {"query": "2 + 3?", "ground_truth": "5"},
-        {"question": "2 + 3?", "answer": "5"},
-    ],
-)
-def test_every_usual_shape_gives_the_same_question_and_answer(tmp_path, row):
+# The documented shapes, some with columns of their own.
+SHAPES = [
+    {
+        "data_source": "openai/gsm8k",
+        "prompt": [{"content": "2 + 3?", "role": "user"}],
+        "ability": "math",
+        "reward_model": {"ground_truth": "5", "style": "rule"},
+        "extra_info": {"answer": "2+3=<<2+3=5>>5\n#### 5", "index": 0, "split": "train"},
+    },
+    {"prompt": [{"role": "user", "content": "2 + 3?"}], "reward_model": {"ground_truth": "5"}},
+    {"prompt": [{"role": "user", "content": "2 + 3?"}], "solution": 5, "hint": "数"},
+    {"prompt": "2 + 3?", "answer": "5", "level": 1, "tags": ["sum", None]},
+    {"messages": [{"content": "2 + 3?", "role": "user"}], "ground_truth": 5},
+    {"query": "2 + 3?", "ground_truth": 5, "id": "q-1"},
+    {"question": "2 + 3?", "answer": "5", "data_source": "own"},
+    {"problem": "2 + 3?", "target": "5"},
+]
+
+
+@pytest.mark.parametrize("row", SHAPES)
+def test_each_documented_shape_becomes_the_same_prompt_with_its_own_columns(tmp_path, row):
     (prompt,) = read_prompts(write(tmp_path, row))
-    assert (prompt.messages, prompt.answer) == (QUESTION, "5")
-    assert (prompt.prompt_id, prompt.data_source) == ("rows:0", "rows")
-    assert prompt.columns == row
-
-
-# The four documented shapes, each with a column of its own: row -> the prompt it becomes.
-GOLDEN = {
-    "data_source": (
-        {
-            "data_source": "openai/gsm8k",
-            "prompt": [{"content": "2 + 3?", "role": "user"}],
-            "ability": "math",
-            "reward_model": {"ground_truth": "5", "style": "rule"},
-            "extra_info": {"answer": "2+3=<<2+3=5>>5\n#### 5", "index": 0, "split": "train"},
-        },
-        "openai/gsm8k",
-    ),
-    "prompt and columns": (
-        {"prompt": "2 + 3?", "answer": "5", "level": 1, "tags": ["sum", None]},
-        "rows",
-    ),
-    "messages and columns": (
-        {"prompt": [{"role": "user", "content": "2 + 3?"}], "solution": 5, "hint": "数"},
-        "rows",
-    ),
-    "query and ground_truth": ({"query": "2 + 3?", "ground_truth": 5, "id": "q-1"}, "rows"),
-    "question and answer": ({"question": "2 + 3?", "answer": "5", "data_source": "own"}, "own"),
-}
-
-
-@pytest.mark.parametrize("shape", GOLDEN)
-def test_each_documented_shape_becomes_the_same_prompt_with_its_own_columns(tmp_path, shape):
-    row, data_source = GOLDEN[shape]
-    assert read_prompts(write(tmp_path, row)) == (
-        Prompt(
-            prompt_id="rows:0",
-            messages=QUESTION,
-            answer="5",
-            data_source=data_source,
-            columns=row,
-        ),
+    source = row.get("data_source", "rows")
+    assert prompt == Prompt(
+        prompt_id="rows:0", messages=QUESTION, answer="5", data_source=source, columns=row
     )
 
 

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from asyncgrpo.config import RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.registry import RewardSet
 from asyncgrpo.rewards.registry import load_rewards as load
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 PROMPT = Prompt(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from asyncgrpo.config import RewardSettings
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.errors import DataError
-from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards
+from asyncgrpo.rewards.finding import bind
+from asyncgrpo.rewards.registry import RewardSet, load_rewards
 from asyncgrpo.rewards.trial import Row, try_rewards
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
-TESTS = Path(__file__).parent
-GSM8K = TESTS / "data" / "gsm8k_8.jsonl"
+GSM8K = Path(__file__).parent / "data" / "gsm8k_8.jsonl"
 ANSWERS = ("7", "12", "-3", "7", "40")
 
 
@@ -56,14 +57,14 @@ def built_in(*functions: object) -> RewardSet:
 def test_a_sound_judge_passes_and_the_format_it_wants_is_found(function, template):
     found = rows(built_in(function))
     assert {row.template for row in found.values()} == {template}
-    assert [row.flags for row in found.values()] == [(), ()]
+    assert [row.flags for row in found.values()] == [[], []]
     assert found["total"].means == {"gold": 1.0, "empty": 0.0, "shuffled": 0.0, "random": 0.0}
 
 
 def test_helpers_that_do_not_look_at_the_answer_are_not_flagged():
     think = {"use": "format", "weight": 0.1, "options": {"pattern": "^<think>.*</think>"}}
     found = rows(built_in({"use": "tag"}, think, {"use": "length_penalty"}))
-    assert [row.flags for row in found.values()] == [(), (), (), ()]
+    assert [row.flags for row in found.values()] == [[], [], [], []]
     assert found["total"].template == "<think>\n</think>\n<answer>{answer}</answer>"
     assert found["total"].means["shuffled"] < 0.1 < 1.0 < found["total"].means["gold"]
 
@@ -98,7 +99,7 @@ def not_for_empty(completion, answer):
 
 def test_a_function_that_does_not_apply_to_empty_texts_can_be_tried():
     found = rows(RewardSet([bind("judge", not_for_empty)]))
-    assert [row.flags for row in found.values()] == [(), ()]
+    assert [row.flags for row in found.values()] == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -121,13 +122,13 @@ def test_a_judge_that_can_be_cheated_or_misses_gold_is_flagged(function, label, 
 
 def test_what_wrong_answers_may_get_can_be_allowed():
     reward_set = RewardSet([bind("judge", partial)])
-    assert rows(reward_set, correct_above=0.5, allow=0.2)["judge"].flags == ()
-    assert rows(reward_set, correct_above=0.5, allow=0.1)["judge"].flags != ()
+    assert rows(reward_set, correct_above=0.5, allow=0.2)["judge"].flags == []
+    assert rows(reward_set, correct_above=0.5, allow=0.1)["judge"].flags != []
 
 
 def test_a_template_can_be_given():
     found = rows(built_in({"use": "gsm8k"}), template="so #### {answer}.")
-    assert (found["gsm8k"].template, found["gsm8k"].flags) == ("so #### {answer}.", ())
+    assert (found["gsm8k"].template, found["gsm8k"].flags) == ("so #### {answer}.", [])
 
 
 def test_shuffled_answers_are_never_right_and_missing_when_all_are_equal():
@@ -141,7 +142,7 @@ def test_shuffled_answers_are_never_right_and_missing_when_all_are_equal():
     assert all(texts[0] == truth and texts[-1] != truth for texts, truth in seen)
     same = rows(built_in({"use": "exact"}), [prompt(1, "7"), prompt(2, "7.0")])
     assert same["exact"].means["shuffled"] != same["exact"].means["shuffled"]  # NaN
-    assert same["total"].flags == ()
+    assert same["total"].flags == []
 
 
 def test_each_source_is_tried_with_its_own_judge_up_to_the_count():
@@ -165,33 +166,35 @@ def test_data_without_answers_cannot_be_tried():
 def test_a_real_sample_of_gsm8k_passes_with_both_extractions():
     for extract in ("strict", "flexible"):
         judge = {"use": "gsm8k", "options": {"extract": extract}}
-        assert rows(built_in(judge), read_prompts(GSM8K))["gsm8k"].flags == ()
+        assert rows(built_in(judge), read_prompts(GSM8K))["gsm8k"].flags == []
 
 
 @pytest.fixture
-def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.chdir(tmp_path)
+def command(asyncgrpo, tmp_path: Path, monkeypatch):
+    """`reward test` on twenty sums."""
     records = [{"question": f"{i} + {i}", "answer": 2 * i} for i in range(20)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return ["reward", "test", "--set", "data.train=sums.jsonl", "--set", "data.eval=none"]
+    monkeypatch.chdir(tmp_path)
+    data = ("--set", "data.train=sums.jsonl", "--set", "data.eval=none")
+    return functools.partial(asyncgrpo, "reward", "test", *data)
 
 
-def test_the_command_shows_a_table_and_leaves_with_0_for_sound_rewards(command, sums):
-    done = command(*sums, "--set", "reward.routes={sums='gsm8k'}", "-n", "5")
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+def test_the_command_shows_a_table_and_leaves_with_0_for_sound_rewards(command):
+    code, out, err = command("--set", "reward.routes={sums='gsm8k'}", "-n", "5")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["data_source", "function", "gold", "empty", "shuffled", "random", "verdict"]
     assert lines[1] == ["sums", "gsm8k", "1.000", "0.000", "0.000", "0.000", "ok"]
-    assert "sums: answers are written as '#### {answer}' (--template)" in done.stdout
+    assert "sums: answers are written as '#### {answer}' (--template)" in out
 
 
-def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(command, sums):
-    route = "reward.routes={sums={use='gsm8k', options={format_score=0.2}}}"
-    done = command(*sums, "--set", route)
-    assert done.returncode == 1, done.stderr
-    assert "FLAGGED" in done.stdout
-    assert "sums, gsm8k: rewards format without correctness: shuffled gets 0.2" in done.stdout
-    assert "Traceback" not in done.stderr
+def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(command):
+    code, out, err = command(
+        "--set", "reward.routes={sums={use='gsm8k', options={format_score=0.2}}}"
+    )
+    assert (code, err) == (1, "")
+    assert "FLAGGED" in out
+    assert "sums, gsm8k: rewards format without correctness: shuffled gets 0.2" in out
 
 
 @pytest.mark.parametrize(
@@ -204,8 +207,7 @@ def test_the_command_leaves_with_1_when_a_reward_can_be_cheated(command, sums):
         (["-n", "0"], "Invalid value for '-n'"),
     ],
 )
-def test_the_command_leaves_with_2_for_bad_input(command, sums, arguments, said):
-    done = command(*sums, *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_command_leaves_with_2_for_bad_input(command, arguments, said):
+    code, _, err = command(*arguments)
+    assert (code, "Traceback" in err) == (2, False)
+    assert said in err

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncgrpo.config import RewardSettings
 from asyncgrpo.errors import RewardError
-from asyncgrpo.rewards.health import RewardHealth
-from asyncgrpo.rewards.registry import RewardSet, bind, load_rewards, lost_scores
+from asyncgrpo.rewards.finding import bind
+from asyncgrpo.rewards.registry import RewardHealth, RewardSet, load_rewards, lost_scores
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 PROMPT = Prompt(

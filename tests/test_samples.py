@@ -6,30 +6,20 @@ import csv
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import make_run, rows_of
 
-from asyncgrpo import cli
-from asyncgrpo.config import from_mapping
 from asyncgrpo.observe.samples import Samples
-from asyncgrpo.rundir import Endpoints, RunDir
 
 
 @pytest.fixture
-def traj(monkeypatch, capsys):
-    """Runs one `asyncgrpo traj` command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["asyncgrpo", "traj", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        output = capsys.readouterr()
-        return int(end.value.code or 0), output.out, output.err
-
-    return run
+def traj(asyncgrpo):
+    """Runs one `asyncgrpo traj` command; returns (exit code, stdout, stderr)."""
+    return partial(asyncgrpo, "traj")
 
 
 def row(step: int, group: int, sample: int, completion: str, score: float, **more: Any) -> dict:
@@ -67,9 +57,7 @@ STEPS = {
 
 
 def write_run(folder: Path, steps: dict[int, list[dict]], **rooms: Any) -> Path:
-    (folder / "trajectories").mkdir(parents=True)
-    endpoints = Endpoints(buffer="", weights="", store=("", 0))
-    RunDir(path=folder, config=from_mapping(rooms), endpoints=endpoints).write()
+    (make_run(folder, **rooms).path / "trajectories").mkdir()
     for step, rows in steps.items():
         text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in rows)
         (folder / "trajectories" / f"step_{step}.jsonl").write_text(text, encoding="utf-8")
@@ -250,24 +238,20 @@ def test_the_same_id_with_another_text_is_another_prompt(tmp_path, run, traj):
     assert out.strip().endswith("(how many): none")
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").strip().split("\n")]
-
-
 def test_export_writes_the_trained_rows_as_they_are(tmp_path, run, traj):
     out = tmp_path / "new" / "rows.jsonl"
     code, said, _ = traj("export", run, "--out", out)
     assert (code, said) == (0, f"{out}: 10 records\n")
-    assert read_jsonl(out) == [*STEPS[0][:4], *STEPS[3]]
+    assert rows_of(out) == [*STEPS[0][:4], *STEPS[3]]
     assert "答案" in out.read_text(encoding="utf-8")
     traj("export", run, "--out", out, "--status", "all", "--steps", "0:2")
-    assert read_jsonl(out) == STEPS[0]
+    assert rows_of(out) == STEPS[0]
 
 
 def test_export_makes_records_for_fine_tuning_from_the_best_of_each_group(tmp_path, run, traj):
     out = tmp_path / "sft.jsonl"
     traj("export", run, "--out", out, "--best", 1, "--as", "messages", "--steps", "3")
-    records = read_jsonl(out)
+    records = rows_of(out)
     assert [record["messages"][-1]["content"] for record in records] == ["1", "3", "8"]
     assert records[0] == {
         "messages": [

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from asyncgrpo.config import LearnerSettings
 from asyncgrpo.learner.schedule import SCHEDULES, learning_rate
+from asyncgrpo.settings.learner import LearnerSettings
 
 
 def settings(schedule: str, *, warmup: int = 5, floor: float = 0.1) -> LearnerSettings:

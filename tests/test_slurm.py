@@ -25,9 +25,10 @@ from asyncgrpo.launch.nodes import (
     parse_job,
     slots_per_node,
 )
-from asyncgrpo.launch.plan import Host, Plan, Ports, make_plan
+from asyncgrpo.launch.plan import Host, Plan, make_plan
 from asyncgrpo.launch.sbatch import freeze, render
-from asyncgrpo.launch.steps import Job
+from asyncgrpo.launch.slurm import Job
+from asyncgrpo.rundir import Endpoints
 
 # What Slurm 22.05 prints, shortened: two nodes alike, the second one listed first.
 JOB = (
@@ -138,13 +139,19 @@ def test_who_finds_no_room_is_told_what_is_free(actors, learners, slots, message
         find_seats(settings(actors, learners), nodes_of(*slots))
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=5))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.integers(1, 3),
+)
 def test_nobody_is_seated_where_there_is_no_room(
-    actors: int, learners: int, slots: list[int]
+    actors: int, learners: int, slots: list[int], width: int
 ) -> None:
     nodes = nodes_of(*slots)
+    config = settings(actors, learners, actor={"tensor_parallel": width})
     try:
-        found = find_seats(settings(actors, learners), nodes)
+        found = find_seats(config, nodes)
     except ConfigError:
         return
     taken = dict.fromkeys(nodes, 0)
@@ -152,18 +159,32 @@ def test_nobody_is_seated_where_there_is_no_room(
         for node in seat.nodes:
             taken[node] += seat.slots
     assert all(taken[node] <= node.slots for node in nodes)
-    assert sum(taken.values()) == actors + learners
+    assert sum(taken.values()) == actors * width + learners
+    assert all(len(found[f"actor-{index}"].nodes) == 1 for index in range(actors))
     assert found["learner"].nodes[0] == nodes[0]
 
 
-@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 6))
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 6), st.integers(1, 4))
 def test_what_is_asked_for_is_enough_and_one_slot_less_is_not(
-    actors: int, learners: int, count: int
+    actors: int, learners: int, count: int, width: int
 ) -> None:
-    slots = slots_per_node(learners, actors, count)
-    find_seats(settings(actors, learners), nodes_of(*[slots] * count))
+    slots = slots_per_node(learners, actors, count, width)
+    config = settings(actors, learners, actor={"tensor_parallel": width})
+    find_seats(config, nodes_of(*[slots] * count))
     with pytest.raises(ConfigError):
-        find_seats(settings(actors, learners), nodes_of(*[slots - 1] * count))
+        find_seats(config, nodes_of(*[slots - 1] * count))
+
+
+def test_an_engine_of_several_gpus_is_seated_on_one_node() -> None:
+    config = settings(2, 1, actor={"tensor_parallel": 2}, launch={"gpus": 5})
+    assert seats(config, nodes_of(3, 2)) == {
+        "learner": "n0 x1",
+        "actor-0": "n1 x2",
+        "actor-1": "n0 x2",
+    }
+    assert "--gpus-per-node=2" in find_seats(config, nodes_of(3, 2))["actor-0"].srun("actor-0")
+    with pytest.raises(ConfigError, match="it needs 2 slots of 1 CPUs and a GPU on one node; free"):
+        find_seats(config, nodes_of(2, 1, 1, 1))
 
 
 def test_after_a_node_is_lost_its_roles_find_only_slots_that_others_leave_free() -> None:
@@ -181,14 +202,13 @@ def test_after_a_node_is_lost_its_roles_find_only_slots_that_others_leave_free()
 
 
 def plan_on(config: Config, nodes: list[Node]) -> Plan:
-    ports = Ports(buffer=5001, weights=5002, store=5003, rendezvous=5004)
+    doors = Endpoints(buffer="", weights="", store=("", 5003), rendezvous=5004)
     run_dir = Path("/runs/one")
     return make_plan(
         config,
         Host(cores=(0, 1)),
-        ports,
+        doors,
         run_dir,
-        "python",
         seats=find_seats(config, nodes),
         log_dir=run_dir / "logs" / "7.1",
     )
@@ -197,18 +217,16 @@ def plan_on(config: Config, nodes: list[Node]) -> Plan:
 def test_roles_on_nodes_are_steps_with_exactly_these_command_lines() -> None:
     plan = plan_on(settings(launch={"host": "10.0.0.4"}), nodes_of(2, 2))
     lines = {spec.name: " ".join(spec.argv) for spec in plan.specs}
-    assert lines["buffer"] == "python -m asyncgrpo.cli role buffer --run-dir /runs/one"
+    assert lines["buffer"] == f"{sys.executable} -m asyncgrpo.cli role buffer --run-dir /runs/one"
     assert lines["actor-1"] == (
         "srun --job-name=actor-1 --nodelist=n1 --nodes=1 --ntasks=1 --ntasks-per-node=1 --exact "
         "--cpus-per-task=1 --mem=0 --kill-on-bad-exit=1 --wait=60 --export=ALL "
-        "python -m asyncgrpo.cli role actor --run-dir /runs/one --index 1"
+        f"{sys.executable} -m asyncgrpo.cli role actor --run-dir /runs/one --index 1"
     )
     assert "--nodelist=n0 --nodes=1 --ntasks=1" in lines["learner"]
     assert "--cpus-per-task=2" in lines["learner"]
     assert "--nnodes 1 --nproc-per-node 2 " in lines["learner"]
     assert "--rdzv-endpoint 127.0.0.1:5004" in lines["learner"]  # nobody else has to reach it
-    assert plan.endpoints.buffer == "tcp://10.0.0.4:5001"
-    assert plan.endpoints.store == ("10.0.0.4", 5003)
     assert plan.endpoints.cores == {}
     assert {spec.log_file.parent for spec in plan.specs} == {Path("/runs/one/logs/7.1")}
     assert {spec.name: spec.nodes for spec in plan.specs}["actor-0"] == ("n1",)
@@ -303,16 +321,12 @@ def run_script(script: str, python: Path, **environment: str) -> dict[str, Any]:
 def python(tmp_path: Path) -> Path:
     """A stand-in for Python that tells how it was called."""
     file = tmp_path / "stand in"
-    code = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))"
-    file.write_text(
-        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -S -c "
-        f'{shlex.quote(code.replace("[sys.argv[1:], dict(os.environ), os.getcwd()]", KEYS))} "$@"\n'
-    )
+    told = "dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd())"
+    code = f"import json, os, sys; print(json.dumps({told}))"
+    command = shlex.join([sys.executable, "-S", "-c", code])
+    file.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     file.chmod(0o755)
     return file
-
-
-KEYS = "dict(argv=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd())"
 
 
 def test_every_path_of_a_script_survives_bash(

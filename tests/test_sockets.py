@@ -153,7 +153,7 @@ def test_another_version_is_told_so_but_a_flood_of_it_is_not_answered(server, st
     while stranger.poll(200):
         answers.append(decode(stranger.recv_multipart()))
     assert [answer.fields["reason"] for answer in answers] == [
-        "schema 9 is not 2; both sides need the same version"
+        "schema 9 is not 3; both sides need the same version"
     ]
 
 

@@ -14,12 +14,13 @@ import pytest
 
 from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.flow import FlowFile
-from asyncgrpo.config import LaunchSettings, from_mapping
+from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.errors import RunError
 from asyncgrpo.launch.lifeline import RUN_ID
 from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.rundir import FLOW_FILE
+from asyncgrpo.settings.run import LaunchSettings
 from asyncgrpo.wire.codec import Packet
 
 SCRIPT = (

@@ -10,7 +10,7 @@ from fakes import make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Turns, resample
+from asyncgrpo.data.streams import EpochStream, MixedStream, Turns, resample
 
 seeds = st.integers(0, 2**31 - 1)
 weight_lists = st.lists(
@@ -25,10 +25,16 @@ def counts(turns: Turns, num: int) -> list[int]:
     return [drawn[source] for source in range(6)]
 
 
-def part(number: int, size: int, seed: int = 0, weight: float | None = None) -> Part:
-    prompts = [make_prompt(100 * number + i) for i in range(size)]
-    stream = EpochStream(prompts, seed=f"{seed}:{number}", shuffle=True, epochs=None)
-    return Part(stream=stream, size=size, weight=weight)
+def mix(
+    sizes: list[int], seed: int, epochs: int | None, weights: list[float] | None = None
+) -> MixedStream:
+    """Of numbered prompts, each source with other ones."""
+    streams = [
+        EpochStream([make_prompt(100 * number + i) for i in range(size)], seed=f"{seed}:{number}")
+        for number, size in enumerate(sizes)
+    ]
+    shares = weights[: len(sizes)] if weights else [None] * len(sizes)
+    return MixedStream(streams, shares, seed=seed, epochs=epochs)
 
 
 def ids(stream: MixedStream, num: int) -> list[str]:
@@ -63,12 +69,6 @@ def test_no_source_is_a_whole_turn_ahead_of_its_share_at_any_position(weights, s
         assert count - num * weight / sum(exact) < 1
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), seeds, st.integers(1, 5))
-def test_shares_are_exact_after_each_round_of_the_weights(weights, seed, rounds):
-    found = counts(Turns(weights, [None] * len(weights), seed), rounds * sum(weights))
-    assert found[: len(weights)] == [rounds * weight for weight in weights]
-
-
 @given(weight_lists, seeds, st.lists(st.integers(0, 300), max_size=20))
 def test_a_position_is_the_same_turn_in_whatever_order_it_is_asked(weights, seed, positions):
     turns = Turns(weights, [None] * len(weights), seed)
@@ -93,33 +93,16 @@ def test_the_others_keep_their_shares_when_a_source_has_given_all_it_has():
     assert counts(turns, 10 + 400)[:3] == [6, 3 + 300, 1 + 100]
 
 
-@given(
-    st.lists(st.integers(1, 12), min_size=1, max_size=4),
-    st.one_of(st.none(), st.lists(st.sampled_from([0.5, 1, 3]), min_size=4, max_size=4)),
-    st.integers(1, 4),
-    seeds,
-)
-def test_a_finite_run_uses_every_prompt_exactly_epochs_times(sizes, weights, epochs, seed):
-    parts = [part(i, size, seed, weights and weights[i]) for i, size in enumerate(sizes)]
-    stream = MixedStream(parts, seed=seed, epochs=epochs)
-    total = epochs * sum(sizes)
-    used = Counter(ids(stream, total))
-    assert set(used.values()) == {epochs}
-    assert len(used) == sum(sizes)
-    assert stream.get(total) is None
-
-
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 5), seeds)
 def test_without_weights_each_epoch_holds_every_prompt_once(sizes, epoch, seed):
-    parts = [part(i, size, seed) for i, size in enumerate(sizes)]
-    stream = MixedStream(parts, seed=seed, epochs=None)
+    stream = mix(sizes, seed, None)
     everything = ids(stream, (epoch + 1) * sum(sizes))[epoch * sum(sizes) :]
     assert len(set(everything)) == len(everything) == sum(sizes)
 
 
 def test_another_seed_gives_another_order_and_the_same_seed_the_same():
     def order(seed: int) -> list[str]:
-        return ids(MixedStream([part(1, 9, seed), part(2, 9, seed)], seed=seed, epochs=1), 18)
+        return ids(mix([9, 9], seed, 1), 18)
 
     assert order(1) == order(1)
     assert len({tuple(order(seed)) for seed in range(8)}) == 8
@@ -141,11 +124,16 @@ def test_a_sample_depends_on_the_seed():
     assert len({tuple(resample(20, 0.5, seed, "a")) for seed in range(5)}) == 5
 
 
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), seeds, st.integers(1, 3))
-def test_each_epoch_of_a_mix_holds_every_prompt_of_each_source_once(sizes, seed, epochs):
-    parts = [part(number, size, seed) for number, size in enumerate(sizes)]
-    stream = MixedStream(parts, seed=seed, epochs=epochs)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    st.one_of(st.none(), st.lists(st.sampled_from([0.5, 1, 3]), min_size=4, max_size=4)),
+    seeds,
+    st.integers(1, 3),
+)
+def test_each_epoch_of_a_mix_holds_every_prompt_of_each_source_once(sizes, weights, seed, epochs):
+    stream = mix(sizes, seed, epochs, weights)
     used = Counter((p.prompt_id, stream.epoch(i)) for i in range(99) if (p := stream.get(i)))
     every = [prompt.prompt_id for prompt in stream.prompts()]
     assert used == Counter((prompt, epoch) for prompt in every for epoch in range(epochs))
-    assert stream.epoch(sum(sizes) * epochs) is None
+    assert len(every) == sum(sizes)
+    assert stream.get(sum(sizes) * epochs) is stream.epoch(sum(sizes) * epochs) is None

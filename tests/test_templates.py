@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncgrpo.config import DataSettings, TemplateSettings
 from asyncgrpo.data.templates import fit, render, tokenise, with_suffix, with_template
 from asyncgrpo.data.tiny import build_tokenizer
 from asyncgrpo.errors import DataError
+from asyncgrpo.settings.data import DataSettings, TemplateSettings
 from asyncgrpo.types import Prompt
 
 STEPS = 'Let\'s think step by step and output the final answer after "####".'

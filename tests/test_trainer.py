@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import reward_functions
+from fakes import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -291,19 +292,18 @@ def model(tmp_path_factory) -> str:
 
 def command_line(folder: Path, model: str) -> Path:
     """The same run by `asyncgrpo launch --serial`, from files."""
-    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
-    for name in ("train_dataset.jsonl", "eval_dataset.jsonl"):
-        (folder / name).write_text(rows)
-    overrides = [
-        f"{room}.{k}={json.dumps(v)}" for room, s in SETTINGS.items() for k, v in s.items()
-    ]
-    overrides += [f"model.path={model}", "data.train=train_dataset.jsonl"]
-    overrides += [
-        "data.eval=eval_dataset.jsonl",
-        'reward.functions=[{use="reward_functions:vowels"}]',
-    ]
-    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--serial", "--run-dir", "by_cli"]
-    command += [part for override in overrides for part in ("--set", override)]
+    for name in ("train", "eval"):
+        write_jsonl(folder / f"{name}_dataset.jsonl", *ROWS)
+    data = {"train": "train_dataset.jsonl", "eval": "eval_dataset.jsonl"}
+    settings = {
+        **SETTINGS,
+        "model": {"path": model},
+        "data": {**SETTINGS["data"], **data},
+        "reward": {"functions": [{"use": "reward_functions:vowels"}]},
+    }
+    (folder / "by_cli.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--serial"]
+    command += ["--config", "by_cli.json", "--run-dir", "by_cli"]
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     subprocess.run(command, cwd=folder, env={**os.environ, **paths}, check=True, timeout=200)
     return folder / "by_cli"

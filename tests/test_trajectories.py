@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import make_group, make_lease
+from fakes import make_group, make_lease, make_run, rows_of
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.observe.samples import Samples
 from asyncgrpo.observe.trajectories import TrajectoryWriter
-from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.rundir import RunDir
 from asyncgrpo.serial import run_serial
-from asyncgrpo.types import EndedGroup
+from asyncgrpo.types import Completions, EndedGroup
 
 FIELDS = [
     *("step", "group", "sample", "status", "reason", "prompt_id", "data_source", "prompt"),
@@ -28,8 +28,7 @@ FIELDS = [
 
 
 def read(folder: Path, step: int) -> list[dict]:
-    text = (folder / "trajectories" / f"step_{step}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+    return rows_of(folder / "trajectories" / f"step_{step}.jsonl")
 
 
 def ended(group, status="trained", reason="", advantages=(0.5, -0.5)):
@@ -116,7 +115,7 @@ def test_a_completion_without_tokens_and_a_score_that_does_not_apply_are_null(tm
 def test_the_masked_share_is_what_the_settings_take_out_of_the_loss(tmp_path, rooms, share):
     group = make_group(make_lease(), versions=[[2, 3, 4, 5], [5, 5]])
     cut = replace(group.completions[1], finish_reason="length")
-    group = replace(group, completions=(group.completions[0], cut))
+    group = replace(group, completions=Completions.of([group.completions[0], cut]))
     TrajectoryWriter(tmp_path, from_mapping(rooms))(5, [ended(group)])
     assert [row["masked_share"] for row in read(tmp_path, 5)] == share
 
@@ -133,13 +132,9 @@ def test_any_text_stays_text(tmp_path, text):
     lease = make_lease()
     prompt = replace(lease.prompt, messages=({"role": "user", "content": text},), answer=text)
     group = make_group(replace(lease, prompt=prompt))
-    completions = tuple(replace(completion, text=text) for completion in group.completions)
-    (tmp_path / "config.json").write_text("{}")
-    endpoints = Endpoints(buffer="", weights="", store=("", 0))
-    RunDir(path=tmp_path, config=from_mapping({}), endpoints=endpoints).write()
-    TrajectoryWriter(tmp_path, from_mapping({}))(
-        0, [ended(replace(group, completions=completions))]
-    )
+    completions = Completions.of([replace(c, text=text) for c in group.completions])
+    config = make_run(tmp_path).config
+    TrajectoryWriter(tmp_path, config)(0, [ended(replace(group, completions=completions))])
     raw = (tmp_path / "trajectories/step_0.jsonl").read_bytes().decode("utf-8")
     assert ("🙂" in text) == ("🙂" in raw)
     samples = Samples.open(tmp_path)
@@ -166,25 +161,19 @@ def trained_serially(base: Path, correct_above: float, **data: object) -> RunDir
         {"use": "reward_functions:vowels", "weight": 2.0},
         {"use": "length_penalty", "options": {"per_character": 0.01}},
     ]
-    config = from_mapping(
-        {
-            "run": {"max_steps": 5, "seed": 3},
-            "model": {"path": str(model)},
-            "data": {"max_prompt_tokens": 32, "eval": None, **data},
-            "sampling": {"max_completion_tokens": 8},
-            "reward": {"functions": functions, "correct_above": correct_above},
-            "actor": {"engine": "toy", "concurrency": 12},
-            "buffer": {"groups_per_step": 3, "max_staleness": 1},
-            "algo": {"group_size": 4},
-            "learner": {"lr": 3e-3},
-            "launch": {"actors": 1, "learners": 1},
-        }
+    run = make_run(
+        base / "run",
+        run={"max_steps": 5, "seed": 3},
+        model={"path": str(model)},
+        data={"max_prompt_tokens": 32, "eval": None, **data},
+        sampling={"max_completion_tokens": 8},
+        reward={"functions": functions, "correct_above": correct_above},
+        actor={"engine": "toy", "concurrency": 12},
+        buffer={"groups_per_step": 3, "max_staleness": 1},
+        algo={"group_size": 4},
+        learner={"lr": 3e-3},
+        launch={"actors": 1, "learners": 1},
     )
-    run = RunDir(
-        path=base / "run", config=config, endpoints=Endpoints(buffer="", weights="", store=("", 0))
-    )
-    run.path.mkdir()
-    run.write()
     run_serial(run)
     return run
 

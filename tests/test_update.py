@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,101 +13,23 @@ import oracle_advantages
 import oracles
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from fakes import make_lease
+from learner_case import (
+    STEP,
+    logprobs,
+    make_groups,
+    on_ranks,
+    settings,
+    shard_of,
+    token_log,
+    weights_of,
+)
 from transformers import AutoModelForCausalLM
 
-from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import update
-from asyncgrpo.learner.reference import adapted_coefficient
+from asyncgrpo.learner.schedule import adapted_coefficient
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Completion, Group, Shard
-
-STEP = 6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_untrained(tmp_path_factory.mktemp("model") / "tiny", True, 5)
-
-
-def settings(folder: Path, **rooms: Any) -> Config:
-    algo = {"group_size": 4, **rooms.pop("algo", {})}
-    return from_mapping(
-        {
-            "model": {"path": str(folder)},
-            "algo": algo,
-            "learner": {"lr": 1e-2, "warmup_steps": 0, **rooms.pop("learner", {})},
-            "buffer": {"groups_per_step": 6, "max_staleness": 6},
-            "launch": {"learners": 1},
-            **rooms,
-        }
-    )
-
-
-def logprobs(model: torch.nn.Module, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """float64 log-probs of the completion by a plain forward pass."""
-    ids = torch.from_numpy(np.concatenate([prompt, tokens]).astype(np.int64))[None]
-    with torch.no_grad():
-        table = model(input_ids=ids).logits[0].double().log_softmax(-1)
-    places = torch.arange(len(prompt) - 1, len(prompt) + len(tokens) - 1)
-    return table[places, torch.from_numpy(tokens.astype(np.int64))].numpy()
-
-
-def make_groups(folder: Path, count: int = 6, noise: float = 0.3, seed: int = 0) -> list[Group]:
-    """Random completions; behaviour log-probs are the model's plus noise that grows with age."""
-    random = np.random.default_rng(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    groups = []
-    for number in range(count):
-        prompt = random.integers(3, 200, int(random.integers(2, 6))).astype(np.int32)
-        completions = []
-        for sample in range(4):
-            tokens = random.integers(3, 200, int(random.integers(1, 13))).astype(np.int32)
-            versions = np.sort(random.integers(STEP - 4, STEP + 1, len(tokens))).astype(np.int32)
-            moved = noise * random.normal(size=len(tokens)) * (STEP - versions)
-            completions.append(
-                Completion(
-                    token_ids=tokens,
-                    behavior_logprobs=(logprobs(model, prompt, tokens) + moved).astype(np.float32),
-                    versions=versions,
-                    finish_reason="length" if sample == 0 else "stop",
-                )
-            )
-        rewards = random.normal(size=4).astype(np.float32)
-        groups.append(
-            Group(
-                lease=make_lease(number, group_size=4),
-                prompt_token_ids=prompt,
-                completions=tuple(completions),
-                rewards=rewards,
-                reward_parts={"task": rewards},
-                actor="actor-0",
-            )
-        )
-    return groups
-
-
-def shard_of(groups: list[Group], whole: list[Group] | None = None, step: int = STEP) -> Shard:
-    everything = whole or groups
-    return Shard(
-        step=step,
-        groups=tuple(groups),
-        num_loss_tokens_global=sum(group.num_tokens for group in everything),
-        num_completions_global=sum(len(group.completions) for group in everything),
-    )
-
-
-def weights_of(updater: PolicyUpdater) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in updater.weights()}
-
-
-def token_log(run: Path, step: int = STEP) -> dict[str, np.ndarray]:
-    with np.load(run / "tokens" / f"step_{step}.rank0.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+from asyncgrpo.types import Completions, Group
 
 
 def test_several_updates_keep_the_proximal_policy_of_the_start(
@@ -233,33 +155,32 @@ def test_the_reference_is_mixed_or_reset_every_n_steps(
     assert metrics["reference_syncs"] == 1
 
 
-def kl_rows(groups: list[Group], folder: Path, lag: int = 0) -> dict[tuple[int, int], np.ndarray]:
-    """0.7 times k3 of the start model against the behaviour log-probs, per completion."""
+def trained_with_kl_in(
+    where: str, folder: Path, run: Path
+) -> tuple[PolicyUpdater, list[Group], dict[str, np.ndarray], dict[tuple[int, int], np.ndarray]]:
+    """After one update: the updater, its groups, the token log, and of each completion 0.7 times
+    k3 of the start model against the behaviour log-probs."""
+    config = settings(folder, algo={"kl_coef": 0.7, "kl_in": where}, observe={"token_log": True})
+    groups, table = make_groups(folder), {}
+    updater = PolicyUpdater(config, run_dir=run)
+    updater.update(shard_of(groups))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    table = {}
     for g, group in enumerate(groups):
         for i, completion in enumerate(group.completions):
-            ref = logprobs(model, group.prompt_token_ids, completion.token_ids)
-            count = len(ref)
             sequence = {
                 "logprobs": completion.behavior_logprobs.astype(np.float64),
-                "ref": ref,
-                "mask": np.ones(count),
+                "ref": logprobs(model, group.prompt_token_ids, completion.token_ids),
+                "mask": np.ones(len(completion.token_ids)),
                 "advantage": 1.0,
             }
             table[g, i] = 0.7 * oracles.kl([sequence], "k3")[0]
-    return table
+    return updater, groups, token_log(run), table
 
 
 def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_compared(
     folder: Path, tmp_path: Path
 ) -> None:
-    algo = {"kl_coef": 0.7, "kl_in": "reward"}
-    config = settings(folder, algo=algo, observe={"token_log": True})
-    groups = make_groups(folder)
-    updater = PolicyUpdater(config, run_dir=tmp_path)
-    updater.update(shard_of(groups))
-    found, kl = token_log(tmp_path), kl_rows(groups, folder)
+    updater, groups, found, kl = trained_with_kl_in("reward", folder, tmp_path)
     for g, group in enumerate(groups):
         rewards = [float(r) - kl[g, i].sum() for i, r in enumerate(group.rewards)]
         for i, value in enumerate(oracle_advantages.grpo(rewards)):
@@ -271,20 +192,13 @@ def test_kl_in_the_reward_is_taken_from_each_completion_before_the_group_is_comp
 def test_kl_in_the_reward_per_token_counts_from_each_token_to_the_end(
     folder: Path, tmp_path: Path
 ) -> None:
-    algo = {"kl_coef": 0.7, "kl_in": "reward_token"}
-    config = settings(folder, algo=algo, observe={"token_log": True})
-    groups = make_groups(folder)
-    updater = PolicyUpdater(config, run_dir=tmp_path)
-    updater.update(shard_of(groups))
-    found, kl = token_log(tmp_path), kl_rows(groups, folder)
+    updater, groups, found, kl = trained_with_kl_in("reward_token", folder, tmp_path)
     for g, group in enumerate(groups):
         for i, value in enumerate(oracle_advantages.grpo(group.rewards.tolist())):
             assert updater.advantages[4 * g + i] == pytest.approx(value, rel=1e-4)
             rows = (found["lease"] == g) & (found["sample"] == i)
-            to_go = [kl[g, i][t:].sum() for t in range(len(kl[g, i]))]
-            np.testing.assert_allclose(
-                found["advantage"][rows], value - np.array(to_go), rtol=1e-3, atol=1e-4
-            )
+            expected = value - kl[g, i][::-1].cumsum()[::-1]
+            np.testing.assert_allclose(found["advantage"][rows], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +237,27 @@ def test_truncated_completions_are_counted_and_masked_when_wanted(folder: Path) 
         metrics = updater.update(shard_of(groups))
         assert metrics["truncated_share"] == 0.25
         assert metrics["tokens_trained"] == sum(g.num_tokens for g in groups) - cut * mask
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [{"kl_coef": 0.5, "kl_in": "reward"}, {"advantage": "batch_std"}, {"mask_truncated": True}],
+    ids=str,
+)
+def test_parts_of_a_batch_may_have_no_groups_and_groups_no_loss(
+    folder: Path, tmp_path: Path, algo: dict[str, Any]
+) -> None:
+    (group,) = make_groups(folder, count=1)
+    cut = replace(
+        group,
+        completions=Completions.of([replace(c, finish_reason="length") for c in group.completions]),
+    )
+    config = settings(folder, algo={**algo, "minibatches": 2}, observe={"token_log": True})
+    updater = PolicyUpdater(config, run_dir=tmp_path)
+    assert updater.update(shard_of([cut]))["optimizer_steps"] == 2
+    found = token_log(tmp_path)
+    count = 0 if "mask_truncated" in algo else group.num_tokens
+    assert {len(found[name]) for name in ("token_id", "logprob", "mask")} == {count}
 
 
 def poisoned(inputs: Any, algo: Any) -> torch.Tensor:
@@ -403,11 +338,8 @@ ALGOS: list[dict[str, Any]] = [
 ]
 
 
-def train_rank(rank: int, world: int, port: int, folder: Path, out: Path) -> None:
+def train_rank(rank: int, world: int, folder: Path, out: Path) -> None:
     """Two steps per algorithm, groups dealt unevenly; rank 0 saves weights and metrics."""
-    if world > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     groups = make_groups(folder, count=7)
     shares = [groups] if world == 1 else [groups[:5], groups[5:]]
     found = []
@@ -429,18 +361,12 @@ def train_rank(rank: int, world: int, port: int, folder: Path, out: Path) -> Non
         found.append((rows, weights_of(updater), updater.advantages.reshape(7, 4)[order].tolist()))
     if rank == 0:
         torch.save(found, out)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_with_uneven_shards_train_like_one(folder: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    train_rank(0, 1, port, folder, tmp_path / "one")
-    mp.spawn(train_rank, args=(2, port, folder, tmp_path / "two"), nprocs=2)
+    on_ranks(1, train_rank, folder, tmp_path / "one")
+    on_ranks(2, train_rank, folder, tmp_path / "two")
     one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
     for algo, (rows, weights, told), (other_rows, other_weights, other_told) in zip(
         ALGOS, one, two, strict=True

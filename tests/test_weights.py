@@ -10,18 +10,25 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from receiver_process import VOCAB, logprobs
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.learner.parallel import Published
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.weights import flat as flat_module
 from asyncgrpo.weights.collective import open_group, open_store
@@ -359,12 +366,17 @@ class Actor:
     def next_line(self) -> str:
         return self.lines.get(timeout=30)
 
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
 
 class Network:
     """A sender and the actors that were started."""
 
     def __init__(self, folder: Path, transport: str = "gloo", **weights) -> None:
-        settings = {"ready_timeout_seconds": 2.0, "bucket_bytes": 1024, **weights}
+        settings = {"ready_timeout_seconds": 4.0, "bucket_bytes": 1024, **weights}
         self.address, self._actors = f"tcp://127.0.0.1:{free_port()}", []
         self.sender = CollectiveSender(
             from_mapping({"weights": settings, "buffer": {"max_staleness": 4}}),
@@ -381,9 +393,7 @@ class Network:
     def stop(self) -> None:
         self.sender.close()
         for actor in self._actors:
-            actor.process.kill()
-            actor.process.wait()
-            actor.process.stdout.close()
+            actor.stop()
 
 
 @pytest.fixture
@@ -407,9 +417,18 @@ def network(make_network):
     return both.sender, both.start
 
 
-def publish(sender: CollectiveSender, version: int) -> None:
-    named = tensors(version)
+def publish(sender: CollectiveSender, version: int, *, size: int = 0) -> None:
+    """size: elements of a third tensor, which nobody computes with."""
+    named = [*tensors(version), *([("rest", torch.ones(size))] if size else [])]
     sender.publish(version, named, logprobs(dict(named)).numpy())
+
+
+def publish_twice(sender: CollectiveSender, count: int) -> None:
+    """Version 0 to so many actors, then version 1."""
+    publish(sender, 0)
+    sender.wait_for_actors(count, 30)
+    publish(sender, 1)
+    sender.settle(30)
 
 
 def test_every_actor_gets_every_version_and_late_ones_get_the_newest(network):
@@ -434,10 +453,7 @@ def test_every_actor_gets_every_version_and_late_ones_get_the_newest(network):
 def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network):
     sender, start = network
     good, bad = start("actor-0"), start("actor-1", "stale_engine")
-    publish(sender, 0)
-    sender.wait_for_actors(2, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 2)
     assert [bad.next_line() for _ in range(2)] == ["live 0", "live 1"]
     assert "does not compute with it" in bad.next_line()
     assert [good.next_line() for _ in range(2)] == ["live 0", "live 1"]
@@ -449,10 +465,7 @@ def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network
 def test_wrong_bytes_are_found_and_the_tensor_is_named(network):
     sender, start = network
     bad = start("actor-0", "bit_flip")
-    publish(sender, 0)
-    sender.wait_for_actors(1, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 1)
     assert [bad.next_line() for _ in range(2)] == ["live 0", "live 1"]
     assert "1 tensors differ, first head" in bad.next_line()
 
@@ -460,10 +473,7 @@ def test_wrong_bytes_are_found_and_the_tensor_is_named(network):
 def test_bytes_that_somebody_changed_on_the_way_never_reach_the_engine(network):
     sender, start = network
     victim = start("actor-0", "tampered")
-    publish(sender, 0)
-    sender.wait_for_actors(1, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 1)
     assert victim.next_line() == "live 0"
     assert "version 1 intact: 1 tensors differ, first head" in victim.next_line()
 
@@ -475,10 +485,7 @@ def test_senseless_requests_are_refused_and_publishing_goes_on(network):
     stranger._socket.send(b"garbage")
     for kind in (*WEIGHTS_REQUESTS, "dance"):
         stranger.tell(Packet(kind=kind))
-    publish(sender, 0)
-    sender.wait_for_actors(1, 30)
-    publish(sender, 1)
-    sender.settle(30)
+    publish_twice(sender, 1)
     assert [actor.next_line() for _ in range(2)] == ["live 0", "live 1"]
     metrics = sender.metrics()
     assert metrics["publish/refused_messages"] == len(WEIGHTS_REQUESTS) + 2
@@ -503,19 +510,21 @@ def test_with_keys_only_their_holders_take_part(tmp_path, monkeypatch):
     assert sender.metrics()["publish/actors"] == 1
     assert stranger.lines.empty()
     sender.close()
-    for each in (actor, stranger):
-        each.process.kill()
-        each.process.wait()
-        each.process.stdout.close()
+    actor.stop()
+    stranger.stop()
 
 
-def test_an_actor_killed_in_the_broadcast_does_not_stop_the_others(network):
+@pytest.mark.parametrize("doomed_name", ["actor-0", "actor-2"])
+def test_an_actor_killed_in_the_broadcast_does_not_stop_the_others(network, doomed_name):
     sender, start = network
-    good, doomed = start("actor-0"), start("actor-1", "die_in_broadcast")
-    publish(sender, 0)
+    good, doomed = start("actor-1"), start(doomed_name, "die_in_broadcast")
+    with sender._changed:  # both are in the first broadcast
+        sender._wait(lambda: len(sender._waiting_joins) == 2, "joining", 30)
+    publish(sender, 0, size=1 << 20)
+    # Not after weights.transfer_timeout_seconds, when the rest of the broadcast is given up.
     assert good.next_line() == "live 0"
     assert doomed.process.wait(30) == -signal.SIGKILL
-    publish(sender, 1)
+    publish(sender, 1, size=1 << 20)
     sender.settle(30)
     assert good.next_line() == "live 1"
     assert sender.metrics()["publish/actors"] == 1
@@ -684,3 +693,126 @@ def test_weights_that_change_before_the_next_publish_are_copied(make_network):
     assert network.start("actor-0").next_line() == "live 1"
     network.sender.settle(30)
     assert network.sender.metrics()["publish/proofs"] == 1
+
+
+def test_only_buckets_that_changed_are_sent_to_those_who_have_the_others(make_network):
+    """Two buckets of 1 KiB: the embedding and the head."""
+    network = make_network(only_changed=True)
+    sender, first = network.sender, network.start("actor-0")
+    seeds = [(0, 0), (0, 1), (0, 1), (2, 3), (2, 4)]  # of embedding and head, by version
+    saved = []
+
+    def publish_mixed(version: int) -> None:
+        embed, head = (dict(tensors(seed)) for seed in seeds[version])
+        named = {"embed": embed["embed"], "head": head["head"]}
+        sender.publish(version, list(named.items()), logprobs(named).numpy())
+        sender.wait_for_actors(1, 30)
+        sender.settle(30)
+        metrics = sender.metrics()
+        assert metrics["publish/bytes"] + metrics["publish/bytes_saved"] == 2048
+        saved.append(metrics["publish/bytes_saved"])
+
+    for version in range(4):
+        publish_mixed(version)
+        assert first.next_line() == f"live {version}"
+    assert saved == [0, 1024, 2048, 0]
+    late = network.start("actor-1")
+    assert late.next_line() == "live 3"  # all of it
+    sender.settle(30)
+    publish_mixed(4)
+    assert saved[-1] == 1024
+    assert [first.next_line(), late.next_line()] == ["live 4", "live 4"]
+    assert sender.metrics()["publish/proofs"] == 7
+    assert sender.metrics()["publish/rejections"] == 0
+
+
+def test_after_a_broken_broadcast_buckets_that_did_not_change_are_sent_too(make_network):
+    network = make_network(only_changed=True, bucket_bytes=65536)
+    sender, good = network.sender, network.start("actor-1")
+    publish(sender, 0, size=1 << 20)
+    assert good.next_line() == "live 0"
+    sender.settle(30)
+    sender.release()
+    network.start("actor-0", "die_in_broadcast")
+    with sender._changed:
+        sender._wait(lambda: len(sender._handshake.members) == 2, "joining", 30)
+    publish(sender, 1, size=1 << 20)
+    assert good.next_line() == "live 1"
+    assert sender.metrics()["publish/bytes_saved"] == 0
+    sender.settle(30)
+    publish(sender, 2, size=1 << 20)
+    assert good.next_line() == "live 2"
+    assert sender.metrics()["publish/bytes_saved"] == 63 * 65536 + 2048  # all but the first
+
+
+class Sharded(Published):
+    """Matrices of which each rank holds a part; counts how many are gathered at a time."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(torch.nn.Module(), is_sharded=True)
+        mesh = init_device_mesh("cpu", (2,))
+        rest = [(f"rest.{i}", torch.ones(1 << 16)) for i in range(16)]
+        whole = [*tensors(version), *rest]
+        self._parts = [(n, distribute_tensor(t, mesh, [Shard(0)])) for n, t in whole]
+        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        self.most = 0
+
+    def _tensors(self):
+        for name, part in self._parts:
+            tensor = part.full_tensor()
+            self.alive.add(tensor)
+            self.most = max(self.most, len(self.alive))
+            yield name, tensor
+
+
+def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None:
+    """Publishes 0 to a good and a doomed actor, 1 to the good one, and 1 to one that is late."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    sender = None
+    if rank == 0:
+        settings = {"ready_timeout_seconds": 4.0, "bucket_bytes": 65536}
+        config = from_mapping({"weights": settings, "learner": {"parallel": "fsdp"}})
+        sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
+        with sender._changed:
+            sender._wait(lambda: len(sender._waiting_joins) == 2, "joining", 30)
+    for version in range(2):
+        weights = Sharded(version)
+        if sender is not None:
+            sender.publish(version, weights, logprobs(dict(tensors(version))).numpy())
+            sender.wait_for_actors(1, 30)
+            if version == 1:
+                is_late_there.wait(30)
+                while sender.metrics()["publish/proofs"] < 3:
+                    sender.serve()
+            sender.release()
+        weights.help()
+        assert weights.most <= 2
+    if sender is not None:
+        sender.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_gather_while_rank_0_sends_whoever_dies_or_is_late():
+    address, context = f"tcp://127.0.0.1:{free_port()}", mp.get_context("spawn")
+    good, doomed = Actor("actor-1", address), Actor("actor-0", address, "die_in_broadcast")
+    is_late_there, port, late = context.Event(), free_port(), None
+    learners = [
+        context.Process(target=learner_rank, args=(rank, address, port, is_late_there))
+        for rank in range(2)
+    ]
+    try:
+        for process in learners:
+            process.start()
+        assert [good.next_line() for _ in range(2)] == ["live 0", "live 1"]
+        late = Actor("actor-2", address)
+        is_late_there.set()
+        assert late.next_line() == "live 1"
+        for process in learners:
+            process.join(30)
+        assert [process.exitcode for process in learners] == [0, 0]
+    finally:
+        for process in learners:
+            process.kill()
+        for each in filter(None, (good, doomed, late)):
+            each.stop()

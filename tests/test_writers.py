@@ -8,29 +8,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fakes import make_run, rows_of
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.observe.writers import WRITERS, check_writers
-from asyncgrpo.rundir import Endpoints, RunDir
 
-ENDPOINTS = Endpoints(buffer="tcp://127.0.0.1:1", weights="tcp://127.0.0.1:2", store=("h", 3))
 NOTHING = {"metrics": {}, "actors": {}, "evaluations": []}
 ROWS = [{"step": 0, "rewards/mean": 0.25, "loss": 0.5}, {"step": 1, "rewards/mean": 0.75}]
 
 
 def recorded(path: Path, writer: str) -> list[dict]:
     """Two rows through the recorder; what metrics.jsonl holds of them."""
-    config = from_mapping({"observe": {"report_to": [writer]}})
-    run = RunDir(path=path, config=config, endpoints=ENDPOINTS)
+    run = make_run(path, observe={"report_to": [writer]})
     recorder = RunRecorder(run, Exporter("learner-0", 0, path))
     recorder.begin(0)
     for row in ROWS:
         recorder.row(row, NOTHING)
     recorder.finish([], {})
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return rows_of(path / "metrics.jsonl")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -46,8 +44,7 @@ def test_tensorboard_gets_every_number_of_metrics_jsonl_under_the_same_name(tmp_
 
 @pytest.mark.filterwarnings("ignore")
 def test_tensorboard_hides_steps_that_a_resumed_run_makes_again(tmp_path):
-    config = from_mapping({"observe": {"report_to": ["tensorboard"]}})
-    run = RunDir(path=tmp_path, config=config, endpoints=ENDPOINTS)
+    run = make_run(tmp_path, observe={"report_to": ["tensorboard"]})
     for start, stop, loss in ((0, 5, 1.0), (3, 4, 2.0)):
         recorder = RunRecorder(run, Exporter("learner-0", 0, tmp_path))
         recorder.begin(start)

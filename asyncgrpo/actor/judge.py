@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
 
-from asyncgrpo.config import RewardSettings
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.registry import RewardSet, Scores, load_rewards, lost_scores
+from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 MAX_TRIES = 2

@@ -19,8 +19,8 @@ from asyncgrpo.config import Config
 from asyncgrpo.data.templates import fit, tokenise
 from asyncgrpo.errors import EngineError, PeerTimeout, WireError
 from asyncgrpo.protocols import Client, Engine, WeightReceiver
-from asyncgrpo.rewards.health import RewardHealth
-from asyncgrpo.types import Group, Lease, Sampled
+from asyncgrpo.rewards.registry import RewardHealth
+from asyncgrpo.types import Completions, Group, Lease, Sampled
 from asyncgrpo.weights.proof import CANARY_SAMPLING, NUM_CANARIES, canary_prompts
 from asyncgrpo.wire.codec import Packet, group_packet, lease_from
 
@@ -77,6 +77,7 @@ class ActorLoop:
         self._concurrency = Concurrency(actor.concurrency, adaptive=actor.adaptive_concurrency)
         self._health = RewardHealth(config.reward)
         self._last_status = 0.0
+        self._unheard = 0  # statuses since the buffer's last word
         self.counters = {
             "tokens_generated": 0.0,
             "groups_generated": 0.0,
@@ -103,6 +104,8 @@ class ActorLoop:
         packets = self._client.poll(0.0 if working else idle_seconds)
         if not working and not packets:
             self.counters["idle_seconds"] += self._clock() - start
+        if packets:
+            self._unheard = 0
         for packet in packets:
             self._receive(packet)
         self._swap()
@@ -129,7 +132,7 @@ class ActorLoop:
         while (self._scoring or self._outbox or self._unacked) and self._clock() < end:
             for packet in self._client.poll(IDLE_SECONDS):
                 if packet.kind == "leases":
-                    self._hand_back([fields["lease_id"] for fields in packet.fields["leases"]])
+                    self._hand_back([lease_from(each).lease_id for each in packet.fields["leases"]])
                 elif packet.kind == "stored":
                     self._unacked.pop(packet.request_id, None)
             for verdict in self._judge.done():
@@ -163,10 +166,10 @@ class ActorLoop:
             self._introduce(packet)
         elif packet.kind == "leases":
             self._asked = None
-            for fields in packet.fields["leases"]:
-                self._start(lease_from(fields))
+            for packed in packet.fields["leases"]:
+                self._start(lease_from(packed))
         elif packet.kind == "evaluate":
-            self._next_eval += [lease_from(fields) for fields in packet.fields["leases"]]
+            self._next_eval += map(lease_from, packet.fields["leases"])
             self._start_evaluation()
         elif packet.kind == "stored":
             self._unacked.pop(packet.request_id, None)
@@ -238,6 +241,10 @@ class ActorLoop:
         now = self._clock()
         if now - self._last_status >= STATUS_SECONDS:
             self._last_status = now
+            self._unheard += 1
+            if self._unheard > self._config.buffer.take_timeout_seconds / STATUS_SECONDS:
+                silence = self._config.buffer.take_timeout_seconds
+                raise PeerTimeout("the buffer", "buffer.take_timeout_seconds", silence)
             fields = {"actor": self._name, "version": self._engine.version, **self.counters}
             self._client.post(Packet(kind="status", fields=fields))
 
@@ -350,7 +357,7 @@ class ActorLoop:
         group = Group(
             lease=scoring.lease,
             prompt_token_ids=scoring.sampled.prompt_token_ids,
-            completions=scoring.sampled.completions,
+            completions=Completions.of(scoring.sampled.completions),
             rewards=verdict.scores.rewards,
             reward_parts=verdict.scores.parts,
             actor=self._name,
@@ -358,7 +365,7 @@ class ActorLoop:
         )
         self._outbox.append(group)
         if group.lease.purpose == "train":
-            self._observe("completion/tokens", [len(c.token_ids) for c in group.completions])
+            self._observe("completion/tokens", group.completions.lengths)
             self._observe("completion/reward", group.rewards.tolist())
             self._observe("group/generate_seconds", [group.timings["generate"]])
             self._observe("group/judge_seconds", [group.timings["judge"]])

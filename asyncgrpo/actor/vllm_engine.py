@@ -1,22 +1,24 @@
-"""vLLM inside the actor's own process, stepped by the actor, with live weight swaps."""
+"""vLLM's engine inside the actor's own process, stepped by the actor, with live weight swaps.
+
+With tensor parallelism the scheduler stays here, and a process per GPU computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from vllm.config import set_current_vllm_config
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from asyncgrpo.actor.concurrency import EngineLoad
+from asyncgrpo.actor.vllm_worker import ADAPTER_ID, replace_adapter, replace_weights
 from asyncgrpo.config import Config
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.protocols import NamedTensors
@@ -32,6 +34,8 @@ class VllmEngine:
     def __init__(
         self, config: Config, model_path: str, seed: int, stop_token_ids: Sequence[int]
     ) -> None:
+        self._lora = lora = config.learner.published_adapter
+        ranks = get_args(MaxLoRARanks)
         args = EngineArgs(
             model=model_path,
             dtype=config.model.dtype,
@@ -40,7 +44,10 @@ class VllmEngine:
             seed=seed,
             max_model_len=config.max_sequence_tokens,
             max_num_seqs=config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES,
-            kv_cache_memory_bytes=config.actor.kv_cache_bytes,
+            tensor_parallel_size=config.actor.tensor_parallel,
+            kv_cache_memory_bytes=config.actor.kv_cache_bytes // config.actor.tensor_parallel,
+            enable_lora=lora is not None,
+            max_lora_rank=min(rank for rank in ranks if not lora or rank >= lora.r),
             enforce_eager=not torch.cuda.is_available(),
             async_scheduling=False,  # else a batch is in flight at the swap, wrongly labelled
             enable_prefix_caching=False,  # else old keys and values could serve new requests
@@ -52,9 +59,9 @@ class VllmEngine:
         if config.launch.share_gpus:  # beside a given KV cache this is only a check at the start
             args.gpu_memory_utilization = 0.01
         self._llm = LLMEngine.from_engine_args(args)
-        self._worker: Any = self._llm.model_executor.driver_worker.worker
-        self._model = self._worker.model_runner.get_model()
+        self._adapter: LoRARequest | None = None  # that of all requests, once it is there
         self._stop_token_ids = list(stop_token_ids)
+        self._seconds = config.weights.loaded_timeout_seconds
         self._kv_on_update = config.actor.kv_on_update
         self._version = -1
         self._llm.engine_core.set_weight_version(str(self._version))
@@ -96,7 +103,8 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
-            self._llm.add_request(request_id, {"prompt_token_ids": list(prompt_token_ids)}, params)
+            prompt: Any = {"prompt_token_ids": list(prompt_token_ids)}
+            self._llm.add_request(request_id, prompt, params, lora_request=self._adapter)
         except ValueError as error:
             raise EngineError(f"request {request_id} was refused: {error}") from error
         self._num_requests += 1
@@ -108,11 +116,11 @@ class VllmEngine:
 
     def load_weights(self, version: int, tensors: NamedTensors) -> None:
         try:
-            with set_current_vllm_config(self._worker.vllm_config):
-                initialize_layerwise_reload(self._model)
-                self._model.load_weights(iter(tensors))
-                finalize_layerwise_reload(self._model, self._worker.model_config)
-                self._refresh_tied_head()
+            load = partial(replace_weights, tensors=tensors)
+            if self._lora is not None:
+                load = partial(replace_adapter, tensors=tensors, lora=self._lora)
+                self._adapter = LoRARequest("policy", ADAPTER_ID, "in memory")
+            self._llm.collective_rpc(load, self._seconds)
         except Exception as error:  # the model may be half loaded now: fatal for this actor
             raise WeightsError(f"vLLM could not load version {version}: {error}") from error
         self._llm.engine_core.set_weight_version(str(version))
@@ -122,12 +130,6 @@ class VllmEngine:
 
     def close(self) -> None:
         self._llm.engine_core.shutdown()
-
-    def _refresh_tied_head(self) -> None:
-        """vLLM's CPU build packs a tied lm_head into a copy that a reload leaves as it was."""
-        head = getattr(self._model, "lm_head", None)
-        if head is not None and hasattr(head, "cpu_linear"):
-            head.quant_method.process_weights_after_loading(head)
 
     def _sampled(self, output: Any) -> Sampled:
         completions = sorted(output.outputs, key=lambda completion: completion.index)

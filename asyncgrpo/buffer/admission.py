@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
-
-import numpy as np
 
 from asyncgrpo.buffer.leases import OpenLease
 from asyncgrpo.errors import WireError
 from asyncgrpo.observe.metrics import METRICS
 from asyncgrpo.types import Group, Lease
-from asyncgrpo.wire.codec import Packet, same_lease
+from asyncgrpo.wire.codec import Packet, pack_lease
 from asyncgrpo.wire.schema import BUFFER_REQUESTS, check_fields
 
 Fault = Literal["other_lease", "group_size", "rewards", "tokens", "versions"]
@@ -50,19 +49,17 @@ def why_failed(group: Group, lease: Lease, newest: int) -> Fault | None:
     learner drops these completions one by one.
     """
     newest = lease.version if lease.purpose == "eval" else newest
-    if not same_lease(group.lease, lease):
-        return "other_lease"
+    if group.lease is not lease and pack_lease(group.lease) != pack_lease(lease):
+        return "other_lease"  # compared as on the wire, where a tuple is a list
     if len(group.completions) != lease.group_size:
         return "group_size"
-    if not group.reward_parts or not np.isfinite(group.rewards).all():
+    if not group.reward_parts or not all(map(math.isfinite, group.rewards.tolist())):
         return "rewards"
-    longest = max(len(completion.token_ids) for completion in group.completions)
-    token_ids = [group.prompt_token_ids, *(c.token_ids for c in group.completions)]
-    lowest = np.concatenate(token_ids).min(initial=0)
-    if longest > lease.sampling.max_completion_tokens or lowest < 0:
+    tokens = group.completions
+    lowest = min(group.prompt_token_ids.min(initial=0), tokens.token_ids.min(initial=0))
+    if max(tokens.lengths) > lease.sampling.max_completion_tokens or lowest < 0:
         return "tokens"
     # Inside a completion they may fall: a learner that goes back to a checkpoint takes its weights
     # back, too.
-    versions = group.versions
-    is_right = versions.min(initial=0) >= 0 and versions.max(initial=0) <= newest
-    return None if is_right else "versions"
+    oldest, newest_of_all = tokens.version_span if group.num_tokens else (0, 0)
+    return None if oldest >= 0 and newest_of_all <= newest else "versions"

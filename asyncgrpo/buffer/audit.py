@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +10,12 @@ from typing import Any
 
 from asyncgrpo.buffer.leases import STATES
 from asyncgrpo.buffer.ledger import LedgerReader
+from asyncgrpo.observe.trajectories import step_files
+from asyncgrpo.rows import whole_rows
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.staleness import bound_of
 
+TIMEOUT_SECONDS = 600.0  # of one question
 # name -> the promise, and SQL for (ticket, what is wrong). `samples` are the trajectories.
 CHECKS = {
     "one state": (
@@ -95,7 +97,7 @@ CHECKS = {
         """
         SELECT ticket, 'is ' || state || ', but its group is lost'
         FROM leases LEFT JOIN payloads USING (ticket)
-        WHERE state IN ('stored', 'taken') AND packet IS NULL
+        WHERE state IN ('stored', 'taken') AND frame IS NULL
         """,
     ),
     "steps": (
@@ -146,14 +148,14 @@ class Audit:
         return {s: sum(g[column] for g in self.groups if g["state"] == s) for s in STATES}
 
 
-def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
+def audit(run: RunDir) -> Audit:
     """Checks a run that is going on, done, or killed. What is under way is open, not wrong.
 
     Trajectories are checked up to the last step that is committed as trained.
     """
     buffer = run.config.buffer
-    files = {int(f.stem[5:]): f for f in (run.path / "trajectories").glob("step_*.jsonl")}
-    reader = LedgerReader(run.path, timeout_seconds)  # after the look at the files
+    files = step_files(run.path)
+    reader = LedgerReader(run.path, TIMEOUT_SECONDS)  # after the look at the files
     _, ((next_step,),) = reader.query("SELECT ifnull(max(step) + 1, 0) FROM steps WHERE trained_at")
     rollbacks = reader.query("SELECT step, former_step FROM rollbacks ORDER BY seq")[1]
     reader.add_table(
@@ -170,7 +172,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
     wrong = {name: reader.query(sql, values)[1] for name, (_, sql) in CHECKS.items()}
     wrong["trajectories"] += [
         (None, f"{files[step]} is there, but the next step is {next_step}")
-        for step in sorted(files)
+        for step in files
         if step > max([next_step, *(former for _, former in rollbacks)])
     ]
     columns, rows = reader.query(
@@ -187,8 +189,7 @@ def audit(run: RunDir, timeout_seconds: float = 600.0) -> Audit:
 def _samples(step: int, file: Path) -> Iterator[tuple[Any, ...]]:
     """One row per lease of a step's file."""
     leases: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # texts may hold other breaks
-        row = json.loads(line)
+    for row in whole_rows(file):
         leases.setdefault((row["lease_id"], row.get("status", "trained")), []).append(row)
     for (lease_id, status), rows in leases.items():
         ticket = int(lease_id[1:]) if lease_id[1:].isdecimal() else None

@@ -30,7 +30,7 @@ def audit(run: Run, as_json: AsJson = False) -> None:
         shown |= {"leases": leases, "mean_tokens": lengths}
         print(json.dumps({**shown, "groups": found.groups, "wrong": wrong}))
         raise typer.Exit(1 if wrong else 0)
-    _show(
+    show_table(
         ("state", "reason", "leases", "tokens/completion", "mean reward"),
         [
             (
@@ -82,10 +82,13 @@ def ledger(
     elif as_csv:
         csv.writer(sys.stdout).writerows([columns, *rows])
     else:
-        _show(columns, rows)
+        show_table(columns, rows)
 
 
-def _show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def show_table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None
+) -> None:
+    """Prints rows under their columns; None is empty, bytes are counted."""
     from rich.console import Console
     from rich.table import Table
 
@@ -95,4 +98,4 @@ def _show(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for row in rows:
         shown = (f"{len(v)} bytes" if isinstance(v, bytes) else v for v in row)
         table.add_row(*("" if v is None else str(v) for v in shown))
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    Console(highlight=False, markup=False, soft_wrap=True, width=width).print(table)

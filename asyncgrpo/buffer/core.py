@@ -46,7 +46,7 @@ from asyncgrpo.buffer.replay import Replay, Seen, lags, tickets, trained
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
 from asyncgrpo.types import EndedGroup, Group
-from asyncgrpo.wire.codec import Packet, groups_from, lease_fields, shard_packet
+from asyncgrpo.wire.codec import Packet, groups_from, shard_packet
 
 if TYPE_CHECKING:
     from asyncgrpo.data.prompts import PromptSource
@@ -114,6 +114,16 @@ class BufferCore:
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
         """Takes one packet; returns everything that can be sent because of it."""
+        return self.turn([(peer, packet)], now)
+
+    def turn(self, requests: Sequence[tuple[str, Packet]], now: float) -> Replies:
+        """Takes some packets; returns everything that can be sent because of them."""
+        replies: Replies = []
+        for peer, packet in requests:
+            replies += self._take(peer, packet, now)
+        return replies + self.tick(now)
+
+    def _take(self, peer: str, packet: Packet, now: float) -> Replies:
         self._newest = max(self._newest, newest_version(self.step))
         try:
             check_request(packet, newest=self._newest, num_learners=self._config.launch.learners)
@@ -121,7 +131,7 @@ class BufferCore:
                 return [(peer, _answer(packet, "introduce", life=self._journal.life))]
             self.events += packet.kind in EVENTS
             action: Action = getattr(self, f"_on_{packet.kind}")
-            return action(peer, packet, now) + self.tick(now)
+            return action(peer, packet, now)
         except (KeyError, TypeError, ValueError, WireError) as error:
             reason = str(error) if isinstance(error, WireError) else f"{packet.kind}: {error!r}"
             return [(peer, _answer(packet, "refused", reason=reason[:MAX_REASON]))]
@@ -218,7 +228,7 @@ class BufferCore:
         return [(peer, _answer(packet, "noted"))]
 
     def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
-        (group,) = groups_from(packet)
+        (group,) = groups_from(packet, self.leases.read)
         lease_id = group.lease.lease_id
         opened = self.leases.get(lease_id)
         if opened is None or not is_holder(peer, opened):
@@ -240,7 +250,7 @@ class BufferCore:
     def _store(self, group: Group, opened: OpenLease, now: float) -> str:
         self._sums["groups"] += 1
         self._sums["tokens"] += group.num_tokens
-        self._sums["reward"] += float(np.mean(group.rewards))
+        self._sums["reward"] += group.mean_reward
         reason = filter_reason(group, self._config)
         self._journal.arrived(group, keep=not reason)
         if reason:
@@ -251,7 +261,8 @@ class BufferCore:
         ended = self.leases.close(group.lease.lease_id, "stored")
         seen = None if opened.step is None else Seen(opened.step, self.step, now)
         self.replay.add(ended.ticket, group, seen)
-        self._evict()
+        if group.completions.version_span[0] < self.step - self._config.buffer.max_staleness:
+            self._evict()
         return "stored"
 
     def _on_fail(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -282,13 +293,13 @@ class BufferCore:
         for peer, request in list(self._waiting_actors.items()):
             version = self._held[peer]
             count = min(request.fields["max"], self.gate.open_for(version)) * (not self._is_stopped)
-            leases: list[dict[str, Any]] = []
+            leases: list[bytes] = []
             while len(leases) < count and (turn := self._queue.next()) is not None:
                 self.gate.issue(version)
-                lease = self.leases.hand_out(
-                    turn, peer=peer, version=version, now=now, step=self.step
+                opened = self.leases.issue(
+                    turn.prompt, peer=peer, version=version, now=now, turn=turn, step=self.step
                 )
-                leases.append(lease_fields(lease))
+                leases.append(opened.packed)
             if leases:
                 del self._waiting_actors[peer]
                 replies.append((peer, _answer(request, "leases", leases=leases)))
@@ -409,7 +420,7 @@ class BufferCore:
         step, world_size, covered = (packet.fields[n] for n in ("step", "world_size", "covered"))
         batch = self.replay.batches.get(step)
         if batch is not None and step == self.step:
-            (advantages,) = packet.arrays
+            advantages = np.frombuffer(packet.fields["advantages"], np.float32)
             ended = trained(self.replay.whole(step), len(batch), world_size, advantages)
             self.replay.done(step, keep=bool(self._config.buffer.replay_ratio))
             self.leases.move(tickets(batch), "taken", "trained", step=step)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.leases import LeaseBook
-from asyncgrpo.config import Config, EvalSettings
-from asyncgrpo.evaluate import EvalReport, summarise
+from asyncgrpo.config import Config
+from asyncgrpo.evaluate import summarise
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Group, Prompt, Sampling
-from asyncgrpo.wire.codec import Packet, lease_fields
+from asyncgrpo.wire.codec import Packet
 
 HeldOut = Callable[[int, str], Sequence[Prompt]]  # how many, of which block
 ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evaluation
@@ -46,7 +47,7 @@ class Evaluations:
         self._wanted: set[tuple[int, str]] = set()  # asked for, once there is an actor
         self._blocks = {block.name: block for block in config.evals}
         self._jobs: dict[tuple[int, str], _Job] = {}  # by version and name
-        self._reports: dict[tuple[int, str], EvalReport] = {}
+        self._reports: dict[tuple[int, str], dict[str, Any]] = {}
         self._untold: list[dict[str, Any]] = []
         self._waiting: list[tuple[str, Packet]] = []
 
@@ -54,8 +55,8 @@ class Evaluations:
         """Takes up what former lives left; what is not finished begins anew."""
         for key, report in past.reports.items():
             if report is not None:
-                self._reports[key] = EvalReport(**report)
-                self._untold.append(dict(report))
+                self._reports[key] = dict(report)
+                self._untold.append(self._reports[key])
             elif key[1] in self._blocks:
                 self._wanted.add(key)
 
@@ -74,7 +75,7 @@ class Evaluations:
         """Leases for the actors, if there are any: all prompts of the blocks that are wanted."""
         pushes: list[tuple[str, Packet]] = []
         for version in sorted({version for version, _ in self._wanted} if actors else ()):
-            hands: dict[str, list[dict[str, Any]]] = {actor: [] for actor in actors}
+            hands: dict[str, list[bytes]] = {actor: [] for actor in actors}
             turns = itertools.cycle(hands.items())
             for name, block in self._blocks.items():
                 if (key := (version, name)) in self._wanted:
@@ -126,25 +127,27 @@ class Evaluations:
         """Closes what is complete; answers the requests that waited for it."""
         for key, job in list(self._jobs.items()):
             if not job.unanswered:
-                self._reports[key] = self._report(job, now)
-                self._untold.append(self._reports[key].as_fields())
+                report = summarise(
+                    job.groups,
+                    job.block,
+                    version=job.version,
+                    num_prompts=job.num_prompts,
+                    correct_above=self._config.rewards[job.block.name].correct_above,
+                    seconds=now - job.since,
+                )
+                self._reports[key] = asdict(report)
+                self._untold.append(self._reports[key])
                 self._journal.evaluated(self._untold[-1])
                 del self._jobs[key]
-        waiting, self._waiting = self._waiting, []
-        answered = []
-        for peer, request in waiting:
-            answer = self._answer(request, now)
-            if answer is None:
-                self.wait(peer, request)
-            else:
-                answered.append((peer, answer))
-        return answered
+        found = [(peer, request, self._answer(request, now)) for peer, request in self._waiting]
+        self._waiting = [(peer, request) for peer, request, answer in found if answer is None]
+        return [(peer, answer) for peer, _, answer in found if answer is not None]
 
     def _deal(
         self,
         block: EvalSettings,
         version: int,
-        turns: Iterator[tuple[str, list[dict[str, Any]]]],
+        turns: Iterator[tuple[str, list[bytes]]],
         now: float,
     ) -> _Job:
         prompts = self._held_out(block.num_prompts, block.name)
@@ -152,7 +155,7 @@ class Evaluations:
         own = block.sampling.model_dump(exclude_none=True)
         sampling = Sampling(**{**self._config.sampling.model_dump(), **own})
         for prompt, (actor, hand) in zip(prompts, turns, strict=False):
-            lease = self._leases.issue(
+            opened = self._leases.issue(
                 prompt,
                 peer=actor,
                 version=version,
@@ -162,20 +165,10 @@ class Evaluations:
                 block=block.name,
                 deadline_seconds=block.timeout_seconds,
             )
-            hand.append(lease_fields(lease))
-            job.unanswered.add(lease.lease_id)
+            hand.append(opened.packed)
+            job.unanswered.add(opened.lease.lease_id)
         job.unaccepted = set(job.unanswered)
         return job
-
-    def _report(self, job: _Job, now: float) -> EvalReport:
-        return summarise(
-            job.groups,
-            job.block,
-            version=job.version,
-            num_prompts=job.num_prompts,
-            correct_above=self._config.rewards[job.block.name].correct_above,
-            seconds=now - job.since,
-        )
 
     def _answer(self, request: Packet, now: float) -> Packet | None:
         if request.kind == "evaluate":
@@ -187,6 +180,6 @@ class Evaluations:
             kind, fields = "evaluating", {}
         else:
             waits, kind = bool(self._jobs or self._wanted), "reports"
-            reports = sorted(self._reports.values(), key=lambda report: report.version)
-            fields = {"reports": [report.as_fields() for report in reports]}
+            reports = sorted(self._reports.values(), key=lambda report: report["version"])
+            fields = {"reports": reports}
         return None if waits else Packet(kind=kind, request_id=request.request_id, fields=fields)

@@ -9,11 +9,11 @@ from asyncgrpo.types import Group
 
 def filter_reason(group: Group, config: Config) -> str:
     """empty_completion, all_correct or all_wrong; "" when the group is good to train on."""
-    if not all(len(completion.token_ids) for completion in group.completions):
+    if not all(group.completions.lengths):
         return "empty_completion"
     if not config.algo.drop_uniform_groups:
         return ""
-    scores = [float(score) for score in next(iter(group.reward_parts.values()))]
+    scores = next(iter(group.reward_parts.values())).tolist()
     right = is_correct(scores, config.reward.correct_above)
     if all(right):
         return "all_correct"

@@ -13,6 +13,7 @@ from asyncgrpo.buffer.queue import PromptQueue, Turn
 from asyncgrpo.config import Config
 from asyncgrpo.errors import LedgerError
 from asyncgrpo.types import Lease, Prompt, Purpose, Sampling
+from asyncgrpo.wire.codec import lease_from, pack_lease
 
 # Every lease is in exactly one of these; `open` and `stored` and `taken` are on the way.
 STATES = ("open", "stored", "taken", "trained", "filtered", "expired", "failed", "evicted")
@@ -24,6 +25,7 @@ class OpenLease:
 
     ticket: int
     lease: Lease
+    packed: bytes  # the lease, as it was handed out
     peer: str
     expires_at: float  # on the caller's clock
     turn: Turn | None  # None: an evaluation
@@ -48,6 +50,7 @@ class LeaseBook:
         self._group_size = config.algo.group_size
         self._sampling = Sampling(**config.sampling.model_dump())
         self._open: dict[str, OpenLease] = {}
+        self._by_bytes: dict[bytes, Lease] = {}  # of the open ones
         # by seconds until the deadline, so each in the order of the deadlines
         self._queues: dict[float, dict[str, OpenLease]] = {}
         self.counts: Counter[str] = Counter()  # state -> leases in it now
@@ -61,34 +64,8 @@ class LeaseBook:
         self._num_leased = past.counts.total()
         for ticket, position, prompt_id, peer, version in past.held:
             turn = queue.at(position, prompt_id)
-            self.hand_out(turn, peer=peer, version=version, now=now, ticket=ticket)
+            self.issue(turn.prompt, peer=peer, version=version, now=now, turn=turn, ticket=ticket)
         self.last_number = past.last_number
-
-    def hand_out(
-        self,
-        turn: Turn,
-        *,
-        peer: str,
-        version: int,
-        now: float,
-        step: int | None = None,
-        ticket: int | None = None,
-    ) -> Lease:
-        """A lease to train on; ticket: of one that a former life of the buffer handed out.
-
-        step: whose batch is the next to be formed.
-        """
-        return self.issue(
-            turn.prompt,
-            peer=peer,
-            version=version,
-            group_size=self._group_size,
-            sampling=self._sampling,
-            now=now,
-            turn=turn,
-            step=step,
-            ticket=ticket,
-        )
 
     def issue(
         self,
@@ -96,18 +73,19 @@ class LeaseBook:
         *,
         peer: str,
         version: int,
-        group_size: int,
-        sampling: Sampling,
         now: float,
+        group_size: int | None = None,
+        sampling: Sampling | None = None,
         turn: Turn | None = None,
         step: int | None = None,
         ticket: int | None = None,
         block: str = "",
         deadline_seconds: float | None = None,
-    ) -> Lease:
-        """A lease for a prompt, with a new deadline; see hand_out for turn and ticket.
+    ) -> OpenLease:
+        """A lease for a prompt, with a new deadline; by default as the settings say.
 
-        Those of an evaluation block have no turn.
+        turn: of the prompt, if it is to train on. step: whose batch is the next to be formed.
+        ticket: of a lease that a former life of the buffer handed out. block: of an evaluation.
         """
         number = self.last_number + 1 if ticket is None else ticket
         self.last_number = max(self.last_number, number)
@@ -117,8 +95,8 @@ class LeaseBook:
         lease = Lease(
             lease_id=lease_id,
             prompt=prompt,
-            group_size=group_size,
-            sampling=sampling,
+            group_size=group_size or self._group_size,
+            sampling=sampling or self._sampling,
             seed=lease_seed(self._run_seed, lease_id),
             purpose=purpose,
             version=version,
@@ -126,14 +104,25 @@ class LeaseBook:
             block=block,
         )
         opened = OpenLease(
-            ticket=number, lease=lease, peer=peer, expires_at=now + seconds, turn=turn, step=step
+            ticket=number,
+            lease=lease,
+            packed=pack_lease(lease),
+            peer=peer,
+            expires_at=now + seconds,
+            turn=turn,
+            step=step,
         )
+        self._by_bytes[opened.packed] = lease
         self._open[lease_id] = self._queues.setdefault(seconds, {})[lease_id] = opened
         if purpose == "train" and ticket is None:
             self._num_leased += 1
             self.counts["open"] += 1
             self._journal.leased(opened)
-        return lease
+        return opened
+
+    def read(self, packed: bytes) -> Lease:
+        """The lease of these bytes: that which is open, not a copy; WireError as `lease_from`."""
+        return self._by_bytes.get(packed) or lease_from(packed)
 
     def get(self, lease_id: str) -> OpenLease | None:
         """The open lease of that id; None when it has ended or never was."""
@@ -144,6 +133,7 @@ class LeaseBook:
         expired); again: then its prompt is handed out once more.
         """
         ended = self._open.pop(lease_id)
+        del self._by_bytes[ended.packed]
         del self._queues[ended.lease.deadline_seconds][lease_id]
         if ended.turn is not None:
             self.move([ended.ticket], "open", state, reason, again=again)

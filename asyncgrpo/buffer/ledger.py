@@ -19,16 +19,14 @@ from threading import Event, Thread
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from asyncgrpo.buffer.journal import Batches, Remembered
 from asyncgrpo.buffer.leases import OpenLease
 from asyncgrpo.errors import ConfigError, LedgerError, WireError
 from asyncgrpo.types import Group
-from asyncgrpo.wire.codec import from_bytes, group_packet, groups_from, to_bytes
+from asyncgrpo.wire.codec import checked, group_from, pack_group
 
 FILE = "ledger.sqlite"
-VERSION = 2  # of the tables and of the packets in them
+VERSION = 3  # of the tables and of the frames in them
 BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
 PROGRESS_STEPS = 100_000  # of SQLite's machine between two looks at the time limit
 TABLES = """
@@ -82,7 +80,8 @@ CREATE TABLE replays (          -- groups that were trained before and trained o
 CREATE TABLE payloads (         -- groups that a restart needs
     arrival INTEGER PRIMARY KEY,
     ticket INTEGER NOT NULL UNIQUE,
-    packet BLOB NOT NULL        -- see wire/codec.py
+    frame BLOB NOT NULL,        -- see wire/codec.py
+    checksum INTEGER NOT NULL   -- of the frame
 );
 CREATE TABLE evaluations (
     version INTEGER NOT NULL,
@@ -167,19 +166,17 @@ class Ledger:
 
     def arrived(self, group: Group, *, keep: bool) -> None:
         lease_id = group.lease.lease_id
-        versions = group.versions
-        span = (int(versions.min()), int(versions.max())) if len(versions) else (None, None)
+        span = group.completions.version_span if group.num_tokens else (None, None)
         self._write(
             "UPDATE leases SET arrived_at = ?, num_completions = ?, num_tokens = ?,"
             " reward_mean = ?, oldest_version = ?, newest_version = ?"
             " WHERE ticket = CAST(substr(?, 2) AS INTEGER) AND lease_id = ? AND num_tokens IS NULL",
-            *(self._clock(), len(group.completions), len(versions)),
-            *(float(np.mean(group.rewards)), *span, lease_id, lease_id),
+            *(self._clock(), len(group.completions), group.num_tokens),
+            *(group.mean_reward, *span, lease_id, lease_id),
         )
         if keep:
-            packet = to_bytes(group_packet("group", [group]))
-            keeping = "INSERT INTO payloads (ticket, packet) VALUES (?, ?)"
-            self._write(keeping, int(lease_id[1:]), packet)
+            keeping = "INSERT INTO payloads (ticket, frame, checksum) VALUES (?, ?, ?)"
+            self._write(keeping, int(lease_id[1:]), *pack_group(group))
 
     def moved(
         self, tickets: Sequence[int], state: str, reason: str, step: int | None, again: bool
@@ -217,7 +214,7 @@ class Ledger:
             return _batches(
                 self._db,
                 "trained_at AND step >= ? AND NOT EXISTS (SELECT * FROM json_each(tickets)"
-                " LEFT JOIN payloads ON ticket = value WHERE packet IS NULL)",
+                " LEFT JOIN payloads ON ticket = value WHERE frame IS NULL)",
                 step,
             )
 
@@ -346,7 +343,7 @@ class LedgerReader:
         found = _batches(
             self._db,
             "step BETWEEN ? AND ? AND NOT EXISTS (SELECT 1 FROM json_each(tickets)"
-            " LEFT JOIN payloads ON ticket = value WHERE packet IS NULL)",
+            " LEFT JOIN payloads ON ticket = value WHERE frame IS NULL)",
             *(first, last),
         )
         added = _replays(self._db, first)
@@ -422,7 +419,7 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
         ).fetchall(),
         stored=_groups(
             db,
-            "SELECT ticket, packet FROM leases LEFT JOIN payloads USING (ticket)"
+            "SELECT ticket, frame, checksum FROM leases LEFT JOIN payloads USING (ticket)"
             " WHERE state = 'stored' ORDER BY arrival",
         ),
         batches=_batches(db, "trained_at IS NULL"),
@@ -442,23 +439,27 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
 
 def _batches(db: sqlite3.Connection, which: str, *values: Any) -> Batches:
     batch = (
-        "SELECT value, packet FROM json_each(?) LEFT JOIN payloads ON ticket = value ORDER BY key"
+        "SELECT value, frame, checksum FROM json_each(?) LEFT JOIN payloads ON ticket = value"
+        " ORDER BY key"
     )
     rows = db.execute(f"SELECT step, tickets FROM steps WHERE {which} ORDER BY step", values)
     return {step: _groups(db, batch, tickets) for step, tickets in rows.fetchall()}
 
 
 def _replays(db: sqlite3.Connection, step: int) -> Batches:
-    added = "SELECT ticket, packet FROM replays LEFT JOIN payloads USING (ticket) WHERE step = ?"
+    added = (
+        "SELECT ticket, frame, checksum FROM replays LEFT JOIN payloads USING (ticket)"
+        " WHERE step = ? ORDER BY ticket"
+    )
     steps = db.execute("SELECT DISTINCT step FROM replays WHERE step >= ?", (step,)).fetchall()
-    return {number: _groups(db, f"{added} ORDER BY ticket", number) for (number,) in steps}
+    return {number: _groups(db, added, number) for (number,) in steps}
 
 
 def _groups(db: sqlite3.Connection, sql: str, *values: Any) -> list[tuple[int, Group]]:
     found = []
-    for ticket, packet in db.execute(sql, values):
+    for ticket, frame, checksum in db.execute(sql, values):
         try:
-            (group,) = groups_from(from_bytes(packet or b""))
+            group = group_from(checked(frame or b"", checksum))
         except WireError as error:
             raise sqlite3.DatabaseError(f"malformed group of lease t{ticket}: {error}") from None
         found.append((ticket, group))

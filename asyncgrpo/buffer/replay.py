@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Literal
 
@@ -136,7 +137,7 @@ class Replay:
 
     def ready(self, count: int, oldest_open: int | None) -> bool:
         """Whether `take(count, oldest_open)` finds enough."""
-        return len(self._next(oldest_open)) >= count
+        return len(self) >= count and len(self._next(oldest_open)) >= count
 
     def count_for(self, num_tokens: int, min_groups: int, oldest_open: int | None = None) -> int:
         """The fewest next groups, min_groups or more, that hold so many tokens.
@@ -179,7 +180,7 @@ class Replay:
 
 
 def _stored(ticket: int, arrival: int, group: Group, seen: Seen | None = None) -> Stored:
-    oldest = group.oldest_version
+    oldest, _ = group.completions.version_span
     return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest, seen=seen)
 
 
@@ -212,11 +213,11 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
     Deterministic in the order of `groups`; each rank gets at least one group if there are enough.
     """
     sizes = [group.cost for group in groups]
-    load = [0.0] * world_size
     hands: list[list[int]] = [[] for _ in range(world_size)]
+    load = [(0.0, 0, rank) for rank in range(world_size)]  # a heap: FLOPs, groups
     for index in sorted(range(len(groups)), key=lambda i: (-sizes[i], i)):
-        rank = min(range(world_size), key=lambda r: (load[r], len(hands[r]), r))
-        load[rank] += sizes[index]
+        total, count, rank = load[0]
+        heapreplace(load, (total + sizes[index], count + 1, rank))
         hands[rank].append(index)
     return [tuple(groups[i] for i in sorted(hand)) for hand in hands]
 

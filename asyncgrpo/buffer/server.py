@@ -17,7 +17,7 @@ from asyncgrpo.buffer.flow import FlowFile
 from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import serve_metrics
-from asyncgrpo.observe.metrics import TABLE
+from asyncgrpo.observe.metrics import counters
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.keys import read_keys
@@ -46,7 +46,7 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     exporter.show(
         {
             # A counter that begins at 0 is known before the first thing it counts.
-            **dict.fromkeys(TABLE["counter", "buffer"], 0.0),
+            **dict.fromkeys(counters("buffer"), 0.0),
             **core.metrics(),
             "setting/actors": config.launch.actors,
             "setting/groups_per_step": config.buffer.groups_per_step,
@@ -59,12 +59,10 @@ def run_buffer(run: RunDir, stopping: Callable[[], bool]) -> None:
     shown_at = 0.0
     gc.freeze()  # else a full collection looks at all modules, and actors wait for 60 ms
     while not stopping():
-        replies: Replies = []
-        for peer, packet in server.receive(POLL_SECONDS):
-            replies += core.handle(peer, packet, time.monotonic())
+        requests = server.receive(POLL_SECONDS)
         now = time.monotonic()
         core.num_refused = server.num_refused
-        send(server, core, ledger, replies + core.tick(now))
+        send(server, core, ledger, core.turn(requests, now))
         if now - shown_at >= SHOW_SECONDS:
             exporter.show({**core.metrics(), "disk_free_bytes": shutil.disk_usage(run.path).free})
             flow.write(core, now)

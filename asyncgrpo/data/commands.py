@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from asyncgrpo.launch.commands import ConfigFile, Overrides
 
 if TYPE_CHECKING:
     from asyncgrpo.config import Config
@@ -17,8 +17,6 @@ MAX_SHOWN = 30
 
 data_app = typer.Typer(help="Look at data, check it, convert it, make it.", no_args_is_help=True)
 File = Annotated[str, typer.Argument(help="file, glob, folder or hub name")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML with template and limits")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="room.key=value, repeatable")]
 Model = Annotated[str | None, typer.Option(help="whose tokenizer; default: the one of --config")]
 
 
@@ -31,11 +29,12 @@ def preview(
     set_: Overrides = None,
 ) -> None:
     """Shows records raw, rendered and, with a model, tokenised, with their lengths."""
+    from asyncgrpo.config import load_config
     from asyncgrpo.data.files import as_line, read_rows, source_name
     from asyncgrpo.data.records import prompts_from_rows
     from asyncgrpo.data.templates import render, tokenise
 
-    settings = _settings(config, set_)
+    settings = load_config(config, set_ or [])
     data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
     rows = read_rows(file)[:num]
     prompts = prompts_from_rows(rows, source_name(file), settings.data.template_of(file))
@@ -70,30 +69,31 @@ def validate(
 
     Ends with 1 when anything is found. Lengths are checked when there is a --model or --config.
     """
-    from asyncgrpo.data.check import Checker
+    from asyncgrpo.config import load_config
+    from asyncgrpo.data.check import findings
     from asyncgrpo.data.files import read_rows, source_name
     from asyncgrpo.data.templates import tokenise
-    from asyncgrpo.rewards.routes import functions_for
 
-    settings = _settings(config, set_)
-    tokenizer = _tokenizer(model, settings if config else None)
+    settings = load_config(config, set_ or [])
+    data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
     if max_prompt_tokens and tokenizer is None:
         raise typer.BadParameter("--max-prompt-tokens needs --model, whose tokens are counted")
-    checker = Checker(
-        template=settings.data.template_of(file),
-        known_sources=known_sources.split(",") if known_sources else None,
-        judges=functools.partial(functions_for, settings.reward),
-        count_tokens=(lambda prompt: len(tokenise(tokenizer, prompt.messages, settings.data)))
-        if tokenizer
-        else None,
-        max_prompt_tokens=max_prompt_tokens or settings.data.max_prompt_tokens,
-    )
     rows = read_rows(file)
-    findings = list(checker.findings(rows, source_name(file)))
-    if findings:
-        _show_table(("where", "kind", "what"), _by_cause(findings))
-    typer.echo(f"{file}: {len(findings)} problems in {len(rows)} records")
-    raise typer.Exit(1 if findings else 0)
+    found = list(
+        findings(
+            rows,
+            source_name(file),
+            settings.reward,
+            template=data.template_of(file),
+            known_sources=known_sources.split(",") if known_sources else None,
+            count_tokens=lambda p: len(tokenise(tokenizer, p.messages, data)) if tokenizer else 0,
+            max_prompt_tokens=max_prompt_tokens or data.max_prompt_tokens,
+        )
+    )
+    if found:
+        _show(found)
+    typer.echo(f"{file}: {len(found)} problems in {len(rows)} records")
+    raise typer.Exit(1 if found else 0)
 
 
 @data_app.command("convert-gsm8k")
@@ -126,11 +126,12 @@ def make_tasks(
     set_: Overrides = None,
 ) -> None:
     """Makes tasks with exact answers, as many of each kind, each once; see data.tasks settings."""
+    from asyncgrpo.config import load_config
     from asyncgrpo.data.files import as_line, write_rows
-    from asyncgrpo.data.task_records import task_records
+    from asyncgrpo.data.tasks import task_records
 
     names = [name.strip() for name in kinds.split(",")]
-    records = list(task_records(names, num, seed, _settings(None, set_).data.tasks))
+    records = list(task_records(names, num, seed, load_config(None, set_ or []).data.tasks))
     if out is None:
         typer.echo("".join(map(as_line, records)), nl=False)
     else:
@@ -138,51 +139,35 @@ def make_tasks(
         typer.echo(f"{out}: {num} records")
 
 
-def _by_cause(findings: Iterable[Finding]) -> list[Finding]:
-    """One row for all places where the same is wrong: the first of them, and how many more."""
-    places: dict[tuple[str, str], list[str]] = {}
-    for where, kind, what in findings:
-        places.setdefault((kind, what), []).append(where)
-    return [
-        (first + (f" and {len(others)} more" if others else ""), kind, what)
-        for (kind, what), (first, *others) in places.items()
-    ]
-
-
-def _settings(config: Path | None, overrides: list[str] | None) -> Config:
-    from asyncgrpo.config import load_config
-
-    return load_config(config, overrides or [])
-
-
 def _tokenizer(model: str | None, settings: Config | None) -> Any:
     """The tokenizer of a model, else of the settings' model; None when neither is given."""
     path = model or (settings.model.path if settings else None)
     if path is None:
         return None
-    if path == "tiny":
-        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
-
-        return build_tokenizer()
     from asyncgrpo.actor.process import load_tokenizer
     from asyncgrpo.errors import ModelError
+    from asyncgrpo.launch.model_folder import quick_tokenizer
 
     try:
-        return load_tokenizer(path)
+        return quick_tokenizer(path) or load_tokenizer(path)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ModelError(f"no tokenizer can be loaded from {path!r}: {reason}") from None
 
 
-def _show_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def _show(findings: list[Finding]) -> None:
+    """One row for all places where the same is wrong: the first of them, and how many more."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")  # a place that is cut off is of no use
-    for row in rows[:MAX_SHOWN]:
-        table.add_row(*row)
-    if len(rows) > MAX_SHOWN:
-        table.add_row(f"and {len(rows) - MAX_SHOWN} more")
+    places: dict[tuple[str, str], list[str]] = {}
+    for where, kind, what in findings:
+        places.setdefault((kind, what), []).append(where)
+    table = Table("where", "kind", "what")
+    for column in table.columns:
+        column.overflow = "fold"  # a place that is cut off is of no use
+    for (kind, what), (first, *others) in list(places.items())[:MAX_SHOWN]:
+        table.add_row(first + (f" and {len(others)} more" if others else ""), kind, what)
+    if len(places) > MAX_SHOWN:
+        table.add_row(f"and {len(places) - MAX_SHOWN} more")
     Console(highlight=False, markup=False).print(table)

@@ -23,7 +23,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import msgpack
+
 from asyncgrpo.errors import AbsentData, DataError
+from asyncgrpo.imports import shown
 
 Row = dict[str, Any]
 Located = tuple[str, Row | DataError]  # the place of a row; what is wrong with it, if anything
@@ -48,7 +51,11 @@ def read_rows(path: str | Path) -> list[Located]:
     elif place.is_file():
         rows = list(_file(place))
     elif glob.has_magic(text):
-        rows = [row for file in _matches(str(place)) for row in _file(file)]
+        found = map(Path, sorted(glob.glob(str(place), recursive=True)))
+        files = [file for file in found if file.is_file()]
+        if not files:
+            raise AbsentData(f"no file matches {str(place)!r}; {_neighbours(place)}")
+        rows = [row for file in files for row in _file(file)]
     elif (hub := HUB_NAME.fullmatch(text)) and place.suffix not in FILE_ENDINGS:
         rows = _from_hub(text, *hub.groups())
     else:
@@ -78,7 +85,7 @@ def as_jsonl(dataset: Any, name: str) -> str:
 def _checked_line(row: Any, where: str) -> str:
     if not isinstance(row, Mapping) or not all(isinstance(column, str) for column in row):
         raise DataError(
-            f"{where} is {repr(row)[:60]} ({type(row).__name__}), not a dict with text as keys; "
+            f"{where} is {shown(row)} ({type(row).__name__}), not a dict with text as keys; "
             "give rows, such as one split of a DatasetDict, or df.to_dict('records') of a DataFrame"
         )
     for column, value in row.items():
@@ -86,7 +93,7 @@ def _checked_line(row: Any, where: str) -> str:
             json.dumps(value, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(
-                f"{where}: column {column!r} holds {repr(value)[:60]} ({type(value).__name__}), "
+                f"{where}: column {column!r} holds {shown(value)} ({type(value).__name__}), "
                 f"which JSON cannot hold: {error}; make it text, a number, a list or a dict"
             ) from None
     return as_line(dict(row))
@@ -121,7 +128,7 @@ def write_rows(path: Path, rows: Sequence[Row], form: str = "jsonl") -> None:
             with path.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(rows[0])
-                writer.writerows([_cell(value) for value in row.values()] for row in rows)
+                writer.writerows(map(_cell, row.values()) for row in rows)
         else:
             path.write_text("".join(map(as_line, rows)), encoding="utf-8")
     except OSError as error:
@@ -155,31 +162,21 @@ def _parse(line: str, where: str) -> Row | DataError:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return DataError(f"{where} is not JSON: {error}; each line must be one object")
-    if isinstance(row, dict):
-        suspects = row.items() if SUSPECT.search(line) else ()
-        stuck = [key for key, value in suspects if not _travels([key, value])]
-        if not stuck:
-            return row
+    if not isinstance(row, dict):
         return DataError(
-            f"{where}: column {stuck[0]!r} holds {repr(row[stuck[0]])[:60]}, which cannot be sent "
-            "to another process: integers must fit into 64 bits, text must be whole Unicode "
-            "characters; write the number as text, or remove it"
+            f"{where} holds {shown(row)}, not an object; "
+            'write rows like {"prompt": "...", "answer": "..."}'
         )
-    return DataError(
-        f"{where} holds {repr(row)[:60]}, not an object; "
-        'write rows like {"prompt": "...", "answer": "..."}'
-    )
-
-
-def _travels(value: Any) -> bool:
-    """Whether the codec can carry it."""
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        return all(map(_travels, value))
-    if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
-    return not isinstance(value, int) or -(2**63) <= value < 2**64
+    for item in row.items() if SUSPECT.search(line) else ():
+        try:
+            msgpack.packb(item)  # as the codec will
+        except (OverflowError, ValueError):
+            return DataError(
+                f"{where}: column {item[0]!r} holds {shown(item[1])}, which cannot be sent to "
+                "another process: integers must fit into 64 bits, text must be whole Unicode "
+                "characters; write the number as text, or remove it"
+            )
+    return row
 
 
 def _parquet(path: Path) -> Iterator[Located]:
@@ -220,14 +217,6 @@ def _folder(path: Path) -> list[Located]:
             "save_to_disk"
         )
     return [row for file in files for row in _file(file)]
-
-
-def _matches(pattern: str) -> list[Path]:
-    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise AbsentData(f"no file matches {pattern!r}; {_neighbours(Path(pattern))}")
-    return files
 
 
 def _from_hub(text: str, name: str, config: str | None, split: str | None) -> list[Located]:

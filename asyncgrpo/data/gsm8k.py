@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from asyncgrpo.data.files import FILE_PATTERNS, Located, Row, read_rows, write_rows
@@ -25,20 +24,31 @@ def convert_folder(
     Returns, for each split found, the number of records and the indices of the rows that were
     left out because they have no final answer. DataError when no split is found.
     """
-    found = {split: _rows_of(folder, split) for split in SPLITS}
-    if not any(found.values()):
+    done = {}
+    for split in SPLITS:
+        rows = enumerate(_rows_of(folder, split))
+        records = [convert_row(row, index, split, instruction) for index, (_, row) in rows]
+        if records:
+            kept = [record for record in records if record is not None]
+            write_rows(out / f"{split}.jsonl", kept)
+            done[split] = len(kept), [i for i, record in enumerate(records) if record is None]
+    if not done:
         raise DataError(
             f"--input-dir {folder} holds no GSM8K files; it needs train and test files "
             f"({' or '.join(FILE_PATTERNS)}) with the columns question and answer"
         )
-    return {split: _write(rows, split, out, instruction) for split, rows in found.items() if rows}
+    return done
 
 
-def convert_row(row: Row, index: int, split: str, instruction: str = INSTRUCTION) -> Row | None:
+def convert_row(
+    row: Row | DataError, index: int, split: str, instruction: str = INSTRUCTION
+) -> Row | None:
     """One record; None when the answer has no number after "####".
 
     A record that was converted before gives itself again.
     """
+    if isinstance(row, DataError):
+        raise row
     original = row.get("extra_info") or {**row, "index": index, "split": split}
     question, answer = original.get("question"), original.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str):
@@ -78,19 +88,3 @@ def _rows_of(folder: Path, split: str) -> list[Located]:
     words = {file: re.findall("[a-z]+", str(file.relative_to(home)).lower()) for file in files}
     chosen = [file for file in files if split in words[file] and OTHER_VERSION not in words[file]]
     return [row for file in chosen for row in read_rows(file)]
-
-
-def _write(
-    rows: Iterable[Located], split: str, out: Path, instruction: str
-) -> tuple[int, list[int]]:
-    records, left_out = [], []
-    for index, (_, row) in enumerate(rows):
-        if isinstance(row, DataError):
-            raise row
-        record = convert_row(row, index, split, instruction)
-        if record is None:
-            left_out.append(index)
-        else:
-            records.append(record)
-    write_rows(out / f"{split}.jsonl", records)
-    return len(records), left_out

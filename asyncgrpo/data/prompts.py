@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
-from asyncgrpo.config import (
-    HELD_OUT,
-    TASKS,
-    Config,
-    DataSettings,
-    SourceSettings,
-    TemplateSettings,
-)
+from asyncgrpo.config import TASKS, Config
 from asyncgrpo.data.files import source_name
 from asyncgrpo.data.records import read_prompts
-from asyncgrpo.data.streams import EpochStream, MixedStream, Part, Stream, resample
+from asyncgrpo.data.streams import EpochStream, MixedStream, resample
 from asyncgrpo.data.tasks import TaskSource
-from asyncgrpo.data.templates import with_template
-from asyncgrpo.errors import ConfigError, DataError
+from asyncgrpo.errors import ConfigError
+from asyncgrpo.settings.data import DataSettings, SourceSettings
+from asyncgrpo.settings.reward import HELD_OUT
 from asyncgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
+Stream = EpochStream | MixedStream | TaskSource
 HeldOut = Mapping[str, Sequence[Prompt]]  # evaluation block -> its prompts
-SURVEYED = 2_000  # prompts of an endless stream that stand for all of it
 
 
 class PromptSource:
@@ -34,31 +26,6 @@ class PromptSource:
 
     def __init__(self, train: Stream, held_out: HeldOut) -> None:
         self._train, self._held_out = train, held_out
-
-    @classmethod
-    def from_prompts(
-        cls,
-        train: Sequence[Prompt],
-        held_out: Sequence[Prompt] | HeldOut = (),
-        seed: int = 0,
-        shuffle: bool = True,
-        epochs: int | None = None,
-    ) -> PromptSource:
-        """A source over prompts in memory; epochs None repeats them endlessly.
-
-        held_out: the prompts of each evaluation block, or those of the default one.
-
-        Raises DataError when train is empty or two prompts of one list share a prompt_id. A
-        held-out prompt that is trained on as well is allowed, with a warning in the log.
-        """
-        by_block = held_out if isinstance(held_out, Mapping) else {HELD_OUT: held_out}
-        _check_ids(train, "training")
-        for prompts in by_block.values():
-            _check_ids(prompts, "held-out")
-        if not train:
-            raise DataError("there are no training prompts; give at least one")
-        _warn_of_overlap(train, by_block)
-        return cls(EpochStream(train, seed=seed, shuffle=shuffle, epochs=epochs), by_block)
 
     def get(self, position: int) -> Prompt | None:
         """The training prompt at a position >= 0; None when the epochs are over."""
@@ -74,7 +41,7 @@ class PromptSource:
 
     def survey(self, block: str = "") -> Iterable[Prompt]:
         """What a run can meet: the prompts of an evaluation block, or by default the training
-        prompts (of an endless stream the first SURVEYED).
+        prompts (of an endless stream enough to stand for all).
         """
         return self._held_out[block] if block else self._train.prompts()
 
@@ -83,41 +50,25 @@ def open_prompts(config: Config) -> PromptSource:
     """The source that `data` describes: generated tasks or records, for each of both parts.
 
     Raises DataError for bad data, ConfigError for bad tasks, data.epochs without records, or two
-    tables of one name.
+    tables of one name. A held-out prompt that is trained on as well is warned about.
     """
     data, seed = config.data, config.run.seed
-    tasks, held_out = TaskSource(data.tasks, seed, config.num_held_out_tasks), held_out_sets(config)
-    if isinstance(data.train, tuple):
-        return PromptSource(_mixed(data.train, data, seed, held_out), held_out)
-    if data.train != TASKS:
-        train = read_prompts(data.train, data.template)
-        return PromptSource.from_prompts(train, held_out, seed, data.shuffle, data.epochs)
-    if data.epochs is not None:
-        raise ConfigError(
-            f"data.epochs={data.epochs} needs a file in data.train: generated tasks never end; "
-            "leave data.epochs out and set run.max_steps"
-        )
-    return PromptSource(TemplatedStream(tasks, data.template), held_out)
-
-
-@dataclass(frozen=True, slots=True)
-class TemplatedStream:
-    """A stream whose prompts are put into a template."""
-
-    stream: TaskSource
-    template: TemplateSettings
-
-    def get(self, position: int) -> Prompt | None:
-        """The prompt at a position >= 0, in its template; None past the end."""
-        prompt = self.stream.get(position)
-        return prompt and with_template(prompt, self.template)
-
-    def epoch(self, position: int) -> None:
-        """Generated tasks never repeat."""
-
-    def prompts(self) -> Iterator[Prompt]:
-        """The first SURVEYED prompts."""
-        return (prompt for i in range(SURVEYED) if (prompt := self.get(i)) is not None)
+    tasks, held_out = _tasks(config), held_out_sets(config)
+    if data.train == TASKS:
+        if data.epochs is not None:
+            raise ConfigError(
+                f"data.epochs={data.epochs} needs a file in data.train: generated tasks never "
+                "end; leave data.epochs out and set run.max_steps"
+            )
+        return PromptSource(tasks, held_out)
+    train: EpochStream | MixedStream
+    if isinstance(data.train, str):
+        prompts = read_prompts(data.train, data.template)
+        train = EpochStream(prompts, seed=seed, shuffle=data.shuffle, epochs=data.epochs)
+    else:
+        train = _mixed(data.train, data, seed)
+    _warn_of_overlap(train.prompts(), held_out)
+    return PromptSource(train, held_out)
 
 
 def held_out_sets(config: Config) -> dict[str, tuple[Prompt, ...]]:
@@ -126,17 +77,25 @@ def held_out_sets(config: Config) -> dict[str, tuple[Prompt, ...]]:
     Of more records, those of a sample by run.seed and the block's name, in their order. A file
     that is a table of data.train has that table's template.
     """
-    data, seed = config.data, config.run.seed
-    tasks = TaskSource(data.tasks, seed, config.num_held_out_tasks).held_out()
-    sets = {TASKS: tuple(with_template(prompt, data.template) for prompt in tasks)}
-    for path in {str(block.data) for block in config.evals} - {TASKS}:
-        sets[path] = read_prompts(path, data.template_of(path))
+    sets = {
+        path: _tasks(config).held_out()
+        if path == TASKS
+        else read_prompts(path, config.data.template_of(path))
+        for path in {str(block.data) for block in config.evals}
+    }
     return {
         block.name: sets[TASKS][: block.num_prompts]
         if block.data == TASKS
-        else _sample(sets[str(block.data)], block.num_prompts, f"{seed}:eval {block.name}")
+        else _sample(
+            sets[str(block.data)], block.num_prompts, f"{config.run.seed}:eval {block.name}"
+        )
         for block in config.evals
     }
+
+
+def _tasks(config: Config) -> TaskSource:
+    data = config.data
+    return TaskSource(data.tasks, config.run.seed, config.num_held_out_tasks, data.template)
 
 
 def _sample(prompts: Sequence[Prompt], num: int, seed: str) -> tuple[Prompt, ...]:
@@ -145,43 +104,23 @@ def _sample(prompts: Sequence[Prompt], num: int, seed: str) -> tuple[Prompt, ...
     return tuple(prompts[place] for place in sorted(places))
 
 
-def _mixed(
-    sources: Sequence[SourceSettings], data: DataSettings, seed: int, held_out: HeldOut
-) -> MixedStream:
-    parts: list[Part] = []
-    everything: list[Prompt] = []
-    for name, source in _by_name(sources).items():
-        prompts = read_prompts(source.path, source.template or data.template, name)
-        everything += prompts
-        chosen = [prompts[i] for i in resample(len(prompts), source.sample_ratio, seed, name)]
-        stream = EpochStream(chosen, seed=f"{seed}:{name}", shuffle=data.shuffle, epochs=None)
-        parts.append(Part(stream=stream, size=len(chosen), weight=source.weight))
-    _warn_of_overlap(everything, held_out)
-    return MixedStream(parts, seed=seed, epochs=data.epochs)
-
-
-def _by_name(sources: Sequence[SourceSettings]) -> dict[str, SourceSettings]:
-    named: dict[str, SourceSettings] = {}
+def _mixed(sources: Sequence[SourceSettings], data: DataSettings, seed: int) -> MixedStream:
+    streams: dict[str, EpochStream] = {}
     for source in sources:
         name = source.name or source_name(source.path)
-        if name in named:
+        if name in streams:
             raise ConfigError(
-                f"data.train: two tables are called {name!r} ({named[name].path} and "
-                f"{source.path}); give one of them another name"
+                f"data.train: two tables are called {name!r} (one of them is {source.path}); give "
+                "one of them another name"
             )
-        named[name] = source
-    return named
+        prompts = read_prompts(source.path, source.template or data.template, name)
+        chosen = [prompts[i] for i in resample(len(prompts), source.sample_ratio, seed, name)]
+        streams[name] = EpochStream(chosen, seed=f"{seed}:{name}", shuffle=data.shuffle)
+    weights = [source.weight for source in sources]
+    return MixedStream([*streams.values()], weights, seed=seed, epochs=data.epochs)
 
 
-def _check_ids(prompts: Sequence[Prompt], part: str) -> None:
-    for prompt_id, count in Counter(prompt.prompt_id for prompt in prompts).most_common(1):
-        if count > 1:
-            raise DataError(
-                f"{count} {part} prompts have the prompt_id {prompt_id!r}; give each its own"
-            )
-
-
-def _warn_of_overlap(train: Sequence[Prompt], held_out: HeldOut) -> None:
+def _warn_of_overlap(train: Iterable[Prompt], held_out: HeldOut) -> None:
     seen = {_text(prompt) for prompt in train}
     for block, prompts in held_out.items():
         if shared := sum(_text(prompt) in seen for prompt in prompts):

@@ -16,15 +16,15 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from asyncgrpo.config import TemplateSettings
 from asyncgrpo.data.files import Located, Row, read_rows, source_name
-from asyncgrpo.data.templates import with_template
+from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import DataError
+from asyncgrpo.imports import shown
+from asyncgrpo.settings.data import TemplateSettings
 from asyncgrpo.types import Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "query", "question", "problem")
 ANSWER_COLUMNS = ("ground_truth", "answer", "solution", "target")
-AS_IT_IS = TemplateSettings()
 
 
 def read_prompts(
@@ -46,9 +46,13 @@ def prompts_from_rows(
     Raises DataError, naming its place, for a row that is an error, or has no usable prompt or
     answer.
     """
-    sound = [(where, _sound(row)) for where, row in rows]
+    sound: list[tuple[str, Row]] = []
+    for where, row in rows:
+        if isinstance(row, DataError):
+            raise row
+        sound.append((where, row))
     field = template.answer_field
-    answered = bool(field) or any(_answer_column(row, field) is not None for _, row in sound)
+    answered = bool(field) or any(_answers(row, field) for _, row in sound)
     return tuple(
         with_template(
             Prompt(
@@ -62,12 +66,6 @@ def prompts_from_rows(
         )
         for index, (where, row) in enumerate(sound)
     )
-
-
-def _sound(row: Row | DataError) -> Row:
-    if isinstance(row, DataError):
-        raise row
-    return row
 
 
 def messages_of(row: Row, where: str, field: str = "") -> tuple[Message, ...]:
@@ -84,7 +82,7 @@ def messages_of(row: Row, where: str, field: str = "") -> tuple[Message, ...]:
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: {column}={_shown(value)} must be text or a list of messages with at least "
+            f"{where}: {column}={shown(value)} must be text or a list of messages with at least "
             "one message"
         )
     return tuple(_message(item, f"{where}: {column}[{index}]") for index, item in enumerate(value))
@@ -93,26 +91,25 @@ def messages_of(row: Row, where: str, field: str = "") -> tuple[Message, ...]:
 def _message(item: object, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(
-            f'{where}={_shown(item)} must be a message like {{"role": "user", "content": "..."}}'
+            f'{where}={shown(item)} must be a message like {{"role": "user", "content": "..."}}'
         )
     for key in ("role", "content"):
         value = item.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{where}.{key}={_shown(value)} must be text that is not empty")
+            raise DataError(f"{where}.{key}={shown(value)} must be text that is not empty")
     return {"role": item["role"], "content": item["content"]}
 
 
 def answer_of(row: Row, where: str, field: str = "") -> str:
     """The row's ground truth as text; `field` names its column. DataError if there is none."""
-    column = _answer_column(row, field)
-    if column is None:
+    answers = _answers(row, field)
+    if not answers:
         raise DataError(
             f"{where} has no {field or 'answer'}; it has {_names(row)}; add one of: "
             f"reward_model.ground_truth, {', '.join(ANSWER_COLUMNS)}, or set template.answer_field"
         )
-    nested = column == "reward_model"
-    value = row[column]["ground_truth"] if nested else row[column]
-    name = "reward_model.ground_truth" if nested else column
+    name = next((name for name in answers if answers[name] is not None), next(iter(answers)))
+    value = answers[name]
     if (
         isinstance(value, bool)
         or not isinstance(value, str | int | float)
@@ -120,20 +117,20 @@ def answer_of(row: Row, where: str, field: str = "") -> str:
         or (isinstance(value, float) and not math.isfinite(value))
     ):
         raise DataError(
-            f"{where}: {name}={_shown(value)} must be a number or text, neither empty nor NaN nor "
+            f"{where}: {name}={shown(value)} must be a number or text, neither empty nor NaN nor "
             "infinite"
         )
     return str(value)
 
 
-def _answer_column(row: Row, field: str) -> str | None:
-    """The column that holds the ground truth: the first with a value, else the first of all."""
+def _answers(row: Row, field: str) -> dict[str, object]:
+    """What may be the ground truth, by name; the first that is not None counts."""
     if field:
-        return field if field in row else None
-    if isinstance(row.get("reward_model"), Mapping) and "ground_truth" in row["reward_model"]:
-        return "reward_model"
-    present = [name for name in ANSWER_COLUMNS if name in row]
-    return next((name for name in present if row[name] is not None), next(iter(present), None))
+        return {field: row[field]} if field in row else {}
+    model = row.get("reward_model")
+    if isinstance(model, Mapping) and "ground_truth" in model:
+        return {"reward_model.ground_truth": model["ground_truth"]}
+    return {name: row[name] for name in ANSWER_COLUMNS if name in row}
 
 
 def source_of(row: Row, where: str, default: str) -> str:
@@ -143,7 +140,7 @@ def source_of(row: Row, where: str, default: str) -> str:
         return "+".join(map(str, value))
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{where}: data_source={_shown(value)} must be text that is not empty, or judges with "
+            f"{where}: data_source={shown(value)} must be text that is not empty, or judges with "
             'weights such as {"gsm8k": 0.7, "tag": 0.3}'
         )
     return value
@@ -155,8 +152,3 @@ def _is_weight(value: object) -> bool:
 
 def _names(row: Row) -> str:
     return f"the columns {', '.join(map(str, row))}" if row else "no columns"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

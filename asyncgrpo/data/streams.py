@@ -13,31 +13,24 @@ import math
 import random
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
 
 from asyncgrpo.types import Prompt
 
 
-class Stream(Protocol):
-    """Prompts by position; None past the end."""
-
-    def get(self, position: int) -> Prompt | None:
-        """The same prompt every time for one position >= 0."""
-
-    def epoch(self, position: int) -> int | None:
-        """Which pass over its prompts a position that `get` knows is in; None: no passes."""
-
-    def prompts(self) -> Iterable[Prompt]:
-        """All there are, in no special order; of an endless stream enough to stand for all."""
-
-
 class EpochStream:
-    """A list of prompts, each exactly once per epoch, in an order made from (seed, epoch)."""
+    """A list of prompts, each exactly once per epoch, in an order made from (seed, epoch).
+
+    epochs None repeats them endlessly.
+    """
 
     def __init__(
-        self, prompts: Sequence[Prompt], *, seed: int | str, shuffle: bool, epochs: int | None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int | str = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
     ) -> None:
         self._prompts, self._seed = tuple(prompts), seed
         self._shuffle, self._epochs = shuffle, epochs
@@ -49,7 +42,8 @@ class EpochStream:
         if self._epochs is not None and epoch >= self._epochs:
             return None
         if self._shuffle and epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(len(self._prompts), self._seed, epoch)
+            self._epoch, self._order = epoch, list(range(len(self._prompts)))
+            random.Random(f"{self._seed}:epoch {epoch}").shuffle(self._order)
         return self._prompts[self._order[place]]
 
     def epoch(self, position: int) -> int:
@@ -61,33 +55,29 @@ class EpochStream:
         return self._prompts
 
 
-def permutation(count: int, seed: int | str, epoch: int) -> list[int]:
-    """The order of `count` prompts in one epoch: a pure function of its arguments."""
-    order = list(range(count))
-    random.Random(f"{seed}:epoch {epoch}").shuffle(order)
-    return order
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One source of a mix: it gives `size` prompts per epoch, at positions 0, 1, 2 ..."""
-
-    stream: Stream
-    size: int
-    weight: float | None = None  # None: its size, so that each epoch holds every prompt once
-
-
 class MixedStream:
     """Several streams as one. Seekable: the prompt at a position depends on nothing asked before.
 
     Positions are planned up to the furthest one asked for: less than a microsecond per source each.
     """
 
-    def __init__(self, parts: Sequence[Part], *, seed: int, epochs: int | None) -> None:
-        self._streams = [part.stream for part in parts]
-        weights = [part.size if part.weight is None else part.weight for part in parts]
-        quotas = [None if epochs is None else part.size * epochs for part in parts]
-        self._turns = Turns(weights, quotas, seed)
+    def __init__(
+        self,
+        streams: Sequence[EpochStream],
+        weights: Sequence[float | None],
+        *,
+        seed: int,
+        epochs: int | None,
+    ) -> None:
+        """weights, None: of its size, so that each epoch of the mix holds every prompt once.
+
+        The streams are endless; `epochs` ends each of them.
+        """
+        self._streams = streams
+        sizes = [len(stream.prompts()) for stream in streams]
+        shares = [size if w is None else w for size, w in zip(sizes, weights, strict=True)]
+        quotas = [None if epochs is None else size * epochs for size in sizes]
+        self._turns = Turns(shares, quotas, seed)
 
     def get(self, position: int) -> Prompt | None:
         """The prompt at a position >= 0; None when every source has given all it has."""

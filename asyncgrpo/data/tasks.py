@@ -15,25 +15,29 @@
 
 from __future__ import annotations
 
-import difflib
 import math
+import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import zip_longest
+from itertools import count, cycle, zip_longest
+from typing import Any
 
-from asyncgrpo.config import TaskSettings
+from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.imports import nearest
+from asyncgrpo.settings.data import TaskSettings, TemplateSettings
 from asyncgrpo.types import Prompt
 
 HELD_OUT_SEED = 1234567  # the held-out set is the same for every run seed
 HELD_OUT_PROMPTS = 318  # kept from training even when fewer are evaluated
+SURVEYED = 2_000  # prompts of the endless stream that stand for all of it
 SURVEY_DRAWS = 2000  # draws per kind that estimate how many distinct prompts there are
 MAX_HELD_OUT_SHARE = 0.25  # of a kind's distinct prompts, so that small tasks stay trainable
 MAX_REDRAWS = 1000
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LONG_TAIL_MEDIAN, LONG_TAIL_MIN, LONG_TAIL_MAX = 6, 2, 40
+GROUPS = {"math": ("add", "sub", "mul")}  # names for several kinds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,28 +56,47 @@ Draw = Callable[[TaskSettings, random.Random], Task]
 
 def draw_task(kind: str, settings: TaskSettings, rng: random.Random) -> Task:
     """Draws one task of a kind; ConfigError for an unknown kind, with the nearest known one."""
-    return _drawer(kind)(settings, rng)
+    if kind not in KINDS:
+        raise ConfigError(
+            f"data.tasks.kinds: there is no task kind {kind!r}; {nearest(kind, KINDS)}kinds are: "
+            f"{', '.join(KINDS)}"
+        )
+    return KINDS[kind](settings, rng)
 
 
 class TaskSource:
     """An endless stream of prompts and a fixed held-out set, disjoint by prompt text."""
 
-    def __init__(self, settings: TaskSettings, seed: int, num_eval: int) -> None:
+    def __init__(
+        self,
+        settings: TaskSettings,
+        seed: int,
+        num_eval: int,
+        template: TemplateSettings = AS_IT_IS,
+    ) -> None:
         """num_eval: prompts that `held_out` returns, fewer where a kind has too few prompts.
 
         Raises ConfigError for unknown kinds, negative weights, or no kind with a weight > 0.
         """
-        self._settings, self._seed = settings, seed
+        self._settings, self._seed, self._template = settings, seed, template
         self._weights = _checked_weights(settings)
         reserved = _held_out_tasks(settings, max(num_eval, HELD_OUT_PROMPTS))
         self._reserved = frozenset(task.text for task in reserved)
         self._held_out = tuple(
-            _as_prompt(task, f"held-out:{index}") for index, task in enumerate(reserved[:num_eval])
+            self._prompt(task, f"held-out:{index}")
+            for index, task in enumerate(reserved[:num_eval])
         )
 
     def get(self, position: int) -> Prompt:
         """The prompt at a position >= 0: a pure function of settings, seed and position."""
-        return _as_prompt(self.task(position), f"task:{position}")
+        return self._prompt(self.task(position), f"task:{position}")
+
+    def epoch(self, position: int) -> None:
+        """Generated tasks never repeat."""
+
+    def prompts(self) -> Iterator[Prompt]:
+        """The first SURVEYED prompts, which stand for all."""
+        return map(self.get, range(SURVEYED))
 
     def task(self, position: int) -> Task:
         """The task behind `get(position)`, with its demonstrations."""
@@ -92,21 +115,61 @@ class TaskSource:
         """Held-out prompts, kinds in turn: every beginning of it is balanced."""
         return self._held_out
 
-
-def _drawer(kind: str) -> Draw:
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(
-            f"data.tasks.kinds: there is no task kind {kind!r}; {hint}kinds are: {', '.join(KINDS)}"
+    def _prompt(self, task: Task, prompt_id: str) -> Prompt:
+        prompt = Prompt(
+            prompt_id=prompt_id,
+            messages=({"role": "user", "content": task.text},),
+            answer=task.answer,
+            data_source=f"task/{task.kind}",
+            columns={"kind": task.kind},
         )
-    return KINDS[kind]
+        return with_template(prompt, self._template)
+
+
+def task_records(
+    kinds: Sequence[str], num: int, seed: int, settings: TaskSettings
+) -> Iterator[dict[str, Any]]:
+    """`num` records for a file, the kinds in turn, each prompt once, none of them held out.
+
+    A pure function of the arguments. Raises ConfigError for an unknown kind, or when a kind has
+    too few different prompts.
+    """
+    seen: set[str] = set()
+    draws = cycle([_distinct(kind, seed, settings, seen) for kind in dict.fromkeys(kinds)])
+    for index, prompt in zip(range(num), map(next, draws), strict=False):
+        yield {
+            "data_source": prompt.data_source,
+            "prompt": list(prompt.messages),
+            "ability": "task",
+            "reward_model": {"ground_truth": prompt.answer, "style": "rule"},
+            "kind": prompt.columns["kind"],  # what the built-in reward `task` asks for
+            "extra_info": {"index": index},
+        }
+
+
+def _distinct(kind: str, seed: int, settings: TaskSettings, seen: set[str]) -> Iterator[Prompt]:
+    """Prompts of one kind, none that is in `seen`, which grows."""
+    weights = dict.fromkeys(GROUPS.get(kind, (kind,)), 1.0)
+    source = TaskSource(settings.model_copy(update={"kinds": weights}), seed, 0)
+    repeats, given = 0, 0
+    for position in count():
+        prompt = source.get(position)
+        text = prompt.messages[0]["content"]
+        if text not in seen:
+            seen.add(text)
+            repeats, given = 0, given + 1
+            yield prompt
+        elif (repeats := repeats + 1) > MAX_REDRAWS:
+            raise ConfigError(
+                f"there are only {given} different tasks of kind {kind!r} to be found; make fewer "
+                "or other kinds, or widen data.tasks (max_operand, sequence_max, letters)"
+            )
 
 
 def _checked_weights(settings: TaskSettings) -> dict[str, float]:
     """Kinds with a weight > 0, in the order of the settings."""
     for kind, weight in settings.kinds.items():
-        _drawer(kind)
+        draw_task(kind, settings, random.Random(0))  # is there such a kind?
         if not (weight >= 0 and math.isfinite(weight)):
             raise ConfigError(
                 f"data.tasks.kinds.{kind}={weight} must be a finite number >= 0 (0 = never drawn)"
@@ -119,35 +182,17 @@ def _checked_weights(settings: TaskSettings) -> dict[str, float]:
 
 def _held_out_tasks(settings: TaskSettings, count: int) -> list[Task]:
     """The first `count` held-out tasks; a shorter list is always a beginning of a longer one."""
-    kinds = _checked_weights(settings)
-    per_kind = math.ceil(count / len(kinds))
-    sizes = settings.model_copy(update={"kinds": {}}).model_dump_json()
-    columns = [_held_out_of_kind(kind, sizes)[:per_kind] for kind in kinds]
-    in_turn = [task for row in zip_longest(*columns) for task in row if task is not None]
-    return in_turn[:count]
-
-
-@lru_cache
-def _held_out_of_kind(kind: str, sizes: str) -> tuple[Task, ...]:
-    rng, settings = (
-        random.Random(f"{HELD_OUT_SEED}:{kind}"),
-        TaskSettings.model_validate_json(sizes),
-    )
-    distinct: dict[str, Task] = {}
-    for _ in range(SURVEY_DRAWS):
-        task = draw_task(kind, settings, rng)
-        distinct.setdefault(task.text, task)
-    return tuple(distinct.values())[: int(len(distinct) * MAX_HELD_OUT_SHARE)]
-
-
-def _as_prompt(task: Task, prompt_id: str) -> Prompt:
-    return Prompt(
-        prompt_id=prompt_id,
-        messages=({"role": "user", "content": task.text},),
-        answer=task.answer,
-        data_source=f"task/{task.kind}",
-        columns={"kind": task.kind},
-    )
+    columns = []
+    for kind in _checked_weights(settings):
+        rng = random.Random(f"{HELD_OUT_SEED}:{kind}")
+        distinct: dict[str, Task] = {}
+        for _ in range(SURVEY_DRAWS):
+            task = draw_task(kind, settings, rng)
+            distinct.setdefault(task.text, task)
+        columns.append([*distinct.values()][: int(len(distinct) * MAX_HELD_OUT_SHARE)])
+    per_kind = math.ceil(count / len(columns))
+    turns = zip_longest(*(column[:per_kind] for column in columns))
+    return [task for turn in turns for task in turn if task is not None][:count]
 
 
 def _task(kind: str, text: str, answer: object, careless: object, worked: str = "") -> Task:
@@ -158,24 +203,16 @@ def _task(kind: str, text: str, answer: object, careless: object, worked: str = 
 # -- one function per kind; each draws its numbers first and then knows the truth ----------
 
 
-def _add(settings: TaskSettings, rng: random.Random) -> Task:
-    a, b = (rng.randint(0, settings.max_operand) for _ in range(2))
-    return _task("add", f"Compute: {a} + {b}", a + b, a)
+def _of_two(
+    kind: str, text: str, truth: Callable[[int, int], int], low: int, high: int | None = None
+) -> Draw:
+    """Tasks of two numbers from low to high (None: data.tasks.max_operand)."""
 
+    def draw(settings: TaskSettings, rng: random.Random) -> Task:
+        a, b = (rng.randint(low, high or settings.max_operand) for _ in range(2))
+        return _task(kind, text.format(a, b), truth(a, b), a)
 
-def _sub(settings: TaskSettings, rng: random.Random) -> Task:
-    a, b = (rng.randint(0, settings.max_operand) for _ in range(2))
-    return _task("sub", f"Compute: {a} - {b}", a - b, a)
-
-
-def _mul(settings: TaskSettings, rng: random.Random) -> Task:
-    a, b = (rng.randint(0, 12) for _ in range(2))
-    return _task("mul", f"Compute: {a} * {b}", a * b, a)
-
-
-def _gcd(settings: TaskSettings, rng: random.Random) -> Task:
-    a, b = (rng.randint(1, 30) for _ in range(2))
-    return _task("gcd", f"gcd: {a} {b}", math.gcd(a, b), a)
+    return draw
 
 
 def _sort(settings: TaskSettings, rng: random.Random) -> Task:
@@ -237,10 +274,10 @@ def _join(items: list[int]) -> str:
 
 
 KINDS: dict[str, Draw] = {
-    "add": _add,
-    "sub": _sub,
-    "mul": _mul,
-    "gcd": _gcd,
+    "add": _of_two("add", "Compute: {} + {}", operator.add, 0),
+    "sub": _of_two("sub", "Compute: {} - {}", operator.sub, 0),
+    "mul": _of_two("mul", "Compute: {} * {}", operator.mul, 0, 12),
+    "gcd": _of_two("gcd", "gcd: {} {}", math.gcd, 1, 30),
     "sort": _sort,
     "palindrome": _palindrome,
     "reverse": _reverse,

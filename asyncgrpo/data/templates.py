@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from asyncgrpo.config import DataSettings, TemplateSettings
 from asyncgrpo.errors import DataError
+from asyncgrpo.settings.data import DataSettings, TemplateSettings
 from asyncgrpo.types import Message, Prompt
+
+AS_IT_IS = TemplateSettings()
 
 
 def with_template(prompt: Prompt, template: TemplateSettings) -> Prompt:
@@ -39,26 +41,23 @@ def render(tokenizer: Any, messages: Sequence[Message], data: DataSettings) -> s
     """
     if not data.chat_template:
         return "\n\n".join(message["content"] for message in messages)
-    _check_chat_template(tokenizer)
-    text: str = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-    )
-    return text
+    return str(_templated(tokenizer, messages, tokenize=False))
 
 
 def tokenise(tokenizer: Any, messages: Sequence[Message], data: DataSettings) -> list[int]:
     """The token ids of `render`; ids are exactly those that the engine gets."""
     if not data.chat_template:
         return list(tokenizer.encode(render(tokenizer, messages, data)))
-    _check_chat_template(tokenizer)
-    return list(
-        tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
+    return list(_templated(tokenizer, messages, tokenize=True, return_dict=False))
+
+
+def _templated(tokenizer: Any, messages: Sequence[Message], **options: bool) -> Any:
+    if getattr(tokenizer, "chat_template", "") is None:
+        raise DataError(
+            "the model's tokenizer has no chat template; use an instruction-tuned model, add a "
+            "chat_template to its tokenizer, or set data.chat_template=false for plain text"
         )
-    )
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
 
 
 def fit(token_ids: list[int], data: DataSettings, prompt_id: str) -> list[int] | None:
@@ -88,11 +87,3 @@ def _instructed(turns: list[Message], suffix: str) -> list[Message]:
             content = with_suffix(turns[index]["content"], suffix)
             return [*turns[:index], {**turns[index], "content": content}, *turns[index + 1 :]]
     return turns
-
-
-def _check_chat_template(tokenizer: Any) -> None:
-    if getattr(tokenizer, "chat_template", "") is None:
-        raise DataError(
-            "the model's tokenizer has no chat template; use an instruction-tuned model, add a "
-            "chat_template to its tokenizer, or set data.chat_template=false for plain text"
-        )

@@ -6,11 +6,11 @@ python -m asyncgrpo.data.tiny --seed 0        prints progress, then the model's 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,11 +21,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import HELD_OUT_PROMPTS
 from asyncgrpo.data.tiny_tokenizer import CHAT_TEMPLATE, build_tokenizer
 from asyncgrpo.data.warmstart import RECIPE, WarmStart
-from asyncgrpo.errors import BadInput, ConfigError
+from asyncgrpo.settings.data import TaskSettings
 
 FORMAT = 1  # raise it when the same settings should no longer give the same model
 UNTRAINED_STD = 0.2  # of random weights: large enough that logits differ clearly
@@ -56,7 +55,6 @@ def ensure_tiny(
     report: Callable[[str], None] = print,
     *,
     seed: int = 0,
-    tied: bool = True,
     num_eval: int = HELD_OUT_PROMPTS,
 ) -> Path:
     """The folder of the warm-started tiny model; built on first use (30-60 s), then cached.
@@ -69,32 +67,27 @@ def ensure_tiny(
     num_eval = max(num_eval, HELD_OUT_PROMPTS)
     tokenizer = build_tokenizer()
     place = cache or Path(os.environ.get("ASYNCGRPO_CACHE") or Path.home() / ".cache/asyncgrpo")
-    folder = place / f"tiny-{_fingerprint(tokenizer, tasks, seed, tied, num_eval)}"
+    folder = place / f"tiny-{_fingerprint(tokenizer, tasks, seed, num_eval)}"
     if (folder / "config.json").is_file():
         report(f"tiny model found: {folder}")
         return folder
     place.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
     try:
-        model = _random_model(tokenizer, tied, seed, std=RECIPE.initial_std)
+        model = _random_model(tokenizer, True, seed, std=RECIPE.initial_std)
         WarmStart(model, tokenizer, tasks, seed, num_eval, report).run()
         _save(model, tokenizer, building)
-        _move_into_place(building, folder)
+        building.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise  # not the other builder that was faster, whose model is as good as ours
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
-def _move_into_place(building: Path, folder: Path) -> None:
-    try:
-        os.rename(building, folder)
-    except OSError:
-        if not (folder / "config.json").is_file():
-            raise  # not the other builder that was faster, whose model is as good as ours
-
-
 def _fingerprint(
-    tokenizer: PreTrainedTokenizerFast, tasks: TaskSettings, seed: int, tied: bool, num_eval: int
+    tokenizer: PreTrainedTokenizerFast, tasks: TaskSettings, seed: int, num_eval: int
 ) -> str:
     """Everything that the weights depend on: another value must give another folder."""
     parts = {
@@ -105,7 +98,6 @@ def _fingerprint(
         "recipe": asdict(RECIPE),
         "tasks": tasks.model_dump(),
         "seed": seed,
-        "tied": tied,
         "num_eval": num_eval,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -145,42 +137,19 @@ def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def _tasks_from_json(text: str) -> TaskSettings:
-    try:
-        return TaskSettings.model_validate_json(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"--tasks {text!r} is not a table of task settings: {error}; "
-            "give JSON like '{\"modulus\": 5}'"
-        ) from None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Builds or finds the model; the last line on stdout is its folder. Returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Builds or finds the model; the last line on stdout is its folder."""
     parser = argparse.ArgumentParser(prog="python -m asyncgrpo.data.tiny", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of weights and demonstrations")
     parser.add_argument("--tasks", default="{}", help="data.tasks settings as JSON")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
-    parser.add_argument("--untied", action="store_true", help="an own output layer")
     parser.add_argument("--num-eval", type=int, default=HELD_OUT_PROMPTS, help="held-out prompts")
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(2)
     transformers_logging.disable_progress_bar()
-
-    def report(line: str) -> None:
-        print(line, flush=True)
-
-    try:
-        tasks = _tasks_from_json(chosen.tasks)
-        folder = ensure_tiny(
-            tasks, None, report, seed=chosen.seed, tied=not chosen.untied, num_eval=chosen.num_eval
-        )
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(folder, flush=True)
-    return 0
+    report = functools.partial(print, flush=True)
+    tasks = TaskSettings.model_validate_json(chosen.tasks)
+    report(ensure_tiny(tasks, None, report, seed=chosen.seed, num_eval=chosen.num_eval))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

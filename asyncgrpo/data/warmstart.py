@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from asyncgrpo.config import TaskSettings
 from asyncgrpo.data.tasks import TaskSource
-from asyncgrpo.rewards.builtin import task_score
+from asyncgrpo.rewards.builtin import task
+from asyncgrpo.settings.data import TaskSettings
 from asyncgrpo.types import Prompt
 
 IGNORED = -100  # label of positions outside the completion
@@ -50,17 +51,10 @@ class Recipe:
 
 
 RECIPE = Recipe()
+RATES = (RECIPE.muon_lr, RECIPE.adamw_lr)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One demonstration as tokens."""
-
-    prompt: list[int]
-    completion: list[int]  # ends with the end-of-sequence token
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
+Example = tuple[torch.Tensor, torch.Tensor]  # ids, labels: int64 [S]
 
 
 class WarmStart:
@@ -74,42 +68,37 @@ class WarmStart:
         seed: int,
         num_eval: int,
         report: Callable[[str], None],
-        recipe: Recipe = RECIPE,
     ) -> None:
-        self._model, self._tokenizer, self._recipe, self._report = model, tokenizer, recipe, report
+        self._model, self._tokenizer, self._report = model, tokenizer, report
         self._source = TaskSource(tasks, seed, num_eval)
         self._rng = random.Random(f"warm start {seed}")
         self._position = 0  # in the task source
-        self._optimizers = _optimizers(model, recipe)
+        self._optimizers = _optimizers(model)
         self._start = time.perf_counter()
 
     def run(self) -> None:
         """Both phases; reports progress in lines of text."""
-        recipe = self._recipe
-        planned = recipe.skill_steps + recipe.careless_steps
+        skill_steps, planned = RECIPE.skill_steps, RECIPE.skill_steps + RECIPE.careless_steps
         self._report(f"warm start of the tiny model: {planned} steps, once per cache folder")
-        self._train(0, recipe.skill_steps, careless_share=0.0)
-        fresh = [self._source.get(FRESH_POSITION + i) for i in range(recipe.fresh_prompts)]
-        for _ in range(recipe.max_extensions):
-            if self._measure("skill on fresh prompts", fresh) >= recipe.min_skill:
+        self._train(0, skill_steps, careless_share=0.0)
+        fresh = [self._source.get(FRESH_POSITION + i) for i in range(RECIPE.fresh_prompts)]
+        for _ in range(RECIPE.max_extensions):
+            if self._measure("skill on fresh prompts", fresh) >= RECIPE.min_skill:
                 break
-            self._train(
-                recipe.skill_steps - recipe.extra_steps, recipe.skill_steps, careless_share=0.0
-            )
+            self._train(skill_steps - RECIPE.extra_steps, skill_steps, careless_share=0.0)
         self._measure("skill on held-out prompts", self._source.held_out())
-        self._train(recipe.skill_steps, planned, careless_share=recipe.careless_share)
+        self._train(skill_steps, planned, careless_share=RECIPE.careless_share)
         self._measure("with bad habits, held-out", self._source.held_out())
 
     def _train(self, first: int, last: int, careless_share: float) -> None:
         """Steps [first, last) of the learning rate schedule."""
         batches = self._batches(careless_share)
         for step in range(first, last):
-            for optimizer in self._optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * _lr_factor(step, self._recipe)
+            for optimizer, lr in zip(self._optimizers, RATES, strict=True):
+                optimizer.param_groups[0]["lr"] = lr * _lr_factor(step)
                 optimizer.zero_grad()
             self._loss(next(batches)).backward()
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._recipe.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), RECIPE.max_grad_norm)
             for optimizer in self._optimizers:
                 optimizer.step()
             if step % 128 == 127:
@@ -117,14 +106,15 @@ class WarmStart:
                 self._report(f"  step {step + 1}, {seconds:.0f} s")
 
     def _batches(self, careless_share: float) -> Iterator[list[Example]]:
-        size, count = self._recipe.batch_size, self._recipe.batches_per_bucket
+        size, count = RECIPE.batch_size, RECIPE.batches_per_bucket
         while True:
-            bucket = sorted(self._examples(size * count, careless_share), key=len)
+            bucket = sorted(self._examples(size * count, careless_share), key=lambda e: len(e[0]))
             batches = [bucket[i : i + size] for i in range(0, len(bucket), size)]
             self._rng.shuffle(batches)
             yield from batches
 
-    def _examples(self, count: int, careless_share: float) -> list[Example]:
+    def _examples(self, count: int, careless_share: float) -> Iterator[Example]:
+        """labels[t] is the token after ids[t], IGNORED within the prompt."""
         tasks = [self._source.task(self._position + i) for i in range(count)]
         self._position += count
         answers = [
@@ -132,23 +122,25 @@ class WarmStart:
         ]
         prompts = render(self._tokenizer, [task.text for task in tasks])
         tokens = self._tokenizer(answers, add_special_tokens=False)["input_ids"]
-        return [
-            Example(prompt=prompt, completion=[*answer, self._tokenizer.eos_token_id])
-            for prompt, answer in zip(prompts, tokens, strict=True)
-        ]
+        for prompt, answer in zip(prompts, tokens, strict=True):
+            completion = [*answer, self._tokenizer.eos_token_id]
+            labels = [*[IGNORED] * (len(prompt) - 1), *completion, IGNORED]
+            yield torch.tensor(prompt + completion), torch.tensor(labels)
 
     def _loss(self, batch: Sequence[Example]) -> torch.Tensor:
         """Mean cross-entropy of the completion tokens, nats."""
-        ids, labels = _collate(batch, self._tokenizer.pad_token_id)
+        pads = (self._tokenizer.pad_token_id, IGNORED)
+        ids, labels = (
+            pad_sequence(list(rows), batch_first=True, padding_value=pad)
+            for rows, pad in zip(zip(*batch, strict=True), pads, strict=True)
+        )
         hidden = self._model.model(ids, use_cache=False).last_hidden_state
         chosen = labels != IGNORED
         return F.cross_entropy(self._model.lm_head(hidden[chosen]), labels[chosen])
 
     def _measure(self, name: str, prompts: Sequence[Prompt]) -> float:
         """Reports the greedy accuracy, each kind with the same weight; returns the lowest."""
-        accuracy = greedy_accuracy(
-            self._model, self._tokenizer, prompts, self._recipe.max_new_tokens
-        )
+        accuracy = greedy_accuracy(self._model, self._tokenizer, prompts, RECIPE.max_new_tokens)
         mean = sum(accuracy.values()) / len(accuracy)
         kinds = " ".join(f"{kind} {share:.2f}" for kind, share in sorted(accuracy.items()))
         seconds = time.perf_counter() - self._start
@@ -156,52 +148,31 @@ class WarmStart:
         return min(accuracy.values())
 
 
-def _optimizers(model: Qwen3ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices (three times faster than AdamW here), AdamW for the rest."""
     hidden: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_hidden = parameter.dim() == 2 and "embed" not in name and "lm_head" not in name
         (hidden if is_hidden else rest).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(
-            rest, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        ),
+    return [
+        torch.optim.Muon(hidden, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
 
 
-def _lr_factor(step: int, recipe: Recipe) -> float:
+def _lr_factor(step: int) -> float:
     """Linear warm-up, times a linear fall to final_lr_ratio at the end of both phases."""
-    warm = min(1.0, (step + 1) / recipe.warmup_steps)
-    done = step / (recipe.skill_steps + recipe.careless_steps)
-    return warm * (1 - (1 - recipe.final_lr_ratio) * done)
+    warm = min(1.0, (step + 1) / RECIPE.warmup_steps)
+    done = step / (RECIPE.skill_steps + RECIPE.careless_steps)
+    return warm * (1 - (1 - RECIPE.final_lr_ratio) * done)
 
 
-def render(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def render(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
     """Token ids of chats with one user message each, up to where the answer begins."""
-    chats = tokenizer.apply_chat_template(
-        [[{"role": "user", "content": text}] for text in texts],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    ids: list[list[int]] = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _collate(batch: Sequence[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids, labels: int64 [B, S], padded on the right; labels[t] is the token after ids[t]."""
-    longest = max(map(len, batch))
-    ids = torch.full((len(batch), longest), pad)
-    labels = torch.full((len(batch), longest), IGNORED)
-    for row, example in enumerate(batch):
-        ids[row, : len(example)] = torch.tensor(example.prompt + example.completion)
-        labels[row, len(example.prompt) - 1 : len(example) - 1] = torch.tensor(example.completion)
-    return ids, labels
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    options = {"return_dict": False, **options}
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
 
 
 @torch.no_grad()
@@ -209,27 +180,19 @@ def greedy_accuracy(
     model: Qwen3ForCausalLM, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> dict[str, float]:
     """Share of right greedy answers by task kind, in the order of the prompts."""
+    inputs = render(
+        tokenizer,
+        [prompt.messages[-1]["content"] for prompt in prompts],
+        padding=True,
+        tokenizer_kwargs={"padding_side": "left", "return_token_type_ids": False},
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out: Any = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[misc]
+    answers = out[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     right: dict[str, list[bool]] = {}
-    rows = render(tokenizer, [prompt.messages[-1]["content"] for prompt in prompts])
-    texts = _generate(model, tokenizer, rows, max_new_tokens)
     for prompt, text in zip(prompts, texts, strict=True):
         kind = prompt.columns["kind"]
-        right.setdefault(kind, []).append(task_score(text, str(prompt.answer), kind) > 0)
+        right.setdefault(kind, []).append(task(text, str(prompt.answer), kind) > 0)
     return {kind: sum(marks) / len(marks) for kind, marks in right.items()}
-
-
-def _generate(
-    model: Qwen3ForCausalLM, tokenizer: Any, rows: Sequence[list[int]], max_new_tokens: int
-) -> list[str]:
-    """Greedy completions of one padded batch."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-    seen = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        seen[index, longest - len(row) :] = 1
-    out: Any = model.generate(  # type: ignore[misc]
-        input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, do_sample=False
-    )
-    texts: list[str] = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return texts

@@ -1,30 +1,45 @@
-"""One process of a run with all that it started: begins it, notices its end, leaves nothing."""
+"""One process of a run with all that it started: begins it, reads its log, leaves nothing."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from asyncgrpo.errors import RoleFailed
 from asyncgrpo.imports import PATH
-from asyncgrpo.launch.error_file import ERROR_FILE, RecordedError, read_error
-from asyncgrpo.launch.lifeline import KILL_SECONDS, ROLE, RUN_ID, find_run_processes, send
-from asyncgrpo.launch.logs import LogTail
+from asyncgrpo.launch.ends import ERROR_FILE, as_shown
+from asyncgrpo.launch.lifeline import ROLE, RUN_ID, kill_processes
 from asyncgrpo.launch.plan import ProcessSpec
 from asyncgrpo.rundir import STOP_SIGNAL
 
 RESTART = "ASYNCGRPO_RESTART"
-PRELUDE = Path(__file__).with_name("prelude.py")
+READ_BYTES = 1 << 20  # per call: a role that floods its log must not stop the others
 
 
-def with_prelude(argv: Sequence[str]) -> list[str]:
-    """A command line that the kernel ends together with this process."""
-    return [sys.executable, "-I", "-S", str(PRELUDE), str(os.getpid()), *argv]
+class LogTail:
+    """Hands out what was appended to a file since the last call, in whole lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._position, self._rest = path, 0, b""
+
+    def new_lines(self, *, at_end: bool = False) -> list[str]:
+        """New whole lines; with `at_end` everything, an unfinished last line included."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                read = file.read() if at_end else file.read(READ_BYTES)
+        except FileNotFoundError:
+            return []
+        self._position += len(read)
+        *lines, self._rest = (self._rest + read).split(b"\n")
+        if at_end and self._rest:
+            lines, self._rest = [*lines, self._rest], b""
+        return [as_shown(line) for line in lines]
 
 
 class Child:
@@ -34,12 +49,13 @@ class Child:
         self, spec: ProcessSpec, run_id: str, stop_signal: signal.Signals = signal.SIGTERM
     ) -> None:
         """stop_signal: what asks the role to end; any other than SIGTERM makes it ignore that."""
-        self.spec, self._stop_signal = spec, stop_signal
+        self.spec, self._run_id, self._stop_signal = spec, run_id, stop_signal
         self.tail = LogTail(spec.log_file)
-        self.restarts = 0
+        self.error_file = spec.log_file.with_suffix(".error.json")
         self.exit_code: int | None = None
-        self._run_id = run_id
-        self._error_file = spec.log_file.with_suffix(".error.json")
+        self.restarts = 0
+        self.restarted: list[float] = []  # when; for its supervisor, as the next two
+        self.restart_at = self.missing_at = math.inf
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -52,14 +68,22 @@ class Child:
         return self._process.pid if self._process is not None else 0
 
     def start(self) -> None:
-        """Starts the process; its output is appended to its log file. RoleFailed: cannot fork."""
-        self._error_file.unlink(missing_ok=True)
+        """Starts the process; its output is appended to its log file. RoleFailed: it cannot."""
+        self.error_file.unlink(missing_ok=True)
         self.exit_code, self._process = None, None
+        ours = {
+            RUN_ID: self._run_id,
+            ROLE: self.spec.name,
+            RESTART: str(self.restarts),
+            STOP_SIGNAL: str(int(self._stop_signal)),
+            ERROR_FILE: str(self.error_file),
+            PATH: os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        }
         try:
             with self.spec.log_file.open("ab") as log:
                 self._process = subprocess.Popen(
-                    with_prelude(self.spec.argv),
-                    env=self._environment(),
+                    self.spec.argv,
+                    env={**os.environ, **self.spec.environment, **ours},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -75,10 +99,7 @@ class Child:
         # Looked at without reaping: until then nobody else can get its id, nor its group's.
         if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return None
-        self._kill_group()
-        self.exit_code = self._process.wait()
-        kill_strays(self._run_id, self.spec.name)
-        return self.exit_code
+        return self._end(self._process)
 
     def terminate(self) -> None:
         """Asks the process, and only it, to end: it knows best how to end its own children."""
@@ -86,57 +107,22 @@ class Child:
             self._process.send_signal(self._stop_signal)
 
     def kill(self) -> None:
-        """Ends the process and all that it started, these first: torchrun cannot do it then."""
-        if self._process is None or not self.running:
-            return
-        kill_strays(self._run_id, self.spec.name, besides=self.pid)
-        self._kill_group()
-        self.exit_code = self._process.wait()
+        """Ends the process and all that it started."""
+        if self._process is not None and self.running:
+            kill_strays(self._run_id, self.spec.name)
+            self._end(self._process)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> int:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        self.exit_code = process.wait()
         kill_strays(self._run_id, self.spec.name)
-
-    def recorded_error(self) -> RecordedError | None:
-        """Why it ended, in its own words, if it had time for them."""
-        return read_error(self._error_file)
-
-    def _kill_group(self) -> None:
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-
-    def _environment(self) -> dict[str, str]:
-        return {
-            **os.environ,
-            **self.spec.environment,
-            RUN_ID: self._run_id,
-            ROLE: self.spec.name,
-            RESTART: str(self.restarts),
-            STOP_SIGNAL: str(int(self._stop_signal)),
-            ERROR_FILE: str(self._error_file),
-            PATH: os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-        }
+        return self.exit_code
 
 
-def kill_strays(run_id: str, role: str = "", besides: int = 0) -> list[int]:
-    """Kills what carries the run id (of one role, or all), waits until it is gone, returns it.
-
-    The launcher adopts orphans of its children (PR_SET_CHILD_SUBREAPER) and so reaps them here.
-    """
-    killed: set[int] = set()
-    deadline = time.monotonic() + KILL_SECONDS
-    while left := set(find_run_processes(run_id, role)) - {besides}:
-        if time.monotonic() > deadline:
-            raise RoleFailed(f"processes {sorted(left)} survive SIGKILL; end them by hand")
-        send(left, signal.SIGKILL)
-        killed |= left
-        time.sleep(0.005)
-    for pid in killed:
-        _reap(pid)
-    return sorted(killed)
-
-
-def _reap(pid: int) -> None:
-    try:
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return  # somebody else's child, who reaps it
+def kill_strays(run_id: str, role: str = "") -> list[int]:
+    """Kills what carries the run id (of one role, or all), waits until it is gone, returns it."""
+    killed, left = kill_processes(run_id, role)
+    if left:
+        raise RoleFailed(f"processes {left} survive SIGKILL; end them by hand")
+    return killed

@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -24,10 +23,19 @@ GIT_SECONDS = 5.0
 
 
 def detect_host(devices: Path = Path("/dev")) -> Host:
-    """Cores this process may use, and its GPUs as CUDA_VISIBLE_DEVICES counts them."""
+    """Cores this process may use, and its GPUs as CUDA_VISIBLE_DEVICES counts them.
+
+    As CUDA reads it: unset = all; a list ends at the first entry that is no device.
+    """
     present = sum(entry.name[6:].isdigit() for entry in devices.glob("nvidia[0-9]*"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Host(cores=tuple(sorted(os.sched_getaffinity(0))), gpu_ids=_gpu_ids(present, visible))
+    every = ",".join(map(str, range(present)))
+    gpu_ids: list[str] = []
+    for name in map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")):
+        is_index = name.isdigit() and int(name) < present
+        if name in gpu_ids or not (is_index or name.startswith(("GPU-", "MIG-"))):
+            break
+        gpu_ids.append(name)
+    return Host(cores=tuple(sorted(os.sched_getaffinity(0))), gpu_ids=tuple(gpu_ids))
 
 
 def environment_report(config: Config) -> dict[str, Any]:
@@ -48,10 +56,10 @@ def machine_report() -> dict[str, Any]:
         "os": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": {
-            "cpu": _cpu_model(),
+            "cpu": next(iter(_told("model name", Path("/proc/cpuinfo"))), platform.machine()),
             "cores": len(host.cores),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "gpus": _gpu_models(),
+            "gpus": _told("Model", *sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))),
             "gpus_visible": len(host.gpu_ids),
         },
         "git": git_state(Path(__file__).resolve().parents[2]),
@@ -71,36 +79,17 @@ def missing_extras() -> dict[str, list[str]]:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit of a checkout and whether files differ from it; None where there is no checkout."""
-    if not (root / ".git").exists():
+    """Commit of a checkout and whether files differ from it; None where git knows of none."""
+    if not (root / ".git").exists():  # git itself would look further up
         return None
-    commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def _gpu_ids(present: int, visible: str | None) -> tuple[str, ...]:
-    """As CUDA reads it: unset = all; a list ends at the first entry that is no device."""
-    if visible is None:
-        return tuple(map(str, range(present)))
-    ids: list[str] = []
-    for entry in visible.split(","):
-        name = entry.strip()
-        is_index = name.isdigit() and int(name) < present
-        if name in ids or not (is_index or name.startswith(("GPU-", "MIG-"))):
-            break
-        ids.append(name)
-    return tuple(ids[:present]) if not visible.startswith("MIG-") else tuple(ids)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None when it is absent, slow or unwilling."""
-    command: Sequence[str] = ("git", "-C", str(root), *arguments)
+    command = ("git", "-C", str(root), "status", "--porcelain=v2", "--branch")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    commit = re.search(r"^# branch\.oid (\w+)$", done.stdout, re.MULTILINE)
+    dirty = re.search(r"^[^#]", done.stdout, re.MULTILINE)
+    return {"commit": commit[1], "dirty": dirty is not None} if commit else None
 
 
 def _version(package: str) -> str | None:
@@ -110,23 +99,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
-    return _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or "unknown"
-
-
-def _gpu_models() -> list[str]:
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    return [_field(file, "Model") or "unknown" for file in files]
-
-
-def _field(file: Path, name: str) -> str | None:
-    """The value of the first `name: value` line."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return None
+def _told(name: str, *files: Path) -> list[str]:
+    """The values of the `name: value` lines of files that the kernel writes."""
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+    return [found for text in texts for found in re.findall(rf"(?m)^{name}\s*: *(.*)$", text)]

@@ -1,6 +1,6 @@
 """Stops all processes of a run when its launcher was killed without a chance to do so itself.
 
-Run as a script with the standard library only (`python -I -S lifeline.py FD RUN_ID GRACE`), in a
+Run as a script with the standard library only (`python -I -S lifeline.py RUN_ID GRACE`), in a
 session of its own. It reads a pipe that the launcher holds: a byte is a goodbye, the end of the
 file without one means that the launcher is gone.
 """
@@ -25,7 +25,7 @@ def find_run_processes(run_id: str, role: str = "") -> list[int]:
     """
     marks = {f"{RUN_ID}={run_id}".encode()} | ({f"{ROLE}={role}".encode()} if role else set())
     parents = _live_parents()
-    found = {pid for pid in parents if marks <= _environment(pid)}
+    found = {pid for pid in parents if marks <= {*_read(f"/proc/{pid}/environ").split(b"\0")}}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return sorted(found - {os.getpid()})
@@ -40,23 +40,15 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
             continue  # it ended by itself, or changed its user: not for us to end
 
 
-def stop_run(run_id: str, grace_seconds: float) -> None:
-    """SIGTERM, then after the grace SIGKILL, until nothing carries the run id any more."""
-    send(find_run_processes(run_id), signal.SIGTERM)
-    if not _wait_until_gone(run_id, grace_seconds):
-        deadline = time.monotonic() + KILL_SECONDS
-        while time.monotonic() < deadline and (left := find_run_processes(run_id)):
-            send(left, signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
-
-
-def _wait_until_gone(run_id: str, seconds: float) -> bool:
-    """Two looks must find nothing: a fork may hide between two readings of /proc."""
-    deadline, empty = time.monotonic() + seconds, 0
-    while empty < 2 and time.monotonic() < deadline:
-        empty = 0 if find_run_processes(run_id) else empty + 1
-        time.sleep(POLL_SECONDS)
-    return empty == 2
+def kill_processes(run_id: str, role: str = "") -> tuple[list[int], list[int]]:
+    """Kills what carries the run id (and role) until it is gone; (all of it, what survives)."""
+    killed: set[int] = set()
+    deadline = time.monotonic() + KILL_SECONDS
+    while (left := find_run_processes(run_id, role)) and time.monotonic() < deadline:
+        send(left, signal.SIGKILL)
+        killed.update(left)
+        time.sleep(0.005)
+    return sorted(killed), left
 
 
 def _live_parents() -> dict[int, int]:
@@ -70,10 +62,6 @@ def _live_parents() -> dict[int, int]:
     return parents
 
 
-def _environment(pid: int) -> set[bytes]:
-    return set(_read(f"/proc/{pid}/environ").split(b"\0"))
-
-
 def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
@@ -83,13 +71,17 @@ def _read(path: str) -> bytes:
 
 
 def main() -> None:
-    """Waits for the launcher's goodbye, or for its end."""
-    pipe, run_id, grace_seconds = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    """Waits for the launcher's goodbye, or for its end: then SIGTERM, after the grace SIGKILL."""
+    run_id, grace_seconds = sys.argv[1], float(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if os.read(pipe, 1) == b"":
+    if sys.stdin.buffer.read(1) == b"":
         found = find_run_processes(run_id)
-        stop_run(run_id, grace_seconds)
+        send(found, signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        while find_run_processes(run_id) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        kill_processes(run_id)  # looks once more: a fork may hide between two readings of /proc
         print(f"the launcher was killed; stopped its processes {found}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -10,71 +10,62 @@ import sys
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED, RunError
 from asyncgrpo.launch import lifeline
 from asyncgrpo.launch.child import Child, kill_strays
-from asyncgrpo.launch.logs import before_torchrun_report, last_lines
+from asyncgrpo.launch.ends import Verdict, describe_exit, failure, judge_exit
 from asyncgrpo.launch.plan import Plan, ProcessSpec
-from asyncgrpo.launch.verdict import Verdict, describe_exit, failure, judge_exit
+from asyncgrpo.settings.run import LaunchSettings
 
 POLL_SECONDS = 0.05
 # Before the next life: what killed the last one may need a moment to pass. Doubles each time.
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 1.0, 60.0
-READ_LINES, SHOWN_LINES = 100, 15
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 # The learner needs actors to finish a publish; the buffer takes what comes in from both.
 STOP_ORDER = ("learner", "actor", "buffer")
-PR_SET_CHILD_SUBREAPER = 36
 
 
 class Supervisor:
     """The processes of one run from start to end.
 
-    `on_line(name, line)` gets every log line, and our own events under the name "launcher";
-    `on_tick()` is called about 20 times per second (a progress display). Both are called by the
-    thread that called `run`; what they raise ends the run.
+    `on_line(name, line)` gets every log line, and our own events under the name "launcher", in the
+    thread that calls `run`; what it raises ends the run.
     """
 
     def __init__(
         self,
         plan: Plan,
-        *,
-        grace_seconds: float,
-        max_restarts: int,
-        restart_window_seconds: float = 3600.0,
+        settings: LaunchSettings,
         on_line: Callable[[str, str], None],
-        on_tick: Callable[[], None] = lambda: None,
         new_child: Callable[[ProcessSpec, str], Child] = Child,
     ) -> None:
         self.run_id = uuid.uuid4().hex
         self._children = [new_child(spec, self.run_id) for spec in plan.specs]
         self._log_file = plan.specs[0].log_file.with_name("launcher.log")
-        self._grace_seconds = grace_seconds
-        self._max_restarts, self._window = max_restarts, restart_window_seconds
-        self._on_line, self._on_tick = on_line, on_tick
+        self._settings, self._on_line = settings, on_line
         self._callback_error: Exception | None = None
         self._signals: list[int] = []
         self._num_heeded = 0  # signals that the stop answers; one more means "kill now"
-        self._restart_at: dict[str, float] = {}
-        self._restarts: dict[str, list[float]] = defaultdict(list)  # when; within the window
-        self._early_deadline: dict[str, float] = {}
 
-    def run(self) -> int:
+    def run(self, on_tick: Callable[[], object] = lambda: None) -> int:
         """Returns 0 when the learner is done, 130 when interrupted; nothing is left either way.
 
-        Raises, after everything was stopped: RoleFailed (exit code 3), BadInput (2) when a role
-        found some, and whatever a callback raised.
+        on_tick: called about 20 times per second. Raises, after everything was stopped: RoleFailed
+        (exit code 3), BadInput (2) when a role found some, and whatever a callback raised.
         """
         check_main_thread()
-        with self._signals_noted(), _adopting_orphans(), self._lifeline() as say_goodbye:
+        held = held_lifeline(self.run_id, self._settings.grace_seconds, self._log_file)
+        with self._signals_noted(), held as say_goodbye:
             try:
-                self._start()
-                code = self._watch()
+                for child in self._children:
+                    child.start()
+                    self.say(f"started {child.spec.name} (pid {child.pid})")
+                code = self._watch(on_tick)
             finally:
                 self._stop()
                 say_goodbye()
@@ -86,16 +77,11 @@ class Supervisor:
         """The signal that ended the run, if one did."""
         return self._signals[0] if self._signals else None
 
-    def _start(self) -> None:
-        for child in self._children:
-            child.start()
-            self.say(f"started {child.spec.name} (pid {child.pid})")
-
-    def _watch(self) -> int:
+    def _watch(self, on_tick: Callable[[], object]) -> int:
         """Until the learner is done, somebody interrupts, or a role fails (raises)."""
         while True:
             self._forward_lines()
-            self._call(self._on_tick)
+            on_tick()
             self._raise_callback_error()
             if self._signals:
                 self._num_heeded = len(self._signals)
@@ -103,8 +89,7 @@ class Supervisor:
                 return EXIT_INTERRUPTED
             if self._handle_exits():
                 return EXIT_DONE
-            self._restart_due()
-            self._refuse_early_ends()
+            self._heed_deadlines()
             time.sleep(POLL_SECONDS)
 
     def _handle_exits(self) -> bool:
@@ -114,58 +99,54 @@ class Supervisor:
         if any(verdict == "done" for _, verdict in verdicts):
             self.say("the learner is done")
             return True
-        now = time.monotonic()
         for child, verdict in verdicts:
             if verdict == "fail":
                 raise self._failure(child)
+            if verdict == "restart":
+                self._plan_restart(child)
+                continue
             if verdict == "left":
                 self.say(f"{child.spec.name} has left the run")
-            if verdict == "early" or (verdict == "left" and not self._has_actor()):
-                self._early_deadline[child.spec.name] = now + self._grace_seconds
-            elif verdict == "restart":
-                self._plan_restart(child, now)
+            if verdict == "early" or not self._has_actor():
+                child.missing_at = time.monotonic() + self._settings.grace_seconds
         return False
 
     def _judge(self, child: Child) -> Verdict:
-        code, now = child.poll() or 0, time.monotonic()
-        recent = [at for at in self._restarts[child.spec.name] if now - at < self._window]
-        self._restarts[child.spec.name] = recent
-        return judge_exit(child.spec.role, code, len(recent), self._max_restarts)
+        oldest = time.monotonic() - self._settings.restart_window_seconds
+        child.restarted = [at for at in child.restarted if at > oldest]
+        count, most = len(child.restarted), self._settings.max_restarts
+        return judge_exit(child.spec.role, child.exit_code or 0, count, most)
 
     def _has_actor(self) -> bool:
         """Whether any actor runs or will run again."""
         actors = [child for child in self._children if child.spec.role == "actor"]
-        return any(child.running or child.spec.name in self._restart_at for child in actors)
+        return any(child.running or child.restart_at < math.inf for child in actors)
 
-    def _plan_restart(self, child: Child, now: float) -> None:
-        recent = self._restarts[child.spec.name]
-        wait = min(BACKOFF_SECONDS * 2 ** len(recent), MAX_BACKOFF_SECONDS)
-        self._restart_at[child.spec.name] = now + wait
-        recent.append(now)
-        count = f"restart {len(recent)} of {self._max_restarts} follows in {wait:g} s"
-        self.say(f"{child.spec.name} {describe_exit(child.exit_code or 0)}; {count}")
+    def _plan_restart(self, child: Child) -> None:
+        wait = min(BACKOFF_SECONDS * 2 ** len(child.restarted), MAX_BACKOFF_SECONDS)
+        child.restarted.append(time.monotonic())
+        child.restart_at = time.monotonic() + wait
+        count = f"restart {len(child.restarted)} of {self._settings.max_restarts}"
+        how = describe_exit(child.exit_code or 0)
+        self.say(f"{child.spec.name} {how}; {count} follows in {wait:g} s")
 
-    def _restart_due(self) -> None:
+    def _heed_deadlines(self) -> None:
+        """A role may end a moment before torchrun is through with ending, but not go missing."""
+        now = time.monotonic()
         for child in self._children:
-            if time.monotonic() >= self._restart_at.get(child.spec.name, float("inf")):
-                del self._restart_at[child.spec.name]
+            if now >= child.missing_at:
+                raise self._failure(child)
+            if now >= child.restart_at:
+                child.restart_at = math.inf
                 child.restarts += 1
                 child.start()
                 self.say(f"restarted {child.spec.name} (pid {child.pid})")
 
-    def _refuse_early_ends(self) -> None:
-        """A role may end a moment before torchrun is through with ending, but not go missing."""
-        for child in self._children:
-            if time.monotonic() >= self._early_deadline.get(child.spec.name, float("inf")):
-                raise self._failure(child)
-
     def _failure(self, child: Child) -> Exception:
-        code, log_file = child.exit_code or 0, child.spec.log_file
+        spec, code = child.spec, child.exit_code or 0
         self._forward_lines()
-        self.say(f"{child.spec.name} {describe_exit(code)}; stopping the run")
-        lines = before_torchrun_report(last_lines(log_file, READ_LINES))[-SHOWN_LINES:]
-        recorded = child.recorded_error()
-        return failure(child.spec.name, code, child.restarts, recorded, log_file, lines)
+        self.say(f"{spec.name} {describe_exit(code)}; stopping the run")
+        return failure(spec.name, code, child.restarts, child.error_file, spec.log_file)
 
     def _stop(self) -> None:
         """Ends all that is left, in order. Nothing a callback does can keep it from that."""
@@ -179,14 +160,16 @@ class Supervisor:
     def _stop_stage(self, stage: Sequence[Child]) -> None:
         for child in stage:
             child.terminate()
-        deadline = time.monotonic() + self._grace_seconds
+        grace = self._settings.grace_seconds
+        deadline, patience = time.monotonic() + grace, f"within {grace:g} s"
         while left := [child for child in stage if child.running and child.poll() is None]:
-            if time.monotonic() > deadline or len(self._signals) > self._num_heeded:
+            if len(self._signals) > self._num_heeded:
+                patience = "at once"
+                break
+            if time.monotonic() > deadline:
                 break
             self._forward_lines()
             time.sleep(POLL_SECONDS)
-        hurried = len(self._signals) > self._num_heeded
-        patience = "at once" if hurried else f"within {self._grace_seconds:g} s"
         for child in left:
             child.kill()
             self.say(f"killed {child.spec.name}: it did not end {patience}")
@@ -207,12 +190,11 @@ class Supervisor:
 
     def _call(self, callback: Callable[..., None], *arguments: str) -> None:
         """Calls back unless a callback has raised before; the error is raised between two turns."""
-        if self._callback_error is not None:
-            return
-        try:
-            callback(*arguments)
-        except Exception as error:
-            self._callback_error = error
+        if self._callback_error is None:
+            try:
+                callback(*arguments)
+            except Exception as error:
+                self._callback_error = error
 
     def _raise_callback_error(self) -> None:
         if self._callback_error is not None:
@@ -234,42 +216,25 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def _lifeline(self) -> Iterator[Callable[[], object]]:
-        """A process that stops the run should this one be killed before it says goodbye."""
-        script = [sys.executable, "-I", "-S", lifeline.__file__]
-        environment = {key: value for key, value in os.environ.items() if key != lifeline.RUN_ID}
-        reading, writing = os.pipe()
-        with self._log_file.open("ab") as log:
-            process = subprocess.Popen(
-                [*script, str(reading), self.run_id, str(self._grace_seconds)],
-                env=environment,
-                pass_fds=[reading],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        os.close(reading)
-        try:
-            yield lambda: os.write(writing, b"x")
-        finally:
-            os.close(writing)
-            process.wait()
+
+@contextmanager
+def held_lifeline(run_id: str, grace: float, log_file: Path) -> Iterator[Callable[[], object]]:
+    """A process that stops the run should this one be killed before it says goodbye."""
+    with (
+        log_file.open("ab") as log,
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", lifeline.__file__, run_id, str(grace)],
+            env={**os.environ, lifeline.RUN_ID: ""},  # this launcher may be part of a run
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ) as process,
+    ):
+        yield lambda: process.communicate(b"x")
 
 
 def check_main_thread() -> None:
-    """RunError elsewhere: signals arrive there, and our children end with the thread that forks."""
+    """RunError elsewhere: only there can signals be noted."""
     if threading.current_thread() is not threading.main_thread():
         raise RunError("a run that is not serial must start in the main thread of its process")
-
-
-@contextmanager
-def _adopting_orphans() -> Iterator[None]:
-    """Orphans of our children become ours instead of init's, so that we can wait for their end."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

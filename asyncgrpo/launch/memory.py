@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from asyncgrpo.config import Config, LoraSettings
+from asyncgrpo.config import Config
+from asyncgrpo.settings.learner import LoraSettings
 
 GIB = 1 << 30
 FLOAT = 4  # bytes: the learner's weights, and its products unless learner.dtype is bfloat16
@@ -29,6 +30,7 @@ class ModelShape:
     """The sizes of a model that memory depends on."""
 
     parameters: int
+    reference_parameters: int  # of the reference model
     vocab: int
     hidden: int
     layers: int
@@ -51,9 +53,14 @@ class ModelShape:
         every = lora.targets == "all-linear"
         return [sizes for name, sizes in self.linears.items() if every or name in lora.targets]
 
+    def adapter(self, lora: LoraSettings) -> int:
+        """Parameters of A and B."""
+        return self.layers * sum(lora.r * sum(sizes) for sizes in self.adapted(lora))
+
     def kv_bytes(self, config: Config) -> int:
-        """Keys and values of the longest sequence in the engine."""
-        per_token = 2 * self.layers * self.kv_heads * self.head_dim * engine_bytes(config)
+        """Keys and values of the longest sequence in the engine; its processes have a head each."""
+        heads = max(self.kv_heads, config.actor.tensor_parallel)
+        per_token = 2 * self.layers * heads * self.head_dim * engine_bytes(config)
         return per_token * config.max_sequence_tokens
 
 
@@ -127,19 +134,17 @@ def _dtype_bytes(config: Config) -> tuple[int, int]:
     return size, size if config.learner.parallel == "fsdp" else FLOAT
 
 
-def learner_lines(
-    config: Config, shape: ModelShape, reference: int, *, is_first: bool
-) -> Iterator[Line]:
+def learner_lines(config: Config, shape: ModelShape, *, is_first: bool) -> Iterator[Line]:
     """A rank at its worst moment, with the gradients of earlier micro-batches at hand.
 
-    reference: parameters of the reference model. is_first: this rank publishes.
+    is_first: this rank publishes.
     """
     learner, algo = config.learner, config.algo
     lora, is_sharded = learner.lora, learner.parallel == "fsdp"
     parts = (learner.shard_ranks or config.launch.learners) if is_sharded else 1
     trained = total = shape.parameters
     if lora is not None:
-        trained = shape.layers * sum(lora.r * sum(sizes) for sizes in shape.adapted(lora))
+        trained = shape.adapter(lora)
         total += trained
 
     def part(what: str, size: float, how: str) -> Line:
@@ -160,7 +165,8 @@ def learner_lines(
     each = EIGHT_BIT if learner.optimizer == "adamw_8bit" else FLOAT
     yield part("optimizer", 2 * each * trained, f"2 moments x {each:.3g} bytes x {trained:.3g}")
     if algo.kl_coef > 0 and (lora is None or algo.reference.path):
-        yield part("reference model", FLOAT * reference, f"4 bytes x {reference:.3g}")
+        count = shape.reference_parameters
+        yield part("reference model", FLOAT * count, f"4 bytes x {count:.3g}")
     moments = _moments(config, shape, parts)
     yield from max(moments, key=lambda lines: sum(size for _, size, _ in lines))
     yield from _process_lines(config, shape, "learner", publishes=is_first)
@@ -240,14 +246,20 @@ def _moments(config: Config, shape: ModelShape, parts: int) -> Iterator[list[Lin
 
 
 def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
-    """An engine in the midst of a step."""
-    size = engine_bytes(config)
-    yield "weights", size * shape.parameters, f"{size} bytes x {shape.parameters:.3g}"
+    """An engine, or its part of one GPU, in the midst of a step."""
+    size, adapter = engine_bytes(config), config.learner.published_adapter
+    parts = config.actor.tensor_parallel if config.launch.gpus else 1
+    dealt = f" / {parts} GPUs" if parts > 1 else ""
+    total = size * shape.parameters
+    yield "weights", total / parts, f"{size} bytes x {shape.parameters:.3g}{dealt}"
+    if adapter is not None:
+        count = shape.adapter(adapter)
+        yield "adapter", size * count, f"{size} bytes x {count:.3g}"
     if config.actor.engine == "vllm":
         cache, each = config.actor.kv_cache_bytes, shape.kv_bytes(config)
         how = f"{cache / each:.1f} sequences of {config.max_sequence_tokens} tokens"
-        yield "KV cache", cache, f"actor.kv_cache_bytes: {how}"
-        width = 3 * shape.intermediate + 4 * shape.hidden
+        yield "KV cache", cache / parts, f"actor.kv_cache_bytes{dealt}: {how}"
+        width = 3 * shape.intermediate // parts + 4 * shape.hidden
         how = f"{size} bytes x {ENGINE_TOKENS} tokens x {width}"
         yield "activations", size * ENGINE_TOKENS * width, how
         # vLLM's sampler: logits, these in float32, log-softmax, softmax and noise.
@@ -264,80 +276,84 @@ def _process_lines(
     config: Config, shape: ModelShape, kind: str, *, publishes: bool
 ) -> Iterator[Line]:
     on_gpu, size = config.launch.gpus > 0, engine_bytes(config)
+    adapter = config.learner.published_adapter
+    sent = shape.parameters if adapter is None else shape.adapter(adapter)
     is_here = not on_gpu or config.weights.transport not in ("gloo", "disk")
-    gathers = config.learner.parallel == "fsdp" or config.weights.publish_every > 1
-    if publishes and ((is_here and kind == "actor") or (gathers and not on_gpu)):
-        how = f"{size} bytes x {shape.parameters:.3g}: a flat copy of the weights"
-        yield "publishing", size * shape.parameters, how
+    copies = config.weights.publish_every > 1 and config.weights.transport != "disk"
+    if publishes and ((is_here and kind == "actor") or (copies and not on_gpu)):
+        how = f"{size} bytes x {sent:.3g}: a flat copy of what is sent"
+        yield "publishing", size * sent, how
     elif publishes and is_here:
-        buckets = 2 * min(config.weights.bucket_bytes, size * shape.parameters)
+        buckets = 2 * min(config.weights.bucket_bytes, size * sent)
         yield "publishing", buckets, "two buckets of weights.bucket_bytes"
-    yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else (ON_CPU[kind], "Python"))
+    engine = config.actor.tensor_parallel * (kind == "actor")
+    count = 1 + engine * (engine > 1)  # beside those of an engine the actor itself
+    on_cpu = (count * ON_CPU[kind], "Python" + f" x {count} processes" * (count > 1))
+    yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else on_cpu)
 
 
-def estimate(
-    config: Config, shape: ModelShape, places: Mapping[str, str], reference: int
-) -> tuple[Device, ...]:
-    """All devices with what they hold. places: role -> device; reference: as in learner_lines."""
+def estimate(config: Config, shape: ModelShape, places: Mapping[str, str]) -> tuple[Device, ...]:
+    """All devices with what they hold. places: role -> device."""
     found: dict[str, dict[str, tuple[Line, ...]]] = {}
     for role, place in places.items():
         lines = actor_lines(config, shape)
         if role.startswith("learner"):
-            lines = learner_lines(config, shape, reference, is_first=role == "learner-0")
+            lines = learner_lines(config, shape, is_first=role == "learner-0")
         found.setdefault(place, {})[role] = tuple(lines)
     return tuple(Device(name, lines) for name, lines in found.items())
 
 
 def remedies(
-    config: Config, shape: ModelShape, device: Device, room: float, reference: int
+    config: Config, shape: ModelShape, device: Device, room: float
 ) -> list[tuple[str, float]]:
     """(what to set, bytes that it alone saves on the device), mildest first.
 
     room: bytes that the device has; of several values of a setting the first that suffices.
     """
     places = dict.fromkeys(device.lines, device.name)
-    found: dict[str, tuple[object, float]] = {}
-    for setting, value, changed in _changes(config, shape):
-        (after,) = estimate(changed, shape, places, reference)
-        best = found.get(setting, (value, 0.0))[1]
-        saved = device.num_bytes - after.num_bytes
-        if device.num_bytes - best > room and saved > best:
-            found[setting] = (value, saved)
-    return [(f"{setting} = {value!r}", saved) for setting, (value, saved) in found.items()]
-
-
-def _changes(config: Config, shape: ModelShape) -> Iterator[tuple[str, object, Config]]:
-    """(setting, value, settings with it), mildest first; several values of one: ever smaller."""
-
-    def changed(room: str, key: str, *values: object) -> Iterator[tuple[str, object, Config]]:
+    found: dict[str, float] = {}
+    for setting, values in _candidates(config, shape).items():
+        chosen, best = None, 0.0
         for value in values:
-            own = getattr(config, room).model_copy(update={key: value})
-            yield f"{room}.{key}", value, config.model_copy(update={room: own})
+            (after,) = estimate(_changed(config, setting, value), shape, places)
+            saved = device.num_bytes - after.num_bytes
+            if device.num_bytes - best > room and saved > best:
+                chosen, best = value, saved
+        if best:
+            found[f"{setting} = {chosen!r}"] = best
+    return list(found.items())
 
-    tokens, cache = row_tokens(config), config.actor.kv_cache_bytes
-    longest, least = longest_sequence(config), max(shape.kv_bytes(config), 1 << 20)
-    learner = config.learner
+
+def _candidates(config: Config, shape: ModelShape) -> dict[str, Iterable[object]]:
+    """Setting -> what it may be set to, mildest first."""
+    learner, lora, on_gpus = config.learner, config.learner.lora, config.launch.gpus > 0
     every = learner.checkpoint_activations or shape.layers
-    yield from changed("learner", "max_tokens_per_microbatch", *_halves(tokens, longest))
-    yield from changed("learner", "checkpoint_activations", *(n for n in (4, 2, 1) if n < every))
-    is_8bit, lora = learner.optimizer == "adamw_8bit", learner.lora
-    if config.launch.learners > 1 and not is_8bit and not (lora and lora.quantize):
-        yield from changed("learner", "parallel", "fsdp")
-    yield from changed("actor", "kv_cache_bytes", *_halves(cache, least))
-    yield from changed("learner", "dtype", "bfloat16")
-    yield from changed("model", "dtype", "bfloat16")
-    yield from changed("weights", "transport", "gloo")
-    if config.launch.gpus and learner.parallel == "ddp":
-        yield from changed("learner", "optimizer", "adamw_8bit")
-    if lora is None:
-        adapter = LoraSettings()
-        for _, _, new in changed("learner", "lora", adapter):
-            yield "learner.lora.r", adapter.r, new
-    elif config.launch.gpus:
-        for _, _, new in changed("learner", "lora", lora.model_copy(update={"quantize": "4bit"})):
-            yield "learner.lora.quantize", "4bit", new
+    may_shard = learner.optimizer != "adamw_8bit" and not (lora and lora.quantize)
     half = config.sampling.max_completion_tokens // 2
-    yield from changed("sampling", "max_completion_tokens", *([half] if half else []))
+    return {
+        "learner.max_tokens_per_microbatch": _halves(row_tokens(config), longest_sequence(config)),
+        "learner.checkpoint_activations": [n for n in (4, 2, 1) if n < every],
+        "learner.parallel": ["fsdp"] if may_shard and config.launch.learners > 1 else [],
+        "actor.kv_cache_bytes": _halves(
+            config.actor.kv_cache_bytes, max(shape.kv_bytes(config), 1 << 20)
+        ),
+        "learner.dtype": ["bfloat16"],
+        "model.dtype": ["bfloat16"],
+        "weights.transport": ["gloo"],
+        "learner.optimizer": ["adamw_8bit"] if on_gpus and learner.parallel == "ddp" else [],
+        "learner.lora.r": [] if lora else [LoraSettings().r],
+        "learner.lora.quantize": ["4bit"] if lora and on_gpus else [],
+        "sampling.max_completion_tokens": [half] if half else [],
+    }
+
+
+def _changed(config: Config, setting: str, value: object) -> Config:
+    room, *section, key = setting.split(".")
+    if section:  # learner.lora
+        lora = config.learner.lora or LoraSettings()
+        key, value = "lora", lora.model_copy(update={key: value})
+    own = getattr(config, room).model_copy(update={key: value})
+    return config.model_copy(update={room: own})
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from io import StringIO
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -15,9 +15,9 @@ from rich.table import Table
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.memory import GIB, Device, ModelShape, estimate, remedies
-from asyncgrpo.launch.model_folder import EMBEDDED, config_folder
-from asyncgrpo.launch.plan import Host, Ports, make_plan, role_names
-from asyncgrpo.launch.transport import choose_transport
+from asyncgrpo.launch.model_folder import EMBEDDED, check_tensor_parallel, config_folder
+from asyncgrpo.launch.placement import choose_transport
+from asyncgrpo.launch.plan import Host, assign_gpus, role_names
 
 MACHINE, WIDTH = "this machine (CPU run)", 120
 
@@ -41,8 +41,10 @@ def model_shape(path: str) -> ModelShape:
     layer = {n.rpartition(".")[2]: m for n, m in policy.named_modules() if ".layers.0." in n}
     head_norms = layer.keys() & {"q_norm", "k_norm"}
     heads, vocab = config.num_attention_heads, len(policy.get_output_embeddings().weight)
+    count = sum(weight.numel() for weight in policy.parameters())
     return ModelShape(
-        parameters=sum(weight.numel() for weight in policy.parameters()),
+        parameters=count,
+        reference_parameters=count,
         vocab=vocab,
         hidden=config.hidden_size,
         layers=config.num_hidden_layers,
@@ -76,15 +78,16 @@ class MemoryReport:
 
     def __init__(self, config: Config) -> None:
         """ModelError when a model is not here; ConfigError when the engine could not start."""
-        places = _places(config)
+        check_tensor_parallel(config.model.path, config.actor.tensor_parallel)
+        places, shape = _places(config), model_shape(config.model.path)
         transport, _ = choose_transport(config, places if config.launch.gpus else {})
         weights = config.weights.model_copy(update={"transport": transport})
         config = config.model_copy(update={"weights": weights})
-        self._config, self._shape = config, model_shape(config.model.path)
-        path = config.algo.reference.path if config.algo.kl_coef else None
-        self._reference = (model_shape(path) if path else self._shape).parameters
-        self._devices = estimate(config, self._shape, places, self._reference)
-        least = self._shape.kv_bytes(config)
+        if config.algo.kl_coef and (path := config.algo.reference.path):
+            shape = replace(shape, reference_parameters=model_shape(path).parameters)
+        self._config, self._shape = config, shape
+        self._devices = estimate(config, shape, places)
+        least = shape.kv_bytes(config)
         if config.actor.engine == "vllm" and config.actor.kv_cache_bytes < least:
             raise ConfigError(
                 f"actor.kv_cache_bytes={config.actor.kv_cache_bytes} must be >= {least}: one "
@@ -116,7 +119,7 @@ class MemoryReport:
         return "\n".join([measured, _table([device], room), advice])
 
     def _advice(self, device: Device, room: float) -> str:
-        found = remedies(self._config, self._shape, device, room, self._reference)
+        found = remedies(self._config, self._shape, device, room)
         lines = [f"  {what:<46} saves {saved / GIB:.2f} GiB" for what, saved in found]
         if self._config.launch.gpus and len(device.lines) > 1:
             lines.append("  launch.share_gpus = false, with a GPU for each process")
@@ -142,17 +145,16 @@ def memory_explained(config: Config, role: str) -> Iterator[None]:
 
 
 def _places(config: Config) -> dict[str, str]:
-    """Role -> device, as the plan has it on a machine with enough GPUs."""
-    names = role_names(config.launch.actors, config.launch.learners)[1:]
+    """Role ("actor-0.1": its second GPU) -> device, as planned on a machine with enough GPUs."""
     if not config.launch.gpus:
+        names = role_names(config.launch.actors, config.launch.learners)[1:]
         return dict.fromkeys(names, MACHINE)
-    host = Host(cores=(0,), gpu_ids=tuple(map(str, range(config.launch.gpus))))
-    ports = Ports(buffer=0, weights=0, store=0, rendezvous=0)
-    specs = make_plan(config, host, ports, Path(), "python").specs
+    host = Host(cores=(), gpu_ids=tuple(map(str, range(config.launch.gpus))))
+    gpus = assign_gpus(config, host)
     return {
-        f"{spec.role}-{spec.index + place}": f"GPU {gpu}"
-        for spec in specs
-        for place, gpu in enumerate(spec.gpus)
+        f"{role}.{place}" if place else role: f"GPU {gpu}"
+        for role in sorted(gpus, key=lambda role: role.startswith("actor"))  # learners first
+        for place, gpu in enumerate(gpus[role])
     }
 
 

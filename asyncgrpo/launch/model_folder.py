@@ -27,19 +27,20 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "model*.bin")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 EMBEDDING, LAYER = "model.embed_tokens.weight", re.compile(r"model\.layers\.(\d+)\.")
+VOCAB_MULTIPLE = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
 LFS_POINTER = b"version https://git-lfs"
 
 
 def check_model_folder(path: str, *, download: bool = True) -> Path | None:
-    """The local folder of a model that can be loaded; None for the embedded one and downloads.
+    """The local folder of a model that can be loaded; None for the embedded one and hub names.
 
     ModelError, each with its own message: no such folder, no config.json, no tokenizer, no
     weights, unsupported architecture; AbsentModel: a hub name that is not here, while the hub
     cannot be asked or may not be, without `download`.
     """
+    folder = Path(path).expanduser()
     if path == EMBEDDED:
         return None
-    folder = Path(path).expanduser()
     if folder.exists():
         _check_files(folder)
         return folder
@@ -48,7 +49,18 @@ def check_model_folder(path: str, *, download: bool = True) -> Path | None:
             f"model.path={path!r} does not exist{_near_folder(folder)}; give a folder with "
             f"config.json, tokenizer and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
         )
-    _check_hub_name(path, download)
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    snapshot = _cached_snapshot(path)
+    if snapshot is None and (offline or not download):
+        remedy = "HF_HUB_OFFLINE is set; unset it, or give a local folder"
+        raise AbsentModel(
+            f"model.path={path!r} is no folder, is not in the hub cache {_hub_cache()}, and "
+            + (remedy if offline else "would be downloaded")
+        )
+    if snapshot is not None and offline:
+        _check_files(snapshot)
+    elif snapshot is not None and (snapshot / "config.json").is_file():
+        _check_config(snapshot)
     return None
 
 
@@ -58,16 +70,43 @@ def config_folder(path: str) -> Path:
     ModelError without one; AbsentModel for a hub name that was not downloaded.
     """
     folder = Path(path).expanduser()
-    if not folder.exists():
-        found = _cached_snapshot(path) if HUB_NAME.fullmatch(path) else None
-        if found is None:
-            raise AbsentModel(
-                f"model.path={path!r} is no folder and is not in the hub cache {_hub_cache()}; its "
-                "config.json is enough here: give a folder that holds it"
-            )
-        folder = found
-    _check_architecture(folder, _read_config(folder))
-    return folder
+    found = folder if folder.exists() else _cached_snapshot(path)
+    if found is None:
+        raise AbsentModel(
+            f"model.path={path!r} is no folder and is not in the hub cache {_hub_cache()}; its "
+            "config.json is enough here: give a folder that holds it"
+        )
+    _check_config(found)
+    return found
+
+
+def check_tensor_parallel(path: str, size: int) -> None:
+    """ModelError when vLLM cannot deal a model over `size` processes.
+
+    Says nothing of a model whose config.json is not on this machine yet.
+    """
+    if size == 1:
+        return
+    try:
+        place, config = _config_of(path)
+    except AbsentModel:
+        return
+    heads = config.get("num_attention_heads", 0)
+    key_heads = config.get("num_key_value_heads") or heads
+    inner = config.get("intermediate_size", 0)
+    vocab = -(-config.get("vocab_size", 0) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def fits(count: int) -> bool:
+        even = heads % count == inner % count == vocab % count == 0
+        return even and (key_heads % count == 0 or count % key_heads == 0)
+
+    if not fits(size):
+        allowed = ", ".join(str(count) for count in range(1, heads + 1) if fits(count))
+        raise ModelError(
+            f"actor.tensor_parallel={size} must divide the attention heads ({heads}), intermediate "
+            f"size ({inner}) and padded vocabulary ({vocab}) of {place}, and divide its key-value "
+            f"heads ({key_heads}) or be a multiple of them; set it to one of {allowed}"
+        )
 
 
 def quick_tokenizer(path: str) -> Any:
@@ -96,9 +135,19 @@ def quick_tokenizer(path: str) -> Any:
         ) from None
 
 
+def _config_of(path: str) -> tuple[str, dict[str, Any]]:
+    """What to call a model, and its config.json; errors as of config_folder."""
+    if path == EMBEDDED:
+        from asyncgrpo.data.tiny import model_config  # torch
+        from asyncgrpo.data.tiny_tokenizer import build_tokenizer
+
+        return "the embedded model", model_config(build_tokenizer()).to_dict()
+    folder = config_folder(path)
+    return f"{folder}/config.json", _check_config(folder)
+
+
 def _check_files(folder: Path) -> None:
-    config = _read_config(folder)
-    _check_architecture(folder, config)
+    config = _check_config(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the "
@@ -107,29 +156,21 @@ def _check_files(folder: Path) -> None:
     _check_weights(folder, config)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _check_config(folder: Path) -> dict[str, Any]:
+    """What config.json holds, of an architecture that can be trained."""
     if not folder.is_dir():
         raise ModelError(f"model.path={str(folder)!r} is a file; give the folder that holds it")
     if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        raise ModelError(
-            f"model folder {folder} has no config.json; "
-            + (
-                "it holds an adapter: merge it into its base model and give that folder"
-                if adapter
-                else "give the folder that save_pretrained wrote"
-            )
-        )
+        remedy = "give the folder that save_pretrained wrote"
+        if (folder / "adapter_config.json").is_file():
+            remedy = "it holds an adapter: merge it into its base model and give that folder"
+        raise ModelError(f"model folder {folder} has no config.json; {remedy}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{folder}/config.json is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json must hold an object, not {type(config).__name__}")
-    return config
-
-
-def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
     named = config.get("architectures") or []
     if not isinstance(named, list):
         raise ModelError(
@@ -137,7 +178,7 @@ def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
             f"[{SUPPORTED_ARCHITECTURES[0]!r}]; copy config.json of its base model there"
         )
     if any(name in SUPPORTED_ARCHITECTURES for name in named):
-        return
+        return config
     found = ", ".join(map(str, named)) or "none named"
     near = difflib.get_close_matches(found, SUPPORTED_ARCHITECTURES, n=1, cutoff=0.6)
     raise ModelError(
@@ -200,60 +241,25 @@ def _listed_shards(folder: Path) -> list[str]:
 
 
 def _check_weight_file(file: Path) -> dict[str, Any]:
-    """The shapes of a safetensors file, by name.
+    """The shapes of a safetensors file, by name. Refuses what a broken copy leaves."""
+    from safetensors import SafetensorError, safe_open
 
-    Refuses what a broken copy leaves: empty files, Git LFS pointers, cut-off safetensors.
-    """
-    shapes: dict[str, Any] = {}
     with file.open("rb") as opened:
         start = opened.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise ModelError(f"{file} is a Git LFS pointer, no weights; run `git lfs pull` there")
-        expected = 1
-        if file.suffix == ".safetensors":
-            # Layout: length of the header (8 bytes), header (JSON), then all tensors end to end.
-            header_size = int.from_bytes(start[:8], "little")
-            expected = 8 + header_size
-            if len(start) > 8 and expected <= file.stat().st_size:
-                opened.seek(8)
-                num_bytes, shapes = _tensors(file, opened.read(header_size))
-                expected += num_bytes
-    if file.stat().st_size < expected:
-        raise ModelError(
-            f"{file} is cut off: it has {file.stat().st_size} bytes, its header tells of "
-            f"{expected}; download it again"
-        )
-    return shapes
-
-
-def _tensors(file: Path, header: bytes) -> tuple[int, dict[str, Any]]:
-    """The bytes of all tensors together, and their shapes by name."""
+    if start == LFS_POINTER:
+        raise ModelError(f"{file} is a Git LFS pointer, no weights; run `git lfs pull` there")
+    if not start:
+        raise ModelError(f"{file} is empty; download it again")
+    if file.suffix != ".safetensors":
+        return {}
     try:
-        tensors = json.loads(header)
-        tensors.pop("__metadata__", None)
-        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
-        shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
-        return max(ends, default=0), shapes
-    except (ValueError, KeyError, AttributeError, TypeError, IndexError):
-        raise ModelError(f"{file} is no safetensors file; download it again") from None
-
-
-def _check_hub_name(name: str, download: bool) -> None:
-    """A hub name needs a complete cached copy, or permission to go online."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    snapshot = _cached_snapshot(name)
-    if snapshot is None:
-        if offline or not download:
-            remedy = "HF_HUB_OFFLINE is set; unset it, or give a local folder"
-            raise AbsentModel(
-                f"model.path={name!r} is no folder, is not in the hub cache {_hub_cache()}, and "
-                + (remedy if offline else "would be downloaded")
-            )
-        return
-    if offline:
-        _check_files(snapshot)
-    elif (snapshot / "config.json").is_file():
-        _check_architecture(snapshot, _read_config(snapshot))
+        with safe_open(file, framework="numpy") as tensors:
+            names = tensors.keys()
+            return {name: tensors.get_slice(name).get_shape() for name in names}
+    except SafetensorError as error:
+        raise ModelError(
+            f"{file} is cut off, or no safetensors file ({error}); download it again"
+        ) from None
 
 
 def _hub_cache() -> Path:

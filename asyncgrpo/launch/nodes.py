@@ -1,7 +1,7 @@
 """The nodes of a Slurm job and who runs where: pure functions of settings and scontrol's words.
 
-A node has slots. A slot holds one actor or one learner rank: as many CPUs as the one of them with
-more threads wants, and one GPU if the run uses any.
+A node has slots. A slot holds one learner rank, or one of the actor.tensor_parallel processes of an
+actor: as many CPUs as the one of them with more threads wants, and one GPU if the run uses any.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ def find_seat(config: Config, name: str, nodes: Sequence[Node], taken: Mapping[s
     the node with most room. ConfigError when there is none.
     """
     launch, is_learner = config.launch, name == LEARNER
-    ranks, group = (launch.learners, LEARNERS) if is_learner else (1, ACTORS)
+    slots = config.actor.tensor_parallel
+    ranks, group = (launch.learners, LEARNERS) if is_learner else (slots, ACTORS)
     room = {node: node.slots for node in nodes if node.group in ("", group)}
     for seat in taken.values():
         room |= {node: room[node] - seat.slots for node in seat.nodes if node in room}
-    for count in (n for n in range(1, ranks + 1) if ranks % n == 0):
+    for count in (n for n in range(1, ranks + 1 if is_learner else 2) if ranks % n == 0):
         found = [node for node, free in room.items() if free >= ranks // count]
         if not is_learner:  # of equals the one farthest from the launcher
             found = sorted(reversed(found), key=lambda node: -room[node])
@@ -70,7 +71,8 @@ def find_seat(config: Config, name: str, nodes: Sequence[Node], taken: Mapping[s
             return Seat(nodes=tuple(found[:count]), slots=ranks // count, on_gpus=launch.gpus > 0)
     free = ", ".join(f"{node.name}: {slots}" for node, slots in room.items())
     each = f"{slot_cpus(config)} CPUs" + " and a GPU" * (launch.gpus > 0)
-    where = " on the launcher's node, or as many there as on others" if is_learner else ""
+    where = " on the launcher's node, or as many there as on others"
+    where = where if is_learner else " on one node" * (slots > 1)
     raise ConfigError(
         f"no room for {name}: it needs {ranks} slots of {each}{where}; free are {free or 0}: "
         "start fewer actors or learners, or ask Slurm for more"
@@ -90,10 +92,20 @@ def slot_cpus(config: Config) -> int:
     return max(config.actor.threads, config.learner.threads)
 
 
-def slots_per_node(learners: int, actors: int, num_nodes: int) -> int:
-    """The fewest slots on each node with which everyone finds a seat."""
-    evenly = max(count for count in range(1, num_nodes + 1) if learners % count == 0)
-    return max(learners // evenly, -(-(learners + actors) // num_nodes))
+def slots_per_node(learners: int, actors: int, num_nodes: int, width: int = 1) -> int:
+    """The fewest slots on each node with which everyone finds a seat. width: slots of an actor."""
+    evenly = [count for count in range(1, num_nodes + 1) if learners % count == 0]
+
+    def places(slots: int) -> int:
+        """For actors, beside the learner on its nodes and on the others."""
+        count = next(count for count in evenly if learners // count <= slots)
+        beside = (slots - learners // count) // width
+        return count * beside + (num_nodes - count) * (slots // width)
+
+    slots = learners // evenly[-1]
+    while places(slots) < actors:
+        slots += 1
+    return slots
 
 
 def parse_job(config: Config, job: str, nodes: str) -> tuple[Node, ...]:

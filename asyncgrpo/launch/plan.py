@@ -1,19 +1,18 @@
-"""Turns settings and a host into the processes of a run: a pure function that --dry-run prints."""
+"""Turns settings and a host into the processes of a run, which --dry-run prints."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Literal
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.cores import Cores, assign_cores, core_sharers
 from asyncgrpo.launch.nodes import Seat
-from asyncgrpo.launch.transport import choose_transport
+from asyncgrpo.launch.placement import Cores, assign_cores, choose_transport, core_sharers
 from asyncgrpo.rundir import Endpoints
 
 LOOPBACK, LOOPBACK_DEVICE = "127.0.0.1", "lo"
@@ -23,10 +22,10 @@ VLLM_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor_parallel: the actor has threads
     "PYTHONWARNINGS": "ignore",  # deprecations inside vLLM, nothing that a user could act on
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-RoleName = Literal["buffer", "actor", "learner"]
 Environment = dict[str, str]
 
 
@@ -39,22 +38,9 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ports:
-    """TCP ports of a run. `metrics` is the buffer's, the others follow it; 0 = any free port."""
-
-    buffer: int
-    weights: int
-    store: int
-    rendezvous: int
-    metrics: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSpec:
     """One process to start. The learner is one process here: torchrun, which starts its ranks."""
 
-    role: RoleName
-    index: int
     name: str  # "buffer", "actor-0", "learner"; also the prefix of its log lines
     argv: tuple[str, ...]
     environment: Mapping[str, str]  # only what is added to the launcher's own
@@ -62,7 +48,11 @@ class ProcessSpec:
     gpus: tuple[str, ...]
     log_file: Path
     nodes: tuple[str, ...] = ()  # of a Slurm job; () = the launcher's own machine
-    note: str = ""  # which rank is on which core, who else uses its cores
+
+    @property
+    def role(self) -> str:
+        """buffer, actor or learner."""
+        return self.name.partition("-")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,43 +74,35 @@ def role_names(num_actors: int, num_learners: int) -> tuple[str, ...]:
 def make_plan(
     config: Config,
     host: Host,
-    ports: Ports,
+    doors: Endpoints,
     run_dir: Path,
-    python: str,
     *,
-    model_is_local: bool = False,
     seats: Mapping[str, Seat] | None = None,
     log_dir: Path | None = None,
 ) -> Plan:
     """The processes of one run, their cores or GPUs, and warnings worth reading.
 
+    doors: as of preflight.choose_endpoints.
     seats: None for one machine, whose cores and GPUs are shared out here; else who is on which
     nodes of a Slurm job, which binds cores and GPUs; {} when nobody does, and roles are started by
     hand. log_dir: default is run_dir/logs.
 
-    With `model_is_local` the actors are kept off the model hub. ConfigError: more GPUs than the
-    host has, more roles than GPUs, or weights that cannot travel as they should.
+    ConfigError: more GPUs than the host has, more roles than GPUs, or weights that cannot travel as
+    they should.
     """
     actors, learners = config.launch.actors, config.launch.learners
-    gpus = _assign_gpus(config, host) if seats is None else {}
-    placed = gpus if seats is None else _own_gpus(config)
-    transport, reason = choose_transport(config, placed)
+    gpus = assign_gpus(config, host) if seats is None else {}
+    firsts = {name: ids[0] for name, ids in gpus.items()}
+    transport, reason = choose_transport(config, firsts if seats is None else _own_gpus(config))
     cores: Mapping[str, Cores] = {}
     if seats is None and not gpus:
-        cores = assign_cores(host.cores, actors, learners, config.actor.threads)
-    draft = _Draft(config, run_dir, python, cores, gpus, core_sharers(cores), seats, log_dir)
-    offline = model_is_local or config.model.path == "tiny"
-    specs = (
-        draft.buffer(),
-        draft.learner(ports.rendezvous),
-        *(draft.actor(index, offline) for index in range(actors)),
-    )
+        cores = assign_cores(host.cores, actors, learners, config.actor.cores)
+    draft = _Draft(config, run_dir, cores, gpus, seats, log_dir)
+    actor_specs = (draft.actor(index) for index in range(actors))
     return Plan(
-        specs=specs,
-        warnings=(*_core_warnings(config, host, cores), *_door_warnings(config)),
-        endpoints=_endpoints(
-            config.launch.host, ports, cores, role_names(actors, learners), transport
-        ),
+        specs=(draft.buffer(), draft.learner(doors.rendezvous), *actor_specs),
+        warnings=tuple(_warnings(config, host, cores)),
+        endpoints=replace(doors, cores=dict(cores), transport=transport),
         transport_reason=reason,
     )
 
@@ -128,38 +110,34 @@ def make_plan(
 def lone_actor(config: Config, host: Host) -> ProcessSpec:
     """An actor that has the host for itself; its environment must be set before torch is imported.
 
-    ConfigError when launch.gpus asks for a GPU and there is none.
+    ConfigError when launch.gpus asks for GPUs and there are not as many as an engine takes.
     """
-    launch = {"actors": 1, "learners": 0, "gpus": min(config.launch.gpus, 1)}
+    count = config.actor.tensor_parallel if config.launch.gpus else 0
+    launch = {"actors": 1, "learners": 0, "gpus": count}
     config = config.model_copy(update={"launch": config.launch.model_copy(update=launch)})
-    gpus = _assign_gpus(config, host)
-    cores = {} if gpus else {"actor-0": host.cores[: config.actor.threads]}
-    offline = Path(config.model.path).is_dir()
-    return _Draft(config, Path(), "python", cores, gpus, {}).actor(0, offline)
+    gpus = assign_gpus(config, host)
+    cores = {} if gpus else {"actor-0": host.cores[: config.actor.cores]}
+    return _Draft(config, Path(), cores, gpus).actor(0)
 
 
-def hand_started(
-    name: str, config: Config, run_dir: Path, python: str, rendezvous_port: int = 0
-) -> ProcessSpec:
+def hand_started(name: str, config: Config, run_dir: Path, rendezvous_port: int) -> ProcessSpec:
     """A role that somebody starts where and when he likes: "learner", or "actor-3"."""
-    draft = _Draft(config, run_dir, python, {}, {}, {}, seats={})
+    draft = _Draft(config, run_dir, {}, {}, seats={})
     if name == "learner":
         return draft.learner(rendezvous_port)
-    return draft.actor(int(name.removeprefix("actor-")), Path(config.model.path).is_dir())
+    return draft.actor(int(name.removeprefix("actor-")))
 
 
 def render_plan(plan: Plan) -> str:
     """The plan as text: per process its cores or GPUs, log, environment and command line."""
-    blocks = [_render_spec(spec) for spec in plan.specs]
-    addresses = [
-        f"buffer   {plan.endpoints.buffer}",
-        f"weights  {plan.endpoints.weights}, by {plan.endpoints.transport}: "
-        f"{plan.transport_reason}",
-        f"store    {plan.endpoints.store[0]}:{plan.endpoints.store[1]}",
-    ]
-    return "\n\n".join(
-        [*blocks, "\n".join(addresses), *(f"warning: {line}" for line in plan.warnings)]
+    at = plan.endpoints
+    addresses = (
+        f"buffer   {at.buffer}\n"
+        f"weights  {at.weights}, by {at.transport}: {plan.transport_reason}\n"
+        f"store    {at.store[0]}:{at.store[1]}"
     )
+    warnings = (f"warning: {line}" for line in plan.warnings)
+    return "\n\n".join([*map(_render_spec, plan.specs), addresses, *warnings])
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,28 +146,25 @@ class _Draft:
 
     config: Config
     run_dir: Path
-    python: str
     cores: Mapping[str, Cores]  # {} on GPUs
-    gpus: Mapping[str, str]  # {} on CPU
-    shared: Mapping[int, Sequence[str]]
+    gpus: Mapping[str, tuple[str, ...]]  # {} on CPU
     seats: Mapping[str, Seat] | None = None  # None: cores and GPUs are bound here
     log_dir: Path | None = None
 
     def buffer(self) -> ProcessSpec:
         """Never imports torch, never pinned."""
-        argv = (self.python, *self._role_arguments("buffer"))
-        return self._spec("buffer", 0, "buffer", argv, {"PYTHONUNBUFFERED": "1"}, ())
+        return self._spec("buffer", self._role_words("buffer"), {"PYTHONUNBUFFERED": "1"}, ())
 
-    def actor(self, index: int, offline: bool) -> ProcessSpec:
-        """One engine with everything around it."""
-        name = f"actor-{index}"
-        argv = (self.python, *self._role_arguments("actor"), "--index", str(index))
+    def actor(self, index: int) -> ProcessSpec:
+        """One engine with everything around it. A local model keeps it off the model hub."""
+        name, model = f"actor-{index}", self.config.model.path
         environment = self._torch_environment([name], self.config.actor.threads)
         if self.config.actor.engine == "vllm":
             environment |= VLLM_ENVIRONMENT | self._cpu_engine_environment(name)
-        if offline:
+        if model == "tiny" or Path(model).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
-        return self._spec("actor", index, name, argv, environment, [name])
+        words = (*self._role_words("actor"), "--index", str(index))
+        return self._spec(name, words, environment, [name])
 
     def learner(self, rendezvous_port: int) -> ProcessSpec:
         """torchrun with all ranks."""
@@ -197,20 +172,20 @@ class _Draft:
         seat = (self.seats or {}).get("learner")
         num_nodes = len(seat.nodes) if seat else 1
         host = LOOPBACK if num_nodes == 1 else self.config.launch.host
-        argv = (
-            *(self.python, "-m", TORCHRUN_MODULE, "--nnodes", str(num_nodes)),
+        words = (
+            *("-m", TORCHRUN_MODULE, "--nnodes", str(num_nodes)),
             *("--nproc-per-node", str(len(ranks) // num_nodes), "--rdzv-backend", "asyncgrpo"),
             *("--rdzv-endpoint", f"{host}:{rendezvous_port}"),
             *("--max-restarts", "0", "--monitor-interval", "0.2"),
-            *self._role_arguments("learner"),
+            *self._role_words("learner"),
         )
         environment = self._torch_environment(ranks, self.config.learner.threads)
         # torchrun must have ended its ranks before the launcher's own grace is over.
         patience = max(1, int(self.config.launch.grace_seconds / 2))
         environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(patience)
-        return self._spec("learner", 0, "learner", argv, environment, ranks)
+        return self._spec("learner", words, environment, ranks)
 
-    def _role_arguments(self, role: RoleName) -> tuple[str, ...]:
+    def _role_words(self, role: str) -> tuple[str, ...]:
         return ("-m", CLI_MODULE, "role", role, "--run-dir", str(self.run_dir))
 
     def _torch_environment(self, names: Sequence[str], threads: int) -> Environment:
@@ -225,11 +200,10 @@ class _Draft:
             "GLOO_SOCKET_IFNAME": LOOPBACK_DEVICE,
         }
         if self.seats is None or not self.config.launch.gpus:
-            visible = ",".join(self.gpus[name] for name in names if name in self.gpus)
-            environment["CUDA_VISIBLE_DEVICES"] = visible
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus_of(names))
         if self.config.launch.on_loopback:
             environment["NCCL_SOCKET_IFNAME"] = LOOPBACK_DEVICE
-        if any(core in self.shared for name in names for core in self.cores.get(name, ())):
+        if any(name in sharers for sharers in core_sharers(self.cores).values() for name in names):
             # A thread that spins while it waits takes the core from its neighbour (20x slower).
             environment["OMP_WAIT_POLICY"] = "PASSIVE"
         return environment
@@ -237,46 +211,37 @@ class _Draft:
     def _cpu_engine_environment(self, name: str) -> Environment:
         if self.config.launch.gpus:
             return {}
-        bind = ",".join(map(str, self.cores.get(name, ()))) or "nobind"
+        cores, count = self.cores.get(name, ()), self.config.actor.tensor_parallel
+        each = len(cores) // count
+        parts = [cores[place * each : (place + 1) * each] for place in range(count)]
+        bind = "|".join(",".join(map(str, part)) for part in parts) if each else "nobind"
         return {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": bind}
+
+    def _gpus_of(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(gpu for name in names for gpu in self.gpus.get(name, ()))
 
     def _spec(
         self,
-        role: RoleName,
-        index: int,
         name: str,
-        argv: tuple[str, ...],
+        words: tuple[str, ...],
         environment: Environment,
         members: Sequence[str],
     ) -> ProcessSpec:
         seat = (self.seats or {}).get(name)
         return ProcessSpec(
-            role=role,
-            index=index,
             name=name,
-            argv=(*seat.srun(name), *argv) if seat else argv,
+            argv=(*(seat.srun(name) if seat else ()), sys.executable, *words),
             environment=environment,
             cores=tuple(sorted({core for m in members for core in self.cores.get(m, ())})),
-            gpus=tuple(self.gpus[m] for m in members if m in self.gpus),
+            gpus=self._gpus_of(members),
             log_file=(self.log_dir or self.run_dir / "logs") / f"{name}.log",
             nodes=tuple(node.name for node in seat.nodes) if seat else (),
-            note=self._sharing_note(members),
         )
 
-    def _sharing_note(self, members: Sequence[str]) -> str:
-        pins = [f"{m} on {', '.join(map(str, self.cores[m]))}" for m in members if m in self.cores]
-        mine = {core for member in members for core in self.cores.get(member, ())}
-        notes = [
-            f"core {core} is used by {', '.join(names)}"
-            for core, names in self.shared.items()
-            if core in mine
-        ]
-        return "; ".join((pins if len(members) > 1 else []) + notes)
 
-
-def _assign_gpus(config: Config, host: Host) -> dict[str, str]:
-    """Name -> GPU, one each, or with launch.share_gpus in turn; {} for a CPU run."""
-    asked, there = config.launch.gpus, len(host.gpu_ids)
+def assign_gpus(config: Config, host: Host) -> dict[str, tuple[str, ...]]:
+    """Name -> its own GPUs, or with launch.share_gpus in turn; {} for a CPU run."""
+    asked, there, width = config.launch.gpus, len(host.gpu_ids), config.actor.tensor_parallel
     if not asked:
         return {}
     if asked > there:
@@ -284,17 +249,27 @@ def _assign_gpus(config: Config, host: Host) -> dict[str, str]:
             f"launch.gpus={asked} must be <= {there}, the GPUs visible on this machine; "
             f"set launch.gpus={there}" + (" (a CPU run)" if not there else "")
         )
+    if width > asked:
+        raise ConfigError(
+            f"actor.tensor_parallel={width} must be <= launch.gpus={asked} (there are {there}): "
+            "each process of an engine needs a GPU of its own; lower it, or give more GPUs"
+        )
     names = role_names(config.launch.actors, config.launch.learners)[1:]
+    counts = {name: width if name.startswith("actor") else 1 for name in names}
+    needed = sum(counts.values())
     if config.launch.share_gpus and config.launch.learners <= asked:
-        return dict(zip(reversed(names), cycle(host.gpu_ids[:asked]), strict=False))
-    if len(names) > asked:
+        turns, names = cycle(host.gpu_ids[:asked]), names[::-1]
+        return {name: tuple(islice(turns, counts[name])) for name in names}
+    if needed > asked:
+        each = "" if width == 1 else f", an actor {width} (actor.tensor_parallel)"
         raise ConfigError(
             f"launch.actors={config.launch.actors} + launch.learners={config.launch.learners} "
-            f"need one GPU each = {len(names)}, but launch.gpus={asked}; start fewer of them, set "
-            f"launch.gpus={len(names)} (there are {there}), or launch.share_gpus = true, with a "
+            f"need one GPU each{each} = {needed}, but launch.gpus={asked}; start fewer of them, "
+            f"set launch.gpus={needed} (there are {there}), or launch.share_gpus = true, with a "
             "GPU for each learner"
         )
-    return dict(zip(names, host.gpu_ids, strict=False))
+    free = iter(host.gpu_ids)
+    return {name: tuple(islice(free, counts[name])) for name in names}
 
 
 def _own_gpus(config: Config) -> dict[str, str]:
@@ -303,48 +278,34 @@ def _own_gpus(config: Config) -> dict[str, str]:
     return {name: f"of {name}" for name in names} if config.launch.gpus else {}
 
 
-def _core_warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> list[str]:
-    """Says who shares a core and whose threads do not fit, in one line each."""
-    warnings = []
+def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterator[str]:
+    """Says who shares a core, whose threads do not fit and which door is open, in a line each."""
+    launch = config.launch
     if shared := core_sharers(cores):
         who = "; ".join(f"core {core}: {', '.join(names)}" for core, names in shared.items())
-        warnings.append(
-            f"launch.actors={config.launch.actors} + launch.learners={config.launch.learners} "
+        yield (
+            f"launch.actors={launch.actors} + launch.learners={launch.learners} "
             f"processes on {len(host.cores)} cores share some ({who}); fewer of them run faster"
         )
-    wanted = {"actor": config.actor.threads, "learner": config.learner.threads}
+    wanted = {"actor": config.actor.cores, "learner": config.learner.threads}
     for role, threads in wanted.items():
         given = min((len(c) for name, c in cores.items() if name.startswith(role)), default=threads)
-        if given < threads:
-            warnings.append(
+        if given < threads and role == "actor" and config.actor.tensor_parallel > 1:
+            yield (
+                f"actor.tensor_parallel={config.actor.tensor_parallel} processes want {threads} "
+                f"cores, but each actor gets {given} of {len(host.cores)}: its processes wait for "
+                "each other; start fewer actors or learners"
+            )
+        elif given < threads:
+            yield (
                 f"{role}.threads={threads} but each {role} gets {given} of {len(host.cores)} "
                 f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"
             )
-    return warnings
-
-
-def _door_warnings(config: Config) -> list[str]:
-    launch = config.launch
-    if launch.on_loopback or launch.encrypted:
-        return []
-    return [
-        f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups and "
-        "end the run; without --insecure the run makes keys"
-    ]
-
-
-def _endpoints(
-    host: str, ports: Ports, cores: Mapping[str, Cores], names: Sequence[str], transport: str
-) -> Endpoints:
-    metrics = {name: ports.metrics and ports.metrics + place for place, name in enumerate(names)}
-    return Endpoints(
-        buffer=f"tcp://{host}:{ports.buffer}",
-        weights=f"tcp://{host}:{ports.weights}",
-        store=(host, ports.store),
-        cores=dict(cores),
-        metrics=metrics,
-        transport=transport,
-    )
+    if not (launch.on_loopback or launch.encrypted):
+        yield (
+            f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups "
+            "and end the run; without --insecure the run makes keys"
+        )
 
 
 def _render_spec(spec: ProcessSpec) -> str:
@@ -353,12 +314,9 @@ def _render_spec(spec: ProcessSpec) -> str:
     else:
         place = f"cores {', '.join(map(str, spec.cores))}" if spec.cores else "any core"
     variables = [f"{key}={shlex.quote(value)}" for key, value in spec.environment.items()]
-    lines = [
-        f"{spec.name:<10} {place}",
-        f"  log  {spec.log_file}",
-        f"  env  {' '.join(variables)}",
-        f"  run  {shlex.join(spec.argv)}",
-    ]
-    if spec.note:
-        lines.insert(1, f"  note {spec.note}")
-    return "\n".join(lines)
+    return (
+        f"{spec.name:<10} {place}\n"
+        f"  log  {spec.log_file}\n"
+        f"  env  {' '.join(variables)}\n"
+        f"  run  {shlex.join(spec.argv)}"
+    )

@@ -1,65 +1,80 @@
-"""Refuses ports and run directories that cannot work, before any process is started."""
+"""Ports and run directories, new ones and those of runs that go on: what cannot work is refused."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.plan import LOOPBACK, Ports, role_names
+from asyncgrpo.launch.plan import LOOPBACK, role_names
+from asyncgrpo.learner.saved import FOLDER, newest, saved, step_of
+from asyncgrpo.rundir import Endpoints
 
 LAST_PORT = 65535
-RUN_FOLDERS = ("logs", "trajectories")
+AUTO = "auto"
+# The ledger, the prompt stream and the checkpoints stand on these; they cannot change in a run.
+FIXED = ("run.seed", "data", "buffer.groups_per_step", "learner.lora")
 
 
-def check_port_free(host: str, port: int, setting: str) -> None:
-    """ConfigError when nobody could listen on host:port; `setting` is what to change then."""
-    try:
-        _bind(host, port).close()
-    except OSError as error:
+def pick_free_ports(count: int, host: str = LOOPBACK) -> list[int]:
+    """Distinct ports of an address that nobody uses now."""
+    with ExitStack() as held:  # together, so that no port is picked twice
+        servers = [held.enter_context(socket.create_server((host, 0))) for _ in range(count)]
+        return [server.getsockname()[1] for server in servers]
+
+
+def choose_endpoints(config: Config) -> Endpoints:
+    """Ports that the settings name, proven free, and free ones for the others; no cores yet."""
+    launch, names = config.launch, role_names(config.launch.actors, config.launch.learners)
+    count, host = len(names), launch.host
+    first, own = launch.metrics_port, config.observe.metrics_host.replace("auto", host)
+    if first and first + count - 1 > LAST_PORT:
         raise ConfigError(
-            f"{setting}: port {port} on {host} cannot be used ({error.strerror}); end the process "
-            f"that listens there, or set another {setting} (0 = any free port)"
-        ) from None
-
-
-def pick_free_ports(
-    count: int, besides: frozenset[int] = frozenset(), host: str = LOOPBACK
-) -> list[int]:
-    """Distinct ports of an address that nobody uses now, none of them in `besides`."""
-    picked: list[int] = []
-    with ExitStack() as open_until_done:  # held together, so that no port is picked twice
-        while len(picked) < count:
-            port = open_until_done.enter_context(_bind(host, 0)).getsockname()[1]
-            if port not in besides:
-                picked.append(port)
-    return picked
-
-
-def choose_ports(config: Config) -> Ports:
-    """The ports that the settings name, proven free, and free ones for the others."""
-    launch = config.launch
-    fixed = {"launch.buffer_port": launch.buffer_port, "launch.weights_port": launch.weights_port}
-    asked = [(setting, port) for setting, port in fixed.items() if port]
-    asked += [("launch.metrics_port", port) for port in _metrics_ports(config)]
-    _check_distinct(asked)
-    metrics_host = config.observe.metrics_host.replace("auto", launch.host)
-    _check_own_address(launch.host, "launch.host")
-    _check_own_address(metrics_host, "observe.metrics_host")
-    for setting, port in asked:
-        check_port_free(launch.host if setting in fixed else metrics_host, port, setting)
-    free = pick_free_ports(4, frozenset(port for _, port in asked), launch.host)
-    return Ports(
-        buffer=launch.buffer_port or free[0],
-        weights=launch.weights_port or free[1],
-        store=free[2],
+            f"launch.metrics_port={first} leaves no room for {count} endpoints; "
+            f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"
+        )
+    asked = [
+        ("launch.buffer_port", host, launch.buffer_port),
+        ("launch.weights_port", host, launch.weights_port),
+        *(("launch.metrics_port", own, first + place) for place in range(count if first else 1)),
+    ]
+    with ExitStack() as held:  # together: no two settings may name one port
+        for setting, address, port in asked:
+            try:
+                held.enter_context(socket.create_server((address, port)))
+            except OSError as error:
+                raise ConfigError(_refused(setting, address, port, error)) from None
+        free = pick_free_ports(4, host)
+    return Endpoints(
+        buffer=f"tcp://{host}:{launch.buffer_port or free[0]}",
+        weights=f"tcp://{host}:{launch.weights_port or free[1]}",
+        store=(host, free[2]),
         rendezvous=free[3],
-        metrics=launch.metrics_port,
+        metrics={name: first and first + place for place, name in enumerate(names)},
+    )
+
+
+def _refused(setting: str, host: str, port: int, error: OSError) -> str:
+    """Why nobody can listen there, and what to change."""
+    why = os.strerror(error.errno or 0)
+    if error.errno == errno.EADDRNOTAVAIL:
+        host_setting = "observe.metrics_host" if "metrics" in setting else "launch.host"
+        return (
+            f"{host_setting}={host} cannot be listened on ({why}); set it to an address of this "
+            "machine, such as 127.0.0.1"
+        )
+    return (
+        f"{setting}: port {port} on {host} cannot be used ({why}); end the process that listens "
+        f"there, or set another {setting} (0 = any free port); no two doors share one, and "
+        "launch.metrics_port is the first of one per role"
     )
 
 
@@ -82,14 +97,10 @@ def check_run_dir(path: Path) -> None:
     ancestor = path.absolute()
     while not os.path.exists(ancestor):
         ancestor = ancestor.parent
-    if not ancestor.is_dir():
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        why = "may not be written" if ancestor.is_dir() else "is a file"
         raise ConfigError(
-            f"run directory {path} cannot be made: {ancestor} is a file; give another --run-dir"
-        )
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"run directory {path} cannot be written: no permission in {ancestor}; "
-            "give another --run-dir"
+            f"run directory {path} cannot be made: {ancestor} {why}; give another --run-dir"
         )
 
 
@@ -108,23 +119,13 @@ def prepare_run_dir(path: Path) -> None:
     """Checks the run directory and makes it, with logs/ and trajectories/."""
     check_run_dir(path)
     try:
-        for name in RUN_FOLDERS:
+        for name in ("logs", "trajectories"):
             (path / name).mkdir(parents=True, exist_ok=True)
         point_latest(path)
     except OSError as error:
         raise ConfigError(
             f"run directory {path} cannot be written ({error.strerror}: {error.filename}); "
             "give another --run-dir"
-        ) from None
-
-
-def _check_own_address(host: str, setting: str) -> None:
-    try:
-        _bind(host, 0).close()
-    except OSError as error:
-        raise ConfigError(
-            f"{setting}={host} cannot be listened on ({error.strerror}); set it to an address of "
-            "this machine, such as 127.0.0.1"
         ) from None
 
 
@@ -137,35 +138,74 @@ def point_latest(path: Path) -> None:
         draft.replace(path.with_name("latest"))
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    # As our servers do: connections of an earlier run that still linger are no hindrance.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except BaseException:
-        listener.close()
-        raise
-    return listener
+def find_run(resume: str, run_dir: Path | None) -> Path | None:
+    """The run directory that --resume means; None for "auto" when there is none to go on with.
 
-
-def _metrics_ports(config: Config) -> list[int]:
-    first = config.launch.metrics_port
-    count = len(role_names(config.launch.actors, config.launch.learners))
-    if first and first + count - 1 > LAST_PORT:
+    "auto" is the given run directory, or the newest below runs/. ConfigError for a path without a
+    run.
+    """
+    if resume == AUTO:
+        runs = [run_dir / "config.json"] if run_dir else Path("runs").glob("*/config.json")
+        found = sorted(filter(Path.exists, runs), key=lambda path: path.stat().st_mtime)
+        return found[-1].parent if found else None
+    path = Path(resume)
+    if not (path / "config.json").exists():
         raise ConfigError(
-            f"launch.metrics_port={first} leaves no room for {count} endpoints; "
-            f"it must be <= {LAST_PORT - count + 1}, or 0 for any free ports"
+            f"--resume {resume}: there is no run ({path / 'config.json'} is missing); give a run "
+            f"directory, or {AUTO!r}"
         )
-    return list(range(first, first + count)) if first else []
+    return path
 
 
-def _check_distinct(asked: list[tuple[str, int]]) -> None:
-    owners: dict[int, str] = {}
-    for setting, port in asked:
-        if port in owners:
+def check_resumable(run_dir: Path, config: Config) -> int:
+    """The step a run goes on from. ConfigError when these settings cannot go on with it."""
+    before = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    now = config.model_dump(mode="json")
+    for setting in FIXED:
+        room, _, key = setting.partition(".")
+        old, new = before.get(room, {}), now[room]
+        if key:
+            old, new = old.get(key), new[key]
+        if old != new:
             raise ConfigError(
-                f"port {port} is asked for twice, by {owners[port]} and {setting} "
-                "(launch.metrics_port takes one port per role, upwards); move one of them"
+                f"{setting}={new!r} cannot change within a run: it was {old!r}; "
+                "leave it as it was, or start another run"
             )
-        owners[port] = setting
+    checkpoint = newest(run_dir / FOLDER)
+    if checkpoint is None and saved(run_dir / FOLDER):
+        raise ConfigError(
+            f"every checkpoint in {run_dir / FOLDER} is damaged; start another run with "
+            "model.path set to the last model that you trust"
+        )
+    step = step_of(checkpoint) if checkpoint is not None else 0
+    if step >= config.run.max_steps:
+        raise ConfigError(
+            f"run.max_steps={config.run.max_steps}, but {run_dir} has made {step} steps already; "
+            "set a larger run.max_steps"
+        )
+    return step
+
+
+def keep_settings(run_dir: Path) -> None:
+    """Keeps the settings of the life before as config.<n>.json; its summary is no longer true."""
+    number = len(list(run_dir.glob("config.*.json"))) + 1
+    (run_dir / "config.json").rename(run_dir / f"config.{number}.json")
+    (run_dir / "summary.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def only_launcher(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory. ConfigError when another launcher does; a killed one lets go."""
+    with (run_dir / "launcher.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"run directory {run_dir} is in use by the launcher with pid {file.read().strip()};"
+                " end that one first, or give another --run-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

@@ -42,8 +42,9 @@ def render(
             f"--seeds {seeds!r} must look like 0,1,2, and does not go with --actor-nodes: "
             "Slurm has no arrays of heterogeneous jobs"
         )
-    slots = slots_per_node(launch.learners, 0 if actor_nodes else launch.actors, nodes)
-    actor_slots = slots_per_node(0, launch.actors, actor_nodes or 1)
+    width = config.actor.tensor_parallel
+    slots = slots_per_node(launch.learners, 0 if actor_nodes else launch.actors, nodes, width)
+    actor_slots = slots_per_node(0, launch.actors, actor_nodes or 1, width)
     in_array = ("slurm-%A_%a.log", '/seed-"$SLURM_ARRAY_TASK_ID"', ' --seed "$SLURM_ARRAY_TASK_ID"')
     log, folder, seed = in_array if seeds else ("slurm-%j.log", "", "")
     values = {

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 
 from rich.console import Console
 
-from asyncgrpo.algo import notices
 from asyncgrpo.config import Config
 from asyncgrpo.data.check import length_warning
-from asyncgrpo.data.prompts import PromptSource, open_prompts
+from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.data.templates import tokenise
 from asyncgrpo.errors import (
     EXIT_DONE,
@@ -32,25 +32,34 @@ from asyncgrpo.errors import (
 )
 from asyncgrpo.hints import unusual
 from asyncgrpo.launch.arithmetic import render_sizes
-from asyncgrpo.launch.child import Child, with_prelude
+from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.environment import detect_host, environment_report
-from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.model_folder import EMBEDDED, check_model_folder, quick_tokenizer
+from asyncgrpo.launch.lifeline import RUN_ID
+from asyncgrpo.launch.local import Supervisor, held_lifeline
+from asyncgrpo.launch.model_folder import (
+    EMBEDDED,
+    check_model_folder,
+    check_tensor_parallel,
+    quick_tokenizer,
+)
 from asyncgrpo.launch.nodes import Seat
-from asyncgrpo.launch.plan import Host, Plan, Ports, ProcessSpec, make_plan, render_plan
+from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_plan
 from asyncgrpo.launch.preflight import (
+    check_resumable,
     check_run_dir,
-    choose_ports,
+    choose_endpoints,
+    keep_settings,
     missing_extra,
+    only_launcher,
     point_latest,
     prepare_run_dir,
 )
-from asyncgrpo.launch.resume import check_resumable, keep_settings, only_launcher
 from asyncgrpo.launch.stall import StallWatch
 from asyncgrpo.observe.progress import Progress, show_summary
 from asyncgrpo.observe.writers import check_writers
 from asyncgrpo.rewards.registry import RewardSet, load_rewards
-from asyncgrpo.rundir import RunDir
+from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.settings.algo import notices
 from asyncgrpo.wire.keys import make_keys
 
 _promised: set[Path] = set()  # directories of this process, made or not
@@ -72,6 +81,8 @@ def new_run_dir(config: Config) -> Path:
 class Session:
     """One call of the launcher."""
 
+    _new_child: Callable[[ProcessSpec, str], Child] = staticmethod(Child)
+
     def __init__(
         self,
         config: Config,
@@ -86,7 +97,7 @@ class Session:
         self.run_dir = new_run_dir(config)
         self.stopped_by: int | None = None  # the signal that ended the run
         self._log_dir = self.run_dir / "logs"
-        self._ports: Ports | None = None  # None: any free ones
+        self._doors: Endpoints | None = None  # None: any free ones
         self._warnings = [*notices(config.algo), *unusual(config)]
 
     def show_plan(self) -> None:
@@ -105,48 +116,37 @@ class Session:
 
     def run(self) -> int:
         """Runs to the end; returns the exit code."""
-        with self.prepared() as (run, plan):
-            self._warn(plan)
-            code = self._supervise(run.config, plan)
-        if code == 0:
+        settings = self._config.launch
+        shown = Progress(self.run_dir, self._config.run.max_steps, self._console)
+        with self.prepared() as (_, plan):
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            with shown.skip() if self._resume else shown as progress:
+                supervisor = Supervisor(plan, settings, progress.line, self._new_child)
+                stalls = StallWatch(self.run_dir, settings, supervisor.run_id, supervisor.say)
+
+                def tick() -> None:
+                    progress.tick()
+                    stalls()
+
+                code = supervisor.run(on_tick=tick)
+                progress.tick()
+            self._end_scraping()
+        self.stopped_by = supervisor.stopped_by
+        if code == EXIT_DONE:
             show_summary(self.run_dir, self._console)
         return code
 
-    def _supervise(self, config: Config, plan: Plan) -> int:
-        plan.specs[0].log_file.parent.mkdir(parents=True, exist_ok=True)
-        shown = Progress(self.run_dir, config.run.max_steps, self._console)
-        with shown.skip() if self._resume else shown as progress:
-
-            def tick() -> None:
-                progress.tick()
-                stalls()
-
-            supervisor = Supervisor(
-                plan,
-                grace_seconds=config.launch.grace_seconds,
-                max_restarts=config.launch.max_restarts,
-                restart_window_seconds=config.launch.restart_window_seconds,
-                on_line=progress.line,
-                on_tick=tick,
-                new_child=self._new_child,
-            )
-            stalls = StallWatch(self.run_dir, config.launch, supervisor.run_id, supervisor.say)
-            code = supervisor.run()
-            progress.tick()
-        self._end_scraping()
-        self.stopped_by = supervisor.stopped_by
-        return code
-
-    def _new_child(self, spec: ProcessSpec, run_id: str) -> Child:
-        return Child(spec, run_id)
-
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
         """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
+        if self._config.learner.published_adapter:
+            raise ConfigError(
+                "learner.lora.publish='adapter' needs vLLM, but --serial has the toy engine, which "
+                "takes whole weights; set learner.lora.publish = 'merged'"
+            )
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        with self.prepared() as (run, plan):
-            self._warn(plan)
+        with self.prepared() as (run, _):
             self._console.print("serial: one actor with the toy engine, one learner, no sockets")
             from asyncgrpo.serial import run_serial  # torch
 
@@ -180,6 +180,8 @@ class Session:
         checks: list[Callable[[], object]] = [
             partial(check_model_folder, model, download=absent is None) for model in models
         ]
+        width = config.actor.tensor_parallel
+        checks.append(partial(check_tensor_parallel, config.model.path, width))
         checks.append(partial(self._check_prompts, rewards))
         for check in checks:
             try:
@@ -200,16 +202,13 @@ class Session:
             self._plan(config, detect_host())
 
     def _check_prompts(self, rewards: Mapping[str, RewardSet]) -> None:
-        prompts = open_prompts(self._config)
+        """Also warns of prompts that are too long, where the tokenizer is here."""
+        data, prompts = self._config.data, open_prompts(self._config)
         if prompts.get(0) is None:
-            raise DataError(f"data.train={self._config.data.train!r} holds no prompt")
+            raise DataError(f"data.train={data.train!r} holds no prompt")
         for block, its in rewards.items():
             its.check(prompts.survey(block))
-        self._check_lengths(prompts)
-
-    def _check_lengths(self, prompts: PromptSource) -> None:
-        model, data = self._config.model.path, self._config.data
-        if (tokenizer := quick_tokenizer(model)) is None:
+        if (tokenizer := quick_tokenizer(self._config.model.path)) is None:
             return
         for block in ("", *(block.name for block in self._config.evals)):
             warning = length_warning(
@@ -220,41 +219,24 @@ class Session:
             )
             self._warnings += [warning] if warning else []
 
-    def _warn(self, plan: Plan) -> None:
-        for warning in (*plan.warnings, *self._warnings):
-            self._console.print(f"warning: {warning}", style="yellow", markup=False)
-
     def _plan(self, config: Config, host: Host) -> Plan:
         """Ports are chosen late, so that nobody takes one meanwhile."""
-        return make_plan(
-            config,
-            host,
-            self._ports or choose_ports(config),
-            self.run_dir,
-            sys.executable,
-            model_is_local=Path(config.model.path).is_dir(),
-            seats=self._seats,
-            log_dir=self._log_dir,
-        )
-
-    def _with_model(self) -> Config:
-        """The settings with the model's folder; makes the embedded model if it is that one."""
-        model = self._config.model
-        if model.path != EMBEDDED:
-            return self._config
-        model = model.model_copy(update={"path": self._make_tiny()})
-        return self._config.model_copy(update={"model": model})
+        doors, seats, log_dir = self._doors or choose_endpoints(config), self._seats, self._log_dir
+        return make_plan(config, host, doors, self.run_dir, seats=seats, log_dir=log_dir)
 
     @contextmanager
     def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
         """Checks everything, then writes the run directory and holds it."""
         self.check()
-        config = self._with_model()
+        config, model = self._config, self._config.model
+        if model.path == EMBEDDED:
+            model = model.model_copy(update={"path": self._make_tiny()})
+            config = config.model_copy(update={"model": model})
         lora = config.learner.lora
         if lora is not None and lora.targets != "all-linear":
             from asyncgrpo.learner.lora import check_targets  # torch
 
-            check_targets(config.model.path, lora.targets)
+            check_targets(model.path, lora.targets)
         if not self._resume:
             prepare_run_dir(self.run_dir)
         with only_launcher(self.run_dir):
@@ -271,6 +253,8 @@ class Session:
             (self.run_dir / "env.json").write_text(report, encoding="utf-8")
             self._console.print(f"run directory {self.run_dir}", markup=False)
             self._console.print(render_sizes(config), markup=False)
+            for warning in (*plan.warnings, *self._warnings):
+                self._console.print(f"warning: {warning}", style="yellow", markup=False)
             yield run, plan
 
     def _make_tiny(self) -> str:
@@ -280,16 +264,16 @@ class Session:
         command += ["--seed", str(self._config.model.tiny_seed)]
         command += ["--num-eval", str(self._config.num_held_out_tasks)]
         lines: deque[str] = deque(maxlen=15)
-        with subprocess.Popen(
-            with_prelude(command),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
+        environment = {**os.environ, RUN_ID: (run_id := uuid.uuid4().hex)}
+        with (
+            held_lifeline(run_id, 0.0, Path(os.devnull)) as say_goodbye,
+            Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True) as process,
+        ):
             assert process.stdout is not None, "stdout is piped"
             for line in process.stdout:
                 lines.append(line.rstrip())
                 self._console.print(f"[tiny model] {lines[-1]}", markup=False)
+            say_goodbye()
         if process.returncode != 0 or not lines:
             raise ModelError("the embedded model could not be made:\n  " + "\n  ".join(lines))
         return lines[-1]

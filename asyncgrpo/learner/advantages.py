@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from asyncgrpo.algo import AlgoSettings
+    from asyncgrpo.settings.algo import AlgoSettings
 
 Float64 = NDArray[np.float64]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.learner.inputs import LossInputs
+    from asyncgrpo.settings.algo import AlgoSettings
 
 
 def token_mean(inputs: LossInputs, algo: AlgoSettings) -> Tensor:

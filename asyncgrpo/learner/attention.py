@@ -12,15 +12,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from asyncgrpo.errors import ModelError
-
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # builds without it call attention block by block on CUDA too: same numbers
-    varlen = None  # type: ignore[assignment]
 
 # Sequences up to this many tokens share one padded attention call with those at most twice as
 # short, longer ones get a call each: on a CPU the call costs more than padding below this length
@@ -46,6 +42,11 @@ class Packing:
     longest: int
     blocks: tuple[Block, ...]
 
+    @property
+    def num_slots(self) -> int:
+        """Places that attention is computed for block by block, padding included."""
+        return sum(count * longest for count, longest in (block.shape for block in self.blocks))
+
 
 def packing_of(cu_seqlens: NDArray[np.int32], device: str | torch.device) -> Packing:
     """Groups neighbouring sequences of like length into blocks. cu_seqlens: int32 [N + 1]."""
@@ -60,15 +61,7 @@ def packing_of(cu_seqlens: NDArray[np.int32], device: str | torch.device) -> Pac
 
 def has_kernel(device: str, dtype: torch.dtype) -> bool:
     """Whether all sequences of a row go through attention in one call without padding."""
-    return varlen is not None and device == "cuda" and dtype != torch.float32
-
-
-def num_slots(cu_seqlens: NDArray[np.int32], *, by_kernel: bool) -> int:
-    """Places that attention is computed for, padding included. cu_seqlens: int32 [N + 1]."""
-    lengths = np.diff(cu_seqlens).tolist()
-    if by_kernel:
-        return int(sum(lengths))
-    return sum((b - a) * max(lengths[a:b]) for a, b in pairwise(_cut_points(lengths)))
+    return device == "cuda" and dtype != torch.float32
 
 
 def _cut_points(lengths: Sequence[int]) -> list[int]:

@@ -21,10 +21,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.staleness import StalenessAction, bound_of
@@ -32,7 +31,6 @@ from asyncgrpo.types import Completion, Float32, Group, Int32, sequence_cost
 
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
-Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +57,8 @@ class PackReport:
     """What entered the loss of one rank and what was masked, by reason."""
 
     num_loss_tokens: int
-    num_masked_stale: int  # tokens past max_staleness
-    num_masked_nonfinite: int  # tokens of the next
+    num_masked_tokens: int  # past max_staleness, or of the next
     num_nonfinite_sequences: int  # completions with a behaviour log-prob that is NaN or infinite
-    num_truncated_sequences: int  # completions masked because they were cut at the limit
     num_counted_tokens: int  # what the loss divides by: all but truncated ones, masked or not
     num_counted_sequences: int
 
@@ -74,14 +70,11 @@ class _Scored:
     prompt_token_ids: Int32  # [P]
     completion: Completion
     completion_id: int
-    staleness: NDArray[np.int64]  # [T]
-    is_stale: Bool  # [T] past the bound
+    staleness: Int64  # [T]
+    is_masked: Bool  # [T] past the bound, or in a completion whose log-probs are not all finite
     is_finite: bool  # all behaviour log-probs are
     is_truncated: bool  # and therefore masked
-
-    @property
-    def loss_mask(self) -> Bool:
-        return ~self.is_stale & (self.is_finite and not self.is_truncated)
+    loss_mask: Bool  # [T]
 
     @property
     def num_places(self) -> int:
@@ -121,16 +114,21 @@ def pack(
     Raises StalenessError when a token is past the bound and staleness_action is not "mask": the
     buffer's eviction should not have let it through.
     """
-    scored: list[_Scored] = []
-    for group in groups:
-        first = len(scored)
-        scored += _score(group, step, first, max_staleness, staleness_action, mask_truncated)
+    scored = list(_score(groups, step, max_staleness, staleness_action, mask_truncated))
     trained = sorted(
         (item for item in scored if item.loss_mask.any()), key=lambda item: item.num_places
     )
     count = agree(max(len(_fill(trained, max_tokens)), 1))
     batches = [_join(items) for items in _balanced(trained, max_tokens, count)]
-    return (*batches, *[_empty_batch()] * (count - len(batches))), _report(scored)
+    counted = [item for item in scored if not item.is_truncated]
+    report = PackReport(
+        num_loss_tokens=sum(int(item.loss_mask.sum()) for item in scored),
+        num_masked_tokens=sum(int(item.is_masked.sum()) for item in scored),
+        num_nonfinite_sequences=sum(not item.is_finite for item in scored),
+        num_counted_tokens=sum(len(item.completion.token_ids) for item in counted),
+        num_counted_sequences=len(counted),
+    )
+    return (*batches, *[_empty_batch()] * (count - len(batches))), report
 
 
 def with_advantages(
@@ -149,54 +147,40 @@ def with_advantages(
 
 
 def _score(
-    group: Group,
+    groups: Sequence[Group],
     step: int,
-    first_id: int,
     max_staleness: int,
     action: StalenessAction,
     mask_truncated: bool,
 ) -> Iterator[_Scored]:
-    """The group's completions, each with the staleness of its tokens."""
-    assert len(group.prompt_token_ids) > 0, "nothing predicts the first token of an empty prompt"
-    for index, completion in enumerate(group.completions):
+    """Every completion, with the staleness of its tokens and whether they are trained on."""
+    every = ((group, completion) for group in groups for completion in group.completions)
+    for number, (group, completion) in enumerate(every):
+        assert len(group.prompt_token_ids) > 0, "the first token of an empty prompt has no input"
         staleness = step - completion.versions.astype(np.int64)
         is_stale = staleness > bound_of(max_staleness, action)
         if action != "mask" and is_stale.any():
-            _refuse(group, step, int(staleness.max()), max_staleness)
+            oldest = int(staleness.max())
+            raise StalenessError(
+                f"group {group.lease.lease_id} has a token of version {step - oldest} at step "
+                f"{step}: {oldest} versions old, allowed are max_staleness={max_staleness}. The "
+                "buffer should have evicted this group: please report it; "
+                "buffer.staleness_action=mask only masks such tokens"
+            )
+        # One NaN or infinite log-prob would make the loss and all gradients NaN.
+        is_finite = bool(np.isfinite(completion.behavior_logprobs).all())
+        is_truncated = mask_truncated and completion.finish_reason == "length"
+        is_masked = is_stale | (not is_finite)
         yield _Scored(
             prompt_token_ids=group.prompt_token_ids,
             completion=completion,
-            completion_id=first_id + index,
+            completion_id=number,
             staleness=staleness,
-            is_stale=is_stale,
-            # One NaN or infinite log-prob would make the loss and all gradients NaN.
-            is_finite=bool(np.isfinite(completion.behavior_logprobs).all()),
-            is_truncated=mask_truncated and completion.finish_reason == "length",
+            is_masked=is_masked,
+            is_finite=is_finite,
+            is_truncated=is_truncated,
+            loss_mask=~(is_masked | is_truncated),
         )
-
-
-def _refuse(group: Group, step: int, staleness: int, max_staleness: int) -> None:
-    raise StalenessError(
-        f"group {group.lease.lease_id} has a token of version {step - staleness} at step {step}: "
-        f"{staleness} versions old, allowed are max_staleness={max_staleness}. The buffer should "
-        "have evicted this group: please report it; buffer.staleness_action=mask only masks "
-        "such tokens"
-    )
-
-
-def _report(scored: Sequence[_Scored]) -> PackReport:
-    nonfinite = [item for item in scored if not item.is_finite]
-    return PackReport(
-        num_loss_tokens=sum(int(item.loss_mask.sum()) for item in scored),
-        num_masked_stale=sum(int(item.is_stale.sum()) for item in scored if item.is_finite),
-        num_masked_nonfinite=sum(len(item.completion.token_ids) for item in nonfinite),
-        num_nonfinite_sequences=len(nonfinite),
-        num_truncated_sequences=sum(item.is_truncated for item in scored),
-        num_counted_tokens=sum(
-            len(item.completion.token_ids) for item in scored if not item.is_truncated
-        ),
-        num_counted_sequences=sum(not item.is_truncated for item in scored),
-    )
 
 
 def _fill(
@@ -230,31 +214,22 @@ def _join(items: Sequence[_Scored]) -> Batch:
     """Lays the items end to end."""
     lengths = np.array([item.num_places for item in items], np.int32)
     tokens = [np.concatenate([i.prompt_token_ids, i.completion.token_ids]) for i in items]
+    mask = np.concatenate([np.pad(i.loss_mask, (len(i.prompt_token_ids) - 1, 0)) for i in items])
+    behavior, staleness = np.zeros(len(mask), np.float32), np.zeros(len(mask), np.int32)
+    behavior[mask] = np.concatenate([i.completion.behavior_logprobs[i.loss_mask] for i in items])
+    staleness[mask] = np.concatenate([i.staleness[i.loss_mask] for i in items])
     return Batch(
         input_ids=np.concatenate([row[:-1] for row in tokens]).astype(np.int64),
         target_ids=np.concatenate([row[1:] for row in tokens]).astype(np.int64),
         position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        loss_mask=_on_targets(items, lambda item: True, np.bool_),
-        behavior_logprobs=_on_targets(
-            items, lambda item: item.completion.behavior_logprobs, np.float32
-        ),
-        advantages=np.zeros(int(lengths.sum()), np.float32),
-        staleness=_on_targets(items, lambda item: item.staleness, np.int32),
+        loss_mask=mask,
+        behavior_logprobs=behavior,
+        advantages=np.zeros(len(mask), np.float32),
+        staleness=staleness,
         sequence_ids=np.repeat(np.arange(len(items), dtype=np.int32), lengths),
         completion_ids=np.array([item.completion_id for item in items], np.int32),
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
     )
-
-
-def _on_targets(
-    items: Sequence[_Scored], value: Callable[[_Scored], ArrayLike], dtype: type[Scalar]
-) -> NDArray[Scalar]:
-    """Each item's values (one, or one per completion token) on its target places; 0 if masked."""
-    rows: list[NDArray[Scalar]] = []
-    for item in items:
-        rows.append(np.zeros(len(item.prompt_token_ids) - 1, dtype))
-        rows.append(np.where(item.loss_mask, value(item), 0).astype(dtype))
-    return np.concatenate(rows)
 
 
 def _empty_batch() -> Batch:

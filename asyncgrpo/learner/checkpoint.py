@@ -16,10 +16,9 @@ import json
 import logging
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
-from asyncgrpo.config import CheckpointSettings
 from asyncgrpo.errors import CheckpointError
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.saved import MANIFEST, checksum, newest, read_manifest, saved, step_of
+from asyncgrpo.settings.learner import CheckpointSettings
 
 log = logging.getLogger(__name__)
 # One rank needs no process group; torch warns about that at every save and load.
@@ -44,8 +43,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
         self._folder, self._settings = folder, settings
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None  # what the writer is at
         self.covered = 0  # on rank 0: no learner will begin before this step any more
         # Its own group: collectives of the saving thread must not meet those of training.
         self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
@@ -68,26 +67,23 @@ class Checkpoints:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
                 add(draft)
-            self._meet()
-            torch.save(_random_state(), draft / f"rng_{ranks.rank()}.pt")
+            if self._group is not None:
+                dist.barrier(group=self._group)
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            random = {"cpu": torch.get_rng_state(), "cuda": cuda}
+            torch.save(random, draft / f"rng_{ranks.rank()}.pt")
             future = state_dict_saver.async_save(
                 state, checkpoint_id=draft, process_group=self._group, no_dist=self._group is None
             )
         except OSError as error:
             raise _cannot_write(draft, error) from error
-        self._thread = threading.Thread(
-            target=self._follow, args=(future, step, draft, dict(counters)), name="checkpoint"
-        )
-        self._thread.start()
+        self._pending = self._writer.submit(self._follow, future, step, draft, dict(counters))
 
     def wait(self) -> None:
         """Until the save under way, if any, is complete on this rank."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; the log names damaged ones.
@@ -106,19 +102,20 @@ class Checkpoints:
         )
         own = path / f"rng_{ranks.rank()}.pt"
         if own.exists():  # else there are more ranks than before
-            _set_random_state(torch.load(own, weights_only=True))
+            random = torch.load(own, weights_only=True)
+            torch.set_rng_state(random["cpu"])
+            if random["cuda"]:
+                torch.cuda.set_rng_state_all(random["cuda"])
         counters: dict[str, float] = read_manifest(path)["counters"]
         return counters
 
-    def _follow(
-        self, future: Future[Any], step: int, draft: Path, counters: dict[str, float]
-    ) -> None:
+    def _follow(self, future: Any, step: int, draft: Path, counters: dict[str, float]) -> None:
         try:
             future.result()  # on rank 0: every rank has written
             if ranks.rank() == 0:
                 self._complete(step, draft, counters)
         except Exception as error:
-            self._failure = _cannot_write(draft, error)
+            raise _cannot_write(draft, error) from error
 
     def _complete(self, step: int, draft: Path, counters: dict[str, float]) -> None:
         files = {path.name: checksum(path) for path in sorted(draft.iterdir())}
@@ -144,10 +141,6 @@ class Checkpoints:
             if not self._settings.keep_every or step_of(path) % self._settings.keep_every:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _meet(self) -> None:
-        if self._group is not None:
-            dist.barrier(group=self._group)
-
 
 def _to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -155,17 +148,6 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _random_state() -> State:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: State) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _cannot_write(draft: Path, error: Exception) -> CheckpointError:

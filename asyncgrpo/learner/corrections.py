@@ -14,8 +14,8 @@ from asyncgrpo.learner.inputs import moves_on, safe_exp
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.learner.inputs import LossInputs
+    from asyncgrpo.settings.algo import AlgoSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,72 +9,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
-from asyncgrpo.config import Config, EvalSettings
-from asyncgrpo.protocols import Client, NamedTensors, WeightSender
-from asyncgrpo.types import Float32, Int32, Shard
+from asyncgrpo.config import Config
+from asyncgrpo.learner import ranks
+from asyncgrpo.protocols import Client, WeightSender
+from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.wire.codec import Packet, shard_from
+
+if TYPE_CHECKING:
+    from asyncgrpo.learner.update import PolicyUpdater
+    from asyncgrpo.observe.exporter import Exporter
+    from asyncgrpo.observe.recorder import RunRecorder
 
 log = logging.getLogger(__name__)
 STOP_SECONDS = 1.0
 CALL_SECONDS = 60.0  # for answers that the buffer gives at once
 OWN_TIMES = ("wait_seconds", "train_seconds", "step_seconds")  # in which ranks differ
-
-
-class Updater(Protocol):
-    """One rank's model and optimizer (learner/update.py)."""
-
-    advantages: Float32  # [C] of the last update's completions, rank by rank as they were dealt
-
-    @property
-    def covered(self) -> int:
-        """The step of the newest complete checkpoint; 0 without any."""
-
-    def update(self, shard: Shard, before_change: Callable[[], None]) -> dict[str, float]:
-        """One optimizer update from this rank's shard; metrics of the whole batch.
-
-        before_change: called before the weights change.
-        """
-
-    def weights(self) -> NamedTensors:
-        """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
-
-    def help_gather(self) -> None:
-        """On every rank when rank 0 is done with `weights`: until then the others help it."""
-
-    def canary_logprobs(self) -> Float32:
-        """float32 [NUM_CANARIES, V]: own log-probs after the canary prompts; on every rank."""
-
-    def save(self) -> None:
-        """Writes the model and its tokenizer for everyone to load."""
-
-    def restore(self) -> int:
-        """Goes back to the run's newest checkpoint; returns its step, 0 without any."""
-
-    def is_checkpoint_due(self, step: int) -> bool:
-        """Whether the state after `step` updates is to be saved."""
-
-    def checkpoint(self, step: int, add: Callable[[Path], None]) -> None:
-        """Begins to save the state after `step` updates, with what `add` puts into its folder."""
-
-    def export(self, step: int) -> None:
-        """Writes the model after `step` updates for everyone to load, when it is due."""
-
-
-class Recorder(Protocol):
-    """Where rank 0 writes what happened (observe/recorder.py)."""
-
-    def begin(self, step: int) -> None:
-        """The first step of this life; what is written of it and later ones is taken back."""
-
-    def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
-        """One step's numbers, with the buffer's summary of everyone else's."""
-
-    def finish(self, reports: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-        """The end of the run; reports: of all evaluations, by version."""
 
 
 class Learner:
@@ -84,27 +37,22 @@ class Learner:
         self,
         config: Config,
         *,
-        rank: int,
-        world_size: int,
-        updater: Updater,
+        updater: PolicyUpdater,
         client: Client,
         sender: WeightSender | None,
-        recorder: Recorder | None,
-        show: Callable[[Mapping[str, float]], None] = lambda row: None,
-        observe: Callable[[str, Int32], None] = lambda name, values: None,
+        recorder: RunRecorder | None,
+        exporter: Exporter,
         stopping: Callable[[], bool] = lambda: False,
         add_to_checkpoint: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """show, observe: get what a rank alone knows, for its metrics endpoint.
+        """exporter: gets what a rank alone knows. stopping: whether the run is to end early.
 
-        stopping: whether the run is to end early, with a checkpoint. add_to_checkpoint: puts more
-        files into the folder of each.
+        add_to_checkpoint: puts more files into the folder of each.
         """
-        self._config, self._rank, self._world_size = config, rank, world_size
-        self._updater, self._client = updater, client
-        self._sender, self._recorder = sender, recorder
-        self._show, self._observe, self._stopping = show, observe, stopping
-        self._add_to_checkpoint = add_to_checkpoint
+        self._config, self._updater, self._client = config, updater, client
+        self._sender, self._recorder, self._exporter = sender, recorder, exporter
+        self._stopping, self._add_to_checkpoint = stopping, add_to_checkpoint
+        self._is_sharded = config.learner.parallel == "fsdp"
         self._asked_to_stop = float("-inf")  # when
         self._published = -1
         self._evals = config.evals
@@ -145,7 +93,7 @@ class Learner:
                 self._evaluate_now_and_then(version)
             row["step_seconds"] = time.perf_counter() - start
             row.update(step=step, version=version)
-            self._observe("token_staleness", shard.staleness)
+            self._exporter.observe("token_staleness", shard.staleness)
             self._tell(step, row)
             if self._updater.is_checkpoint_due(version):
                 self._updater.checkpoint(version, self._add_to_checkpoint)
@@ -155,11 +103,23 @@ class Learner:
 
     def _take(self, step: int) -> Packet:
         """The answer to "take": a shard, exhausted, or stopped."""
-        fields = {"step": step, "rank": self._rank, "world_size": self._world_size}
+        fields = {"step": step, "rank": ranks.rank(), "world_size": ranks.world_size()}
         seconds = self._config.buffer.take_timeout_seconds
         packet = Packet(kind="take", fields=fields)
         self._pass_on_stop()
-        return self._client.call(packet, seconds, meanwhile=self._pass_on_stop)
+        if self._sender is None:  # until rank 0 has its shard; then there is one for every rank
+            self._updater.weights().help()
+        answer = self._client.call(packet, seconds, meanwhile=self._while_waiting)
+        if self._sender is not None and self._is_sharded:
+            self._sender.release()
+            self._updater.weights().help()
+        return answer
+
+    def _while_waiting(self) -> None:
+        """An actor that joins now gets weights: the batch may need it."""
+        self._pass_on_stop()
+        if self._sender is not None:
+            self._sender.serve()
 
     def _pass_on_stop(self) -> None:
         """The buffer, which all ranks ask for their shards, decides after which step they stop.
@@ -178,15 +138,15 @@ class Learner:
         return False
 
     def _publish(self, version: int, *, is_first: bool = False) -> None:
-        canaries = self._updater.canary_logprobs()
+        canaries, weights = self._updater.canary_logprobs(), self._updater.weights()
         if self._sender is not None:
-            self._sender.publish(version, self._updater.weights(), canaries)
-        self._updater.help_gather()
+            self._sender.publish(version, weights, canaries)
+            if is_first:
+                self._sender.wait_for_actors(
+                    self._config.launch.actors, self._config.launch.start_timeout_seconds
+                )
+        weights.help()
         self._published = version
-        if self._sender is not None and is_first:
-            self._sender.wait_for_actors(
-                self._config.launch.actors, self._config.launch.start_timeout_seconds
-            )
 
     def _release(self) -> None:
         if self._sender is not None:
@@ -194,11 +154,12 @@ class Learner:
 
     def _tell(self, step: int, row: dict[str, float]) -> None:
         if self._sender is None or self._recorder is None:
-            self._show({name: row[name] for name in OWN_TIMES})
+            self._exporter.show({name: row[name] for name in OWN_TIMES})
             return
         covered = self._updater.covered
-        fields = {"step": step, "world_size": self._world_size, "covered": covered}
-        packet = Packet(kind="trained", fields=fields, arrays=(self._updater.advantages,))
+        advantages = self._updater.advantages.tobytes()
+        fields = {"step": step, "world_size": ranks.world_size(), "covered": covered}
+        packet = Packet(kind="trained", fields={**fields, "advantages": advantages})
         summary = self._client.call(packet, CALL_SECONDS).fields
         self._recorder.row({**row, **self._sender.metrics()}, summary)
 
@@ -225,9 +186,11 @@ class Learner:
         if self._published != version:
             self._publish(version)
         if self._sender is None or self._recorder is None:
+            self._updater.weights().help()
             return
         self._sender.settle(self._eval_seconds)
         self._evaluate(version, self._evals)
-        answer = self._client.call(Packet(kind="results"), self._eval_seconds)
+        answer = self._client.call(Packet(kind="results"), self._eval_seconds, self._sender.serve)
+        self._updater.weights().help()
         summary = self._client.call(Packet(kind="summary"), CALL_SECONDS).fields
         self._recorder.finish(answer.fields["reports"], summary)

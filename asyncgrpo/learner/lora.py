@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from asyncgrpo.config import LoraSettings
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.learner import ranks
+from asyncgrpo.settings.learner import LoraSettings
 
 ADAPTER = "default"  # peft's name of the only one
 
@@ -127,6 +127,13 @@ def merged_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         elif kind == "weight":
             tensor = dequantize_module_weight(module).detach()
         yield name, ranks.whole(tensor)
+
+
+def adapter_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of A and B of each target layer, by the names of saved adapters."""
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            yield name.replace(f".{ADAPTER}.", "."), ranks.whole(parameter.detach())
 
 
 def check_targets(path: str, targets: Sequence[str]) -> None:

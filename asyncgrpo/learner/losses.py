@@ -6,6 +6,7 @@ is minimised at each token, before mask, correction and aggregation. sg = stop g
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from asyncgrpo.learner.inputs import MAX_LOG_RATIO, safe_exp
 
 if TYPE_CHECKING:
-    from asyncgrpo.algo import AlgoSettings
     from asyncgrpo.learner.inputs import LossInputs
+    from asyncgrpo.settings.algo import AlgoSettings
 
 # A smaller sequence ratio has no weight left, and its square would be 0 in float32.
 MIN_LOG_SEQUENCE_RATIO = -18.42
@@ -27,8 +28,8 @@ class TokenLoss:
     """One loss per token, not yet masked or corrected."""
 
     loss: Tensor  # float32 [S], to be minimised
-    is_clipped_low: Tensor  # bool [S] where a lower clip took the gradient away
-    is_clipped_high: Tensor  # bool [S] where an upper clip did, or capped a weight
+    is_clipped_low: Tensor | None = None  # bool [S] where a lower clip took the gradient away
+    is_clipped_high: Tensor | None = None  # bool [S] where an upper clip did, or capped a weight
 
 
 def ppo_clip(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
@@ -40,16 +41,8 @@ def ppo_clip(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Use: the default. With one optimizer step per batch r = 1 and only the correction acts.
     Staleness: 4 with correction decoupled, 16 with bypass, 2 uncorrected
     """
-    low, high = 1.0 - algo.clip_low, 1.0 + algo.clip_high
-    ratio, advantages = inputs.ratio, inputs.advantages
-    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    is_high = (ratio > high) & (advantages > 0)
-    if algo.dual_clip is not None:
-        floor = algo.dual_clip * advantages
-        is_high = is_high | ((advantages < 0) & (objective < floor))
-        objective = torch.where(advantages < 0, torch.maximum(objective, floor), objective)
-    is_low = (ratio < low) & (advantages < 0)
-    return TokenLoss(loss=-objective, is_clipped_low=is_low, is_clipped_high=is_high)
+    dual = math.inf if algo.dual_clip is None else algo.dual_clip
+    return _clipped(inputs.ratio, inputs, algo.clip_low, algo.clip_high, dual)
 
 
 def cispo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
@@ -81,7 +74,7 @@ def gspo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Staleness: 16 (91 %); starves when most sequences are clipped
     """
     ratio = inputs.on_tokens(safe_exp(inputs.sequence_mean(inputs.logprobs - inputs.old_logprobs)))
-    return _sequence_clip(ratio, inputs, algo)
+    return _clipped(ratio, inputs, algo.gspo.clip_low, algo.gspo.clip_high)
 
 
 def gspo_token(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
@@ -95,18 +88,8 @@ def gspo_token(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     """
     delta = (inputs.logprobs - inputs.old_logprobs).detach()
     ratio = inputs.on_tokens(safe_exp(inputs.sequence_mean(delta)))
-    return _sequence_clip(ratio * (inputs.logprobs - inputs.logprobs.detach()).exp(), inputs, algo)
-
-
-def _sequence_clip(ratio: Tensor, inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
-    low, high = 1.0 - algo.gspo.clip_low, 1.0 + algo.gspo.clip_high
-    advantages = inputs.advantages
-    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    return TokenLoss(
-        loss=-objective,
-        is_clipped_low=(ratio < low) & (advantages < 0),
-        is_clipped_high=(ratio > high) & (advantages > 0),
-    )
+    ratio = ratio * (inputs.logprobs - inputs.logprobs.detach()).exp()
+    return _clipped(ratio, inputs, algo.gspo.clip_low, algo.gspo.clip_high)
 
 
 def sapo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
@@ -121,10 +104,7 @@ def sapo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     positive, negative = algo.sapo.tau_positive, algo.sapo.tau_negative
     tau = torch.where(inputs.advantages > 0, positive, negative)
     gate = torch.sigmoid(tau * (inputs.ratio - 1.0)) * 4.0 / tau
-    nowhere = torch.zeros_like(gate, dtype=torch.bool)
-    return TokenLoss(
-        loss=-gate * inputs.advantages, is_clipped_low=nowhere, is_clipped_high=nowhere
-    )
+    return TokenLoss(loss=-gate * inputs.advantages)
 
 
 def dppo_tv(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
@@ -164,12 +144,7 @@ def vespo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     power = torch.where(is_up, algo.vespo.positive[0], algo.vespo.negative[0])
     rate = torch.where(is_up, algo.vespo.positive[1], algo.vespo.negative[1])
     weight = (rate + power * log_w - rate * log_w.exp()).exp()
-    nowhere = torch.zeros_like(weight, dtype=torch.bool)
-    return TokenLoss(
-        loss=-weight * inputs.advantages * inputs.logprobs,
-        is_clipped_low=nowhere,
-        is_clipped_high=nowhere,
-    )
+    return TokenLoss(loss=-weight * inputs.advantages * inputs.logprobs)
 
 
 def topr(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
@@ -190,6 +165,20 @@ def topr(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     weight = torch.where(is_bad, ratio.clamp(max=1.0), 1.0)
     return TokenLoss(
         loss=-weight * inputs.advantages * inputs.logprobs,
-        is_clipped_low=torch.zeros_like(is_bad),
         is_clipped_high=is_bad & (ratio > 1.0),
+    )
+
+
+def _clipped(
+    ratio: Tensor, inputs: LossInputs, low: float, high: float, dual: float = math.inf
+) -> TokenLoss:
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), and for A < 0 at most -dual A."""
+    low, high, advantages = 1.0 - low, 1.0 + high, inputs.advantages
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    ceiling = torch.where(advantages < 0, -dual * advantages, math.inf)
+    is_above = loss > ceiling
+    return TokenLoss(
+        loss=torch.where(is_above, ceiling, loss),
+        is_clipped_low=(ratio < low) & (advantages < 0),
+        is_clipped_high=(ratio > high) & (advantages > 0) | is_above,
     )

@@ -1,23 +1,26 @@
-"""The policy as the learner runs it: Hugging Face weights, packed rows, log-probs in chunks."""
+"""The policy as the learner runs it: loaded and written, packed rows, log-probs in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from asyncgrpo.errors import ModelError
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.attention import Packing, packing_of
 from asyncgrpo.learner.batch import Batch
+
+if TYPE_CHECKING:
+    from asyncgrpo.learner.lora import Adapter  # peft: an extra
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
@@ -100,6 +103,26 @@ def _check_separation(policy: PreTrainedModel, path: str) -> None:
             f"model {path!r} ({type(policy).__name__}) lets packed sequences see each other; "
             "use a model with plain causal attention in every layer"
         )
+
+
+def write_model(
+    policy: PreTrainedModel, adapter: Adapter | None, origin: str, folder: Path | None
+) -> None:
+    """Writes the policy, or its adapter, and the tokenizer of `origin`; for from_pretrained.
+
+    folder: None on ranks that only help to gather a sharded policy, one tensor after the other.
+    """
+    if adapter is not None:
+        adapter.save(folder)
+    else:
+        own = dict(policy.named_parameters()).keys() | dict(policy.named_buffers()).keys()
+        state = policy.state_dict().items()  # a tied output layer is not in own
+        gathered = ((name, ranks.whole(tensor)) for name, tensor in state if name in own)
+        tensors = {name: tensor.cpu() for name, tensor in gathered if folder is not None}
+        if folder is not None:
+            policy.save_pretrained(folder, state_dict=tensors)
+    if folder is not None:
+        AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
 
 
 def _hidden_states(policy: PreTrainedModel, ids: Tensor, places: Tensor, pack: Packing) -> Tensor:
@@ -189,30 +212,3 @@ class PolicyHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if output.bias is None else output.bias.float()
             return functional.linear(hidden.float(), output.weight.float(), bias)
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedParameters:
-    """(name as in Hugging Face's named_parameters, tensor) of a policy, however it is wrapped.
-
-    Looks through DistributedDataParallel and PolicyHead; a tied output layer does not appear.
-    Anew for each iteration, gathered if ranks hold parts, and with an adapter merged into the one
-    tensor that is at hand.
-    """
-
-    module: nn.Module
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        module = self.module
-        for wrapper in ("module", "policy"):
-            inner = getattr(module, wrapper, None)
-            if isinstance(inner, nn.Module):
-                module = inner
-        if hasattr(module, "peft_config"):
-            from asyncgrpo.learner.lora import merged_parameters  # peft: slow, and an extra
-
-            yield from merged_parameters(module)
-        else:
-            yield from (
-                (n, ranks.whole(tensor.detach())) for n, tensor in module.named_parameters()
-            )

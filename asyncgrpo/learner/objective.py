@@ -8,13 +8,13 @@ Losses of all micro-batches and ranks add up to the loss of the step, and so do 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import call
 from asyncgrpo.errors import AlgorithmError, BadInput
 from asyncgrpo.imports import described, is_interrupt, last_place
@@ -23,7 +23,9 @@ from asyncgrpo.learner.corrections import Correction
 from asyncgrpo.learner.inputs import LossInputs, Totals
 from asyncgrpo.learner.losses import TokenLoss
 from asyncgrpo.learner.shaping import estimate
+from asyncgrpo.settings.algo import AlgoSettings
 
+Parts = TypeVar("Parts", TokenLoss, Correction)
 EXAMPLE_GROUP = GroupRewards(
     rewards=np.array([1.0, 0.0, 0.5, 0.0]),
     lengths=np.array([2, 2, 1, 3]),
@@ -57,7 +59,13 @@ def objective(inputs: LossInputs, algo: AlgoSettings, kl_coef: float) -> Objecti
 
     AlgorithmError when a user's function raises or returns a wrong shape or no gradient.
     """
-    token = _token_loss(inputs, algo)
+    token = _parts(call("loss", algo.loss, inputs, algo), TokenLoss, "loss", inputs, algo.loss)
+    is_training = inputs.logprobs.requires_grad and torch.is_grad_enabled()
+    if is_training and not token.loss.requires_grad:
+        raise AlgorithmError(
+            f"algo.loss {algo.loss!r} returned a loss without gradient: nothing would be learned; "
+            "compute it from inputs.logprobs or inputs.ratio, and do not detach these"
+        )
     corrected = correct(inputs, algo)
     share = _checked(call("aggregation", algo.aggregation, inputs, algo), inputs, algo.aggregation)
     per_token = share * corrected.weight * token.loss
@@ -65,11 +73,13 @@ def objective(inputs: LossInputs, algo: AlgoSettings, kl_coef: float) -> Objecti
     if inputs.ref_logprobs is not None:
         kl = _checked(call("kl", algo.kl, inputs.ref_logprobs - inputs.logprobs), inputs, algo.kl)
         if kl_coef:
-            per_token = per_token + share * _kl_weight(inputs, corrected, algo) * kl_coef * kl
+            weight = corrected.weight
+            if "bypass" in algo.correction:
+                # The KL term needs the policy term's weight, which the loss's own ratio hides.
+                weight = weight * inputs.behavior_ratio.clamp(max=algo.correction_cap)
+            per_token = per_token + share * weight * kl_coef * kl
     if algo.entropy_coef:
         per_token = per_token - share * algo.entropy_coef * inputs.entropy
-    if inputs.logprobs.requires_grad and torch.is_grad_enabled() and not per_token.requires_grad:
-        raise _no_gradient(algo)
     return Objective(
         loss=per_token.sum(),
         per_token=per_token.detach(),
@@ -85,14 +95,17 @@ def correct(inputs: LossInputs, algo: AlgoSettings) -> Corrected:
 
     icepop's own weight counts only when no capped weight is named.
     """
-    rules = {name: _correction(name, inputs, algo) for name in algo.correction}
-    ones = torch.ones_like(inputs.mask)
+    rules = {
+        name: _parts(call("correction", name, inputs, algo), Correction, "weight", inputs, name)
+        for name in algo.correction
+    }
     weights = {name: rule.weight for name, rule in rules.items() if rule.weight is not None}
-    weight, own = ones, [weights.pop("icepop")] if "icepop" in weights else []
-    # bypass corrects in the loss's ratio: then icepop only masks.
-    for factor in weights.values() or (own if "bypass" not in algo.correction else []):
+    if len(weights) > 1 or "bypass" in rules:  # which corrects in the loss's ratio
+        weights.pop("icepop", None)
+    weight = torch.ones_like(inputs.mask)
+    for factor in weights.values():
         weight = weight * factor
-    is_capped = torch.zeros_like(ones, dtype=torch.bool)
+    is_capped = torch.zeros_like(weight, dtype=torch.bool)
     removed = {}
     for name, rule in rules.items():
         if rule.is_capped is not None:
@@ -104,36 +117,15 @@ def correct(inputs: LossInputs, algo: AlgoSettings) -> Corrected:
     return Corrected(weight=weight, is_capped=is_capped, removed=removed)
 
 
-def _kl_weight(inputs: LossInputs, corrected: Corrected, algo: AlgoSettings) -> Tensor:
-    """The KL term needs the policy term's weight; losses that weigh by rho themselves hide it."""
-    if "bypass" not in algo.correction:
-        return corrected.weight
-    return corrected.weight * inputs.behavior_ratio.clamp(max=algo.correction_cap)
-
-
-def _token_loss(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
-    found = call("loss", algo.loss, inputs, algo)
-    if isinstance(found, TokenLoss):
-        _check_parts(found, inputs, algo.loss)
-        return found
-    loss = _checked(found, inputs, algo.loss)
-    nowhere = torch.zeros_like(loss, dtype=torch.bool)
-    return TokenLoss(loss=loss, is_clipped_low=nowhere, is_clipped_high=nowhere)
-
-
-def _correction(name: str, inputs: LossInputs, algo: AlgoSettings) -> Correction:
-    found = call("correction", name, inputs, algo)
-    if isinstance(found, Correction):
-        _check_parts(found, inputs, name)
-        return found
-    return Correction(weight=_checked(found, inputs, name))
-
-
-def _check_parts(found: TokenLoss | Correction, inputs: LossInputs, name: str) -> None:
-    for part in fields(found):
+def _parts(found: object, kind: type[Parts], main: str, inputs: LossInputs, name: str) -> Parts:
+    """All of what a function returned; a user's one may return the tensor `main` alone."""
+    if not isinstance(found, kind):
+        return kind(**{main: _checked(found, inputs, name)})
+    for part in fields(kind):
         value = getattr(found, part.name)
-        if value is not None or isinstance(found, TokenLoss):
-            _checked(value, inputs, name, f"{type(found).__name__}.{part.name} of ")
+        if value is not None or part.default is MISSING:
+            _checked(value, inputs, name, f"{kind.__name__}.{part.name} of ")
+    return found
 
 
 def _checked(found: object, inputs: LossInputs, name: str, part: str = "") -> Tensor:
@@ -167,8 +159,6 @@ def probe(algo: AlgoSettings) -> None:
     )
     try:
         found = objective(inputs, algo, kl_coef=1.0)
-        if not found.token.loss.requires_grad:
-            raise _no_gradient(algo)
         found.loss.backward()
         estimate(EXAMPLE_GROUP, algo)
     except BadInput:
@@ -188,10 +178,3 @@ def probe(algo: AlgoSettings) -> None:
                 f"your own function in algo.* gave a {what} of {shown} on an example of 4 tokens; "
                 "it must be finite"
             )
-
-
-def _no_gradient(algo: AlgoSettings) -> AlgorithmError:
-    return AlgorithmError(
-        f"algo.loss {algo.loss!r} returned a loss without gradient: nothing would be learned; "
-        "compute it from inputs.logprobs or inputs.ratio, and do not detach these"
-    )

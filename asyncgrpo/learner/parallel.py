@@ -1,8 +1,8 @@
-"""How the policy lies on the ranks and how its blocks run: sharded, recomputed, compiled."""
+"""How the policy lies on the ranks, how its blocks run, and how it is gathered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from asyncgrpo.config import LearnerSettings
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.attention import packed_attention
 from asyncgrpo.learner.model import PolicyHead
-from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.settings.learner import LearnerSettings
 
 
 def set_up_blocks(policy: nn.Module, settings: LearnerSettings) -> None:
@@ -72,14 +71,10 @@ def open_lone_group() -> None:
 def make_optimizer(policy: nn.Module, settings: LearnerSettings) -> Optimizer:
     """AdamW on what is trained; weight decay on matrices only, not on biases and norms."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    groups = [
-        {"params": weights, "weight_decay": decay}
-        for weights, decay in (
-            ([weight for weight in trained if weight.ndim > 1], settings.weight_decay),
-            ([weight for weight in trained if weight.ndim <= 1], 0.0),
-        )
-        if weights
-    ]
+    matrices = [weight for weight in trained if weight.ndim > 1]
+    others = [weight for weight in trained if weight.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.adam_eps}
     if settings.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # an extra
@@ -88,29 +83,50 @@ def make_optimizer(policy: nn.Module, settings: LearnerSettings) -> Optimizer:
     return AdamW(groups, **options, fused=True)
 
 
-class Gathered:
-    """Weights that can only be gathered by all ranks at once, though rank 0 alone wants them."""
+class Published:
+    """The policy's weights by their Hugging Face names; a tied output layer does not appear.
 
-    def __init__(self, tensors: NamedTensors) -> None:
-        """tensors: gathers one after the other on every rank that iterates."""
-        self._tensors = tensors
+    Anew for each iteration: gathered if ranks hold parts, which all of them must take part in
+    though rank 0 alone wants them; with an adapter merged into the one tensor at hand, or alone.
+    """
+
+    def __init__(self, policy: nn.Module, is_sharded: bool, only_adapter: bool = False) -> None:
+        self._policy, self._is_sharded, self._only_adapter = policy, is_sharded, only_adapter
+        self._pass: Iterator[tuple[str, Tensor]] = iter(())
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """On rank 0; to the end, as the other ranks do."""
+        """On rank 0; the others take part to the end of a pass, so one that is given up goes on."""
+        if not self._is_sharded:
+            return self._tensors()
+        self._end_pass()
         ranks.from_first(True)
-        yield from self._tensors
+        self._pass = self._tensors()
+        return self._pass
 
     def help(self) -> None:
         """On every rank when rank 0 is done: until then the others take part in each pass."""
-        if ranks.rank() == 0:
+        if self._is_sharded and ranks.rank() == 0:
+            self._end_pass()
             ranks.from_first(False)
-            return
-        while ranks.from_first(False):
-            for _ in self._tensors:
-                pass
+        while self._is_sharded and ranks.rank() and ranks.from_first(False):
+            self._pass = self._tensors()
+            self._end_pass()
+
+    def _end_pass(self) -> None:
+        for _ in self._pass:
+            pass
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if hasattr(self._policy, "peft_config"):
+            from asyncgrpo.learner import lora  # peft: slow, and an extra
+
+            named_of = lora.adapter_parameters if self._only_adapter else lora.merged_parameters
+            return named_of(self._policy)
+        named = self._policy.named_parameters()
+        return ((name, ranks.whole(tensor.detach())) for name, tensor in named)
 
 
-def _blocks(policy: nn.Module) -> Iterable[nn.Module]:
+def _blocks(policy: nn.Module) -> list[nn.Module]:
     return [block for block in policy.modules() if isinstance(block, GradientCheckpointingLayer)]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from asyncgrpo.algorithms import call
 from asyncgrpo.config import Config
@@ -16,13 +19,43 @@ from asyncgrpo.learner import ranks, shaping
 from asyncgrpo.learner.advantages import Float64
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.learner.inputs import LossInputs, Totals, moves_on
-from asyncgrpo.learner.model import PolicyHead, packed_row
-from asyncgrpo.learner.reference import Reference
+from asyncgrpo.learner.model import PackedRow, PolicyHead, packed_row
 from asyncgrpo.observe.metrics import SEQUENCE_RULES
+from asyncgrpo.observe.token_log import Columns
 from asyncgrpo.staleness import share_of
 from asyncgrpo.types import Float32, Group
 
 Logprobs = tuple[Tensor, ...]  # float32 [S] per micro-batch
+
+
+class Reference:
+    """The policy of the KL term, never trained: a model of its own, or the policy without adapter.
+
+    It may be mixed with the policy now and then.
+    """
+
+    def __init__(
+        self, head: PolicyHead, off: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        """head: of a frozen model; or, with what turns the adapter off, of the policy."""
+        self._head, self._off = head, off
+
+    @torch.no_grad()
+    def logprobs(self, row: PackedRow) -> Tensor:
+        """float32 [S] log-probs of the targets, 0 outside the loss."""
+        with self._off():
+            logprobs: Tensor = self._head(row)[0]
+        return logprobs
+
+    def state(self) -> dict[str, Tensor]:
+        """Its own weights, to be saved and filled."""
+        return self._head.policy.state_dict() if self._off is nullcontext else {}
+
+    @torch.no_grad()
+    def sync(self, policy: PreTrainedModel, alpha: float) -> None:
+        """ref := alpha pi + (1 - alpha) ref (TR-DPO, arXiv 2404.09656 eq. 2); alpha 1 resets."""
+        for own, other in zip(self._head.policy.parameters(), policy.parameters(), strict=True):
+            own.lerp_(other.to(own.dtype), alpha)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +65,13 @@ class OptimizerBatch:
     groups: tuple[Group, ...]
     first_group: int = 0  # how many groups the optimizer batches before this one hold
     batches: tuple[Batch, ...]  # micro-batches
-    advantages: tuple[Float32, ...]  # [G] of each group, before a KL per token is taken off
+    rows: tuple[PackedRow, ...]  # the same for the model, on its device
+    advantages: tuple[Float32, ...] = ()  # [G] of each group, before a KL per token is taken off
     report: PackReport
     totals: Totals
-    proximal: Logprobs | None  # None: pi itself, as it is before the only optimizer step
-    ref: Logprobs | None
+    proximal: Logprobs | None = None  # None: pi itself, as before the only optimizer step
+    ref: Logprobs | None = None
+    kl: tuple[Float64, ...] | None = None  # [S] kl_coef KL(mu || ref), when it is in the reward
 
     def inputs(self, index: int, logprobs: Tensor, entropy: Tensor, config: Config) -> LossInputs:
         """The loss's inputs for micro-batch `index`; logprobs and entropy as PolicyHead gives."""
@@ -67,6 +102,55 @@ class OptimizerBatch:
             totals=self.totals,
         )
 
+    def completions(self, index: int) -> Iterator[tuple[int, int, slice]]:
+        """(group, sample, places of its tokens) of each completion on micro-batch `index`."""
+        batch = self.batches[index]
+        if not batch.loss_mask.any():
+            return
+        flat = [(g, i) for g, group in enumerate(self.groups) for i in range(len(group.rewards))]
+        for which, end in zip(batch.completion_ids, batch.cu_seqlens[1:].tolist(), strict=True):
+            group, sample = flat[which]
+            count = len(self.groups[group].completions[sample].token_ids)
+            yield group, sample, slice(end - count, end)
+
+    def culprit(self, losses: Sequence[Tensor]) -> str:
+        """The first token whose loss is not finite, by its group; losses: [S] per micro-batch."""
+        for index, values in enumerate(losses):
+            for group, sample, places in self.completions(index):
+                token_ids = self.groups[group].completions[sample].token_ids
+                for token, loss in enumerate(values[places].tolist()):
+                    if not math.isfinite(loss):
+                        return (
+                            f"loss {loss} at group {self.groups[group].lease.lease_id}, "
+                            f"completion {sample}, token {token} (id {token_ids[token]})"
+                        )
+        return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
+
+    def token_rows(self, index: int, inputs: LossInputs, weight: Tensor) -> Iterator[Columns]:
+        """The columns of observe/token_log.py for each completion on micro-batch `index`."""
+        tensors = {
+            "proximal_logprob": inputs.proximal_logprobs,
+            "logprob": inputs.logprobs.detach(),
+            "ref_logprob": inputs.ref_logprobs,
+            "advantage": inputs.advantages,
+            "weight": weight,
+            "mask": inputs.mask.bool(),
+        }
+        arrays = {n: v.cpu().numpy() for n, v in tensors.items() if v is not None}
+        for group, sample, places in self.completions(index):
+            completion = self.groups[group].completions[sample]
+            count = len(completion.token_ids)
+            yield {
+                "lease": np.full(count, self.first_group + group),
+                "sample": np.full(count, sample),
+                "place": np.arange(count),
+                "token_id": completion.token_ids,
+                "version": completion.versions,
+                "behavior_logprob": completion.behavior_logprobs,
+                "ref_logprob": np.full(count, np.nan),
+                **{name: array[places] for name, array in arrays.items()},
+            }
+
 
 class Preparer:
     """Turns the groups of one learner step into optimizer batches. Ranks must call it together."""
@@ -81,38 +165,19 @@ class Preparer:
         self, step: int, parts: Sequence[tuple[Group, ...]], kl_coef: float
     ) -> list[OptimizerBatch]:
         """One optimizer batch per part, in order. kl_coef: of KL in the reward."""
-        packed = [self._pack(step, groups) for groups in parts]
-        refs = [self._logprobs(self._reference, batches) for batches, _ in packed]
-        proximal = [self._logprobs(self._needed_head(), batches) for batches, _ in packed]
-        kl = [self._kl(b, r, kl_coef) for (b, _), r in zip(packed, refs, strict=True)]
-        extras = [
-            self._extras(groups, batches, values)
-            for groups, (batches, _), values in zip(parts, packed, kl, strict=True)
-        ]
-        spread = self._batch_std(parts, extras)
+        drafts = [self._scored(self._packed(step, groups), kl_coef) for groups in parts]
+        spread = self._batch_std(drafts)
         ready: list[OptimizerBatch] = []
-        for groups, (batches, report), ref, prox, extra, values in zip(
-            parts, packed, refs, proximal, extras, kl, strict=True
-        ):
-            advantages, batches = self._advantages(groups, batches, extra, values, spread)
-            totals = self._totals(batches, report, prox)
-            ready.append(
-                OptimizerBatch(
-                    groups=groups,
-                    first_group=sum(len(before.groups) for before in ready),
-                    batches=batches,
-                    advantages=advantages,
-                    report=report,
-                    totals=totals,
-                    proximal=prox,
-                    ref=ref,
-                )
-            )
+        for draft in drafts:
+            batch = self._with_advantages(draft, spread)
+            totals = replace(batch.totals, second_moment_cut=self._second_moment_cut(batch))
+            first = sum(len(before.groups) for before in ready)
+            ready.append(replace(batch, totals=totals, first_group=first))
         return ready
 
-    def _pack(self, step: int, groups: tuple[Group, ...]) -> tuple[tuple[Batch, ...], PackReport]:
+    def _packed(self, step: int, groups: tuple[Group, ...]) -> OptimizerBatch:
         config = self._config
-        return pack(
+        batches, report = pack(
             groups,
             step,
             max_tokens=config.learner.max_tokens_per_microbatch,
@@ -121,137 +186,91 @@ class Preparer:
             mask_truncated=config.algo.mask_truncated,
             agree=lambda count: int(ranks.largest(count, self._device)),
         )
-
-    def _needed_head(self) -> PolicyHead | None:
-        """With one optimizer step p is pi, and log-linear p needs no pass; m2po's cut needs one."""
-        algo = self._config.algo
-        several = algo.optimizer_steps > 1 and algo.proximal == "recompute"
-        return self._head if several or "m2po" in algo.correction else None
-
-    @torch.no_grad()
-    def _logprobs(
-        self, model: PolicyHead | Reference | None, batches: Sequence[Batch]
-    ) -> Logprobs | None:
-        if model is None:
-            return None
-        rows = (packed_row(batch, self._device) for batch in batches)
-        if isinstance(model, Reference):
-            return tuple(model.logprobs(row) for row in rows)
-        return tuple(model(row)[0] for row in rows)
-
-    def _kl(
-        self, batches: Sequence[Batch], ref: Logprobs | None, kl_coef: float
-    ) -> list[Float64] | None:
-        """kl_coef times the estimate of KL(mu || ref) at each loss token, when in the reward."""
-        algo = self._config.algo
-        if ref is None or algo.kl_in == "loss":
-            return None
-        found = []
-        for batch, logprobs in zip(batches, ref, strict=True):
-            delta = logprobs.cpu().double() - torch.from_numpy(batch.behavior_logprobs).double()
-            values = call("kl", algo.kl, delta)
-            found.append(kl_coef * np.where(batch.loss_mask, values.numpy(), 0.0))
-        return found
-
-    def _extras(
-        self, groups: Sequence[Group], batches: Sequence[Batch], kl: list[Float64] | None
-    ) -> list[Float64]:
-        """What is added to the rewards of each group: length penalties, and KL per completion."""
-        extras = [shaping.penalties(group, self._config) for group in groups]
-        if kl is None or self._config.algo.kl_in != "reward":
-            return extras
-        flat = np.concatenate(extras)
-        for batch, values in zip(batches, kl, strict=True):
-            ids = batch.completion_ids[batch.sequence_ids]
-            flat -= np.bincount(ids, weights=values, minlength=len(flat))
-        return np.split(flat, np.cumsum([len(extra) for extra in extras])[:-1])
-
-    def _batch_std(
-        self, parts: Sequence[tuple[Group, ...]], extras: Sequence[list[Float64]]
-    ) -> float:
-        if self._config.algo.advantage != "batch_std":
-            return math.nan
-        rewards = np.concatenate(
-            [
-                group.rewards.astype(np.float64) + extra
-                for groups, values in zip(parts, extras, strict=True)
-                for group, extra in zip(groups, values, strict=True)
-            ]
-        )
-        local = [float(len(rewards)), float(rewards.sum())]
-        count, total = ranks.summed(local, self._device)
-        squares = float(np.square(rewards - total / count).sum())
-        (squares,) = ranks.summed([squares], self._device)
-        return math.sqrt(squares / max(count - self._config.algo.advantage_ddof, 1.0))
-
-    def _advantages(
-        self,
-        groups: Sequence[Group],
-        batches: Sequence[Batch],
-        extras: Sequence[Float64],
-        kl: list[Float64] | None,
-        batch_std: float,
-    ) -> tuple[tuple[Float32, ...], tuple[Batch, ...]]:
-        values = tuple(
-            shaping.advantages(group, self._config, extra, batch_std)
-            for group, extra in zip(groups, extras, strict=True)
-        )
-        flat = np.concatenate(values) if values else np.zeros(1, np.float32)
-        on_places: list[Float64 | float] = [0.0] * len(batches)
-        if kl is not None and self._config.algo.kl_in == "reward_token":
-            pairs = zip(batches, kl, strict=True)
-            on_places = [-shaping.reward_to_go(p, batch.cu_seqlens) for batch, p in pairs]
-        buffer = self._config.buffer
-        return values, tuple(
-            with_advantages(
-                batch,
-                flat,
-                extra,
-                share_of(batch.staleness, buffer.max_staleness, buffer.staleness_action),
-            )
-            for batch, extra in zip(batches, on_places, strict=True)
-        )
-
-    def _totals(
-        self, batches: Sequence[Batch], report: PackReport, proximal: Logprobs | None
-    ) -> Totals:
-        config = self._config
         counts = [report.num_counted_tokens, report.num_counted_sequences]
         tokens, sequences = ranks.summed(counts, self._device)
-        return Totals(
+        totals = Totals(
             num_tokens=int(tokens),
             num_sequences=int(sequences),
             num_microbatches=len(batches) * ranks.world_size(),
             max_completion_tokens=config.sampling.max_completion_tokens,
-            second_moment_cut=self._second_moment_cut(batches, proximal),
             decile_edges=self._decile_edges(batches),
         )
+        rows = tuple(packed_row(batch, self._device) for batch in batches)
+        return OptimizerBatch(
+            groups=groups, batches=batches, rows=rows, report=report, totals=totals
+        )
 
-    def _second_moment_cut(self, batches: Sequence[Batch], proximal: Logprobs | None) -> float:
-        if "m2po" not in self._config.algo.correction or proximal is None:
+    @torch.no_grad()
+    def _scored(self, draft: OptimizerBatch, kl_coef: float) -> OptimizerBatch:
+        """With the log-probs of reference and proximal policy, where they are needed."""
+        algo, ref, proximal, kl = self._config.algo, None, None, None
+        if self._reference is not None:
+            ref = tuple(self._reference.logprobs(row) for row in draft.rows)
+        # With one optimizer step p is pi, and log-linear p needs no pass; m2po's cut needs one.
+        several = algo.optimizer_steps > 1 and algo.proximal == "recompute"
+        if several or "m2po" in algo.correction:
+            proximal = tuple(self._head(row)[0] for row in draft.rows)
+        if ref is not None and algo.kl_in != "loss":
+            kl = tuple(kl_coef * self._kl(*pair) for pair in zip(draft.batches, ref, strict=True))
+        return replace(draft, ref=ref, proximal=proximal, kl=kl)
+
+    def _kl(self, batch: Batch, ref: Tensor) -> Float64:
+        """float64 [S]: the estimate of KL(mu || ref) at each loss token."""
+        delta = ref.cpu().double() - torch.from_numpy(batch.behavior_logprobs).double()
+        values = call("kl", self._config.algo.kl, delta)
+        return np.where(batch.loss_mask, values.numpy(), 0.0)
+
+    def _extras(self, draft: OptimizerBatch) -> list[Float64]:
+        """What is added to the rewards of each group: length penalties, and KL per completion."""
+        extras = [shaping.penalties(group, self._config) for group in draft.groups]
+        if draft.kl is None or self._config.algo.kl_in != "reward":
+            return extras
+        flat = np.concatenate([np.zeros(0), *extras])
+        for batch, values in zip(draft.batches, draft.kl, strict=True):
+            ids = batch.completion_ids[batch.sequence_ids]
+            flat -= np.bincount(ids, weights=values, minlength=len(flat))
+        ends = accumulate(len(extra) for extra in extras)
+        return [flat[end - len(extra) : end] for extra, end in zip(extras, ends, strict=True)]
+
+    def _batch_std(self, drafts: Sequence[OptimizerBatch]) -> float:
+        """Of all rewards of the batch, all ranks; NaN when nothing looks at it."""
+        if self._config.algo.advantage != "batch_std":
+            return math.nan
+        pairs = [pair for d in drafts for pair in zip(d.groups, self._extras(d), strict=True)]
+        rewards = [group.rewards.astype(np.float64) + extra for group, extra in pairs]
+        own = torch.from_numpy(np.concatenate([np.zeros(0), *rewards])).to(self._device)
+        return float(ranks.collected(own).std(correction=self._config.algo.advantage_ddof))
+
+    def _with_advantages(self, draft: OptimizerBatch, batch_std: float) -> OptimizerBatch:
+        pairs = zip(draft.groups, self._extras(draft), strict=True)
+        values = [shaping.advantages(group, self._config, x, batch_std) for group, x in pairs]
+        flat = np.concatenate([*values, np.zeros(1, np.float32)])  # the last: of an empty batch
+        buffer, batches = self._config.buffer, []
+        for index, batch in enumerate(draft.batches):
+            on_places: Float64 | float = 0.0
+            if draft.kl is not None and self._config.algo.kl_in == "reward_token":
+                on_places = -shaping.reward_to_go(draft.kl[index], batch.cu_seqlens)
+            shares = share_of(batch.staleness, buffer.max_staleness, buffer.staleness_action)
+            batches.append(with_advantages(batch, flat, on_places, shares))
+        return replace(draft, advantages=tuple(values), batches=tuple(batches))
+
+    def _second_moment_cut(self, draft: OptimizerBatch) -> float:
+        algo = self._config.algo
+        if "m2po" not in algo.correction or draft.proximal is None:
             return math.inf
         moments = []
-        for batch, logprobs in zip(batches, proximal, strict=True):
-            behavior = torch.from_numpy(batch.behavior_logprobs).to(logprobs.device)
-            mask = torch.from_numpy(batch.loss_mask).to(logprobs.device)
-            advantages = torch.from_numpy(batch.advantages).to(logprobs.device)
-            log_weight = logprobs - behavior
-            moments.append(log_weight[mask & moves_on(log_weight, advantages)].square())
-        everyone = ranks.collected(torch.cat(moments))
-        return second_moment_cut(everyone, self._config.algo.m2po.threshold)
+        for index, logprobs in enumerate(draft.proximal):
+            inputs = draft.inputs(index, logprobs, torch.zeros_like(logprobs), self._config)
+            is_chosen = inputs.mask.bool() & moves_on(inputs.log_weight, inputs.advantages)
+            moments.append(inputs.log_weight[is_chosen].square())
+        return second_moment_cut(ranks.collected(torch.cat(moments)), algo.m2po.threshold)
 
     def _decile_edges(self, batches: Sequence[Batch]) -> Tensor | None:
         if not set(SEQUENCE_RULES) & set(self._config.algo.correction):
             return None
-        limit = self._config.sampling.max_completion_tokens
-        lengths = [
-            np.bincount(b.sequence_ids, weights=b.loss_mask, minlength=len(b.completion_ids))
-            for b in batches
-        ]
-        clipped = np.clip(np.concatenate(lengths), 0, limit).astype(np.int64)
-        counts = np.bincount(clipped, minlength=limit + 1).astype(float)
-        counts[0] = 0.0  # nothing was trained of these
-        return decile_edges(ranks.summed(counts.tolist(), self._device)).to(self._device)
+        lengths = [np.bincount(b.sequence_ids, weights=b.loss_mask) for b in batches]
+        own = torch.from_numpy(np.concatenate(lengths)).to(self._device)
+        return decile_edges(ranks.collected(own))
 
 
 def second_moment_cut(squares: Tensor, threshold: float) -> float:
@@ -271,9 +290,8 @@ def second_moment_cut(squares: Tensor, threshold: float) -> float:
     return float(ordered[kept - 1]) if kept else -1.0
 
 
-def decile_edges(counts: Sequence[float]) -> Tensor:
-    """int64 [9] lengths up to which 1, 2 .. 9 tenths of the sequences lie; counts: per length."""
-    share = np.cumsum(counts) / max(float(np.sum(counts)), 1.0)
-    tenths = np.arange(1, 10) / 10.0
-    # 1e-9: a cumulative sum of exact tenths may lie a rounding below them.
-    return torch.from_numpy(np.searchsorted(share, tenths - 1e-9).astype(np.int64))
+def decile_edges(lengths: Tensor) -> Tensor:
+    """float64 [9] lengths up to which 1, 2 .. 9 tenths of the sequences lie; 0: nothing trained."""
+    trained = lengths[lengths > 0].tolist() or [0.0]
+    edges = np.quantile(trained, np.arange(1, 10) / 10, method="inverted_cdf")
+    return torch.from_numpy(edges).to(lengths.device)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
+from asyncgrpo.config import Config
 from asyncgrpo.errors import EXIT_DONE, EXIT_INTERRUPTED
 from asyncgrpo.launch.memory_report import memory_explained
 from asyncgrpo.learner import ranks
@@ -28,6 +29,12 @@ from asyncgrpo.wire.sockets import DealerClient
 log = logging.getLogger(__name__)
 
 
+def longest_wait(config: Config) -> float:
+    """Seconds that rank 0 may let the others wait: for a batch, the actors, evaluations."""
+    evaluation = max((block.timeout_seconds for block in config.evals), default=0.0)
+    return config.buffer.take_timeout_seconds + config.launch.start_timeout_seconds + 2 * evaluation
+
+
 def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     """Trains to the end as the rank that torchrun's environment names, and ends the process."""
     start = time.perf_counter()
@@ -39,8 +46,9 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if world_size > 1:
-        seconds = run.config.buffer.take_timeout_seconds + run.config.launch.start_timeout_seconds
-        dist.init_process_group(ranks.backend(), timeout=timedelta(seconds=seconds))
+        dist.init_process_group(
+            ranks.backend(), timeout=timedelta(seconds=longest_wait(run.config))
+        )
     transformers_logging.disable_progress_bar()
     sender = recorder = None
     exporter = serve_metrics(run, name)
@@ -56,19 +64,15 @@ def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
             folder=run.path / "weights",
         )
         recorder = RunRecorder(run, exporter)
-    save_to = run.model_path if rank == 0 else None
     with memory_explained(run.config, name):
-        updater = PolicyUpdater(run.config, save_to=save_to, run_dir=run.path)
+        updater = PolicyUpdater(run.config, run_dir=run.path)
         learner = Learner(
             run.config,
-            rank=rank,
-            world_size=world_size,
             updater=updater,
             client=DealerClient(run.endpoints.buffer, name, "the buffer", read_keys(run, "client")),
             sender=sender,
             recorder=recorder,
-            show=exporter.show,
-            observe=exporter.observe,
+            exporter=exporter,
             stopping=stopping,
         )
         log.info("rank %d of %d ready after %.1f s", rank, world_size, time.perf_counter() - start)

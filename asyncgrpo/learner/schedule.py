@@ -1,12 +1,15 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a function of the step, the KL coefficient as one of the KL before."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from asyncgrpo.config import LearnerSettings
+from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.settings.learner import LearnerSettings
 
+# Ziegler et al., arXiv 1909.08593 section 2.2: one step never changes the coefficient by more.
+MAX_KL_ERROR = 0.2
 # share of the way from warm-up to max_steps, in [0, 1] -> share of the way from floor to peak
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -31,3 +34,16 @@ def learning_rate(step: int, settings: LearnerSettings, max_steps: int) -> float
     progress = min((step - warmup) / decay_steps, 1.0)
     height = SCHEDULES[settings.schedule](progress)
     return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * height)
+
+
+def adapted_coefficient(
+    coefficient: float, kl: float, num_completions: int, algo: AlgoSettings
+) -> float:
+    """The next KL coefficient; unchanged without algo.kl_target.
+
+    beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon), Ziegler et al., arXiv 1909.08593.
+    """
+    if algo.kl_target is None:
+        return coefficient
+    error = min(max(kl / algo.kl_target - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
+    return coefficient * (1.0 + error * num_completions / algo.kl_horizon)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncgrpo.algo import AlgoSettings
 from asyncgrpo.algorithms import call
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError
 from asyncgrpo.evaluate import is_correct
 from asyncgrpo.imports import shown
 from asyncgrpo.learner.advantages import Float64, GroupRewards
+from asyncgrpo.settings.algo import AlgoSettings
 from asyncgrpo.types import Float32, Group, Int32
 
 
@@ -38,20 +39,25 @@ def advantages(
     extra: float64 [G], added to the reward (penalties, KL). batch_std: see `batch_std`.
     """
     algo = config.algo
+    first = next(iter(group.reward_parts.values()), group.rewards)
     whole = GroupRewards(
         rewards=group.rewards.astype(np.float64) + extra,
         lengths=_lengths(group),
-        is_correct=np.array(
-            is_correct(_first_part(group).tolist(), config.reward.correct_above), np.bool_
-        ),
+        is_correct=np.array(is_correct(first.tolist(), config.reward.correct_above), np.bool_),
         batch_std=batch_std,
     )
     if algo.reward_combination == "sum":
         return estimate(whole, algo).astype(np.float32)
     weights = {function.label: function.weight for function in config.reward.functions}
-    total = estimate(_with(whole, extra), algo)
+    total = estimate(replace(whole, rewards=extra), algo)
     for label, part in group.reward_parts.items():
-        total = total + weights.get(label, 1.0) * _of_part(whole, part, algo)
+        applies = ~np.isnan(part)  # where a function does not apply it does not count either
+        chosen = GroupRewards(
+            rewards=part[applies].astype(np.float64),
+            lengths=whole.lengths[applies],
+            is_correct=whole.is_correct[applies],
+        )
+        total[applies] += weights.get(label, 1.0) * estimate(chosen, algo)
     return total.astype(np.float32)
 
 
@@ -62,20 +68,6 @@ def reward_to_go(values: Float64, cu_seqlens: Int32) -> Float64:
     return before[ends] - before[:-1]
 
 
-def _of_part(whole: GroupRewards, part: Float32, algo: AlgoSettings) -> Float64:
-    """One reward function's advantages; 0 where it does not apply (NaN), and these do not count."""
-    applies = ~np.isnan(part)
-    result = np.zeros(len(part))
-    if applies.sum() >= 2:
-        chosen = GroupRewards(
-            rewards=part[applies].astype(np.float64),
-            lengths=whole.lengths[applies],
-            is_correct=whole.is_correct[applies],
-        )
-        result[applies] = estimate(chosen, algo)
-    return result
-
-
 def estimate(group: GroupRewards, algo: AlgoSettings) -> Float64:
     """float64 [G] by algo.advantage; AlgorithmError when a user's own estimator breaks."""
     # Judged by the spread: a mean of equal rewards that is off by rounding would be blown up by a
@@ -84,7 +76,7 @@ def estimate(group: GroupRewards, algo: AlgoSettings) -> Float64:
         return np.zeros(len(group.rewards))
     returned = call("advantage", algo.advantage, group, algo)
     try:
-        found = np.asarray(returned, np.float64)
+        found = np.array(returned, np.float64)
     except (TypeError, ValueError):
         found = np.full(0, np.nan)
     if found.shape != group.rewards.shape or not np.isfinite(found).all():
@@ -95,13 +87,5 @@ def estimate(group: GroupRewards, algo: AlgoSettings) -> Float64:
     return found
 
 
-def _with(group: GroupRewards, rewards: Float64) -> GroupRewards:
-    return GroupRewards(rewards=rewards, lengths=group.lengths, is_correct=group.is_correct)
-
-
-def _first_part(group: Group) -> Float32:
-    return next(iter(group.reward_parts.values()), group.rewards)
-
-
 def _lengths(group: Group) -> NDArray[np.int64]:
-    return np.array([len(c.token_ids) for c in group.completions], np.int64)
+    return np.array(group.completions.lengths, np.int64)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -21,24 +22,16 @@ from transformers import PreTrainedModel
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AlgorithmError, RunError
 from asyncgrpo.learner import parallel, ranks
-from asyncgrpo.learner.attention import has_kernel, num_slots
+from asyncgrpo.learner.attention import has_kernel
 from asyncgrpo.learner.checkpoint import AddFiles, Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
-from asyncgrpo.learner.export import whole_or_not, write_model
 from asyncgrpo.learner.inputs import LossInputs
-from asyncgrpo.learner.model import (
-    PolicyHead,
-    PublishedParameters,
-    load_policy,
-    packed_row,
-)
+from asyncgrpo.learner.model import PolicyHead, load_policy, write_model
 from asyncgrpo.learner.objective import Objective, objective
-from asyncgrpo.learner.prepare import OptimizerBatch, Preparer
-from asyncgrpo.learner.reference import Reference, adapted_coefficient
+from asyncgrpo.learner.prepare import OptimizerBatch, Preparer, Reference
 from asyncgrpo.learner.saved import FOLDER, step_of
-from asyncgrpo.learner.schedule import learning_rate
-from asyncgrpo.observe.token_log import write_token_log
-from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.learner.schedule import adapted_coefficient, learning_rate
+from asyncgrpo.observe.token_log import Columns, write_token_log
 from asyncgrpo.types import Float32, Shard
 from asyncgrpo.weights.proof import canary_prompts
 
@@ -53,7 +46,7 @@ class StepRecord:
     maxima: Sums = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
     rate: float = 0.0
-    tokens: list[dict[str, np.ndarray]] = field(default_factory=list)  # for observe.token_log
+    tokens: list[Columns] = field(default_factory=list)  # for observe.token_log
 
     def add(self, sums: Sums, maxima: Sums) -> None:
         """Adds a micro-batch's or an update's part."""
@@ -67,14 +60,9 @@ class StepRecord:
 class PolicyUpdater:
     """The learner loop's updater. With several ranks the default process group must be up."""
 
-    def __init__(
-        self, config: Config, *, save_to: Path | None = None, run_dir: Path | None = None
-    ) -> None:
-        """save_to: where `save` writes, None on ranks that do not.
-
-        run_dir: for checkpoints and token logs; None: neither.
-        """
-        self._config, self._save_to, self._run_dir = config, save_to, run_dir
+    def __init__(self, config: Config, *, run_dir: Path | None = None) -> None:
+        """run_dir: for the model, checkpoints and token logs; None: nothing is written."""
+        self._config, self._run_dir = config, run_dir
         self._world_size = ranks.world_size()
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(config.learner.threads)
@@ -85,7 +73,9 @@ class PolicyUpdater:
         self._sharded = settings.parallel == "fsdp"
         if self._sharded:
             parallel.open_lone_group()
-        self._policy = self._load(config.model.path, quantized=quantized)
+        # Sharded models are loaded in host memory: no GPU ever holds one whole.
+        load = partial(load_policy, device="cpu" if self._sharded else self._device)
+        self._policy = load(config.model.path, quantized=quantized)
         self._adapter = None
         if lora is not None:
             from asyncgrpo.learner.lora import Adapter  # peft: slow, and an extra
@@ -100,22 +90,19 @@ class PolicyUpdater:
         if algo.kl_coef > 0 and self._adapter is not None and not algo.reference.path:
             self._reference = Reference(head, self._adapter.off)
         elif algo.kl_coef > 0:
-            model = self._load(algo.reference.path or config.model.path)
+            model = load(algo.reference.path or config.model.path)
             self._reference = Reference(self._make_head(model.requires_grad_(False)))
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._kl_coef = algo.kl_coef
         self._num_skipped = self._num_syncs = 0
-        self.advantages = np.zeros(0, np.float32)  # [C] of the last update, see Updater
+        # [C] of the last update's completions, rank by rank as they were dealt
+        self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
-        self._weights = parallel.Gathered(PublishedParameters(self._policy))
+        self._only_adapter = settings.published_adapter is not None
+        self._published = parallel.Published(self._policy, self._sharded, self._only_adapter)
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )
-
-    def _load(self, path: str, *, quantized: bool = False) -> PreTrainedModel:
-        """Sharded models are loaded in host memory: no GPU ever holds one whole."""
-        device = "cpu" if self._sharded else self._device
-        return load_policy(path, device=device, quantized=quantized)
 
     def _make_head(self, policy: PreTrainedModel) -> PolicyHead:
         settings = self._config.learner
@@ -164,25 +151,19 @@ class PolicyUpdater:
                 self._step(batch, shard.step, record, is_last=index == algo.passes - 1)
         metrics = self._finish(record, shard)
         self._after(shard, metrics)
-        if algo.kl_coef:
-            metrics["objective/kl_coef"] = self._kl_coef
         if self._config.observe.token_log and self._run_dir is not None:
             leases = [group.lease.lease_id for batch in ready for group in batch.groups]
             write_token_log(self._run_dir, shard.step, ranks.rank(), leases, record.tokens)
         return metrics | self._batch_metrics(shard, ready)
 
-    def weights(self) -> NamedTensors:
-        """Present weights by their Hugging Face names. Rank 0 asks; see `help_gather`."""
-        return self._weights if self._sharded else PublishedParameters(self._policy)
-
-    def help_gather(self) -> None:
-        """On every rank when rank 0 is done with `weights`: until then the others help it."""
-        if self._sharded:
-            self._weights.help()
+    def weights(self) -> parallel.Published:
+        """Present weights by their Hugging Face names, for rank 0 while the others `help`."""
+        return self._published
 
     def canary_logprobs(self) -> Float32:
         """float32 [NUM_CANARIES, V]: log-probs of the token after each canary prompt."""
-        with self._adapter.merged() if self._adapter else contextlib.nullcontext():
+        adapter = None if self._only_adapter else self._adapter
+        with adapter.merged() if adapter else contextlib.nullcontext():
             return self._plain_head.next_logprobs(canary_prompts(self.vocab_size)).numpy()
 
     def is_checkpoint_due(self, step: int) -> bool:
@@ -232,45 +213,52 @@ class PolicyUpdater:
         return state
 
     def save(self) -> None:
-        """Writes the model and its tokenizer, loadable with from_pretrained.
+        """Writes the model and its tokenizer to RUN/model, loadable with from_pretrained.
 
         Waits for a checkpoint under way; CheckpointError when it failed.
         """
         if self._checkpoints is not None:
             self._checkpoints.wait()
-        self._write(self._save_to)
+        if self._run_dir is not None:
+            self._write(self._run_dir / "model")
 
     def export(self, step: int) -> None:
         """Writes the model after `step` updates to RUN/exports/step_<k>, when it is due."""
         every = self._config.checkpoint.export_every
         if self._run_dir is None or not every or step % every:
             return
-        with whole_or_not(self._run_dir / "exports" / f"step_{step}") as folder:
-            self._write(folder)
+        final = self._run_dir / "exports" / f"step_{step}"
+        draft = final.with_name(f".{final.name}.part")
+        self._write(draft)
+        if ranks.rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)  # of a life that was rolled back
+            draft.rename(final)
 
-    def _write(self, folder: Path | None) -> None:
-        if self._sharded or folder is not None:
-            write_model(self._policy, self._adapter, self._config.model.path, folder)
+    def _write(self, folder: Path) -> None:
+        """On rank 0; the others help to gather a sharded policy."""
+        if self._sharded or ranks.rank() == 0:
+            own = folder if ranks.rank() == 0 else None
+            write_model(self._policy, self._adapter, self._config.model.path, own)
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
         """One optimizer update."""
         self._optimizer.zero_grad(set_to_none=True)
-        update = StepRecord()
-        for index, last in self._microbatches(batch):
-            dropping = self._adapter.dropping() if self._adapter else contextlib.nullcontext()
-            with contextlib.nullcontext() if last else self._without_sync(), dropping:
-                inputs, found = self._objective(batch, index, self._head)
+        update, per_token = StepRecord(), []
+        for index in range(len(batch.rows)):
+            with self._accumulating(is_last=index == len(batch.rows) - 1):
+                inputs, found = self._objective(batch, index)
                 (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
             update.add(*measure(inputs, found, self._config.algo))
+            per_token.append(found.per_token)
             if is_last and self._config.observe.token_log:
-                record.tokens += self._token_rows(batch, index, inputs, found)
+                record.tokens += batch.token_rows(index, inputs, found.corrected.weight)
         limit = self._config.learner.max_grad_norm
         gradients = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), limit)
         norm = float(ranks.whole(gradients))
         # over ranks, so that all decide alike
         (loss,) = ranks.summed([float(update.sums["loss"])], self._device)
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            self._skip(batch, step, loss, norm)
+            self._skip(f"loss {loss}, gradient norm {norm} at step {step}: ", batch, per_token)
             return
         record.rate = self._learning_rate(step, update.sums)
         for group in self._optimizer.param_groups:
@@ -280,16 +268,18 @@ class PolicyUpdater:
         record.add(update.sums, update.maxima)
         record.norms.append(norm)
 
-    def _microbatches(self, batch: OptimizerBatch) -> Iterator[tuple[int, bool]]:
-        """(index, is the last one): with DDP ranks meet in the last one's backward pass only."""
-        for index in range(len(batch.batches)):
-            yield index, index == len(batch.batches) - 1
+    @contextlib.contextmanager
+    def _accumulating(self, *, is_last: bool) -> Iterator[None]:
+        """Around a micro-batch: the adapter drops, and with DDP ranks meet in the last one only."""
+        with contextlib.ExitStack() as stack:
+            if self._adapter is not None:
+                stack.enter_context(self._adapter.dropping())
+            if isinstance(self._head, DistributedDataParallel) and not is_last:
+                stack.enter_context(self._head.no_sync())
+            yield
 
-    def _objective(
-        self, batch: OptimizerBatch, index: int, head: nn.Module
-    ) -> tuple[LossInputs, Objective]:
-        row = packed_row(batch.batches[index], self._device)
-        logprobs, entropy = head(row)
+    def _objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
+        logprobs, entropy = self._head(batch.rows[index])
         inputs = batch.inputs(index, logprobs, entropy, self._config)
         kl_coef = self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
         return inputs, objective(inputs, self._config.algo, kl_coef)
@@ -306,46 +296,19 @@ class PolicyUpdater:
         count, weight, squared = ranks.summed([float(sums[n]) for n in names], self._device)
         return rate * math.sqrt(weight**2 / (count * squared)) if squared else rate
 
-    def _without_sync(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self._head, DistributedDataParallel):
-            return self._head.no_sync()
-        return contextlib.nullcontext()
-
-    def _skip(self, batch: OptimizerBatch, step: int, loss: float, norm: float) -> None:
+    def _skip(self, what: str, batch: OptimizerBatch, per_token: Sequence[torch.Tensor]) -> None:
         """Leaves the weights as they are, names the culprit, and stops after too many."""
         self._num_skipped += 1  # the same on every rank, as loss and gradient norm are
         allowed = self._config.algo.max_nonfinite
         message = (
-            f"loss {loss}, gradient norm {norm} at step {step}: {self._culprit(batch)}; update "
-            f"skipped, weights unchanged ({self._num_skipped} skipped, allowed are "
-            f"algo.max_nonfinite={allowed})"
+            f"{what}{batch.culprit(per_token)}; update skipped, weights unchanged "
+            f"({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
         )
         if self._num_skipped > allowed:
             raise RunError(
                 f"{message}; lower learner.lr={self._config.learner.lr}, or look at trajectories/"
             )
         log.warning(message)
-
-    @torch.no_grad()
-    def _culprit(self, batch: OptimizerBatch) -> str:
-        """The first token of this rank whose loss is not finite, by its group."""
-        losses = [
-            self._objective(batch, index, self._plain_head)[1]
-            for index in range(len(batch.batches))
-        ]
-        for micro, found in zip(batch.batches, losses, strict=True):
-            bad = (~torch.isfinite(found.per_token)).nonzero().flatten().tolist()
-            if bad:
-                sequence = int(micro.sequence_ids[bad[0]])
-                flat = [(g, i) for g in batch.groups for i in range(len(g.completions))]
-                group, sample = flat[int(micro.completion_ids[sequence])]
-                length = len(group.completions[sample].token_ids)
-                place = bad[0] - (int(micro.cu_seqlens[sequence + 1]) - length)
-                return (
-                    f"loss {float(found.per_token[bad[0]])} at group {group.lease.lease_id}, "
-                    f"completion {sample}, token {place} (id {int(micro.target_ids[bad[0]])})"
-                )
-        return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
 
     def _after(self, shard: Shard, metrics: dict[str, float]) -> None:
         """What the reference and the KL coefficient learn from the step."""
@@ -361,7 +324,7 @@ class PolicyUpdater:
             self._num_syncs += 1
             if ranks.rank() == 0:
                 log.info("reference synced with alpha %g", algo.reference.mix_alpha)
-        metrics["reference_syncs"] = float(self._num_syncs)
+        metrics |= {"objective/kl_coef": self._kl_coef, "reference_syncs": float(self._num_syncs)}
 
     def _finish(self, record: StepRecord, shard: Shard) -> dict[str, float]:
         """Metrics over all ranks; without the loss's own when every update was skipped."""
@@ -382,41 +345,34 @@ class PolicyUpdater:
 
     def _batch_metrics(self, shard: Shard, ready: list[OptimizerBatch]) -> dict[str, float]:
         """Rewards and lengths of the whole batch, from every rank's shard."""
-        rewards = [group.rewards for group in shard.groups]
         reports = [batch.report for batch in ready]
-        micros = [micro for batch in ready for micro in batch.batches]
+        rows = [row for batch in ready for row in batch.rows]
         by_kernel = has_kernel(self._device, getattr(torch, self._config.learner.dtype))
-        own_cost = sum(group.cost for group in shard.groups)
+        slots = [row.input_ids.numel() if by_kernel else row.packing.num_slots for row in rows]
         reasons = [c.finish_reason for group in shard.groups for c in group.completions]
-        counts = [
-            sum(float(r.mean()) for r in rewards),
-            sum(float(r.max()) for r in rewards),
-            sum(float(r.min()) for r in rewards),
-            len(rewards),
-            sum(report.num_loss_tokens for report in reports),
-            sum(report.num_masked_stale + report.num_masked_nonfinite for report in reports),
-            sum(report.num_nonfinite_sequences for report in reports),
-            reasons.count("length"),
-            own_cost,
-            sum(len(micro.input_ids) for micro in micros if micro.loss_mask.any()),
-            sum(num_slots(micro.cu_seqlens, by_kernel=by_kernel) for micro in micros),
-        ]
-        totals = ranks.summed(counts, self._device)
-        mean, best, worst, groups, tokens, masked, nonfinite, truncated, cost, used, slots = totals
-        completions = shard.num_completions_global
-        largest = ranks.largest(own_cost, self._device)
-        return {
-            "rewards/mean": mean / groups,
-            "rewards/best": best / groups,
-            "rewards/worst": worst / groups,
-            "tokens_trained": tokens,
-            "tokens_masked": masked,
-            "nonfinite_completions": nonfinite,
-            "truncated_share": truncated / completions,
-            "padding_share": 1.0 - used / slots,
-            "rank_balance": cost / (largest * self._world_size),
-            "completions/mean_length": shard.num_loss_tokens_global / completions,
+        own = {
+            "rewards/mean": sum(float(group.rewards.mean()) for group in shard.groups),
+            "rewards/best": sum(float(group.rewards.max()) for group in shard.groups),
+            "rewards/worst": sum(float(group.rewards.min()) for group in shard.groups),
+            "groups": len(shard.groups),
+            "tokens_trained": sum(report.num_loss_tokens for report in reports),
+            "tokens_masked": sum(report.num_masked_tokens for report in reports),
+            "nonfinite_completions": sum(report.num_nonfinite_sequences for report in reports),
+            "truncated": reasons.count("length"),
+            "cost": sum(group.cost for group in shard.groups),
+            "places": sum(row.input_ids.numel() for row in rows if len(row.targets)),
+            "slots": sum(slots),
         }
+        found = dict(zip(own, ranks.summed(list(own.values()), self._device), strict=True))
+        groups, completions = found.pop("groups"), shard.num_completions_global
+        for name in ("rewards/mean", "rewards/best", "rewards/worst"):
+            found[name] /= groups
+        largest = ranks.largest(own["cost"], self._device)
+        found["truncated_share"] = found.pop("truncated") / completions
+        found["padding_share"] = 1.0 - found.pop("places") / found.pop("slots")
+        found["rank_balance"] = found.pop("cost") / (largest * self._world_size)
+        found["completions/mean_length"] = shard.num_loss_tokens_global / completions
+        return found
 
     def _all_advantages(self, shard: Shard, ready: list[OptimizerBatch]) -> Float32:
         """float32 [C] of all ranks' completions, rank by rank, in the order of each shard."""
@@ -425,40 +381,3 @@ class PolicyUpdater:
             ordered[first :: len(ready)] = batch.advantages
         own = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *ordered]))
         return ranks.collected(own.to(self._device)).cpu().numpy()
-
-    def _token_rows(
-        self, batch: OptimizerBatch, index: int, inputs: LossInputs, found: Objective
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """The columns of observe/token_log.py for each completion of a micro-batch."""
-        micro, first = batch.batches[index], batch.first_group
-        flat = [
-            (g, i) for g, group in enumerate(batch.groups) for i in range(len(group.completions))
-        ]
-        tensors = {
-            "proximal_logprob": inputs.proximal_logprobs,
-            "logprob": inputs.logprobs.detach(),
-            "ref_logprob": inputs.ref_logprobs,
-            "advantage": inputs.advantages,
-            "weight": found.corrected.weight,
-            "mask": inputs.mask.bool(),
-        }
-        arrays = {n: None if v is None else v.cpu().numpy() for n, v in tensors.items()}
-        for number, which in enumerate(micro.completion_ids.tolist()):
-            if not len(flat):
-                return
-            lease, sample = flat[which]
-            completion = batch.groups[lease].completions[sample]
-            count = len(completion.token_ids)
-            end = int(micro.cu_seqlens[number + 1])
-            yield {
-                "lease": np.full(count, first + lease),
-                "sample": np.full(count, sample),
-                "place": np.arange(count),
-                "token_id": completion.token_ids,
-                "version": completion.versions,
-                "behavior_logprob": completion.behavior_logprobs,
-                **{
-                    name: np.full(count, np.nan) if array is None else array[end - count : end]
-                    for name, array in arrays.items()
-                },
-            }

@@ -148,10 +148,10 @@ def export(
             f"--out {out} lies in the run's own trajectories/, which it would overwrite; write it "
             "somewhere else"
         )
-    ending = out.suffix[1:]
-    if form is None and ending and ending not in Format.__members__:
+    chosen = form or out.suffix[1:] or "jsonl"
+    if chosen not in Format.__members__:
         raise ConfigError(
-            f"--out {out}: {ending!r} is not one of {', '.join(Format)}; take one of these "
+            f"--out {out}: {chosen!r} is not one of {', '.join(Format)}; take one of these "
             "endings, or give --format"
         )
     rows = _selected(list(samples.rows(samples.pick(steps))), status)
@@ -159,7 +159,7 @@ def export(
         groups = of.grouped(rows, of.group_key).values()
         rows = [row for group in groups for row in of.best_of(group, best)]
     records = [of.as_messages(row) if shape == Shape.messages else dict(row) for row in rows]
-    write_rows(out, records, form or Format(ending or "jsonl"))
+    write_rows(out, records, chosen)
     typer.echo(f"{out}: {len(records)} records")
     _tell_skipped(samples)
 

@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.metrics import metric_of
+from asyncgrpo.rows import replace_file
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.address import own_address
 
@@ -47,7 +48,11 @@ class Exporter(Collector):
             ) from None
         Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         self._target = run_dir / "targets" / f"{role}.json"
-        self._announce(run_dir.name, f"{host}:{server.server_port}")
+        self._target.parent.mkdir(exist_ok=True)
+        # Not the port: a process that begins anew goes on with its series.
+        labels = {"role": role, "run": run_dir.name, "instance": f"{run_dir.name}/{role}"}
+        target = {"targets": [f"{host}:{server.server_port}"], "labels": labels}
+        replace_file(self._target, json.dumps([target]))  # as file_sd of Prometheus reads it
 
     def show(self, values: Mapping[str, float]) -> None:
         """Replaces values by name; histograms count them. KeyError for names not in the table."""
@@ -99,16 +104,6 @@ class Exporter(Collector):
         base = metric.prometheus_name.removesuffix("_total")
         family = shown.setdefault(base, Metric(base, metric.help, metric.kind))
         return family, {"role": self.role, **labels}
-
-    def _announce(self, run: str, address: str) -> None:
-        """Writes a Prometheus file_sd target, whole or not at all."""
-        self._target.parent.mkdir(exist_ok=True)
-        # Not the port: a process that begins anew goes on with its series.
-        labels = {"role": self.role, "run": run, "instance": f"{run}/{self.role}"}
-        target = [{"targets": [address], "labels": labels}]
-        draft = self._target.with_name(f".{self.role}.tmp")
-        draft.write_text(json.dumps(target))
-        draft.rename(self._target)
 
 
 def serve_metrics(run: RunDir, role: str) -> Exporter:

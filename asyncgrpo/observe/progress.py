@@ -18,7 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from asyncgrpo.config import HELD_OUT
+from asyncgrpo.rows import whole_rows
+from asyncgrpo.settings.reward import HELD_OUT
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH, COMPARED_STEPS = 30, 10
@@ -249,9 +250,8 @@ def show_summary(run_dir: Path, console: Console) -> None:
     arrived = groups.pop("arrived", 0)
     dropped = "".join(f", {n:.0f} {name.replace('_', ' ', 1)}" for name, n in groups.items())
     console.print(f"{arrived:.0f} groups arrived{dropped}", highlight=False)
-    progress = Progress(run_dir, 0, console)
-    rows = progress.read()
-    if rewards := [reward for _, reward in progress.rewards]:
+    rows = whole_rows(run_dir / "metrics.jsonl")
+    if rewards := [row["rewards/mean"] for row in rows if row.get("rewards/mean") is not None]:
         steps = min(COMPARED_STEPS, -(-len(rewards) // 2))
         first, last = sum(rewards[:steps]) / steps, sum(rewards[-steps:]) / steps
         bars = sparkline(rewards, min(rewards), max(rewards))
@@ -295,25 +295,23 @@ def eval_table(*reports: Mapping[str, Any]) -> Table:
     table = Table("data source", title=title, min_width=len(title))
     for heading in ("before", "after", "change") if len(reports) > 1 else ("value",):
         table.add_column(heading, justify="right")
-    shares = [
-        (name, [report["accuracy_by_source"].get(name, 0.0) for report in reports])
-        for name in last["accuracy_by_source"]
-    ]
-    sources = len(shares)
-    shares += [("all", [report["accuracy"] for report in reports])]
-    shares += [(f"pass@{k}", [r["pass_at_k"][k] for r in reports]) for k in last["pass_at_k"]]
-    shares += [("truncated", [report["truncated_share"] for report in reports])]
-    means = [
-        ("reward", [report["reward_mean"] for report in reports]),
-        ("tokens", [report["mean_tokens"] for report in reports]),
-    ]
-    parts = (shares[:sources], shares[sources:])  # by source; over all
-    kinds = [(part, ".1%", 100, "+.1f") for part in parts] + [(means, ".2f", 1, "+.2f")]
-    for rows, form, scale, change in kinds:
-        for label, values in rows:
+    kinds = ((".1%", 100, "+.1f"), (".1%", 100, "+.1f"), (".2f", 1, "+.2f"))
+    for (form, scale, change), *sides in zip(kinds, *map(_parts, reports), strict=True):
+        for label in sides[-1]:
+            values = [side.get(label, 0.0) for side in sides]
             cells = [format(value, form) for value in values]
             if len(values) > 1:
                 cells.append(format(scale * (values[-1] - values[0]), change))
             table.add_row(label, *cells, style="bold" if label == "all" else "")
         table.add_section()
     return table
+
+
+def _parts(report: Mapping[str, Any]) -> tuple[Mapping[str, float], ...]:
+    """Shares by source, shares of all, and means."""
+    passes = {f"pass@{k}": share for k, share in report["pass_at_k"].items()}
+    return (
+        report["accuracy_by_source"],
+        {"all": report["accuracy"], **passes, "truncated": report["truncated_share"]},
+        {"reward": report["reward_mean"], "tokens": report["mean_tokens"]},
+    )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from asyncgrpo.observe.exporter import Exporter
-from asyncgrpo.observe.metrics import TABLE, eval_metrics, metric_of
+from asyncgrpo.observe.metrics import counters, eval_metrics, metric_of
 from asyncgrpo.observe.writers import open_writers
+from asyncgrpo.rows import as_line, keep_rows, replace_file
 from asyncgrpo.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -24,51 +24,36 @@ class RunRecorder:
 
     def __init__(self, run: RunDir, exporter: Exporter) -> None:
         self._run, self._exporter = run, exporter
-        self._start = time.time()
-        self._reports: list[Mapping[str, Any]] = []  # of all evaluations, oldest first
-        self._reported: set[tuple[str, int]] = set()  # evaluations and versions already written
-        self._last_time = self._start
-        self._last_actors: dict[str, float] = {}
+        self._start = self._last_time = time.time()
+        self._reports: dict[tuple[str, int], Mapping[str, Any]] = {}  # evaluations, oldest first
+        self._last_actors: Counter[str] = Counter()
         self._last: dict[str, float] = {}
         self._totals = {"tokens_trained": 0.0, "staleness_max": 0.0, "steps": 0.0}
 
     def begin(self, step: int) -> None:
         """Opens files and writers; rows of steps that will be made again are taken out."""
-        path = self._run.path / "metrics.jsonl"
-        path.touch()
-        kept, size = _rows_before(path, step)
-        os.truncate(path, size)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        paths = [self._run.path / name for name in ("metrics.jsonl", "evals.jsonl")]
+        kept = keep_rows(paths[0], lambda row: row["step"] < step)
+        reports = keep_rows(paths[1], lambda report: report["version"] <= step)
+        self._file, self._evals_file = (
+            path.open("a", encoding="utf-8", buffering=1) for path in paths
+        )
         for row in kept:
             self._count(row)
         self._start -= kept[-1]["seconds"] if kept else 0.0
-        self._begin_evals(step)
+        self._reports = {_key(report): report for report in reports}
         self._writers = open_writers(self._run, step)
-
-    def _begin_evals(self, version: int) -> None:
-        path = self._run.path / "evals.jsonl"
-        path.touch()
-        reports = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        self._reports = [report for report in reports if report["version"] <= version]
-        self._reported = {(report["name"], report["version"]) for report in self._reports}
-        draft = path.with_suffix(".part")
-        draft.write_text("".join(json.dumps(r) + "\n" for r in self._reports), encoding="utf-8")
-        draft.rename(path)
-        self._evals_file = path.open("a", encoding="utf-8", buffering=1)
 
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
         """Joins a step's numbers with the actors' and the buffer's, and writes the line."""
         full = {**summary["metrics"], **self._actor_metrics(summary["actors"]), **row}
         now = time.time()
         full["seconds"] = now - self._start
-        arrived = full.get("tokens_arrived", 0.0)
         # from what arrived: the actors' own counters come at their own pace
-        full["tokens_per_second"] = (arrived - self._last.get("tokens_arrived", 0.0)) / max(
-            now - self._last_time, 1e-9
-        )
+        new = full.get("tokens_arrived", 0.0) - self._last.get("tokens_arrived", 0.0)
+        full["tokens_per_second"] = new / max(now - self._last_time, 1e-9)
         self._last_time = now
-        if full.get("groups_arrived"):
-            arrived = full["groups_arrived"]
+        if arrived := full.get("groups_arrived"):
             full["rewards/generated_mean"] = full["reward_arrived_sum"] / arrived
             completions = arrived * self._run.config.algo.group_size
             full["completions/generated_mean_length"] = full["tokens_arrived"] / completions
@@ -85,19 +70,19 @@ class RunRecorder:
 
     def finish(self, reports: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         """Writes evaluations that came after the last step as rows of their own; the summary."""
-        for version in sorted({report["version"] for report in reports}):
-            row: dict[str, float] = {}
-            for report in reports:
-                row |= self._eval_metrics(report) if report["version"] == version else {}
-            if row:
-                now = {"step": self._last.get("step", 0), "seconds": time.time() - self._start}
-                self._write({**now, "version": version, **row})
+        rows: dict[int, dict[str, float]] = {}
+        for report in reports:
+            if found := self._eval_metrics(report):
+                rows.setdefault(report["version"], {}).update(found)
+        for version, row in sorted(rows.items()):
+            now = {"step": self._last.get("step", 0), "seconds": time.time() - self._start}
+            self._write({**now, "version": version, **row})
         self._file.close()
         self._evals_file.close()
         for writer in self._writers:
             writer.close()
         by_block = {
-            block.name: [report for report in self._reports if report["name"] == block.name]
+            block.name: [r for (name, _), r in self._reports.items() if name == block.name]
             for block in self._run.config.evals
         }
         evals = {name: {"before": r[0], "after": r[-1]} for name, r in by_block.items() if r}
@@ -112,38 +97,29 @@ class RunRecorder:
             "groups": {name: count for name, count in counts.items() if name.startswith("groups_")},
             "model": str(self._run.model_path),
         }
-        draft = self._run.path / "summary.part"  # who watches the run sees it whole
-        draft.write_text(json.dumps(text, indent=2), encoding="utf-8")
-        draft.rename(draft.with_suffix(".json"))
+        replace_file(self._run.path / "summary.json", json.dumps(text, indent=2))
 
     def _eval_metrics(self, report: Mapping[str, Any]) -> dict[str, float]:
         """Writes a report into evals.jsonl and returns its metrics; {} when that was done."""
-        if (key := (report["name"], report["version"])) in self._reported:
+        if _key(report) in self._reports:
             return {}
-        self._reported.add(key)
-        self._reports.append(report)
-        self._evals_file.write(json.dumps(report) + "\n")
-        log.info(
-            "%s accuracy %.1f %% at version %d (%d of %d prompts)",
-            report["name"],
-            100 * report["accuracy"],
-            report["version"],
-            report["num_answered"],
-            report["num_prompts"],
-        )
+        self._reports[_key(report)] = report
+        self._evals_file.write(as_line(report))
+        told = "%(name)s accuracy %(share).1f %% at version %(version)d"
+        told += " (%(num_answered)d of %(num_prompts)d prompts)"
+        log.info(told, {**report, "share": 100 * report["accuracy"]})
         return eval_metrics(report)
 
     def _actor_metrics(self, actors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         """Sums of the actors' counters, and their rates since the last row."""
-        sums: dict[str, float] = {}
+        sums: Counter[str] = Counter()
         for status in actors.values():
-            for name, value in status.items():
-                if name in TABLE["counter", "actor"]:
-                    sums[name] = sums.get(name, 0.0) + value
+            sums.update({name: status[name] for name in counters("actor") if name in status})
         # a restarted actor counts from zero again: never show a negative rate
-        grown = {n: max(0.0, v - self._last_actors.get(n, 0.0)) for n, v in sums.items()}
-        judged = grown.get("judged_groups", 0.0)
-        busy, idle = grown.get("generate_seconds", 0.0), grown.get("idle_seconds", 0.0)
+        grown = Counter({name: max(0, v - self._last_actors[name]) for name, v in sums.items()})
+        busy, idle, judged = (
+            grown[name] for name in ("generate_seconds", "idle_seconds", "judged_groups")
+        )
         rates = {}
         if busy + idle > 0:
             rates["actor_idle_share"] = idle / (busy + idle)
@@ -154,28 +130,15 @@ class RunRecorder:
         return {**sums, **rates}
 
     def _write(self, row: Mapping[str, float]) -> None:
-        for name in row:
-            metric_of(name)
+        rooms = {name: metric_of(name)[0].room for name in row}
         finite = {n: (v if math.isfinite(v) else None) for n, v in row.items()}  # JSON has no NaN
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(as_line(finite))
         for writer in self._writers:
             writer.write(int(row["step"]), row)
         others = () if self._exporter.role == "serial" else ("actor", "buffer")
-        self._exporter.show({n: v for n, v in row.items() if metric_of(n)[0].room not in others})
+        self._exporter.show({n: v for n, v in row.items() if rooms[n] not in others})
         self._last.update(row)
 
 
-def _rows_before(path: Path, step: int) -> tuple[list[dict[str, float]], int]:
-    """Rows of earlier steps, and their bytes; a line that a kill cut short ends them."""
-    rows: list[dict[str, float]] = []
-    size = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or row["step"] >= step:
-            break
-        rows.append(row)
-        size += len(line)
-    return rows, size
+def _key(report: Mapping[str, Any]) -> tuple[str, int]:
+    return report["name"], report["version"]

@@ -16,6 +16,9 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from asyncgrpo.errors import ConfigError, DataError
+from asyncgrpo.observe.trajectories import step_files
+from asyncgrpo.rows import numbered_rows
+from asyncgrpo.rundir import RunDir
 
 Row = Mapping[str, Any]
 # What a row must have to be shown or counted.
@@ -32,24 +35,26 @@ class Samples:
     """The trajectories of one run directory."""
 
     run_dir: Path
-    steps: tuple[int, ...]  # those that have a file
+    files: Mapping[int, Path]  # by step, in order
     correct_above: float  # of the run's settings
     skipped: dict[str, None] = field(default_factory=dict)  # places of lines that were left out
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Those that have a file, in order."""
+        return tuple(self.files)
 
     @classmethod
     def open(cls, run_dir: Path) -> Samples:
         """ConfigError when this is no run directory, DataError when it has no trajectories."""
-        from asyncgrpo.rundir import RunDir
-
         correct_above = RunDir.read(run_dir).config.reward.correct_above
-        names = (path.stem for path in (run_dir / "trajectories").glob("step_*.jsonl"))
-        steps = sorted(int(name[5:]) for name in names if name[5:].isdecimal())
-        if not steps:
+        files = step_files(run_dir)
+        if not files:
             raise DataError(
                 f"{run_dir}/trajectories holds no step_<k>.jsonl: no group has ended yet, or "
                 "observe.trajectories is false"
             )
-        return cls(run_dir=run_dir, steps=tuple(steps), correct_above=correct_above)
+        return cls(run_dir=run_dir, files=files, correct_above=correct_above)
 
     def pick(self, wanted: str) -> list[int]:
         """The steps of "5", of "0:5" (5 not included), ":5", "5:" or ":".
@@ -75,13 +80,11 @@ class Samples:
     def rows(self, steps: Iterable[int]) -> Iterator[Row]:
         """The rows of some steps, in the order in which they were written."""
         for step in steps:
-            path = self.run_dir / "trajectories" / f"step_{step}.jsonl"
-            for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-                row = _parse(line)
-                if row is not None:
+            for number, row in numbered_rows(self.files[step]):
+                if isinstance(row, dict) and row.keys() >= NEEDED:
                     yield row
-                elif line:
-                    self.skipped[f"{path}:{number}"] = None
+                else:
+                    self.skipped[f"{self.files[step]}:{number}"] = None
 
     def statistics(self, rows: Sequence[Row]) -> dict[str, float]:
         """Counts, shares and means of some trained completions; only their number if it is 0.
@@ -170,15 +173,3 @@ def shown(text: str, limit: int | None = None) -> str:
     left = 0 if limit is None else max(len(text) - limit, 0)
     escaped = CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text[:limit])
     return escaped + f" … [{left} more characters: --full]" * (left > 0)
-
-
-def _parse(line: bytes) -> Row | None:
-    """A whole row; None for what is torn or something else."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or not row.keys() >= NEEDED:
-        return None
-    is_whole = isinstance(row["completion"], str) and isinstance(row["reward"], (int, float))
-    return row if is_whole else None

@@ -6,7 +6,6 @@ trained in step k, or filtered or evicted while step k was next. README.md expla
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from asyncgrpo.config import Config
+from asyncgrpo.rows import as_line, keep_rows, whole_rows
 from asyncgrpo.types import Completion, EndedGroup
 
 
@@ -31,10 +31,10 @@ class TrajectoryWriter:
             return
         path = self._folder / f"step_{step}.jsonl"
         if step != self._step:
-            rows = _whole_rows(path) if path.exists() else []
-            self._step, self._num_groups = step, max([-1, *(row["group"] for row in rows)]) + 1
+            groups = [row["group"] for row in whole_rows(path)]
+            self._step, self._num_groups = step, max(groups, default=-1) + 1
         lines = [
-            _line({"step": step, "group": number, **row})
+            as_line({"step": step, "group": number, **row})
             for number, group in enumerate(ended, start=self._num_groups)
             for row in _rows(step, group, self._config)
         ]
@@ -48,25 +48,18 @@ class TrajectoryWriter:
         state: of a lease, by its id.
         """
         self._step = -1
-        for path in self._folder.glob("step_*.jsonl"):
-            if int(path.stem[5:]) < step:
-                continue
-            kept = [row for row in _whole_rows(path) if state(row["lease_id"]) == row["status"]]
-            draft = path.with_suffix(".part")
-            draft.write_text("".join(map(_line, kept)), encoding="utf-8")
-            draft.rename(path)
-            if not kept:
+        for number, path in step_files(self._folder.parent).items():
+            if number >= step and not keep_rows(
+                path, lambda row: state(row["lease_id"]) == row["status"]
+            ):
                 path.unlink()
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """All but a last line that a kill cut short."""
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [json.loads(line) for line in lines]
+def step_files(run_dir: Path) -> dict[int, Path]:
+    """The files of a run, by step, in order."""
+    paths = (run_dir / "trajectories").glob("step_*.jsonl")
+    found = {path.stem.removeprefix("step_"): path for path in paths}
+    return dict(sorted((int(number), path) for number, path in found.items() if number.isdecimal()))
 
 
 def _rows(step: int, ended: EndedGroup, config: Config) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,9 @@ Each scores one completion; parameters after the * are its options:
 from __future__ import annotations
 
 import json
+import logging
 import re
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -25,7 +27,6 @@ from asyncgrpo.rewards.answers import (
     unfenced,
 )
 from asyncgrpo.rewards.http import http
-from asyncgrpo.rewards.symbolic import math
 
 Pattern = Annotated[  # "." matches a line break too, so that answers may have several lines
     re.Pattern[str], AfterValidator(lambda found: re.compile(found.pattern, re.DOTALL))
@@ -36,11 +37,16 @@ TagName = Annotated[str, Field(pattern=r"^[\w-]+$")]
 def task(completion: str, answer: str, kind: str) -> float:
     """+1 for a right and -1 for a wrong answer to a generated task (see asyncgrpo.data.tasks).
 
-    Numbers: the last number counts, so that a worked answer may lead up to it. sort: exactly
-    these numbers. palindrome: YES or NO as a word, not both. Words: the exact text, one pair
-    of quotes allowed. ValueError for a kind that is not a generated task.
+    The first line that is not empty counts, and on it what stands after the last "=". Numbers: the
+    last number counts, so that a worked answer may lead up to it. sort: exactly these numbers.
+    palindrome: YES or NO as a word, not both. Words: the exact text, one pair of quotes allowed.
+    ValueError for a kind that is not a generated task.
     """
-    return task_score(completion, answer, kind)
+    if kind not in _JUDGES:
+        raise ValueError(f"kind {kind!r} is not a generated task: {', '.join(_JUDGES)}")
+    lines = unfenced(plain(completion)).splitlines()
+    said = after_equals(lines[0]) if lines else ""
+    return 1.0 if _JUDGES[kind](said, _known(answer)) else -1.0
 
 
 def length_penalty(
@@ -157,16 +163,32 @@ def json_answer(
     return score if _says_json(found, truth) else format_score
 
 
-def task_score(text: str, answer: str, kind: str) -> float:
-    """+1 or -1 for one completion of a generated task.
+def math(
+    completion: str,
+    answer: str,
+    *,
+    score: float = 1.0,
+    format_score: float = 0.0,
+    timeout_seconds: int = 2,
+) -> float:
+    r"""`score` for an expression equal to the answer, `format_score` for another one, 0 without.
 
-    The first line that is not empty counts, and on it what stands after the last "=".
+    LaTeX (\boxed{} first) and plain expressions: 1/2, 0.5 and $\frac{1}{2}$ are equal. For answers
+    that are words use `exact` or `choice`: to this judge "NO" is a product. What takes longer than
+    timeout_seconds is wrong. The library keeps time with a signal, which only a main thread can
+    take: in other threads reward.timeout_seconds of the worker is the only limit.
     """
-    if kind not in _JUDGES:
-        raise ValueError(f"kind {kind!r} is not a generated task: {', '.join(_JUDGES)}")
-    lines = unfenced(plain(text)).splitlines()
-    said = after_equals(lines[0]) if lines else ""
-    return 1.0 if _JUDGES[kind](said, _known(answer)) else -1.0
+    in_main = threading.current_thread() is threading.main_thread()
+    seconds = timeout_seconds if in_main else None
+    truth, library = _known(answer), _math_verify()
+    marked = truth if "$" in truth or "\\boxed" in truth else f"${truth}$"
+    gold = library.parse(marked, parsing_timeout=seconds)
+    if not gold:
+        raise ValueError(f"the record's answer {truth!r} is no expression; use another reward")
+    found = library.parse(plain(unfenced(completion)), parsing_timeout=seconds)
+    if not found:
+        return 0.0
+    return score if library.verify(gold, found, timeout_seconds=seconds) else format_score
 
 
 def _known(answer: object) -> str:
@@ -209,16 +231,19 @@ def _says_json(found: object, truth: str) -> bool:
     return text == json.dumps(wanted, sort_keys=True) or same_value(text, truth)
 
 
+def _math_verify() -> Any:
+    try:
+        import math_verify
+    except ImportError as error:
+        raise ImportError(
+            "the reward 'math' needs the math-verify library: pip install 'asyncgrpo[math]'"
+        ) from error
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs whole completions
+    return math_verify
+
+
 def _last_number_is(text: str, answer: str) -> bool:
     return numbers(text)[-1:] == [Decimal(answer)]
-
-
-def _all_numbers_are(text: str, answer: str) -> bool:
-    return numbers(text, thousands=False) == numbers(answer, thousands=False)
-
-
-def _says_yes_or_no(text: str, answer: str) -> bool:
-    return {word for word in ("YES", "NO") if _occurs(word, text)} == {answer}
 
 
 def _is_text(text: str, answer: str) -> bool:
@@ -232,13 +257,9 @@ def _is_value(text: str, answer: str) -> bool:
 
 
 _JUDGES: dict[str, Callable[[str, str], bool]] = {
-    "add": _last_number_is,
-    "sub": _last_number_is,
-    "mul": _last_number_is,
-    "gcd": _last_number_is,
-    "check": _last_number_is,
-    "sort": _all_numbers_are,
-    "palindrome": _says_yes_or_no,
+    **dict.fromkeys(("add", "sub", "mul", "gcd", "check"), _last_number_is),
+    "sort": lambda text, truth: numbers(text, thousands=False) == numbers(truth, thousands=False),
+    "palindrome": lambda text, truth: choice(text, truth, choices=["YES", "NO"]) == 1,
     "reverse": _is_text,
     "expression": _is_value,
 }

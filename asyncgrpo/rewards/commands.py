@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from asyncgrpo.launch.commands import ConfigFile, Overrides
 
 reward_app = typer.Typer(help="Try rewards before a run pays for them.", no_args_is_help=True)
 
 
 @reward_app.command("test")
 def try_out(
-    config: Annotated[Path | None, typer.Option(help="TOML settings; without: defaults")] = None,
+    config: ConfigFile = None,
     num: Annotated[int, typer.Option("-n", min=1, help="prompts of each data_source")] = 50,
     template: Annotated[
         str | None, typer.Option(help="how an answer is written, e.g. '#### {answer}'")
@@ -21,9 +22,7 @@ def try_out(
     allow: Annotated[
         float, typer.Option(min=0, max=1, help="share of full marks that wrong answers may get")
     ] = 0.0,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="room.key=value, repeatable")
-    ] = None,
+    set_: Overrides = None,
 ) -> None:
     """Scores gold, empty, shuffled and random answers; exit code 1 when a reward can be cheated."""
     from rich.console import Console

@@ -1,25 +1,96 @@
-"""Finds reward functions by name or import path, and checks their options."""
+"""Which functions score a record: by its data_source, by name or import path; their options."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ValidationError, create_model
 
-from asyncgrpo.config import RewardFunction, Scope
 from asyncgrpo.errors import RewardError
-from asyncgrpo.imports import find_function
+from asyncgrpo.imports import find_function, nearest
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.rewards.function import BoundFunction, Parameters
+from asyncgrpo.settings.reward import RewardFunction, RewardSettings, Scope
+from asyncgrpo.types import Prompt
+
+DEFAULT = "default"  # the route of all other sources
+
+
+def functions_for(settings: RewardSettings, prompt: Prompt) -> tuple[RewardFunction, ...]:
+    """The judges of the record's data_source, then reward.functions; the first decides "correct".
+
+    A data_source column such as {"a": 0.7, "b": 0.3} names routes or built-in judges with weights.
+    It can name no import path: data files must not choose what code runs. RewardError when
+    reward.routes are set and none of them fits.
+    """
+    named = prompt.columns.get("data_source")
+    if isinstance(named, Mapping):
+        judges = [f for name in named for f in _named(settings, name, float(named[name]))]
+    elif settings.routes:
+        judges = list(_route(settings, prompt.data_source))
+    else:
+        judges = []
+    functions = (*judges, *settings.functions)
+    if not functions:
+        raise RewardError(
+            f"data_source {prompt.data_source!r} has no reward: reward.functions and reward.routes "
+            "are empty; set one of them"
+        )
+    labels = [function.label for function in functions]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise RewardError(
+                f"data_source {prompt.data_source!r} has two rewards called {label!r}; give one of "
+                "them another `name` in reward.functions or reward.routes"
+            )
+    return functions
+
+
+def _route(settings: RewardSettings, source: str) -> tuple[RewardFunction, ...]:
+    found = settings.routes.get(source) or settings.routes.get(DEFAULT)
+    if found is None:
+        raise RewardError(
+            f"data_source {source!r} has no judge; {nearest(source, settings.routes)}reward.routes "
+            f"has: {', '.join(settings.routes)}; add it there, or add a route {DEFAULT!r}"
+        )
+    return found
+
+
+def _named(settings: RewardSettings, name: str, weight: float) -> list[RewardFunction]:
+    """One judge that a record names, its weight applied; it is called as the record calls it."""
+    if name not in settings.routes and name not in BUILTINS:
+        known = [*settings.routes, *BUILTINS]
+        raise RewardError(
+            f"a record's data_source names the judge {name!r}, which is no route and not built in; "
+            f"{nearest(name, known)}add it to reward.routes (there are: {', '.join(known)})"
+        )
+    found = settings.routes.get(name) or (RewardFunction(use=name),)
+    return [
+        judge.model_copy(
+            update={
+                "weight": judge.weight * weight,
+                "name": name if len(found) == 1 else f"{name}/{judge.label}",
+            }
+        )
+        for judge in found
+    ]
 
 
 def find(function: RewardFunction) -> BoundFunction:
     """The function that a setting names; RewardError says what is missing and what to do."""
-    call = _find(function.use)
-    scope, options = function.scope, function.options
+    use, scope, options = function.use, function.scope, function.options
+    if ":" in use:
+        call = find_function(use, "reward", RewardError)
+    elif use in BUILTINS:
+        call = BUILTINS[use]
+    else:
+        raise RewardError(
+            f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
+            f"{', '.join(BUILTINS)}; write your own as 'package.module:function' or "
+            "'file.py:function'"
+        )
     return bind(function.label, call, function.weight, scope=scope, options=options)
 
 
@@ -60,12 +131,6 @@ def bind(
     )
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "did you mean 'x'? " or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
 def _options(
     label: str, call: Callable[..., Any], parameters: Parameters, given: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -81,15 +146,12 @@ def _options(
     if call not in BUILTINS.values():
         return dict(given)
     hints = get_type_hints(call, include_extras=True)
-    fields: dict[str, Any] = {
-        n: (
-            hints[n],
-            ... if parameters[n].default is parameters[n].empty else parameters[n].default,
-        )
-        for n in names
+    defaults = {
+        n: ... if (d := parameters[n].default) is inspect.Parameter.empty else d for n in names
     }
+    fields: dict[str, Any] = {n: (hints[n], defaults[n]) for n in names}
     try:
-        model = create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)(**given)
+        model = create_model("Options", **fields)(**given)
     except ValidationError as error:
         first = error.errors()[0]
         raise RewardError(
@@ -98,15 +160,3 @@ def _options(
             + f" is not allowed: {first['msg']}"
         ) from None
     return {name: getattr(model, name) for name in names}
-
-
-def _find(use: str) -> Callable[..., Any]:
-    if ":" in use:
-        return find_function(use, "reward", RewardError)
-    if use not in BUILTINS:
-        raise RewardError(
-            f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
-            f"{', '.join(BUILTINS)}; write your own as 'package.module:function' or "
-            "'file.py:function'"
-        )
-    return BUILTINS[use]

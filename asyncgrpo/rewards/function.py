@@ -29,14 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from asyncgrpo.config import Scope
 from asyncgrpo.errors import RewardError
 from asyncgrpo.imports import described, is_interrupt, last_place, shown
+from asyncgrpo.settings.reward import Scope
 from asyncgrpo.types import Prompt
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 Parameters = Mapping[str, inspect.Parameter]
-Score = float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +53,6 @@ class BoundFunction:
         return f"reward function {self.label!r}"
 
     @property
-    def takes_any(self) -> bool:
-        """It has **columns."""
-        return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
-
-    @property
     def uses_truth(self) -> bool:
         """It names the answer or another column, so it should tell right from wrong."""
         texts = {"prompt", "prompts", "completion", "completions", "response"}
@@ -67,10 +61,18 @@ class BoundFunction:
 
     def start(self, prompt: Prompt, completions: Sequence[str]) -> list[Call]:
         """Begins to score a group; `Call.scores` has the result. Raises nothing."""
+        count = len(completions)
+        record = {**prompt.columns, "answer": prompt.answer, "data_source": prompt.data_source}
         if self.scope == "group":
-            return [self._start(group_columns(prompt, completions), 0, len(completions))]
-        texts = enumerate(completions)
-        return [self._start(sample_columns(prompt, text), index, 1) for index, text in texts]
+            columns = {name: [value] * count for name, value in record.items()}
+            columns["prompts"] = [[*map(dict, prompt.messages)] for _ in range(count)]
+            columns["completions"] = list(completions)
+            return [self._start(columns, 0, count)]
+        names = {"label": prompt.answer, **record, "prompt": list(prompt.messages)}
+        return [
+            self._start({"response": text, **names, "completion": text}, index, 1)
+            for index, text in enumerate(completions)
+        ]
 
     def _start(self, columns: dict[str, Any], first: int, count: int) -> Call:
         outcome: Future[Any] = Future()
@@ -88,13 +90,10 @@ class BoundFunction:
 
     def _arguments(self, columns: dict[str, Any]) -> dict[str, Any]:
         """What the function names, or everything when it takes **kwargs; copies, to change."""
-        kinds = inspect.Parameter
-        wanted = columns if self.takes_any else self.parameters
-        for name, parameter in self.parameters.items():
-            optional = parameter.default is not kinds.empty or parameter.kind in (
-                kinds.VAR_KEYWORD,
-                kinds.VAR_POSITIONAL,
-            )
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+        wanted = columns if takes_any else self.parameters
+        for name, p in self.parameters.items():
+            optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
             if name not in columns and not optional:
                 raise RewardError(
                     f"{self} (scope {self.scope!r}) needs a column {name!r} that the record does "
@@ -114,8 +113,8 @@ class Call:
     count: int
     outcome: Future[Any]
 
-    def scores(self) -> list[Score]:
-        """Waits; one finite number or None per completion. RewardError: the contract is broken."""
+    def scores(self) -> list[float]:
+        """Waits; a finite number per completion, NaN for None. RewardError: a broken contract."""
         fault = self.outcome.exception()
         try:
             if fault is not None:
@@ -134,24 +133,23 @@ class Call:
             ) from error
 
     def _as_list(self, returned: object) -> list[Any]:
-        is_text = isinstance(returned, str | bytes | Mapping)
         values = None
-        if isinstance(returned, Iterable) and not is_text:
+        if isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping):
             values = list(itertools.islice(returned, self.count + 1))  # it may have no end
         if values is None or len(values) != self.count:
             got = shown(returned)
             if values is not None:
-                is_more = len(values) > self.count
-                got = f"more than {self.count} values" if is_more else f"{len(values)} values"
+                more = f"more than {self.count}"
+                got = f"{more if len(values) > self.count else len(values)} values"
             raise RewardError(
                 f"{self.function} returned {got} for {self.count} completions; return a list with "
                 'one number (or None) per completion, or set scope = "sample"'
             )
         return values
 
-    def _number(self, value: object, index: int) -> Score:
+    def _number(self, value: object, index: int) -> float:
         if value is None:
-            return None
+            return math.nan
         if not isinstance(value, numbers.Real | np.bool_):
             raise RewardError(
                 f"{self.function} returned {shown(value)} ({type(value).__name__}) for completion "
@@ -202,25 +200,6 @@ def time_limit(function: BoundFunction, seconds: float) -> Iterator[None]:
         timer.cancel()
         timer.join()  # its signal may be on the way
         signal.signal(signal.SIGVTALRM, before)
-
-
-def group_columns(prompt: Prompt, completions: Sequence[str]) -> dict[str, Any]:
-    """Arguments by name; each column becomes a list of G values. Ours win over the record's."""
-    count = len(completions)
-    columns: dict[str, Any] = {name: [value] * count for name, value in _record(prompt).items()}
-    columns["prompts"] = [[*map(dict, prompt.messages)] for _ in range(count)]
-    columns["completions"] = list(completions)
-    return columns
-
-
-def sample_columns(prompt: Prompt, completion: str) -> dict[str, Any]:
-    """Arguments by name, for one completion. Ours win over the record's."""
-    ours = {"prompt": list(prompt.messages), "completion": completion}
-    return {"response": completion, "label": prompt.answer, **_record(prompt), **ours}
-
-
-def _record(prompt: Prompt) -> dict[str, Any]:
-    return {**prompt.columns, "answer": prompt.answer, "data_source": prompt.data_source}
 
 
 async def _await(returned: Any, outcome: Future[Any]) -> None:

@@ -1,21 +1,19 @@
-"""All reward functions of a run: scores groups, and checks the data against the routes."""
+"""All reward functions of a run: scores groups, checks the data, counts what fails."""
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncgrpo.config import RewardFunction, RewardSettings
 from asyncgrpo.errors import RewardError
-from asyncgrpo.rewards.finding import bind, find
-from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, Score, time_limit
-from asyncgrpo.rewards.routes import functions_for
+from asyncgrpo.rewards.finding import find, functions_for
+from asyncgrpo.rewards.function import MAX_FLOAT32, BoundFunction, time_limit
+from asyncgrpo.settings.reward import RewardFunction, RewardSettings
 from asyncgrpo.types import Float32, Prompt
 
-__all__ = ["RewardSet", "Scores", "bind", "load_rewards", "lost_scores"]
 PROBES = ("", "0")  # harmless completions that show contract errors before anything starts
 Chooser = Callable[[Prompt], Sequence[BoundFunction]]
 
@@ -30,8 +28,9 @@ class Scores:
 
 
 class RewardSet:
-    """The functions that `choose` finds for a prompt (or the same ones for all prompts).
+    """Scores groups. `functions`: of a prompt; RewardError when its data_source has none.
 
+    functions: what chooses them, or the same ones for all prompts.
     error_score: what a call that breaks its contract scores; None: the group has no score.
     timeout_seconds: of each function where no worker keeps the time: in `probe` and `parts`.
     """
@@ -42,7 +41,7 @@ class RewardSet:
         error_score: float | None = None,
         timeout_seconds: float = 30.0,
     ) -> None:
-        self._choose: Chooser = functions if callable(functions) else lambda _: functions
+        self.functions: Chooser = functions if callable(functions) else lambda _: functions
         self._error_score, self._timeout_seconds = error_score, timeout_seconds
 
     def score(self, prompt: Prompt, completions: Sequence[str]) -> Scores:
@@ -50,22 +49,18 @@ class RewardSet:
 
         Also when no function applies to a completion: then there is nothing to learn from.
         """
-        functions = self._choose(prompt)
+        functions = self.functions(prompt)
         parts, errors = _parts(functions, prompt, completions, self._error_score)
         return _combine([function.weight for function in functions], parts, errors)
-
-    def functions(self, prompt: Prompt) -> Sequence[BoundFunction]:
-        """Those that score this prompt; RewardError when its data_source has none."""
-        return self._choose(prompt)
 
     def probe(self, prompt: Prompt) -> None:
         """Calls each function with two harmless completions; RewardError as in `score`."""
         self.parts(prompt, PROBES)
 
-    def parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[Score]]:
+    def parts(self, prompt: Prompt, completions: Sequence[str]) -> dict[str, list[float]]:
         """Each function's own scores by label; RewardError whatever errors score in a run."""
-        parts: dict[str, list[Score]] = {}
-        for function in self._choose(prompt):
+        parts: dict[str, list[float]] = {}
+        for function in self.functions(prompt):
             with time_limit(function, self._timeout_seconds):
                 parts |= _parts([function], prompt, completions, None)[0]
         return parts
@@ -109,10 +104,37 @@ def lost_scores(settings: RewardSettings, prompt: Prompt, count: int) -> Scores 
         return None
     try:
         functions = functions_for(settings, prompt)
-        parts: dict[str, list[Score]] = {f.label: [score] * count for f in functions}
+        parts: dict[str, list[float]] = {f.label: [score] * count for f in functions}
         return _combine([function.weight for function in functions], parts, ())
     except RewardError:
         return None
+
+
+class RewardHealth:
+    """Counters of the scored groups, and the window that reward.max_error_rate looks at."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self._limit, self._size = settings.max_error_rate, settings.error_window
+        self._failed: deque[bool] = deque(maxlen=self._size)
+        self.counters = {"judged_groups": 0.0, "judge_errors": 0.0, "judge_seconds": 0.0}
+
+    def note(self, error: str, seconds: float) -> None:
+        """One group was scored, with an error or "". RewardError when there were too many.
+
+        Errors are compared with the whole window from the start: a function that is simply broken
+        ends the run after a few groups, and one bad group never does.
+        """
+        self.counters["judged_groups"] += 1
+        self.counters["judge_errors"] += bool(error)
+        self.counters["judge_seconds"] += seconds
+        self._failed.append(bool(error))
+        failed = sum(self._failed)
+        if failed > self._limit * self._size:
+            raise RewardError(
+                f"{failed} of the last {len(self._failed)} groups could not be scored (at most "
+                f"reward.max_error_rate={self._limit:g} of reward.error_window={self._size}): "
+                f"{error}"
+            )
 
 
 def _parts(
@@ -120,10 +142,10 @@ def _parts(
     prompt: Prompt,
     completions: Sequence[str],
     error_score: float | None,
-) -> tuple[dict[str, list[Score]], list[str]]:
+) -> tuple[dict[str, list[float]], list[str]]:
     """Scores by label, and the errors that error_score stands for; without one they are raised."""
     errors: list[str] = []
-    parts: dict[str, list[Score]] = {}
+    parts: dict[str, list[float]] = {}
     # All are started before any is waited for: async ones are under way together.
     calls = {f.label: f.start(prompt, completions) for f in functions}
     for label, started in calls.items():
@@ -140,33 +162,24 @@ def _parts(
 
 
 def _combine(
-    weights: Sequence[float], parts: Mapping[str, list[Score]], errors: Sequence[str]
+    weights: Sequence[float], parts: Mapping[str, list[float]], errors: Sequence[str]
 ) -> Scores:
-    rewards = [
-        _weighted_sum(weights, scores, index)
-        for index, scores in enumerate(zip(*parts.values(), strict=True))
-    ]
+    scores = np.array([*parts.values()])  # float64 [functions, G]
+    with np.errstate(all="ignore"):  # what is too large is refused below
+        totals = np.nansum(np.array(weights)[:, None] * scores, axis=0)
+    for index, total in enumerate(totals.tolist()):
+        if np.isnan(scores[:, index]).all():
+            raise RewardError(
+                f"no reward function applies to completion {index}: all returned None; let one of "
+                "them return a number"
+            )
+        if not abs(total) <= MAX_FLOAT32:
+            raise RewardError(
+                f"the weighted reward of completion {index} is {total}, too large for float32; use "
+                "smaller weights in reward.functions"
+            )
     return Scores(
-        rewards=np.array(rewards, dtype=np.float32),
-        parts={
-            label: np.array([math.nan if s is None else s for s in scores], dtype=np.float32)
-            for label, scores in parts.items()
-        },
+        rewards=totals.astype(np.float32),
+        parts={label: np.array(scores, dtype=np.float32) for label, scores in parts.items()},
         errors=tuple(errors),
     )
-
-
-def _weighted_sum(weights: Sequence[float], scores: Sequence[Score], index: int) -> float:
-    terms = [w * s for w, s in zip(weights, scores, strict=True) if s is not None]
-    if not terms:
-        raise RewardError(
-            f"no reward function applies to completion {index}: all returned None; let one of them "
-            "return a number"
-        )
-    total = sum(terms)
-    if not abs(total) <= MAX_FLOAT32:
-        raise RewardError(
-            f"the weighted reward of completion {index} is {total}, too large for float32; use "
-            "smaller weights in reward.functions"
-        )
-    return total

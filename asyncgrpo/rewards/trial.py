@@ -42,7 +42,7 @@ class Row:
     source: str
     label: str
     means: Mapping[str, float]  # by kind
-    flags: tuple[str, ...]
+    flags: Sequence[str]
     template: str
 
 
@@ -63,16 +63,14 @@ def try_rewards(
     for source, chosen in sorted(_by_source(prompts, count).items()):
         functions = rewards.functions(chosen[0])
         best = template or _best_template(rewards, functions, chosen[:8])
-        scored = _score(rewards, functions, chosen, best)
-        flags = {TOTAL: _total_flags(_means(scored[TOTAL]))}
-        for place, function in enumerate(functions):
-            limit = correct_above if place == 0 else None
-            judges = place == 0 or function.uses_truth
-            flags[function.label] = _flags(scored[function.label], limit, allow) if judges else ()
-        rows += [
-            Row(source=source, label=n, means=_means(scored[n]), flags=flags[n], template=best)
-            for n in scored
-        ]
+        for place, (label, scores) in enumerate(_score(rewards, functions, chosen, best).items()):
+            means = {kind: sum(s) / len(s) if s else math.nan for kind, s in scores.items()}
+            flags: list[str] = []
+            if label == TOTAL:
+                flags = _total_flags(means)
+            elif place == 0 or functions[place].uses_truth:
+                flags = _flags(scores, means, correct_above if place == 0 else None, allow)
+            rows.append(Row(source=source, label=label, means=means, flags=flags, template=best))
     return rows
 
 
@@ -116,7 +114,7 @@ def _score(
             texts["shuffled"] = _fill(template, other)
         parts = rewards.parts(prompt, list(texts.values()))
         for index, kind in enumerate(texts):
-            known = [(f, s) for f in functions if (s := parts[f.label][index]) is not None]
+            known = [(f, s) for f in functions if not math.isnan(s := parts[f.label][index])]
             for function, score in known:
                 scored[function.label][kind].append(score)
             if known:
@@ -133,16 +131,14 @@ def _words(chance: random.Random) -> str:
     return " ".join("".join(chance.choices(string.ascii_lowercase, k=5)) for _ in range(6))
 
 
-def _means(scored: Scored) -> dict[str, float]:
-    return {kind: sum(s) / len(s) if s else math.nan for kind, s in scored.items()}
-
-
-def _flags(scored: Scored, correct_above: float | None, allow: float) -> tuple[str, ...]:
+def _flags(
+    scored: Scored, means: Mapping[str, float], correct_above: float | None, allow: float
+) -> list[str]:
     """What is wrong with a function that should tell right from wrong.
 
     correct_above: of the first function, which decides what counts as correct; else None.
     """
-    means, gold, flags = _means(scored), scored["gold"], []
+    gold, flags = scored["gold"], []
     full = max((score for scores in scored.values() for score in scores), default=0.0)
     slack = allow * abs(full) + EPSILON
     if short := sum(score < full - slack for score in gold):
@@ -151,27 +147,27 @@ def _flags(scored: Scored, correct_above: float | None, allow: float) -> tuple[s
         if means[kind] > max(_empty(means), 0.0) + slack:
             flags.append(f"rewards format without correctness: {kind} gets {means[kind]:.3g}")
     if correct_above is None:
-        return tuple(flags)
+        return flags
     for kind, scores in scored.items():
         correct = [score > correct_above for score in scores]
         if kind == "gold" and not all(correct):
             flags.append(f"{correct.count(False)} of {len(gold)} gold answers are not correct")
         if kind != "gold" and any(correct):
             flags.append(f"{sum(correct)} of {len(scores)} {kind} answers count as correct")
-    return tuple(flags)
+    return flags
 
 
-def _total_flags(means: Mapping[str, float]) -> tuple[str, ...]:
+def _total_flags(means: Mapping[str, float]) -> list[str]:
     """What is wrong with the sum: most of it can be had without a right answer."""
     gain = means["gold"] - _empty(means)
     if not gain > EPSILON:
-        return ("gold answers are not better than empty ones",)
+        return ["gold answers are not better than empty ones"]
     shares = {kind: (means[kind] - _empty(means)) / gain for kind in WRONG}
-    return tuple(
+    return [
         f"{share:.0%} of what gold gains over empty goes to {kind}"
         for kind, share in shares.items()
         if share > 0.5
-    )
+    ]
 
 
 def _empty(means: Mapping[str, float]) -> float:

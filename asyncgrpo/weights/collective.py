@@ -13,6 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,7 @@ from asyncgrpo.wire.address import own_address
 ON_DEVICE = ("nccl", "cuda_ipc")  # transports whose buckets lie on the GPU
 NUM_POSTED = 8  # buckets that an actor is ready to take while it looks at an earlier one
 RETIRED_SECONDS = 60.0
+CLOSING_TAG = 1
 LISTEN_BACKLOG = 1024
 _retired: deque[tuple[float, object]] = deque()
 
@@ -85,6 +87,15 @@ class WeightGroup:
         except RuntimeError as error:
             raise WeightsError(f"broadcast of generation {self.generation}: {error}") from error
 
+    def close(self) -> None:
+        """Closes the connections: whoever still waits for this member fails at once."""
+        if self.handle.name() == "nccl":
+            self.handle.abort()
+            return
+        with suppress(RuntimeError):  # gloo has no other way than an operation that times out
+            nothing = self.handle.recv_anysource([torch.zeros(1)], CLOSING_TAG)
+            nothing.wait(timedelta(milliseconds=1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedGroup(WeightGroup):
@@ -113,7 +124,7 @@ class SharedGroup(WeightGroup):
 
 
 def _wait_for_copies() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -164,14 +175,15 @@ def open_group(
 
 
 def retire(group: WeightGroup | None) -> None:
-    """Keeps a group that is no longer used alive for a while, then lets it go.
+    """Closes the connections of a group, and lets it go a while later.
 
-    Its destructor joins the group's own thread while it holds the interpreter lock; if that thread
-    is just releasing a tensor it waits for the same lock, and the process hangs (seen in torch
-    2.13). A minute later the thread is idle.
+    Members that still wait in a broadcast fail at once. The destructor joins the group's own thread
+    while it holds the interpreter lock; if that thread is just releasing a tensor it waits for the
+    same lock, and the process hangs (seen in torch 2.13). A minute later the thread is idle.
     """
     now = time.monotonic()
     if group is not None:
+        group.close()
         _retired.append((now, group))
     while _retired and now - _retired[0][0] > RETIRED_SECONDS:
         _retired.popleft()

@@ -62,19 +62,19 @@ def open_version(path: str, manifest: Manifest) -> FlatWeights:
     try:
         if Path(path).stat().st_size != size:
             raise WeightsError(f"{path} has {Path(path).stat().st_size} bytes, not {size}")
-        whole = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+        return FlatWeights.in_file(manifest, path, start)
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
-    return FlatWeights(manifest, data=whole[start:])
 
 
 def _header(manifest: Manifest) -> bytes:
     """Padded, so that the tensors behind it are aligned; gaps between them are tensors too."""
     entries, place = {}, 0
-    for name, dtype, shape, start, end in manifest.spans():
+    dtype = DTYPES[manifest.dtype]
+    for name, shape, start, end in manifest.spans():
         if place < start:
             entries[f"padding.{place}"] = _entry("U8", (start - place,), place, start)
-        entries[name] = _entry(DTYPES[str(dtype).removeprefix("torch.")], shape, start, end)
+        entries[name] = _entry(dtype, shape, start, end)
         place = end
     if place < manifest.num_bytes:
         size = manifest.num_bytes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from typing import Any
@@ -21,48 +23,51 @@ DIGEST_CHUNK = 1 << 17  # elements; their int64 products stay in a core's cache
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Names, dtypes and shapes in the order in which they lie in the buffer."""
+    """Names and shapes in the order in which they lie in the buffer, all of one dtype."""
 
     names: tuple[str, ...]
-    dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtype: str
 
     @classmethod
     def of(cls, tensors: NamedTensors, dtype: str) -> Manifest:
         """The manifest of tensors that will be sent as `dtype`."""
-        named = [(name, tuple(tensor.shape)) for name, tensor in tensors]
-        return cls(
-            names=tuple(name for name, _ in named),
-            dtypes=(dtype,) * len(named),
-            shapes=tuple(shape for _, shape in named),
-        )
+        named = {name: tuple(tensor.shape) for name, tensor in tensors}
+        return cls(names=tuple(named), shapes=tuple(named.values()), dtype=dtype)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Manifest:
         """The manifest that `as_fields` described."""
-        return cls(
-            names=tuple(fields["names"]),
-            dtypes=tuple(fields["dtypes"]),
-            shapes=tuple(tuple(shape) for shape in fields["shapes"]),
-        )
+        names, shapes = tuple(fields["names"]), tuple(map(tuple, fields["shapes"]))
+        return cls(names=names, shapes=shapes, dtype=fields["dtype"])
 
     def as_fields(self) -> dict[str, Any]:
         """Plain values for the wire."""
         return asdict(self)
 
-    def spans(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int, int]]:
-        """(name, dtype, shape, first byte, end byte) of every tensor."""
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of all tensors in the buffer."""
+        return getattr(torch, self.dtype)
+
+    def spans(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+        """(name, shape, first byte, end byte) of every tensor."""
         start = 0
-        for name, dtype_name, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
-            dtype = getattr(torch, dtype_name)
-            size = math.prod(shape) * dtype.itemsize
-            yield name, dtype, shape, start, start + size
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            size = math.prod(shape) * self.torch_dtype.itemsize
+            yield name, shape, start, start + size
             start += -(-size // ALIGNMENT) * ALIGNMENT
 
     @property
     def num_bytes(self) -> int:
         """Size of the buffer, gaps included."""
         return max((-(-end // ALIGNMENT) * ALIGNMENT for *_, end in self.spans()), default=0)
+
+    def buckets(self, size: int) -> Manifest:
+        """The same bytes as pieces of `size` bytes, of which the last may be shorter."""
+        lengths = [min(size, self.num_bytes - at) for at in range(0, self.num_bytes, size)]
+        names = tuple(map(str, range(len(lengths))))
+        return Manifest(names=names, shapes=tuple((n,) for n in lengths), dtype="uint8")
 
     def check(self, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors as they come; WeightsError when names or shapes differ."""
@@ -79,17 +84,20 @@ class Manifest:
 
     @torch.no_grad()
     def pieces(
-        self, tensors: NamedTensors, staging: Sequence[torch.Tensor]
+        self,
+        tensors: NamedTensors,
+        staging: Sequence[torch.Tensor],
+        wanted: Container[int] | None = None,
     ) -> Iterator[torch.Tensor]:
         """The buffer's bytes, each piece in the next of `staging`, cast as it is copied there.
 
         staging: uint8, all of one size, a multiple of ALIGNMENT. A piece is good until as many
-        more are asked for as there are; only the last one is shorter.
+        more are asked for as there are; only the last one is shorter. wanted: numbers of the
+        pieces that are to come; None: all.
         """
         turns = cycle(staging)
-        bucket, used = next(turns), 0
-        for (_, tensor), dtype_name in zip(self.check(tensors), self.dtypes, strict=False):
-            dtype = getattr(torch, dtype_name)
+        bucket, used, number, dtype = next(turns), 0, 0, self.torch_dtype
+        for _, tensor in self.check(tensors):
             rest = tensor.detach().reshape(-1)
             while len(rest):
                 count = min(len(rest), (len(bucket) - used) // dtype.itemsize)
@@ -99,9 +107,11 @@ class Manifest:
                 used = -(-end // ALIGNMENT) * ALIGNMENT
                 bucket[end:used] = 0
                 if used == len(bucket):
-                    yield bucket
-                    bucket, used = next(turns), 0
-        if used:
+                    if wanted is None or number in wanted:
+                        yield bucket
+                        bucket = next(turns)
+                    used, number = 0, number + 1
+        if used and (wanted is None or number in wanted):
             yield bucket[:used]
 
 
@@ -116,18 +126,46 @@ class FlatWeights:
         if data is None:
             data = torch.zeros(manifest.num_bytes, dtype=torch.uint8, device=device)
         self.bytes = data
+        self._file: tuple[str, int] | None = None  # path, first byte
+
+    @classmethod
+    def in_file(
+        cls, manifest: Manifest, path: str, start: int = 0, *, shared: bool = False
+    ) -> FlatWeights:
+        """A file's bytes from `start`, read when they are looked at. RuntimeError: cannot be read.
+
+        Pickled it is the name of the file. shared: what is written here, others see there.
+        """
+        size = start + manifest.num_bytes
+        whole = torch.from_file(path, shared=shared, size=size, dtype=torch.uint8)
+        flat = cls(manifest, data=whole[start:])
+        flat._file = (path, start)
+        return flat
+
+    @classmethod
+    def for_children(cls, manifest: Manifest) -> FlatWeights:
+        """In memory that processes of the same user can open; nothing is left of it behind."""
+        memory = os.memfd_create("weights")
+        flat = cls.in_file(manifest, f"/proc/{os.getpid()}/fd/{memory}", shared=True)
+        weakref.finalize(flat, os.close, memory)
+        return flat
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert self._file is not None, "only weights in a file go to other processes"
+        return FlatWeights.in_file, (self.manifest, *self._file)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.views()
 
     def views(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in manifest order; tensors share the buffer's memory."""
-        for name, dtype, shape, start, end in self.manifest.spans():
-            yield name, self.bytes[start:end].view(dtype).view(shape)
+        for name, shape, start, end in self.manifest.spans():
+            yield name, self.bytes[start:end].view(self.manifest.torch_dtype).view(shape)
 
-    @torch.no_grad()
     def fill(self, tensors: NamedTensors) -> None:
-        """Copies tensors in, cast to the manifest's dtypes; WeightsError when names differ."""
-        views = self.views()
-        for _, tensor in self.manifest.check(tensors):
-            next(views)[1].copy_(tensor)
+        """Copies tensors in, cast to the manifest's dtype; WeightsError when names differ."""
+        for _ in self.manifest.pieces(tensors, [self.bytes]):
+            pass
 
     def digests(self, seed: int) -> list[int]:
         """Those of a Digester that got the whole buffer."""

@@ -1,4 +1,4 @@
-"""Weights for an engine in the same process (`--serial`): the same buffer, digests and canaries."""
+"""Weights for an engine in the same process (`--serial`): the same buffer, and canaries."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from asyncgrpo.config import Config
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Float32
-from asyncgrpo.weights.flat import FlatWeights, Manifest, differing
+from asyncgrpo.weights.flat import FlatWeights, Manifest
 from asyncgrpo.weights.proof import check_proof
 
 
@@ -17,7 +17,6 @@ class LocalLink:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._flat: FlatWeights | None = None
-        self._digests: list[int] = []
         self._canary_logprobs: Float32 | None = None
         self._newest = -1
         self._held = -1
@@ -28,11 +27,13 @@ class LocalLink:
         if self._flat is None:
             self._flat = FlatWeights(Manifest.of(tensors, self._config.model.dtype))
         self._flat.fill(tensors)
-        self._digests = self._flat.digests(version)
         self._canary_logprobs, self._newest = canary_logprobs, version
 
     def release(self) -> None:
         """The weights were copied."""
+
+    def serve(self) -> None:
+        """The actor takes the weights by itself."""
 
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         """The one actor is here."""
@@ -56,7 +57,6 @@ class LocalLink:
         self._held = version
         if version != self._newest:
             return  # overtaken; the newest is checked when it is loaded
-        wrong = differing(self._flat.manifest, self._digests, self._flat.digests(version))
         fields = {
             "actor": "the serial actor",
             "canary_tokens": [token for token, _ in canaries],
@@ -65,7 +65,7 @@ class LocalLink:
         difference = check_proof(
             fields,
             version=version,
-            wrong_tensors=wrong,
+            wrong_tensors=(),
             logprobs=self._canary_logprobs,
             tolerance=self._config.canary_tolerance,
         )

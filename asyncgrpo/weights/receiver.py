@@ -42,6 +42,7 @@ class CollectiveReceiver:
 
     def __init__(self, config: Config, actor: str, address: str, keys: Keys | None = None) -> None:
         self._settings, self._actor = config.weights, actor
+        self._has_children = config.actor.tensor_parallel > 1  # who load the weights
         self._address, self._keys = address, keys
         self._flat: FlatWeights | None = None
         self._store: Any = None
@@ -67,7 +68,7 @@ class CollectiveReceiver:
     def staged(self) -> tuple[int, NamedTensors] | None:
         if self._staged is None or self._flat is None:
             return None
-        return self._staged, self._flat.views()
+        return self._staged, self._flat
 
     def loaded(
         self, version: int, stall_seconds: float, canaries: Sequence[tuple[int, float]]
@@ -139,8 +140,11 @@ class CollectiveReceiver:
         self._transport = packet.fields["transport"]
         self._bucket_bytes = packet.fields["bucket_bytes"]
         if self._manifest != manifest and self._transport != "disk":
-            device = "cuda" if self._transport in ON_DEVICE else "cpu"
-            self._flat = FlatWeights(manifest, device)
+            if self._has_children:
+                self._flat = FlatWeights.for_children(manifest)
+            else:
+                device = "cuda" if self._transport in ON_DEVICE else "cpu"
+                self._flat = FlatWeights(manifest, device)
         self._manifest = manifest
         self._opened = tuple(map(open_bucket, packet.fields.get("shared", ())))
         if self._life != packet.fields["life"]:
@@ -180,7 +184,12 @@ class CollectiveReceiver:
                     seconds=self._settings.transfer_timeout_seconds,
                     opened=self._opened,
                 )
-            self._group.broadcast(self._flat.bytes.split(self._bucket_bytes), digester.add)
+            pieces, wanted = self._flat.bytes.split(self._bucket_bytes), fields["buckets"]
+            if wanted is None:
+                self._group.broadcast(pieces, digester.add)
+            else:
+                self._group.broadcast([pieces[n] for n in wanted], lambda piece: None)
+                digester.add(self._flat.bytes)
         except WeightsError as error:
             log.warning("version %d did not arrive: %s", fields["version"], error)
             retire(self._group)

@@ -5,8 +5,9 @@ Produces: offer, go, sent, reject to the actors; a broadcast over the group, or 
 Waits for: answers until a deadline; then it goes on without the late ones.
 
 Weights are read from the learner's own parameters while they stand still, from publish to release,
-two buckets at a time. Where they cannot be (they lie on several ranks, or change before the next
-publish) there is one copy in host memory.
+two buckets at a time: by the thread, or, when ranks hold parts of them, by the learner loop, which
+gathers one parameter after the other while earlier ones are sent. Where they change before the
+next publish there is one copy in host memory.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ class CollectiveSender:
         self._transport, self._folder = transport, folder
         if transport == "disk" and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)  # versions of an earlier life
-        self._keeps_copy = config.learner.parallel == "fsdp" or self._settings.publish_every > 1
+        # Else they are read in `publish`, to a file or a copy.
+        self._reads_later = transport != "disk" and self._settings.publish_every == 1
+        # Gathering is for the loop's own thread, which runs all other collectives of the learner.
+        self._loop_sends = config.learner.parallel == "fsdp" and self._reads_later
         self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
@@ -88,15 +92,17 @@ class CollectiveSender:
             ready_timeout_seconds=self._settings.ready_timeout_seconds,
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
         )
-        self._manifest: Manifest | None = None
+        self._manifest = Manifest(names=(), shapes=(), dtype=config.model.dtype)  # not known yet
         self._staging: list[torch.Tensor] = []
         self._copy: FlatWeights | None = None
         self._tensors: NamedTensors = ()
         self._file = ""
+        self._sent: tuple[int, list[int]] = (-1, [])  # last version tried, digests of its buckets
         self._proofs: dict[int, Proof] = {}
         self._group: WeightGroup | None = None
-        self._group_peers: tuple[str, ...] = ()
+        self._peers: tuple[str, ...] = ()  # its other members
         self._generation = 0
+        self._bucket_seed = secrets.randbits(SEED_BITS)
         self._life = uuid.uuid4().hex  # actors find out that this is another learner
         self._published_at = 0.0
         self._blocked_seconds = 0.0  # the learner's, in `release` since the last publish
@@ -115,7 +121,7 @@ class CollectiveSender:
         with self._changed:
             start = time.perf_counter()
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
-            if self._manifest is None:
+            if not self._manifest.names:
                 self._manifest = Manifest.of(tensors, self._config.model.dtype)
                 device = "cuda" if self._transport in ON_DEVICE else "cpu"
                 size = min(self._bucket_bytes, max(self._manifest.num_bytes, ALIGNMENT))
@@ -126,7 +132,7 @@ class CollectiveSender:
             self._take(version, tensors)
             self._handshake.publish(version)
             self._published_at = time.perf_counter()
-            if not self._settings.overlap:
+            if self._loop_sends or not self._settings.overlap:
                 self._wait(self._handshake.at_rest, "end of a broadcast")
             blocked = self._blocked_seconds + time.perf_counter() - start
             self._metrics["publish/blocked_seconds"], self._blocked_seconds = blocked, 0.0
@@ -138,7 +144,6 @@ class CollectiveSender:
 
     def _take(self, version: int, tensors: NamedTensors) -> None:
         """Makes the weights readable for the thread."""
-        assert self._manifest is not None, "its sizes are known"
         if self._transport == "disk":
             assert self._folder is not None, "the disk needs a folder"
             place = self._folder / f"v{version}"
@@ -146,17 +151,16 @@ class CollectiveSender:
             with self._digesting(version) as add:
                 self._file = str(write_version(place, self._manifest, pieces, add))
             prune(self._folder, self._proofs)
-        elif self._keeps_copy:
-            if self._copy is None:
-                self._copy = FlatWeights(self._manifest)
+        elif self._reads_later:
+            self._tensors = tensors
+        else:
+            self._copy = self._copy or FlatWeights(self._manifest)
             self._copy.fill(tensors)
             self._tensors = list(self._copy.views())
-        else:
-            self._tensors = tensors
 
     def release(self) -> None:
         """Waits until nobody reads the learner's parameters, and lets nobody until `publish`."""
-        if self._keeps_copy or self._transport == "disk":
+        if not self._reads_later:
             return
         start = time.perf_counter()
         with self._changed:
@@ -165,10 +169,15 @@ class CollectiveSender:
             self._tensors = ()
             self._blocked_seconds += time.perf_counter() - start
 
+    def serve(self) -> None:
+        """Sends to actors that are late or new, if that is for the caller to do."""
+        with self._changed:
+            if self._loop_sends and self._handshake.decided():
+                self._broadcast()
+
     @contextmanager
     def _digesting(self, version: int) -> Iterator[Callable[[torch.Tensor], None]]:
         """A function that takes each piece; at the end the version's digests are known."""
-        assert self._manifest is not None, "its sizes are known"
         proof = self._proofs[version]
         digester = Digester(self._manifest, proof.seed)
         yield digester.add
@@ -215,10 +224,20 @@ class CollectiveSender:
                 self._settings.loaded_timeout_seconds,
             )
         )
-        if not self._changed.wait_for(lambda: self._failure is not None or done(), limit):
-            raise PeerTimeout("actors " + ", ".join(self._handshake.members), what, limit)
-        if self._failure is not None:
-            raise WeightsError(f"the weights sender stopped: {self._failure}") from self._failure
+        end = time.monotonic() + limit
+
+        def is_over() -> bool:
+            to_send = self._loop_sends and self._handshake.decided()
+            return self._failure is not None or to_send or done()
+
+        while self._changed.wait_for(is_over, end - time.monotonic()):
+            if self._failure is not None:
+                message = f"the weights sender stopped: {self._failure}"
+                raise WeightsError(message) from self._failure
+            if done():
+                return
+            self._broadcast()
+        raise PeerTimeout("actors " + ", ".join(self._handshake.members), what, limit)
 
     # -- the thread ---------------------------------------------------------------------------
 
@@ -249,7 +268,7 @@ class CollectiveSender:
         offered = self._handshake.open_round(time.monotonic())
         if offered is not None:
             self._offer()
-        if self._handshake.decided():
+        if self._handshake.decided() and not self._loop_sends:
             self._broadcast()
 
     def _on_join(self, peer: str, packet: Packet) -> None:
@@ -257,7 +276,7 @@ class CollectiveSender:
 
     def _welcome(self) -> None:
         """Lets actors in once there is something to hold."""
-        if self._manifest is None:
+        if not self._manifest.names:
             return
         for peer, packet in self._waiting_joins:
             name = packet.fields["actor"]
@@ -278,23 +297,25 @@ class CollectiveSender:
 
     def _on_ready(self, peer: str, packet: Packet) -> None:
         if not self._handshake.answer(packet.fields["actor"], packet.fields["round"], ready=True):
-            self._ask_to_rejoin(peer, packet)
+            self._on_alive(peer, packet)
 
     def _on_later(self, peer: str, packet: Packet) -> None:
         self._handshake.answer(packet.fields["actor"], packet.fields["round"], ready=False)
 
-    def _on_alive(self, peer: str, packet: Packet) -> None:
-        self._ask_to_rejoin(peer, packet)
-
     def _on_free(self, peer: str, packet: Packet) -> None:
         self._handshake.free(packet.fields["actor"])
+
+    def _on_alive(self, peer: str, packet: Packet) -> None:
+        """From who may not know that it was evicted."""
+        if packet.fields["actor"] not in self._handshake.members:
+            self._server.push(peer, Packet(kind="rejoin"))
 
     def _on_loaded(self, peer: str, packet: Packet) -> None:
         fields = packet.fields
         actor, version = fields["actor"], fields["version"]
         member = self._handshake.members.get(actor)
         if member is None or member.peer != peer or member.pending != version:
-            self._ask_to_rejoin(peer, packet)
+            self._on_alive(peer, packet)
             return
         self._check(peer, packet)
         self._handshake.loaded(actor, version)
@@ -303,7 +324,6 @@ class CollectiveSender:
         self._metrics["publish/live_seconds"] = time.perf_counter() - self._published_at
 
     def _check(self, peer: str, packet: Packet) -> None:
-        assert self._manifest is not None, "nothing was published"
         proof = self._proofs[packet.fields["version"]]
         wrong = differing(self._manifest, proof.digests, packet.fields["digests"])
         try:
@@ -319,10 +339,6 @@ class CollectiveSender:
             self._metrics["publish/rejections"] += 1
             self._server.push(peer, Packet(kind="reject", fields={"reason": str(error)}))
             self._evict(packet.fields["actor"], str(error))
-
-    def _ask_to_rejoin(self, peer: str, packet: Packet) -> None:
-        if packet.fields["actor"] not in self._handshake.members:
-            self._server.push(peer, Packet(kind="rejoin"))
 
     def _evict(self, name: str, reason: str) -> None:
         if self._handshake.evict(name) is not None:
@@ -354,15 +370,40 @@ class CollectiveSender:
             except WeightsError as error:
                 log.warning("publish of version %d to %s failed: %s", version, names, error)
                 retire(self._group)
-                self._group, self._group_peers = None, ()
+                self._group, self._peers = None, ()
         self._handshake.close_round(time.monotonic(), sent=sent)
 
     def _send(self, names: list[str], version: int) -> None:
-        assert self._manifest is not None, "nothing to send"
-        self._form_group(names, version)
-        assert self._group is not None, "no group was formed"
+        wanted = self._find_changes(names, version) if self._settings.only_changed else None
+        group = self._form_group(names, version, wanted)
+        pieces = self._manifest.pieces(self._tensors, self._staging, wanted)
+        if wanted is None:
+            with self._digesting(version) as add:
+                group.broadcast(pieces, add)
+        else:
+            group.broadcast(pieces, lambda piece: None)
+
+    def _find_changes(self, names: list[str], version: int) -> list[int]:
+        """Numbers of the buckets that these actors lack; digests of all are made on the way.
+
+        Who proved the last version that was sent has its bytes: a later broadcast, even one that
+        failed, would have put another version in its place.
+        """
+        held, former = self._sent
+        buckets = self._manifest.buckets(self._bucket_bytes)
+        digester = Digester(buckets, self._bucket_seed)
         with self._digesting(version) as add:
-            self._group.broadcast(self._manifest.pieces(self._tensors, self._staging), add)
+            for piece in self._manifest.pieces(self._tensors, self._staging):
+                add(piece)
+                digester.add(piece)
+        self._sent = version, digester.values
+        wanted = list(range(len(buckets.names)))
+        if former and all(self._handshake.members[name].held == held for name in names):
+            wanted = [n for n in wanted if digester.values[n] != former[n]]
+        sent = sum(buckets.shapes[n][0] for n in wanted)
+        self._metrics["publish/bytes"] = float(sent)
+        self._metrics["publish/bytes_saved"] = float(self._manifest.num_bytes - sent)
+        return wanted
 
     def _tell_sent(self, names: list[str], version: int) -> None:
         proof = self._proofs[version]
@@ -373,11 +414,10 @@ class CollectiveSender:
             peer = self._handshake.members[name].peer
             self._server.push(peer, Packet(kind="sent", fields=fields))
 
-    def _form_group(self, names: list[str], version: int) -> None:
+    def _form_group(self, names: list[str], version: int, wanted: list[int] | None) -> WeightGroup:
         """Tells the members their ranks, and makes a new group if they are not the last ones."""
         peers = tuple(self._handshake.members[name].peer for name in names)
-        fresh = peers != self._group_peers or self._group is None
-        self._generation += fresh
+        self._generation += peers != self._peers
         for rank, peer in enumerate(peers, start=1):
             fields = {
                 "version": version,
@@ -385,10 +425,12 @@ class CollectiveSender:
                 "rank": rank,
                 "world_size": len(peers) + 1,
                 "seed": self._proofs[version].seed,
+                "buckets": wanted,
             }
             self._server.push(peer, Packet(kind="go", fields=fields))
-        if fresh:
+        if self._group is None or peers != self._peers:
             retire(self._group)
+            self._group, self._peers = None, ()
             self._group = open_group(
                 self._store,
                 transport=self._transport,
@@ -397,4 +439,5 @@ class CollectiveSender:
                 world_size=len(peers) + 1,
                 seconds=self._settings.ready_timeout_seconds,
             )
-            self._group_peers = peers
+            self._peers = peers
+        return self._group

@@ -1,80 +1,64 @@
-"""Packets as frames: one header with a schema number and a checksum, one raw frame per array.
+"""Packets as frames: one header with a schema number and a checksum, one frame per group.
 
     frame 0   b"AG", SCHEMA, CRC-32 of the rest of this frame, which is
-              msgpack [kind, request_id, fields, [[dtype, shape, CRC-32 of the frame], ...]]
-    frame i   the bytes of array i, C order, little endian
+              msgpack [kind, request_id, fields, [CRC-32 of frame 1, ...]]
+    frame i   a group: P, G, T, R as uint32; numbers of 4 bytes: prompt ids [P], lengths [G], token
+              ids, log-probs, versions [T], rewards [G], reward parts [R, G]; msgpack {the rest}
 
-Sizes and checksums are checked before anything is built from a frame: what was damaged on its way
-is never taken for what was sent. A group that came keeps its frames and their checksums, and goes
-on as it came. Nothing here can execute code: no pickle, no object hooks.
+Little endian. Sizes and checksums are checked before anything is built from a frame: what was
+damaged on its way is never taken for what was sent. A group that came goes on in the frame in which
+it came. Nothing here can execute code: no pickle, no object hooks.
 """
 
 from __future__ import annotations
 
-import math
 import reprlib
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import msgpack
 import numpy as np
 
 from asyncgrpo.errors import SchemaMismatch, WireError
-from asyncgrpo.types import Completion, Group, Lease, Prompt, Sampling, Shard
+from asyncgrpo.types import Completions, Group, Lease, Prompt, Sampling, Shard
 from asyncgrpo.wire.schema import GROUP, check_fields
 
-MAGIC, SCHEMA = b"AG", 2
-PREFIX = struct.Struct("<2sBI")
-# The largest request is one group: 512 completions of 32k tokens are 64 MiB per array. The largest
-# answer is a rank's shard, whose header holds all its texts. No message has over 8 full frames.
-MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 64 << 20, 1 << 30, 8
-MAX_ARRAYS, MAX_DIMENSIONS, MAX_SIZE = 1 << 16, 4, 1 << 31
+MAGIC, SCHEMA = b"AG", 3
+PREFIX, SIZES = struct.Struct("<2sBI"), struct.Struct("<4I")
+# The largest request is one group: 512 completions of 32k tokens are 192 MiB. The largest answer is
+# a rank's shard, a frame per group. No message is longer than two of the longest frames.
+MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 256 << 20, 4 << 30, 2
+MAX_FRAMES = 1 << 16
 MAX_ITEMS = 1 << 18  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
-DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64", "bool")}
-KNOWN_NAMES = tuple(DTYPES)  # a list can be looked up in it
-NAMES = {dtype: name for name, dtype in DTYPES.items()}  # a dtype's own name is slow to make
-# prompt ids, lengths, token ids, log-probs, versions, rewards, reward parts: dtype, dimensions
-INT, FLOAT = DTYPES["int32"], DTYPES["float32"]
-GROUP_ARRAYS = ((INT, 1), (INT, 1), (INT, 1), (FLOAT, 1), (INT, 1), (FLOAT, 1), (FLOAT, 2))
-ARRAYS_PER_GROUP = len(GROUP_ARRAYS)
+LEASE_FIELDS = [name for name in Lease.__slots__ if name not in ("prompt", "sampling")]
+LEASE = attrgetter(*LEASE_FIELDS)
+PROMPT, SAMPLING = attrgetter(*Prompt.__slots__), attrgetter(*Sampling.__slots__)
+INT, FLOAT = np.dtype("<i4"), np.dtype("<f4")
 
 Frame = bytes | memoryview
-Sealed = tuple[Frame, int]  # an array's frame and its checksum
-# of one group: fields, arrays, and these as frames
-Part = tuple[dict[str, Any], tuple[np.ndarray[Any, Any], ...], tuple[Sealed, ...]]
+Sealed = tuple[Frame, int]  # a group's frame and its checksum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
-    """One message. `fields` holds only what msgpack knows; `arrays` are numpy arrays."""
+    """One message. `fields` holds only what msgpack knows; each frame is a group."""
 
     kind: str
     request_id: int = 0  # answers carry the id of their request; 0 = pushed, not asked for
     fields: Mapping[str, Any] = field(default_factory=dict)
-    arrays: tuple[np.ndarray[Any, Any], ...] = ()
-    sealed: tuple[Sealed, ...] = ()  # the arrays as they came; empty: they are made here
+    frames: tuple[Sealed, ...] = ()
 
 
 def encode(packet: Packet, max_frame_bytes: int = MAX_ANSWER_FRAME_BYTES) -> list[Frame]:
-    """Frames of a packet; WireError when a field, dtype or size cannot travel."""
-    sealed = packet.sealed or tuple(map(_seal, packet.arrays))
-    specs = [
-        [NAMES[array.dtype], array.shape, checksum]
-        for array, (_, checksum) in zip(packet.arrays, sealed, strict=True)
-    ]
-    header = [packet.kind, packet.request_id, packet.fields, specs]
-    try:
-        body = msgpack.packb(header, use_bin_type=True)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise WireError(
-            f"packet {packet.kind!r} holds a field that cannot be sent: {error}"
-        ) from error
+    """Frames of a packet; WireError when a field or size cannot travel."""
+    sums = [checksum for _, checksum in packet.frames]
+    body = _packed([packet.kind, packet.request_id, packet.fields, sums])
     prefix = PREFIX.pack(MAGIC, SCHEMA, zlib.crc32(body))
-    frames = [prefix + body, *(frame for frame, _ in sealed)]
+    frames = [prefix + body, *(frame for frame, _ in packet.frames)]
     _check_sizes(frames, max_frame_bytes)
     return frames
 
@@ -90,130 +74,85 @@ def decode(frames: Sequence[Frame], max_frame_bytes: int = MAX_ANSWER_FRAME_BYTE
     if schema != SCHEMA:
         raise SchemaMismatch(f"schema {schema} is not {SCHEMA}; both sides need the same version")
     body = memoryview(frames[0])[PREFIX.size :]
-    _check_sum(body, checksum)
-    return _packet(body, frames[1:])
+    checked(body, checksum)
+    header = _unpacked(body)
+    if not isinstance(header, list) or len(header) != 4:
+        raise WireError("header is not [kind, request id, fields, checksums]")
+    kind, request_id, fields, sums = header
+    if not (isinstance(kind, str) and type(request_id) is int and isinstance(fields, dict)):
+        raise WireError("header fields have wrong types")
+    if not isinstance(sums, list) or len(sums) != len(frames) - 1:
+        raise WireError(f"header announces other frames than the {len(frames) - 1} sent")
+    sealed = tuple(map(checked, frames[1:], sums))
+    return Packet(kind=kind, request_id=request_id, fields=fields, frames=sealed)
 
 
-def _seal(array: np.ndarray[Any, Any]) -> Sealed:
-    if array.dtype not in NAMES:
-        allowed = ", ".join(DTYPES)
-        raise WireError(f"array of dtype {array.dtype} cannot be sent; allowed: {allowed}")
-    frame = np.ascontiguousarray(array).tobytes()
-    return frame, zlib.crc32(frame)
-
-
-def _check_sum(frame: Frame, checksum: int) -> None:
-    if zlib.crc32(frame) != checksum:
+def checked(frame: Frame, checksum: Any) -> Sealed:
+    """A frame and its checksum; WireError when it is another frame's."""
+    actual = zlib.crc32(frame)
+    if actual != checksum:
         raise WireError("a message was damaged on its way (checksum)")
+    return frame, actual
 
 
 def _check_sizes(frames: Sequence[Frame], max_frame_bytes: int) -> None:
-    largest, total = max(map(len, frames), default=0), sum(map(len, frames))
-    limits = (max_frame_bytes, MAX_FULL_FRAMES * max_frame_bytes, MAX_ARRAYS + 1)
-    if any(size > limit for size, limit in zip((largest, total, len(frames)), limits, strict=True)):
+    sizes = [len(frame) for frame in frames]
+    total, most = sum(sizes), MAX_FULL_FRAMES * max_frame_bytes
+    largest = max(sizes, default=0)
+    if largest > max_frame_bytes or total > most or len(sizes) > MAX_FRAMES:
         raise WireError(
-            f"a message of {len(frames)} frames, {total} bytes in all and {largest} in one, is "
-            f"over the limit of {limits[2]} frames, {limits[1]} bytes in all and {limits[0]} in one"
+            f"a message of {len(sizes)} frames, {total} bytes in all and {largest} in one, is over "
+            f"the limit of {MAX_FRAMES} frames, {most} bytes in all and {max_frame_bytes} in one"
         )
 
 
-def _packet(body: Frame, frames: Sequence[Frame]) -> Packet:
+def _packed(value: Any) -> bytes:
+    try:
+        return bytes(msgpack.packb(value))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise WireError(f"{reprlib.repr(value)} cannot be sent: {error}") from error
+
+
+def _unpacked(body: Frame) -> Any:
     items = min(MAX_ITEMS, len(body))  # msgpack makes room for as many as are announced
-    limits = {"max_array_len": items, "max_map_len": items, "max_ext_len": 0}
     try:
-        header = msgpack.unpackb(body, raw=False, strict_map_key=False, **limits)
+        return msgpack.unpackb(
+            body, strict_map_key=False, max_array_len=items, max_map_len=items, max_ext_len=0
+        )
     except Exception as error:  # msgpack raises many kinds on garbage
-        raise WireError(f"header is not msgpack: {reprlib.repr(str(error))}") from None
-    if not isinstance(header, list) or len(header) != 4:
-        raise WireError("header is not [kind, request id, fields, arrays]")
-    kind, request_id, fields, specs = header
-    if not (isinstance(kind, str) and type(request_id) is int and isinstance(fields, dict)):
-        raise WireError("header fields have wrong types")
-    if not isinstance(specs, list) or len(specs) != len(frames):
-        raise WireError(f"header announces other arrays than the {len(frames)} frames sent")
-    arrays = tuple(map(_array, specs, frames))
-    sealed = tuple((frame, int(spec[2])) for frame, spec in zip(frames, specs, strict=True))
-    return Packet(kind=kind, request_id=request_id, fields=fields, arrays=arrays, sealed=sealed)
+        raise WireError(f"not msgpack: {reprlib.repr(str(error))}") from None
 
 
-def _array(spec: Any, frame: Frame) -> np.ndarray[Any, Any]:
-    if not isinstance(spec, list) or len(spec) != 3 or spec[0] not in KNOWN_NAMES:
-        raise WireError(f"array spec {reprlib.repr(spec)} is not [dtype, shape, checksum]")
-    name, shape, checksum = spec
-    _check_sum(frame, checksum)
-    if not (
-        isinstance(shape, list)
-        and len(shape) <= MAX_DIMENSIONS
-        and all(type(size) is int and 0 <= size < MAX_SIZE for size in shape)
-    ):
-        raise WireError(f"array shape {reprlib.repr(shape)} is not a list of sizes")
-    dtype = DTYPES[name]
-    if math.prod(shape) * dtype.itemsize != len(frame):
-        raise WireError(f"array {name} {shape} needs other than the {len(frame)} bytes sent")
+def pack_lease(lease: Lease) -> bytes:
+    """A lease for `Packet.fields`; the same lease is always the same bytes."""
+    return _packed([LEASE(lease), PROMPT(lease.prompt), SAMPLING(lease.sampling)])
+
+
+def lease_from(packed: bytes) -> Lease:
+    """The lease of `pack_lease`; WireError when something is missing or superfluous."""
     try:
-        return np.ndarray(shape, dtype, frame)
-    except ValueError as error:  # such as [0, 2^30, 2^30, 2^30]: empty, but too large for numpy
-        raise WireError(f"array {name} {shape}: {error}") from None
-
-
-def to_bytes(packet: Packet) -> bytes:
-    """A packet as one piece, for a file."""
-    return bytes(msgpack.packb(encode(packet)))
-
-
-def from_bytes(data: bytes) -> Packet:
-    """The packet of `to_bytes`; WireError when the bytes are damaged."""
-    try:
-        return decode(msgpack.unpackb(data))
-    except Exception as error:  # msgpack raises many kinds on garbage
-        raise WireError(f"{len(data)} stored bytes are not a packet: {error}") from None
-
-
-def lease_fields(lease: Lease) -> dict[str, Any]:
-    """A lease as plain values for `Packet.fields`."""
-    fields = {name: getattr(lease, name) for name in Lease.__slots__}
-    fields["sampling"] = {name: getattr(lease.sampling, name) for name in Sampling.__slots__}
-    fields["prompt"] = {name: getattr(lease.prompt, name) for name in Prompt.__slots__}
-    return fields
-
-
-def lease_from(fields: Mapping[str, Any]) -> Lease:
-    """The lease of `lease_fields`; WireError when something is missing or superfluous."""
-    try:
-        prompt = dict(fields["prompt"])
+        rest, asked, drawn = _unpacked(packed)
+        prompt = dict(zip(Prompt.__slots__, asked, strict=True))
         prompt["messages"] = tuple(prompt["messages"])
-        sampling = Sampling(**fields["sampling"])
-        return Lease(**{**fields, "prompt": Prompt(**prompt), "sampling": sampling})
-    except (KeyError, TypeError, ValueError) as error:
+        sampling = Sampling(**dict(zip(Sampling.__slots__, drawn, strict=True)))
+        fields = dict(zip(LEASE_FIELDS, rest, strict=True))
+        if not isinstance(fields["lease_id"], str):
+            raise ValueError("its lease_id is no text")
+        return Lease(**fields, prompt=Prompt(**prompt), sampling=sampling)
+    except (TypeError, ValueError) as error:
         raise WireError(f"not a lease: {error}") from None
 
 
-def same_lease(one: Lease, other: Lease) -> bool:
-    """Whether two leases are the same on the wire, where a tuple and a list are."""
-    return bool(msgpack.packb(lease_fields(one)) == msgpack.packb(lease_fields(other)))
-
-
 def group_packet(kind: str, groups: Sequence[Group], **fields: Any) -> Packet:
-    """A packet that carries whole groups beside its own fields; what came is not encoded anew."""
-    parts: list[Part] = [group.received or _part(group) for group in groups]
-    return Packet(
-        kind=kind,
-        fields={**fields, "groups": [part[0] for part in parts]},
-        arrays=tuple(array for part in parts for array in part[1]),
-        sealed=tuple(sealed for part in parts for sealed in part[2]),
-    )
+    """A packet that carries whole groups beside its own fields."""
+    return Packet(kind=kind, fields=fields, frames=tuple(map(pack_group, groups)))
 
 
-def groups_from(packet: Packet) -> tuple[Group, ...]:
-    """The groups of a `group_packet`."""
-    described = packet.fields.get("groups")
-    if not isinstance(described, list) or len(packet.arrays) != ARRAYS_PER_GROUP * len(described):
-        raise WireError(f"packet {packet.kind!r} does not hold {ARRAYS_PER_GROUP} arrays per group")
-    spans = [slice(i, i + ARRAYS_PER_GROUP) for i in range(0, len(packet.arrays), ARRAYS_PER_GROUP)]
-    return tuple(
-        _group_from(fields, packet.arrays[span], packet.sealed[span])
-        for fields, span in zip(described, spans, strict=True)
-    )
+def groups_from(
+    packet: Packet, read_lease: Callable[[bytes], Lease] = lease_from
+) -> tuple[Group, ...]:
+    """The groups of a `group_packet`; WireError when one does not follow the schema."""
+    return tuple(group_from(sealed, read_lease) for sealed in packet.frames)
 
 
 def shard_packet(shard: Shard) -> Packet:
@@ -240,77 +179,67 @@ def shard_from(packet: Packet) -> Shard:
         raise WireError(f"packet {packet.kind!r} is not a shard: {error} is missing") from None
 
 
-def _part(group: Group) -> Part:
-    arrays = _group_arrays(group)
-    return _group_fields(group), arrays, tuple(map(_seal, arrays))
-
-
-def _group_fields(group: Group) -> dict[str, Any]:
-    return {
-        "lease": lease_fields(group.lease),
-        "finish_reasons": [completion.finish_reason for completion in group.completions],
-        "texts": [completion.text for completion in group.completions],
-        "reward_parts": list(group.reward_parts),
+def pack_group(group: Group) -> Sealed:
+    """The frame of a group, with its checksum; of one that came the same again."""
+    if group.received:
+        sealed: Sealed = group.received
+        return sealed
+    tokens, parts = group.completions, group.reward_parts
+    head = {
+        "lease": pack_lease(group.lease),
+        "finish_reasons": tokens.finish_reasons,
+        "texts": tokens.texts,
+        "reward_parts": list(parts),
         "actor": group.actor,
         "timings": dict(group.timings),
     }
-
-
-def _group_arrays(group: Group) -> tuple[np.ndarray[Any, Any], ...]:
-    completions = group.completions
-    parts = [group.reward_parts[name] for name in group.reward_parts]
-    return (
-        group.prompt_token_ids.astype(np.int32, copy=False),
-        np.array([len(c.token_ids) for c in completions], dtype=np.int32),
-        np.concatenate([c.token_ids for c in completions]).astype(np.int32, copy=False),
-        np.concatenate([c.behavior_logprobs for c in completions]).astype(np.float32, copy=False),
-        np.concatenate([c.versions for c in completions]).astype(np.int32, copy=False),
-        group.rewards.astype(np.float32, copy=False),
-        np.array(parts, dtype=np.float32).reshape(len(parts), len(completions)),
+    numbers = (
+        *((INT, group.prompt_token_ids), (INT, tokens.lengths), (INT, tokens.token_ids)),
+        *((FLOAT, tokens.behavior_logprobs), (INT, tokens.versions), (FLOAT, group.rewards)),
+        *((FLOAT, part) for part in parts.values()),
     )
+    sizes = SIZES.pack(len(group.prompt_token_ids), len(tokens), group.num_tokens, len(parts))
+    arrays = [np.ascontiguousarray(values, dtype).data for dtype, values in numbers]
+    frame = b"".join((sizes, *arrays, _packed(head)))
+    return frame, zlib.crc32(frame)
 
 
-def _group_from(
-    fields: Any, arrays: tuple[np.ndarray[Any, Any], ...], sealed: tuple[Sealed, ...]
-) -> Group:
-    check_fields("group", fields, {"group": GROUP})
-    if tuple((array.dtype, array.ndim) for array in arrays) != GROUP_ARRAYS:
-        raise WireError("a group's arrays have other dtypes or dimensions")
-    prompt_ids, lengths, token_ids, logprobs, versions, rewards, parts = arrays
+def group_from(sealed: Sealed, read_lease: Callable[[bytes], Lease] = lease_from) -> Group:
+    """The group of `pack_group`, whose arrays are views of the frame."""
+    frame, _ = sealed
+    if len(frame) < SIZES.size:
+        raise WireError(f"{len(frame)} bytes are not a group")
+    num_prompt, size, total, num_parts = SIZES.unpack_from(frame)
+    count = num_prompt + size + 3 * total + size + num_parts * size
+    end = SIZES.size + INT.itemsize * count
+    if end > len(frame) or not size:
+        raise WireError(f"{len(frame)} bytes announce {size} completions and {count} numbers")
+    head = _unpacked(memoryview(frame)[end:])
+    check_fields("group", head, GROUP)
+    numbers = np.frombuffer(frame, INT, count, SIZES.size)
+    floats = numbers.view(FLOAT)
+    first, last = num_prompt + size, num_prompt + size + 3 * total
+    parts, names = floats[last + size :].reshape(num_parts, size), head["reward_parts"]
     try:
-        size, names = len(lengths), fields["reward_parts"]
-        sizes = lengths.tolist()
-        ends = list(accumulate(sizes, initial=0))
-        if min(sizes, default=0) < 0 or len(set(names)) != len(names):
-            raise WireError("a group has a negative length or two reward parts of one name")
-        if not (token_ids.shape == logprobs.shape == versions.shape == (ends[-1],)):
-            raise WireError("a group's token arrays differ in length")
-        if rewards.shape != (size,) or parts.shape != (len(names), size):
-            raise WireError(f"a group of {size} completions has rewards {rewards.shape}")
-        completions = tuple(
-            Completion(
-                token_ids=token_ids[start:end],
-                behavior_logprobs=logprobs[start:end],
-                versions=versions[start:end],
-                finish_reason=reason,
-                text=text,
-            )
-            for start, end, reason, text in zip(
-                ends[:-1], ends[1:], fields["finish_reasons"], fields["texts"], strict=True
-            )
-        )
         group = Group(
-            lease=lease_from(fields["lease"]),
-            prompt_token_ids=prompt_ids,
-            completions=completions,
-            rewards=rewards,
+            lease=read_lease(head["lease"]),
+            prompt_token_ids=numbers[:num_prompt],
+            completions=Completions(
+                numbers[num_prompt:first].tolist(),
+                numbers[first : first + total],
+                floats[first + total : last - total],
+                numbers[last - total : last],
+                head["finish_reasons"],
+                head["texts"],
+            ),
+            rewards=floats[last : last + size],
             reward_parts=dict(zip(names, parts, strict=True)),
-            actor=fields["actor"],
-            timings=fields["timings"],
+            actor=head["actor"],
+            timings=head["timings"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise WireError(f"not a group: {error}") from None
-    if sealed:
-        known = {name: fields[name] for name in GROUP.model_fields}
-        object.__setattr__(group, "received", (known, arrays, sealed))
+    if len(group.reward_parts) != num_parts:
+        raise WireError("a group has two reward parts of one name")
+    object.__setattr__(group, "received", sealed)
     return group

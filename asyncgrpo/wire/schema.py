@@ -38,31 +38,37 @@ class Status(BaseModel):
     actor: Name
 
 
-def _row(**fields: Any) -> type[BaseModel]:
+STRICT = ConfigDict(strict=True)
+
+
+def _row(config: ConfigDict = STRICT, /, **fields: Any) -> type[BaseModel]:
     required: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
-    return create_model("Row", __config__=ConfigDict(strict=True), **required)
+    return create_model("Row", __config__=config, **required)
 
 
-GROUP = _row(
-    lease=Any,  # compared with the one that was given out
-    finish_reasons=list[FinishReason],
-    texts=list[str],
-    reward_parts=Names,
-    actor=Name,
-    timings=dict[Name, Number],
-)
+GROUP = {
+    "group": _row(
+        ConfigDict(strict=True, extra="forbid"),  # it goes on as it came
+        lease=bytes,  # compared with the one that was given out
+        finish_reasons=list[FinishReason],
+        texts=list[str],
+        reward_parts=Names,
+        actor=Name,
+        timings=dict[Name, Number],
+    )
+}
 BUFFER_REQUESTS: Table = {
     "hello": Hello,
     "bye": _row(actor=Name),
     "lease": _row(version=Count, max=Count),
     "accept": _row(lease_ids=Names, refused=Names),
-    "put": _row(groups=list[Any]),  # each is a GROUP
+    "put": _row(),  # and a GROUP
     "fail": _row(lease_id=Name, reason=Name),
     "held": _row(version=Count),
     "status": Status,
     "begin": _row(step=Count),
     "take": _row(step=Count, rank=Count, world_size=Count),
-    "trained": _row(step=Count, world_size=Count, covered=Count),
+    "trained": _row(step=Count, world_size=Count, covered=Count, advantages=bytes),
     "evaluate": _row(version=Count, blocks=Names),
     "results": _row(),
     "stop": _row(),

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,7 +117,7 @@ class Server:
         False when the peer's connection is gone.
         """
         answers = self._remembered(peer)
-        if packet.arrays:  # large; such requests (take) are idempotent in the buffer itself
+        if packet.frames:  # large; such requests (take) are idempotent in the buffer itself
             answers.pop(packet.request_id, None)
         else:
             answers[packet.request_id] = packet
@@ -207,9 +208,7 @@ class DealerClient:
 
     def post(self, packet: Packet) -> int:
         self._last_id += 1
-        numbered = Packet(
-            kind=packet.kind, request_id=self._last_id, fields=packet.fields, arrays=packet.arrays
-        )
+        numbered = replace(packet, request_id=self._last_id)
         self._send(numbered)
         self._unanswered[self._last_id] = (self._clock(), numbered)
         return self._last_id

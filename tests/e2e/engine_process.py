@@ -1,7 +1,7 @@
 """Drives one VllmEngine through live weight swaps; run by test_vllm_engine.py.
 
-usage: engine_process.py MODEL_FOLDER OUT.json KV_ON_UPDATE SEED
-MODEL_FOLDER holds weights_<version>.safetensors beside the model. Sequences of 40 tokens are in
+usage: engine_process.py MODEL_FOLDER OUT.json SETTINGS SEED
+MODEL_FOLDER holds versions/<version>.safetensors; SETTINGS are JSON. Sequences of 40 tokens are in
 flight while versions 0, 1, 2 are swapped in.
 """
 
@@ -20,6 +20,8 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     VLLM_PLUGINS="",
     HF_HUB_OFFLINE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    GLOO_SOCKET_IFNAME="lo",
 )
 
 from safetensors.torch import load_file
@@ -27,6 +29,7 @@ from safetensors.torch import load_file
 from asyncgrpo.actor.vllm_engine import VllmEngine
 from asyncgrpo.config import from_mapping
 from asyncgrpo.types import Sampling
+from asyncgrpo.weights.flat import FlatWeights, Manifest
 from asyncgrpo.weights.proof import CANARY_SAMPLING, canary_prompts
 
 NUM_TOKENS, NUM_REQUESTS, STEPS_PER_VERSION, VOCAB = 40, 6, 13, 96
@@ -48,21 +51,24 @@ def described(sampled) -> dict:
     }
 
 
-def main(folder: str, out: str, kv_on_update: str, seed: str) -> None:
+def main(folder: str, out: str, settings: str, seed: str) -> None:
     config = from_mapping(
         {
             "sampling": {"max_completion_tokens": NUM_TOKENS, "temperature": 0.7},
             "data": {"max_prompt_tokens": 24},
-            "actor": {"concurrency": 8, "kv_on_update": kv_on_update},
             "algo": {"group_size": 4},
+            **json.loads(settings),
         }
     )
     engine = VllmEngine(config, folder, int(seed), stop_token_ids=[])
     sampling = Sampling(temperature=0.7, top_p=1.0, top_k=0, max_completion_tokens=NUM_TOKENS)
     finished = []
     for version in range(3):
-        weights = load_file(Path(folder) / f"weights_{version}.safetensors")
-        engine.load_weights(version, weights.items())
+        named = load_file(Path(folder) / f"versions/{version}.safetensors").items()
+        weights = FlatWeights.for_children(Manifest.of(named, "float32"))
+        weights.fill(named)
+        engine.load_weights(version, weights)
+        weights.bytes.zero_()  # the next version may arrive at once
         for row, prompt in enumerate(canary_prompts(VOCAB)):
             engine.add(f"canary-{version}-{row}", prompt, CANARY_SAMPLING, 1, seed=row)
         if version == 0:

@@ -1,6 +1,6 @@
 """An actor that answers one probe with each version it loads; run by test_published.py.
 
-usage: probe_process.py MODEL_FOLDER WEIGHTS_ADDRESS
+usage: probe_process.py MODEL_FOLDER WEIGHTS_ADDRESS SETTINGS
 Prints {"version", "prompt", "token_ids", "logprobs"} as JSON, a line for each version.
 """
 
@@ -19,6 +19,8 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     VLLM_PLUGINS="",
     HF_HUB_OFFLINE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    GLOO_SOCKET_IFNAME="lo",
 )
 
 from asyncgrpo.actor.vllm_engine import VllmEngine
@@ -43,10 +45,9 @@ def answers(
     return [each.completions[0] for each in sorted(done, key=lambda each: each.lease_id)]
 
 
-def main(folder: str, address: str) -> None:
-    config = from_mapping(
-        {"sampling": {"max_completion_tokens": NUM_TOKENS}, "data": {"max_prompt_tokens": 24}}
-    )
+def main(folder: str, address: str, settings: str) -> None:
+    lengths = {"sampling": {"max_completion_tokens": NUM_TOKENS}, "data": {"max_prompt_tokens": 24}}
+    config = from_mapping({**lengths, **json.loads(settings)})
     engine = VllmEngine(config, folder, 1, stop_token_ids=[])
     receiver = CollectiveReceiver(config, "actor-0", address)
     while True:

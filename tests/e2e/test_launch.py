@@ -67,6 +67,9 @@ class Launch:
             self.process.kill()
             raise AssertionError(f"still running:\n{self.text()[-4000:]}") from None
 
+    def finish(self) -> None:
+        assert self.wait() == 0, self.text()[-4000:]
+
     def rows(self) -> list[dict]:
         path = self.run_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -115,6 +118,12 @@ class Launch:
     def until_training(self) -> list[psutil.Process]:
         self.until(lambda: len(self.rows()) >= 2, "trained")
         return self.processes()
+
+    def kill_rank(self, started: list[psutil.Process]) -> None:
+        """Kills one of the learner's two ranks."""
+        ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
+        assert len(ranks) == 2
+        ranks[-1].kill()
 
     def assert_nothing_left(self, started: list[psutil.Process]) -> None:
         _, alive = psutil.wait_procs(started, timeout=20)
@@ -198,7 +207,7 @@ def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch,
     started = run.until_training()
     roles = ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
     assert run.targets() == roles
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     run.assert_nothing_left(started)
     assert run.targets() == []
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
@@ -228,13 +237,28 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
     run.assert_nothing_left(family)
     run.until(lambda: run.text().count("joined") >= 3 or len(run.rows()) >= 40, "joined again")
     started = run.processes()
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     run.assert_nothing_left(started)
     leases = [row["lease_id"] for step in range(40) for row in trained_rows(run.run_dir, step)]
     assert len(leases) == 40 * 16
     assert len(set(leases)) == 40 * 4
     steps = [row for row in run.rows() if "loss" in row]
     assert steps[-1]["leases_expired"] >= 1
+    assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
+
+
+@pytest.mark.slow
+def test_the_only_actor_of_a_sharded_learner_is_killed_and_gets_its_weights_while_all_wait(launch):
+    """No batch can be complete without it, and no rank may gather weights without the others."""
+    settings = ("run.max_steps=8", "learner.parallel=fsdp", "launch.actors=1", "eval=[]")
+    run = launch(*settings, "launch.learners=2", "buffer.max_staleness=0")
+    run.until_training()
+    run.find("actor", "0").kill()
+    assert run.wait() == 0, run.text()[-4000:]
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(8))
+    last = [row for row in run.rows() if "publish/proofs" in row][-1]
+    assert last["publish/proofs"] >= 8
+    assert last["publish/rejections"] == 0
     assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
 
 
@@ -249,12 +273,22 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
 
 
 @pytest.mark.slow
+def test_the_embedded_model_is_not_made_on_when_the_launcher_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASYNCGRPO_CACHE", str(tmp_path))
+    run = Launch(tmp_path, Path("tiny"))
+    children = psutil.Process(run.process.pid).children
+    run.until(lambda: any("asyncgrpo.data.tiny" in p.cmdline() for p in children()), "begun")
+    started = children()
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_left(started)
+
+
+@pytest.mark.slow
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     run = launch("run.max_steps=5000", "launch.max_restarts=0")
     started = run.until_training()
-    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
-    assert len(ranks) == 2
-    ranks[-1].kill()
+    run.kill_rank(started)
     assert run.wait() == 3
     assert "learner-1" in run.targets()
     run.assert_nothing_left(started)
@@ -281,14 +315,14 @@ def until_step(run: Launch, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(launch):
-    run = launch("run.max_steps=12", "checkpoint.every=4")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(parallel, launch):
+    run = launch("run.max_steps=12", "checkpoint.every=4", f"learner.parallel={parallel}")
     until_step(run, 5)
     started = run.processes()
     before = {step: trained_rows(run.run_dir, step) for step in range(5)}
-    ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
-    ranks[-1].kill()
-    assert run.wait() == 0, run.text()[-4000:]
+    run.kill_rank(started)
+    run.finish()
     run.assert_nothing_left(started)
     check_made_again(run, 12)
     again = [row["lease_id"] for row in trained_rows(run.run_dir, 4)]
@@ -306,7 +340,7 @@ def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
     run.wait()
     run.assert_nothing_left(started)
     resumed = launch(*settings, resume=True)
-    assert resumed.wait() == 0, resumed.text()[-4000:]
+    resumed.finish()
     if number == signal.SIGKILL:
         check_made_again(resumed, 12)
     found = audit(RunDir.read(run.run_dir))
@@ -335,7 +369,7 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
     text = reports()[known]
     assert f"(pid {doomed.pid}, stopped by a signal)\nno answer" in text
     assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     assert "the run goes on after" in run.text()
 
 
@@ -378,12 +412,16 @@ def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "engine",
-    [pytest.param("toy", marks=pytest.mark.slow), pytest.param("vllm", marks=pytest.mark.engine)],
+    ("engine", "parallel"),
+    [
+        pytest.param("toy", "fsdp", marks=pytest.mark.slow),
+        pytest.param("vllm", "ddp", marks=pytest.mark.engine),
+    ],
 )
-def test_engines_load_the_weights_from_disk(engine, launch):
-    run = launch("weights.transport=disk", "run.max_steps=4", engine=engine)
-    assert run.wait() == 0, run.text()[-4000:]
+def test_engines_load_the_weights_from_disk(engine, parallel, launch):
+    settings = ("weights.transport=disk", f"learner.parallel={parallel}")
+    run = launch(*settings, "run.max_steps=4", engine=engine)
+    run.finish()
     check_run_directory(run.run_dir, steps=4, max_staleness=2)
     folders = (run.run_dir / "weights").iterdir()
     assert sorted(folder.name for folder in folders) == ["v3", "v4"]
@@ -409,7 +447,7 @@ def test_a_run_with_one_learner_and_strict_ticket_order_at_staleness_zero(launch
     run = launch(
         "launch.learners=1", "launch.actors=2", "buffer.max_staleness=0", "buffer.order=ticket"
     )
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     check_run_directory(run.run_dir, steps=6, max_staleness=0)
 
 
@@ -455,7 +493,7 @@ def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(laun
     shown = " ".join(" ".join([*p.cmdline(), *p.environ().values()]) for p in started)
     metrics = scraped(run.run_dir)
     attack(run.run_dir, 2.0)
-    assert run.wait() == 0, run.text()[-4000:]
+    run.finish()
     run.assert_nothing_left(started)
     check_run_directory(run.run_dir, steps=120, max_staleness=2)
     assert {row.get("publish/evictions", 0) for row in run.rows()} == {0}
@@ -468,13 +506,6 @@ def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(laun
     prompts = [message["content"] for line in lines for message in json.loads(line)["prompt"]]
     assert "asyncgrpo_buffer_leases_total" in metrics
     assert not [prompt for prompt in prompts if prompt in metrics]
-
-
-def check_refused(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert "started" not in done.stdout
-    return done.stderr
 
 
 BAD_INPUT = {
@@ -502,30 +533,12 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda a: a[-1])
 def test_bad_input_is_refused_before_anything_is_started_or_written(
-    arguments, tmp_path, monkeypatch, command
+    arguments, tmp_path, monkeypatch, asyncgrpo
 ):
     monkeypatch.chdir(tmp_path)
-    assert BAD_INPUT[arguments] in check_refused(command("launch", *arguments))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_directory_that_holds_a_run_is_left_alone(tmp_path, command):
-    (tmp_path / "config.json").write_text("{}")
-    said = check_refused(command("launch", "--run-dir", str(tmp_path)))
-    assert "already holds a run" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_a_data_file_with_a_broken_line_is_refused_with_its_number(tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": \n')
-    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--set", "data.train=d.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "d.jsonl:2" in check_refused(done)
-
-
-def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
-    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--actors", "2", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    for part in ("buffer", "actor-0", "actor-1", "learner", "core", "OMP_NUM_THREADS", "--index 1"):
-        assert part in done.stdout
+    code, out, err = asyncgrpo("launch", *arguments)
+    assert code == 2, out + err
+    assert BAD_INPUT[arguments] in err
+    assert "Traceback" not in err
+    assert "started" not in out
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from asyncgrpo.config import from_mapping
@@ -32,6 +34,7 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+ADAPTER = {"lora": {"r": 4, "publish": "adapter"}}
 
 
 def free_port() -> int:
@@ -41,27 +44,46 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "lora"),
+    ("kind", "tied", "learner", "only_changed", "processes", "transport"),
     [
-        (Qwen3Config, True, False),
-        (Qwen3Config, False, True),
-        (Qwen2Config, True, False),
-        (LlamaConfig, False, False),
+        (Qwen3Config, True, {}, False, 1, "gloo"),
+        (Qwen3Config, False, {"lora": {"r": 4, "targets": ["q_proj"]}}, True, 1, "gloo"),
+        (Qwen3Config, True, ADAPTER, False, 1, "gloo"),
+        (Qwen2Config, True, {"parallel": "fsdp"}, False, 1, "gloo"),
+        (Qwen2Config, True, {}, False, 2, "disk"),
+        (LlamaConfig, False, {}, False, 1, "gloo"),
+        (LlamaConfig, False, ADAPTER, False, 2, "gloo"),
     ],
-    ids=["qwen3-tied", "qwen3-untied-lora", "qwen2-tied", "llama-untied"],
+    ids=[
+        "qwen3-tied",
+        "qwen3-untied-lora-only-changed",
+        "qwen3-tied-adapter",
+        "qwen2-tied-fsdp",
+        "qwen2-tied-parallel-disk",
+        "llama-untied",
+        "llama-untied-adapter-parallel",
+    ],
 )
-def test_the_engine_computes_after_each_publish_as_the_learner_does(kind, tied, lora, tmp_path):
+def test_the_engine_computes_after_each_publish_as_the_learner_does(
+    kind, tied, learner, only_changed, processes, transport, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(kind(tie_word_embeddings=tied, **SIZES))
     model.float().save_pretrained(tmp_path)
-    learner = {"lora": {"r": 4}} if lora else {}
-    config = from_mapping({"model": {"path": str(tmp_path)}, "learner": learner})
+    settings = {
+        "model": {"path": str(tmp_path)},
+        "learner": learner,
+        "weights": {"only_changed": only_changed, "bucket_bytes": 1024},
+        "actor": {"tensor_parallel": processes},
+    }
+    config = from_mapping(settings)
     updater = PolicyUpdater(config)
     address = f"tcp://127.0.0.1:{free_port()}"
-    sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
-    command = [sys.executable, str(SCRIPT), str(tmp_path), address]
+    store, folder = ("127.0.0.1", free_port()), tmp_path / "sent"
+    sender = CollectiveSender(config, address, store, transport=transport, folder=folder)
+    command = [sys.executable, str(SCRIPT), str(tmp_path), address, json.dumps(settings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as actor:
         try:
             for version in range(VERSIONS):
@@ -69,7 +91,8 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(kind, tied, 
                 with torch.no_grad():
                     for weight in updater._policy.parameters():
                         if weight.requires_grad:
-                            weight.add_(torch.randn_like(weight) * 0.1)
+                            part = weight.to_local() if isinstance(weight, DTensor) else weight
+                            part.add_(torch.randn_like(part) * 0.1)
                 sender.publish(version, updater.weights(), updater.canary_logprobs())
                 sender.wait_for_actors(1, 60)
                 row = json.loads(actor.stdout.readline())
@@ -80,6 +103,9 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(kind, tied, 
                 own = table[torch.arange(len(starts)), row["token_ids"]]
                 assert (own - torch.tensor(row["logprobs"])).abs().max() < TOLERANCE
             assert sender.metrics()["publish/proofs"] == VERSIONS
+            assert (sender.metrics().get("publish/bytes_saved", 0) > 0) == only_changed
         finally:
             actor.kill()
             sender.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -18,10 +18,11 @@ from asyncgrpo.weights.proof import canary_prompts
 pytestmark = pytest.mark.engine
 SCRIPT = Path(__file__).with_name("engine_process.py")
 VOCAB, TEMPERATURE, TOLERANCE = 96, 0.7, 2e-5
+RANK, ALPHA = 4, 12
 
 
-def write_model(folder: Path, *, tied: bool) -> None:
-    """A random Qwen3 with three versions of its weights."""
+def write_model(folder: Path, *, tied: bool, adapted: bool = False) -> None:
+    """A random Qwen3 with three versions of its weights, or of an adapter."""
     torch.manual_seed(1)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -38,18 +39,32 @@ def write_model(folder: Path, *, tied: bool) -> None:
     )
     model = Qwen3ForCausalLM(config).float()
     model.save_pretrained(folder)
+    (folder / "versions").mkdir()  # vLLM loads every file that lies beside the model
     for version in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         named = {name: p.detach().clone() for name, p in model.named_parameters()}
-        save_file(named, folder / f"weights_{version}.safetensors")
+        if adapted:
+            shapes = {n: p.shape for n, p in named.items() if n.endswith("_proj.weight")}
+            named = {
+                name.replace("weight", f"lora_{kind}.weight"): torch.randn(size) * 0.1
+                for name, (outputs, inputs) in shapes.items()
+                for kind, size in {"A": (RANK, inputs), "B": (outputs, RANK)}.items()
+            }
+        save_file(named, folder / f"versions/{version}.safetensors")
 
 
 @functools.cache
-def run_engine(folder: Path, kv_on_update: str = "keep", seed: int = 1) -> dict[str, dict]:
-    out = folder / f"out-{kv_on_update}-{seed}.json"
-    command = [sys.executable, str(SCRIPT), str(folder), str(out), kv_on_update, str(seed)]
+def run_engine(
+    folder: Path, kv_on_update: str = "keep", seed: int = 1, processes: int = 1
+) -> dict[str, dict]:
+    out = folder / f"out-{kv_on_update}-{seed}-{processes}.json"
+    actor = {"concurrency": 8, "kv_on_update": kv_on_update, "tensor_parallel": processes}
+    lora = {"r": RANK, "alpha": ALPHA, "publish": "adapter"}
+    learner = {"lora": lora} if folder.name.startswith("adapter") else {}
+    settings = json.dumps({"actor": actor, "learner": learner})
+    command = [sys.executable, str(SCRIPT), str(folder), str(out), settings, str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {sampled["lease_id"]: sampled for sampled in json.loads(out.read_text())}
@@ -61,10 +76,14 @@ def versions_of(folder: Path) -> list[torch.nn.Module]:
     models = []
     for version in range(3):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        weights = load_file(folder / f"weights_{version}.safetensors")
+        weights = load_file(folder / f"versions/{version}.safetensors")
+        for name in [name for name in weights if ".lora_A." in name]:
+            a, b = weights.pop(name), weights.pop(name.replace("lora_A", "lora_B"))
+            target = name.replace("lora_A.", "")
+            weights[target] = model.get_parameter(target) + ALPHA / RANK * b @ a
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected
-        assert set(missing) <= {"lm_head.weight"}
+        assert set(missing) <= {"lm_head.weight"} or len(weights) == 14
         models.append(model)
     return models
 
@@ -92,15 +111,15 @@ def replay(models, prompt: list[int], completion: dict, *, keep: bool) -> torch.
     return torch.cat(parts)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "adapter"])
 def model_folder(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    write_model(folder, tied=request.param == "tied")
+    write_model(folder, tied=request.param == "tied", adapted=request.param == "adapter")
     return folder
 
 
-def check_all(folder: Path, kv_on_update: str) -> None:
-    sampled = run_engine(folder, kv_on_update)
+def check_all(folder: Path, kv_on_update: str, processes: int = 1) -> None:
+    sampled = run_engine(folder, kv_on_update, processes=processes)
     models = versions_of(folder)
     mixed = 0
     for name, group in sampled.items():
@@ -127,6 +146,11 @@ def test_mixed_sequences_replay_exactly_when_the_kv_cache_is_kept(model_folder):
 
 def test_mixed_sequences_replay_exactly_when_the_kv_cache_is_recomputed(model_folder):
     check_all(model_folder, "recompute")
+
+
+@pytest.mark.parametrize("model_folder", ["tied", "adapter"], indirect=True)
+def test_mixed_sequences_replay_exactly_on_an_engine_of_two_processes(model_folder):
+    check_all(model_folder, "keep", processes=2)
 
 
 @pytest.mark.parametrize("model_folder", ["tied"], indirect=True)

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from fakes import make_run, rows_of
 from safetensors.torch import load_file
 
 from asyncgrpo.buffer.audit import audit
-from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
-from asyncgrpo.rundir import Endpoints, RunDir
+from asyncgrpo.rundir import RunDir
 from asyncgrpo.serial import run_serial
 
 GOLDEN = Path(__file__).with_name("serial_20_steps.json")
@@ -20,32 +20,26 @@ CLOSE = ("loss", "rewards/mean", "objective/kl", "objective/entropy", "ess", "gr
 
 
 def train(folder: Path, model: Path) -> RunDir:
-    folder.mkdir()
-    config = from_mapping(
-        {
-            "run": {"max_steps": 20, "seed": 3},
-            "model": {"path": str(model)},
-            "data": {"max_prompt_tokens": 32},
-            "sampling": {"max_completion_tokens": 8},
-            "reward": {"functions": [{"use": "reward_functions:vowels"}]},
-            "actor": {"engine": "toy", "concurrency": 10},
-            "buffer": {"groups_per_step": 4, "max_staleness": 2},
-            "algo": {"group_size": 4, "drop_uniform_groups": False},
-            "learner": {"lr": 3e-3},
-            "launch": {"actors": 1, "learners": 1},
-            "eval": {"every": 8, "num_prompts": 12},
-        }
+    run = make_run(
+        folder,
+        run={"max_steps": 20, "seed": 3},
+        model={"path": str(model)},
+        data={"max_prompt_tokens": 32},
+        sampling={"max_completion_tokens": 8},
+        reward={"functions": [{"use": "reward_functions:vowels"}]},
+        actor={"engine": "toy", "concurrency": 10},
+        buffer={"groups_per_step": 4, "max_staleness": 2},
+        algo={"group_size": 4, "drop_uniform_groups": False},
+        learner={"lr": 3e-3},
+        launch={"actors": 1, "learners": 1},
+        eval={"every": 8, "num_prompts": 12},
     )
-    endpoints = Endpoints(buffer="", weights="", store=("", 0))
-    run = RunDir(path=folder, config=config, endpoints=endpoints)
-    run.write()
     run_serial(run)
     return run
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines if "loss" in json.loads(line)]
+    steps = [row for row in rows_of(run.path / "metrics.jsonl") if "loss" in row]
     return [{n: row[n] for n in (*EXACT, *CLOSE) if n in row} for row in steps]
 
 

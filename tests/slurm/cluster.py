@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.wire.address import own_address
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "srun")
@@ -76,7 +77,7 @@ class Cluster:
         key = folder / "munge" / "key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(1024))
-        ports = free_ports(nodes + 1)
+        ports = pick_free_ports(nodes + 1)
         self.address = outer_address()
         host = socket.gethostname().partition(".")[0]
         lines = [CONF.format(host=host, port=ports[0], folder=folder)]
@@ -189,14 +190,6 @@ def outer_address() -> str:
         return own_address("192.0.2.1", 9)
     except OSError:
         return "127.0.0.1"
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def is_alive(pid: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from asyncgrpo.algorithms import PRESETS, check_name
-from asyncgrpo.room import Room, Unbounded
+from asyncgrpo.settings.room import Room, Unbounded
 
 WEIGHTS = ("decoupled", "tis", "tis_sequence")
 MASKS = ("icepop", "geometric_mask", "opsm", "m2po")
@@ -182,8 +182,18 @@ class AlgoSettings(Room):
 def _contradictions(algo: AlgoSettings) -> Iterator[str]:
     """Why this combination could not work, or would silently do nothing."""
     yield from _correction_problems(algo)
-    yield from _order_problems(algo)
-    yield from _kl_problems(algo)
+    yield from _without_effect(algo)
+    for name, band in (("icepop", algo.icepop), ("geometric_mask", algo.geometric_mask)):
+        if not band.low < 1.0 < band.high:
+            yield (
+                f"{name}.low={band.low} and {name}.high={band.high} must satisfy low < 1 < high: "
+                "the band is around equal policies"
+            )
+    if algo.kl_coef and algo.kl == "k1" and algo.kl_in == "loss":
+        yield (
+            "kl=k1 in the loss has an expected gradient of zero: it would only add noise; set "
+            "algo.kl to k2 or k3, or algo.kl_in to reward"
+        )
     yield from _unused(algo)
     if algo.advantage == "batch_std" and algo.reward_combination == "normalise_each":
         yield (
@@ -220,26 +230,22 @@ def _correction_problems(algo: AlgoSettings) -> Iterator[str]:
             f"loss={algo.loss} weighs each token with pi / mu itself; correction={shown} would "
             "count that twice, or hide it; set algo.correction to 'bypass' (masks may be added)"
         )
-    yield from _without_effect(algo)
 
 
 def _without_effect(algo: AlgoSettings) -> Iterator[str]:
     is_one = algo.optimizer_steps == 1
-    remedy = (
-        "set algo.correction to 'bypass' (ratio pi / mu), or algo.minibatches or algo.passes >= 2"
-    )
-    if is_one and "bypass" not in algo.correction:
-        if algo.loss in RATIO_LOSSES:
+    acting = {
+        f"loss={algo.loss} acts on": algo.loss in RATIO_LOSSES,
+        f"dual_clip={algo.dual_clip} bounds": algo.dual_clip is not None,
+    }
+    for what, is_set in acting.items():
+        if is_set and is_one and "bypass" not in algo.correction:
             yield (
-                f"loss={algo.loss} acts on r = pi / p, which is exactly 1 with one optimizer step "
-                f"per batch: it could not have any effect; {remedy}"
+                f"{what} r = pi / p, which is exactly 1 with one optimizer step per batch: it "
+                "could not have any effect; set algo.correction to 'bypass' (ratio pi / mu), or "
+                "algo.minibatches or algo.passes >= 2"
             )
-        if algo.dual_clip is not None:
-            yield (
-                f"dual_clip={algo.dual_clip} bounds r = pi / p, which is exactly 1 with one "
-                f"optimizer step per batch: it could not have any effect; {remedy}"
-            )
-    if algo.proximal == "loglinear" and algo.optimizer_steps == 1:
+    if algo.proximal == "loglinear" and is_one:
         yield (
             "proximal=loglinear approximates p between mu and pi, but with one optimizer step per "
             "batch p is pi, exactly and at no cost; leave it out, or set algo.minibatches or "
@@ -252,46 +258,21 @@ def _without_effect(algo: AlgoSettings) -> Iterator[str]:
         )
 
 
-def _order_problems(algo: AlgoSettings) -> Iterator[str]:
-    for name, band in (("icepop", algo.icepop), ("geometric_mask", algo.geometric_mask)):
-        if not band.low < 1.0 < band.high:
-            yield (
-                f"{name}.low={band.low} and {name}.high={band.high} must satisfy low < 1 < high: "
-                "the band is around equal policies"
-            )
-
-
-def _kl_problems(algo: AlgoSettings) -> Iterator[str]:
-    if algo.kl_coef and algo.kl == "k1" and algo.kl_in == "loss":
-        yield (
-            "kl=k1 in the loss has an expected gradient of zero: it would only add noise; set "
-            "algo.kl to k2 or k3, or algo.kl_in to reward"
-        )
-    if not algo.kl_coef:
-        for name in ("kl_target", "reference"):
-            if _differs(algo, name):
-                yield f"{name} is set, but kl_coef=0 loads no reference; set kl_coef, e.g. 1e-3"
-
-
 def _unused(algo: AlgoSettings) -> Iterator[str]:
     """Settings of algorithms that are not named would silently do nothing."""
+    changed = algo.model_dump(exclude_defaults=True)  # a resolved dump sets everything
+    for name in ("kl_target", "reference"):
+        if changed.get(name) and not algo.kl_coef:
+            yield f"{name} is set, but kl_coef=0 loads no reference; set kl_coef, e.g. 1e-3"
     for name in ("cispo", "sapo", "dppo_tv", "vespo", "topr", "gspo"):
-        if _differs(algo, name) and not algo.loss.startswith(name) and ":" not in algo.loss:
+        if changed.get(name) and not algo.loss.startswith(name) and ":" not in algo.loss:
             yield f"{name} is set, but loss={algo.loss} does not use it; set algo.loss to {name!r}"
     for name in ("tis_sequence", *MASKS):
-        if _differs(algo, name) and name not in algo.correction:
+        if changed.get(name) and name not in algo.correction:
             shown = ", ".join(algo.correction)
             yield f"{name} is set, but correction={shown} does not name it; add {name!r} there"
     if algo.dual_clip is not None and algo.loss != "ppo_clip" and ":" not in algo.loss:
         yield f"dual_clip is set, but loss={algo.loss} does not use it; leave it out"
-
-
-def _differs(algo: AlgoSettings, name: str) -> bool:
-    """Set to something else than its default; a resolved dump sets everything."""
-    value, default = getattr(algo, name), AlgoSettings.model_fields[name].default
-    if isinstance(value, Room):  # as values: two rooms differ also by which keys were given
-        return bool(value.model_dump() != default.model_dump())
-    return bool(value != default)
 
 
 def notices(algo: AlgoSettings) -> Iterator[str]:

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from asyncgrpo.errors import BadInput, ConfigError, RoleFailed
-from asyncgrpo.launch.error_file import ERROR_FILE, read_error, record_error
-from asyncgrpo.launch.logs import LogTail, before_torchrun_report, last_lines
-from asyncgrpo.launch.verdict import describe_exit, failure, judge_exit
+from asyncgrpo.launch.child import LogTail
+from asyncgrpo.launch.ends import (
+    ERROR_FILE,
+    describe_exit,
+    failure,
+    judge_exit,
+    last_lines,
+    read_error,
+    record_error,
+)
 
 
 def test_the_end_of_each_role_means_what_the_table_says() -> None:
@@ -29,16 +36,19 @@ def test_the_end_of_each_role_means_what_the_table_says() -> None:
         ("actor", 2, 0): "fail",
     }
     for (role, code, restarts), verdict in table.items():
-        assert judge_exit(role, code, restarts, max_restarts=2) == verdict, (role, code)  # type: ignore[arg-type]
+        assert judge_exit(role, code, restarts, max_restarts=2) == verdict, (role, code)
 
 
-def test_exit_codes_are_told_in_words() -> None:
+def test_exit_codes_are_told_in_words(tmp_path: Path) -> None:
     assert describe_exit(3) == "ended with exit code 3"
     assert describe_exit(-11) == "was ended by SIGSEGV"
+    assert describe_exit(-40) == "was ended by signal 40"
     assert "out of memory" in describe_exit(-9)
-    bare = failure("actor-0", 2, 0, None, Path("a.log"), ["error: no data"])
+    log = tmp_path / "a.log"
+    log.write_text("error: no data\n")
+    bare = failure("actor-0", 2, 0, tmp_path / "none", log)
     assert isinstance(bare, BadInput)
-    assert str(bare) == "actor-0 refused its input; last lines of a.log:\n  error: no data"
+    assert str(bare) == f"actor-0 refused its input; last lines of {log}:\n  error: no data"
 
 
 def test_the_first_recorded_error_counts_and_a_broken_record_is_shown_as_it_is(
@@ -61,16 +71,16 @@ def test_the_first_recorded_error_counts_and_a_broken_record_is_shown_as_it_is(
     assert (broken.exit_code, broken.message) == (3, '{"exit_code": 2, "mess')
 
 
-def test_the_lines_shown_of_a_dead_learner_end_before_torchruns_own_report() -> None:
-    report = (
-        "E1121 03:34 9 torch/distributed/elastic/multiprocessing/api.py:1] failed (exitcode: 1)"
-    )
-    assert before_torchrun_report(["a", "ValueError: b", report, "Traceback", "c"]) == [
-        "a",
-        "ValueError: b",
-    ]
-    assert before_torchrun_report([report, "c"]) == [report, "c"]
-    assert before_torchrun_report(["a", "b"]) == ["a", "b"]
+def test_the_lines_shown_of_a_dead_learner_end_before_torchruns_own_report(tmp_path: Path) -> None:
+    report = "W1121 03:34 9 torch/distributed/elastic/multiprocessing/api.py:1] failed (exit 1)"
+    log = tmp_path / "learner.log"
+    for written, shown in (
+        (["a", "ValueError: b", report, report, "c"], ["a", "ValueError: b"]),
+        ([report, "c"], [report, "c"]),
+        (["a", "b"], ["a", "b"]),
+    ):
+        log.write_text("\n".join(written))
+        assert last_lines(log, 9) == shown
 
 
 def test_a_tail_gives_whole_lines_once_and_the_rest_at_the_end(tmp_path: Path) -> None:

@@ -14,15 +14,14 @@ import pytest
 import reward_functions
 
 from asyncgrpo.errors import RewardError
-from asyncgrpo.imports import find_function
-from asyncgrpo.packing import importable_name, own_name, pack
+from asyncgrpo.imports import find_function, importable_name, own_name, pack
 
 SCRIPT = """
 import functools, math, sys
 from dataclasses import dataclass
 from pathlib import Path
 import beside
-from asyncgrpo.packing import importable_name, pack
+from asyncgrpo.imports import importable_name, pack
 
 BONUS = 0.5
 CALLS = []

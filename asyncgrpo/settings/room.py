@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Unbounded = Annotated[float, Field(allow_inf_nan=True)]  # inf is no bound; limits refuse nan
+# Which form of data.train or eval an error is about.
+TEXT, TABLE, TABLES = "<text>", "<table>", "<tables>"
 
 
 class Room(BaseModel):

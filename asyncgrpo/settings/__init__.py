@@ -1,0 +1,1 @@
+"""Sections of the settings; asyncgrpo/config.py makes the whole of them."""
