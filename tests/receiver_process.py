@@ -1,15 +1,14 @@
 """An actor that holds two small matrices instead of a model; run by test_weights.py.
 
-usage: receiver_process.py NAME WEIGHTS_ADDRESS FAULT
-Prints "live VERSION" when a version was swapped in, "error ..." when it was refused.
+It says "live VERSION" when a version was swapped in, "error ..." when it was refused.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -55,7 +54,11 @@ def keys_of_the_environment() -> Keys | None:
     return read_keys(RunDir(path=Path(), config=config, endpoints=None), "client")
 
 
-def main(name: str, address: str, fault: str) -> None:
+def receive(
+    name: str, address: str, fault: str, says: Connection, environment: dict[str, str]
+) -> None:
+    """The life of an actor, in a process of its own; fault: what goes wrong there, or "none"."""
+    os.environ.update(environment)
     if fault == "die_in_broadcast":
         WeightGroup.broadcast = lambda group, buckets, then: os.kill(os.getpid(), signal.SIGKILL)
     if fault == "tampered":
@@ -66,7 +69,7 @@ def main(name: str, address: str, fault: str) -> None:
         try:
             receiver.check()
         except WeightsError as error:
-            print(f"error {error}", flush=True)
+            says.send(f"error {error}")
             return
         staged = receiver.staged()
         if staged is None:
@@ -82,8 +85,4 @@ def main(name: str, address: str, fault: str) -> None:
         tokens = logprobs(held).argmax(-1).tolist()
         values = logprobs(held)[range(len(tokens)), tokens].tolist()
         receiver.loaded(version, 0.0, list(zip(tokens, values, strict=True)))
-        print(f"live {version}", flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        says.send(f"live {version}")

@@ -191,7 +191,7 @@ def test_the_estimate_shows_every_gpu_of_an_engine(tmp_path: Path) -> None:
 
 
 def test_weights_for_other_processes_travel_as_the_name_of_their_memory() -> None:
-    manifest = Manifest(names=("a", "b"), dtypes=("float32",) * 2, shapes=((3,), (2, 50_000)))
+    manifest = Manifest(names=("a", "b"), shapes=((3,), (2, 50_000)), dtype="float32")
     flat = FlatWeights.for_children(manifest)
     flat.fill([("a", torch.arange(3.0)), ("b", torch.full((2, 50_000), 0.5))])
     name = pickle.dumps(flat)

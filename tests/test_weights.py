@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import queue
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from receiver_process import VOCAB, logprobs
+from receiver_process import VOCAB, logprobs, receive
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -42,7 +40,8 @@ from asyncgrpo.wire.keys import make_keys, read_keys
 from asyncgrpo.wire.schema import WEIGHTS_REQUESTS
 from asyncgrpo.wire.sockets import DealerClient
 
-SCRIPT = Path(__file__).with_name("receiver_process.py")
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["asyncgrpo.weights.receiver"])
 
 
 def tensors(seed: int) -> list[tuple[str, torch.Tensor]]:
@@ -350,26 +349,24 @@ def free_port() -> int:
 
 
 class Actor:
-    """A receiver process and the lines it prints."""
+    """A receiver process and what it says; forked from one that has imported torch."""
 
     def __init__(self, name: str, address: str, fault: str = "none") -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), name, address, fault], stdout=subprocess.PIPE, text=True
-        )
-        self.lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.put(line.strip())
+        self.lines, says = FORKED.Pipe(duplex=False)
+        arguments = (name, address, fault, says, dict(os.environ))
+        self.process = FORKED.Process(target=receive, args=arguments, daemon=True)
+        self.process.start()
+        says.close()
 
     def next_line(self) -> str:
-        return self.lines.get(timeout=30)
+        assert self.lines.poll(30)
+        return self.lines.recv()
 
-    def stop(self) -> None:
+    def end(self) -> None:
         self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.join()
+        self.process.close()
+        self.lines.close()
 
 
 class Network:
@@ -393,7 +390,7 @@ class Network:
     def stop(self) -> None:
         self.sender.close()
         for actor in self._actors:
-            actor.stop()
+            actor.end()
 
 
 @pytest.fixture
@@ -508,10 +505,10 @@ def test_with_keys_only_their_holders_take_part(tmp_path, monkeypatch):
     sender.wait_for_actors(1, 30)
     assert actor.next_line() == "live 0"
     assert sender.metrics()["publish/actors"] == 1
-    assert stranger.lines.empty()
+    assert not stranger.lines.poll()
     sender.close()
-    actor.stop()
-    stranger.stop()
+    for each in (actor, stranger):
+        each.end()
 
 
 @pytest.mark.parametrize("doomed_name", ["actor-0", "actor-2"])
@@ -523,7 +520,8 @@ def test_an_actor_killed_in_the_broadcast_does_not_stop_the_others(network, doom
     publish(sender, 0, size=1 << 20)
     # Not after weights.transfer_timeout_seconds, when the rest of the broadcast is given up.
     assert good.next_line() == "live 0"
-    assert doomed.process.wait(30) == -signal.SIGKILL
+    doomed.process.join(30)
+    assert doomed.process.exitcode == -signal.SIGKILL
     publish(sender, 1, size=1 << 20)
     sender.settle(30)
     assert good.next_line() == "live 1"
@@ -623,8 +621,7 @@ def test_parameters_are_read_between_publish_and_release_only(make_network, over
     late = network.start("actor-1")
     with sender._changed:
         sender._wait(lambda: len(sender._handshake.members) == 2, "joining", 30)
-    with pytest.raises(queue.Empty):
-        late.lines.get(timeout=0.3)
+    assert not late.lines.poll(0.3)
     publish_live(3)
     sender.wait_for_actors(2, 30)
     assert late.next_line() == "live 3"
@@ -815,4 +812,4 @@ def test_ranks_gather_while_rank_0_sends_whoever_dies_or_is_late():
         for process in learners:
             process.kill()
         for each in filter(None, (good, doomed, late)):
-            each.stop()
+            each.end()
