@@ -74,6 +74,8 @@ def _metric(metric: Metric) -> tuple[str, ...]:
     name = metric.name
     if metric.room == "eval":
         name = name.replace("eval/", "eval/[<eval>/]") + ("@<k>" if "k" in metric.labels else "")
+    elif "function" in metric.labels:
+        name = name.replace("function_", "<function>/")
     elif metric.family != "groups_ended":
         for label, value in metric.labels.items():
             name = name.replace(value, f"<{label}>", 1)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.gate import Gate, TokenGate
 from asyncgrpo.buffer.leases import STATES, lease_seed
-from asyncgrpo.buffer.replay import Replay, deal
+from asyncgrpo.buffer.replay import Replay, deal, part_metrics
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.observe.metrics import metric_of
 from asyncgrpo.staleness import past_bound
 from asyncgrpo.wire.codec import Packet, group_packet, groups_from, lease_from, shard_from
 
@@ -173,6 +174,26 @@ def test_groups_that_are_trained_again_stand_in_the_order_in_which_a_ledger_keep
     replay.hold(1, [(20, make_group(make_lease(20)))])
     replay.add_again(1, count=2, most=1, max_staleness=4)
     assert [group.lease.lease_id for group in replay.whole(1)] == ["t20", "t11", "t14"]
+
+
+def test_scores_of_each_function_are_averaged_where_it_applied():
+    store = Replay("arrival", 0)
+    parts = [{"right": [1, 0], "tidy": [np.nan, 4]}, {"right": [1, 1], "tidy": [np.nan, np.nan]}]
+    for ticket, scores in enumerate(parts):
+        named = {name: np.array(part, np.float32) for name, part in scores.items()}
+        store.add(ticket, replace(group_of(ticket, 3), reward_parts=named))
+    found = part_metrics(store.take(2, None))
+    assert found == {
+        "rewards/right/mean": 0.75,
+        "rewards/right/std": pytest.approx(3**0.5 / 4),
+        "rewards/tidy/mean": 4.0,
+        "rewards/tidy/std": 0.0,
+    }
+    metric, labels = metric_of("rewards/a/b/mean")
+    assert (metric.prometheus_name, labels) == (
+        "asyncgrpo_buffer_rewards_function_mean",
+        {"function": "a/b"},
+    )
 
 
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=24), st.integers(1, 4))

@@ -42,7 +42,7 @@ from asyncgrpo.buffer.gate import make_gate
 from asyncgrpo.buffer.journal import Batches, Journal, NoJournal
 from asyncgrpo.buffer.leases import STATES, LeaseBook, OpenLease
 from asyncgrpo.buffer.queue import PromptQueue
-from asyncgrpo.buffer.replay import Replay, Seen, lags, tickets, trained
+from asyncgrpo.buffer.replay import Replay, Seen, lags, part_metrics, tickets, trained
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
 from asyncgrpo.types import EndedGroup, Group
@@ -93,7 +93,7 @@ class BufferCore:
         self._is_stopped = False
         self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
-        self._lags: dict[str, float] = {}  # of the newest batch
+        self._of_batch: dict[str, float] = {}  # metrics of the newest
         self.num_replayed = 0  # groups that were added to batches though trained before
         self.num_refused = 0  # messages, as the server counts them
         self._restore(now)
@@ -176,7 +176,7 @@ class BufferCore:
             "reward_arrived_sum": self._sums["reward"],
             "refused_messages": self.num_refused,
             **({"groups_replayed": self.num_replayed} if self.num_replayed else {}),
-            **self._lags,
+            **self._of_batch,
             "gate_open": self.gate.open_for(max(self._held.values(), default=0)),
             "actors_waiting": len(self._waiting_actors),
         }
@@ -382,7 +382,7 @@ class BufferCore:
         batch = self.replay.batches[self.step] = self.replay.take(count, oldest_open)
         self.gate.formed(count)
         self.leases.move(tickets(batch), "stored", "taken", step=self.step)
-        self._lags = lags(batch, self.step, now)
+        self._of_batch = lags(batch, self.step, now) | part_metrics(batch)
         if buffer.replay_ratio:
             more, most = buffer.groups_per_step - count, math.ceil(buffer.replay_ratio)
             self.replay.add_again(self.step, more, most, buffer.max_staleness)

@@ -202,6 +202,23 @@ def lags(batch: Iterable[Stored], step: int, now: float) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in parts.items()}
 
 
+def part_metrics(batch: Iterable[Stored]) -> dict[str, float]:
+    """Mean and deviation of each reward function's scores over a batch's completions.
+
+    Where a function did not apply (NaN) it does not count; the deviation is that of all (ddof 0).
+    """
+    scores: dict[str, list[Float32]] = {}
+    for stored in batch:
+        for name, part in stored.group.reward_parts.items():
+            scores.setdefault(name, []).append(part)
+    found: dict[str, float] = {}
+    for name, parts in scores.items():
+        whole = np.concatenate(parts)
+        if len(known := whole[~np.isnan(whole)].astype(np.float64)):
+            found |= {f"rewards/{name}/mean": known.mean(), f"rewards/{name}/std": known.std()}
+    return {name: float(value) for name, value in found.items()}
+
+
 def tickets(batch: Iterable[Stored]) -> list[int]:
     """The leases of some groups."""
     return [stored.ticket for stored in batch]

@@ -5,6 +5,7 @@ asyncgrpo_<room>_<thing>_<unit>[_total]: `tokens_generated` of the room actor, a
 is `asyncgrpo_actor_generated_tokens_total`. What names of one family differ in becomes labels:
 `lag_3/kl` is `asyncgrpo_learner_lag_kl_nats{lag="3"}`. `eval/NAME/pass@4` is pass@k of the
 evaluation block NAME for k = 4: `eval/pass` in the table, two labels for Prometheus.
+`rewards/NAME/mean` is that of the reward function NAME: `rewards/function_mean` in the table.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ FAMILIES = (
     (r"leases_(?P<state>\w+)", "leases_ended"),
     (r"groups_(?P<state>filtered|expired|evicted|failed|ignored)_(?P<reason>\w+)", "groups_ended"),
     (r"reward_arrived_sum", "reward_arrived"),  # may fall: no counter
+    (r"rewards/function_(?P<rest>\w+)(?P<function>)", "rewards/function_{rest}"),
     (r"eval/pass(?P<eval>)(?P<k>)", "eval/pass"),
     (r"eval/(?P<rest>\w+)(?P<eval>)", "eval/{rest}"),
 )
@@ -127,6 +129,7 @@ METRICS: Mapping[str, Metric] = {
     for pattern, (unit, rises) in rows.items()
     for name in _names(pattern)
 }
+_REWARD = re.compile(r"rewards/(?P<function>.+)/(?P<quantity>mean|std)", re.DOTALL)
 _EVAL = re.compile(r"eval/(?:(?P<eval>[\w.-]+)/)?(?P<quantity>\w+)(?:@(?P<k>\d+))?")
 
 
@@ -140,6 +143,9 @@ def metric_of(name: str) -> tuple[Metric, dict[str, str]]:
     if found := _EVAL.fullmatch(name):
         labels = {"eval": found["eval"] or HELD_OUT} | ({"k": found["k"]} if found["k"] else {})
         metric = METRICS.get(f"eval/{found['quantity']}")
+    elif found := _REWARD.fullmatch(name):
+        labels = {"function": found["function"]}
+        metric = METRICS[f"rewards/function_{found['quantity']}"]
     elif metric := METRICS.get(name):
         labels = dict(metric.labels)
     if metric is None:
