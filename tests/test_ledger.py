@@ -22,7 +22,7 @@ from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
 from asyncgrpo.buffer.server import send
 from asyncgrpo.data.prompts import PromptSource
 from asyncgrpo.data.streams import EpochStream
-from asyncgrpo.errors import LedgerError
+from asyncgrpo.errors import ConfigError, LedgerError
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.staleness import bound_of
 from asyncgrpo.types import Completions
@@ -580,7 +580,7 @@ def test_a_ledger_of_another_release_is_refused(tmp_path):
     database = sqlite3.connect(tmp_path / FILE)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(LedgerError, match=r"tables of version 99, not 3"):
+    with pytest.raises(ConfigError, match=r"tables of version 99, not 3"):
         Ledger(tmp_path)
 
 
