@@ -114,7 +114,7 @@ def launch(
     settings = load_config(config, overridden(set_, flags))
     session = Session(settings, resume=found is not None)
     if dry_run:
-        session.show_plan()
+        session.show_plan(serial)
     else:
         raise typer.Exit(session.run_serially(stop_flag()) if serial else session.run())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from asyncgrpo.launch.environment import (
 )
 from asyncgrpo.launch.model_folder import check_model_folder, quick_tokenizer
 from asyncgrpo.launch.preflight import (
+    check_resumable,
     check_run_dir,
     choose_endpoints,
     pick_free_ports,
@@ -221,8 +224,31 @@ def test_a_run_dir_is_made_with_its_folders_and_checking_it_makes_nothing(tmp_pa
 
 def test_a_run_dir_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
-    with pytest.raises(ConfigError, match="already holds a run; give another --run-dir"):
+    with pytest.raises(ConfigError, match="another --run-dir, or go on with it by --resume"):
         check_run_dir(tmp_path)
+
+
+def test_a_run_of_an_earlier_release_does_not_go_on_and_nothing_is_started(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(Config().model_dump_json())
+    assert check_resumable(tmp_path, Config()) == 0
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as ledger:
+        ledger.execute("PRAGMA user_version = 2")
+    before = sorted(tmp_path.iterdir())
+    result = CliRunner().invoke(app, ["launch", "--resume", str(tmp_path)])
+    with pytest.raises(ConfigError, match="tables of version 2, not 3: use the release of"):
+        raise result.exception or AssertionError(result.output)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_of_a_serial_run_shows_one_process(tmp_path: Path) -> None:
+    serial = ["launch", "--config", "tiny", "--serial", "--dry-run", "--run-dir", str(tmp_path)]
+    said = CliRunner().invoke(app, serial).output
+    assert "serial: one actor with the toy engine, one learner, no sockets" in said
+    assert "engines  1," in said
+    assert "role learner" not in said
+    refused = CliRunner().invoke(app, [*serial, "--set", "learner.lora.publish=adapter"]).exception
+    assert isinstance(refused, ConfigError)
+    assert "--serial has the toy engine" in str(refused)
 
 
 def test_a_run_dir_under_a_file_is_refused(tmp_path: Path) -> None:

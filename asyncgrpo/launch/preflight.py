@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from asyncgrpo.buffer.ledger import FILE as LEDGER_FILE
+from asyncgrpo.buffer.ledger import LedgerReader
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch.plan import LOOPBACK, role_names
@@ -91,8 +93,8 @@ def check_run_dir(path: Path) -> None:
     # os.path.exists, unlike Path.exists, takes "may not look" for "no".
     if os.path.exists(path / "config.json"):
         raise ConfigError(
-            f"run directory {path} already holds a run; give another --run-dir (each Trainer makes "
-            "one run)"
+            f"run directory {path} already holds a run; give another --run-dir, or go on with it "
+            "by --resume (each Trainer makes one run)"
         )
     ancestor = path.absolute()
     while not os.path.exists(ancestor):
@@ -171,6 +173,8 @@ def check_resumable(run_dir: Path, config: Config) -> int:
                 f"{setting}={new!r} cannot change within a run: it was {old!r}; "
                 "leave it as it was, or start another run"
             )
+    if (run_dir / LEDGER_FILE).exists():  # not yet, when the run was killed at its start
+        LedgerReader(run_dir).close()
     checkpoint = newest(run_dir / FOLDER)
     if checkpoint is None and saved(run_dir / FOLDER):
         raise ConfigError(

@@ -62,6 +62,7 @@ from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.settings.algo import notices
 from asyncgrpo.wire.keys import make_keys
 
+SERIAL = "serial: one actor with the toy engine, one learner, no sockets"
 _promised: set[Path] = set()  # directories of this process, made or not
 
 
@@ -100,15 +101,17 @@ class Session:
         self._doors: Endpoints | None = None  # None: any free ones
         self._warnings = [*notices(config.algo), *unusual(config)]
 
-    def show_plan(self) -> None:
+    def show_plan(self, serial: bool = False) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
         absent: list[str] = []
+        if serial:
+            self._make_serial()
         self.check(absent)
         host, gpus = detect_host(), self._config.launch.gpus
         if gpus > len(host.gpu_ids):
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
             host = replace(host, gpu_ids=tuple(map(str, range(gpus))))
-        plan = render_plan(self._plan(self._config, host))
+        plan = SERIAL if serial else render_plan(self._plan(self._config, host))
         notes = [f"warning: {warning}" for warning in self._warnings]
         notes += [f"not checked: {line}" for line in absent]
         blocks = [plan, render_sizes(self._config), "\n".join(notes)]
@@ -138,6 +141,19 @@ class Session:
 
     def run_serially(self, stopping: Callable[[], bool] = lambda: False) -> int:
         """All roles in this process (`--serial`); stopping: to end early, with a checkpoint."""
+        self._make_serial()
+        with self.prepared() as (run, _):
+            self._console.print(SERIAL)
+            from asyncgrpo.serial import run_serial  # torch
+
+            is_done = run_serial(run, stopping=stopping)
+            self._end_scraping()
+        if is_done:
+            show_summary(self.run_dir, self._console)
+        return EXIT_DONE if is_done else EXIT_INTERRUPTED
+
+    def _make_serial(self) -> None:
+        """Settings of one process; ConfigError when they need more."""
         if self._config.learner.published_adapter:
             raise ConfigError(
                 "learner.lora.publish='adapter' needs vLLM, but --serial has the toy engine, which "
@@ -146,15 +162,6 @@ class Session:
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})
-        with self.prepared() as (run, _):
-            self._console.print("serial: one actor with the toy engine, one learner, no sockets")
-            from asyncgrpo.serial import run_serial  # torch
-
-            is_done = run_serial(run, stopping=stopping)
-            self._end_scraping()
-        if is_done:
-            show_summary(self.run_dir, self._console)
-        return EXIT_DONE if is_done else EXIT_INTERRUPTED
 
     def _end_scraping(self) -> None:
         """Takes the run off Prometheus: what is still a target and gone has failed."""
