@@ -83,6 +83,15 @@ def test_the_lines_shown_of_a_dead_learner_end_before_torchruns_own_report(tmp_p
         assert last_lines(log, 9) == shown
 
 
+def test_a_tail_leaves_out_what_was_logged_before_the_run_went_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    path.write_bytes(b"an old failure\n")
+    tail = LogTail(path)
+    with path.open("ab") as file:
+        file.write(b"new\n")
+    assert tail.new_lines(at_end=True) == ["new"]
+
+
 def test_a_tail_gives_whole_lines_once_and_the_rest_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     tail = LogTail(path)

@@ -25,7 +25,9 @@ class LogTail:
     """Hands out what was appended to a file since the last call, in whole lines."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._position, self._rest = path, 0, b""
+        """What the file holds already, of a run that goes on, is not handed out."""
+        self._path, self._rest = path, b""
+        self._position = path.stat().st_size if path.exists() else 0
 
     def new_lines(self, *, at_end: bool = False) -> list[str]:
         """New whole lines; with `at_end` everything, an unfinished last line included."""
