@@ -94,7 +94,7 @@ def check_run_dir(path: Path) -> None:
     if os.path.exists(path / "config.json"):
         raise ConfigError(
             f"run directory {path} already holds a run; give another --run-dir, or go on with it "
-            "by --resume (each Trainer makes one run)"
+            "by --resume (asyncgrpo buffer: --join; each Trainer makes one run)"
         )
     ancestor = path.absolute()
     while not os.path.exists(ancestor):
