@@ -194,6 +194,7 @@ def test_scores_of_each_function_are_averaged_where_it_applied():
         "asyncgrpo_buffer_rewards_function_mean",
         {"function": "a/b"},
     )
+    assert metric_of("rewards//std")[1] == {"function": ""}  # an actor may call it anything
 
 
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=24), st.integers(1, 4))
