@@ -127,7 +127,10 @@ class Ledger:
     """A journal.Journal in a file, open for writing."""
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time) -> None:
-        """Opens or begins the ledger of a run directory; LedgerError when that cannot be."""
+        """Opens or begins the ledger of a run directory; LedgerError when that cannot be.
+
+        ConfigError for that of another release: no restart of the buffer would help.
+        """
         self._path, self._clock = run_dir / FILE, clock
         self._closing, self._aside = Event(), Thread(target=self._checkpoints, daemon=True)
         with _explained(self._path):
@@ -306,7 +309,7 @@ class LedgerReader:
     """Questions to one moment of a ledger, also while the buffer writes on. Changes nothing."""
 
     def __init__(self, run_dir: Path, timeout_seconds: float = 60.0) -> None:
-        """ConfigError when there is no ledger; LedgerError when it cannot be read."""
+        """ConfigError: no ledger, or another release's; LedgerError when it cannot be read."""
         self._path, self._timeout_seconds = run_dir / FILE, timeout_seconds
         if not self._path.is_file():
             raise ConfigError(f"{run_dir} holds no {FILE}; give the directory of a run")
@@ -371,7 +374,7 @@ def _explanation(path: Path, error: sqlite3.Error) -> LedgerError:
 def _version(db: sqlite3.Connection, path: Path) -> int:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version not in (0, VERSION):
-        raise LedgerError(
+        raise ConfigError(
             f"ledger {path} has tables of version {version}, not {VERSION}: use the "
             "release of asyncgrpo that wrote it"
         )
