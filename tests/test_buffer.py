@@ -194,6 +194,7 @@ def test_scores_of_each_function_are_averaged_where_it_applied():
         "asyncgrpo_buffer_rewards_function_mean",
         {"function": "a/b"},
     )
+    assert metric_of("rewards//std")[1] == {"function": ""}  # an actor may call it anything
 
 
 @given(st.lists(st.integers(1, 30), min_size=4, max_size=24), st.integers(1, 4))
@@ -573,6 +574,39 @@ def test_finite_prompts_end_with_a_smaller_batch_and_then_exhausted():
         if answer.kind == "shard":
             ask("learner-0", trained_packet(step, groups_from(answer), world_size=1))
     assert sizes == [4, 2, "exhausted"]
+
+
+def test_a_rank_that_asks_for_the_next_step_early_is_not_told_the_end_before_the_others():
+    core = BufferCore(config_of(), CountingPrompts(limit=6), lambda step, ended: None)
+
+    def ask(peer, packet):
+        return [answer for _, answer in core.handle(peer, packet, 0.0)]
+
+    def take(step, rank):
+        fields = {"step": step, "rank": rank, "world_size": 2}
+        return ask(f"rank-{rank}", Packet(kind="take", request_id=step + 1, fields=fields))
+
+    ask("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}))
+    (granted,) = ask("a.1", Packet(kind="lease", request_id=2, fields={"version": 0, "max": 9}))
+    for fields in granted.fields["leases"]:
+        ask("a.1", group_packet("put", [make_group(lease_from(fields))]))
+    shards = [take(0, rank)[0] for rank in (0, 1)]
+    assert take(1, 1) == []  # rank 1 is ahead: rank 0 has not told of step 0 yet
+    groups = [group for shard in shards for group in groups_from(shard)]
+    _, early = ask("rank-0", trained_packet(0, groups))
+    (other,) = take(1, 0)
+    assert [early.kind, other.kind] == ["shard", "shard"]
+
+
+def test_a_stop_after_a_rank_was_told_the_end_splits_no_ranks():
+    core = BufferCore(config_of(), CountingPrompts(limit=0), lambda step, ended: None)
+    kinds = []
+    for rank in (0, 1):
+        fields = {"step": 0, "rank": rank, "world_size": 2}
+        request = Packet(kind="take", request_id=1, fields=fields)
+        kinds += [answer.kind for _, answer in core.handle(f"rank-{rank}", request, 0.0)]
+        core.handle(f"rank-{rank}", Packet(kind="stop", request_id=2), 0.0)
+    assert kinds == ["exhausted", "exhausted"]
 
 
 def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():

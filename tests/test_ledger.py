@@ -22,7 +22,7 @@ from asyncgrpo.buffer.ledger import FILE, Ledger, LedgerReader
 from asyncgrpo.buffer.server import send
 from asyncgrpo.data.prompts import PromptSource
 from asyncgrpo.data.streams import EpochStream
-from asyncgrpo.errors import ConfigError, LedgerError
+from asyncgrpo.errors import BadInput, LedgerError
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.staleness import bound_of
 from asyncgrpo.types import Completions
@@ -575,13 +575,14 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
         Ledger(tmp_path)
 
 
-def test_a_ledger_of_another_release_is_refused(tmp_path):
+def test_a_ledger_of_another_release_is_bad_input_with_which_nothing_is_started_again(tmp_path):
     Ledger(tmp_path).close()
     database = sqlite3.connect(tmp_path / FILE)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(ConfigError, match=r"tables of version 99, not 3"):
-        Ledger(tmp_path)
+    for open_ledger in (Ledger, LedgerReader):
+        with pytest.raises(BadInput, match=r"tables of version 99, not 3"):
+            open_ledger(tmp_path)
 
 
 def test_data_that_changed_under_a_run_is_noticed_when_the_buffer_restarts(peer):

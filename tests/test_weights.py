@@ -8,9 +8,11 @@ import random
 import signal
 import socket
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WeightsError
+from asyncgrpo.learner import loop
 from asyncgrpo.learner.parallel import Published
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.weights import flat as flat_module
@@ -372,11 +375,13 @@ class Actor:
 class Network:
     """A sender and the actors that were started."""
 
-    def __init__(self, folder: Path, transport: str = "gloo", **weights) -> None:
+    def __init__(self, folder: Path, transport: str = "gloo", rooms=None, **weights) -> None:
         settings = {"ready_timeout_seconds": 4.0, "bucket_bytes": 1024, **weights}
         self.address, self._actors = f"tcp://127.0.0.1:{free_port()}", []
+        rooms = {"weights": settings, "buffer": {"max_staleness": 4}, **(rooms or {})}
+        self.config = from_mapping(rooms)
         self.sender = CollectiveSender(
-            from_mapping({"weights": settings, "buffer": {"max_staleness": 4}}),
+            self.config,
             self.address,
             ("127.0.0.1", free_port()),
             transport=transport,
@@ -813,3 +818,53 @@ def test_ranks_gather_while_rank_0_sends_whoever_dies_or_is_late():
             process.kill()
         for each in filter(None, (good, doomed, late)):
             each.end()
+
+
+class Untrained:
+    """A lone rank's updater that has nothing to train on; an actor joins when it saves."""
+
+    def __init__(self, network: Network) -> None:
+        self._network, self._policy = network, torch.nn.ParameterDict(dict(tensors(0)))
+
+    def restore(self) -> int:
+        return 0
+
+    def canary_logprobs(self):
+        return logprobs(dict(tensors(0))).numpy()
+
+    def weights(self) -> Published:
+        return Published(self._policy, is_sharded=True)
+
+    def save(self) -> None:
+        self._network.start("actor-1")
+        while self._network.sender.metrics()["publish/actors"] < 2:
+            time.sleep(0.01)
+
+
+class NoPrompts:
+    """A buffer without prompts."""
+
+    def call(self, packet, timeout_seconds, meanwhile=None) -> Packet:
+        kind = "exhausted" if packet.kind == "take" else "noted"
+        return Packet(kind=kind, fields={"reports": []})
+
+
+def test_an_actor_that_joins_when_the_prompts_are_used_up_gets_weights_with_fsdp(
+    make_network, monkeypatch
+):
+    monkeypatch.setattr(loop, "CALL_SECONDS", 3.0)
+    alone = {"launch": {"actors": 1}, "data": {"eval": "none"}}
+    network = make_network(rooms={"learner": {"parallel": "fsdp"}, **alone})
+    first, recorder = network.start("actor-0"), Mock()
+    learner = loop.Learner(
+        network.config,
+        updater=Untrained(network),
+        client=NoPrompts(),
+        sender=network.sender,
+        recorder=recorder,
+        exporter=Mock(),
+    )
+    assert learner.run()
+    assert first.next_line() == "live 0"
+    assert network.sender.metrics()["publish/proofs"] == 2
+    assert recorder.finish.called

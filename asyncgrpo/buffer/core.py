@@ -90,7 +90,7 @@ class BufferCore:
         self._waiting_actors: dict[str, Packet] = {}  # peer -> lease request that waits
         self._waiting_takes: dict[tuple[str, int], Packet] = {}
         self._evaluations = Evaluations(config, prompts.held_out, self.leases, self._journal)
-        self._is_stopped = False
+        self._is_stopped = self._is_over = False  # over: a rank was told that it is exhausted
         self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
         self._of_batch: dict[str, float] = {}  # metrics of the newest
@@ -322,7 +322,8 @@ class BufferCore:
                 f"the learner begins at step {step}, but the groups of step {gone[0]} are gone: a "
                 f"newer checkpoint covered them; put it back, or start another run"
             )
-        self._is_stopped = False  # torchrun asks the ranks to stop when one of them has died
+        # torchrun asks the ranks to stop when one of them has died
+        self._is_stopped = self._is_over = False
         self._journal.began(step)
         self._evaluations.forget(step)
         if again:
@@ -339,7 +340,7 @@ class BufferCore:
         self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
-        self._is_stopped = True
+        self._is_stopped = not self._is_over  # all ranks end in the same way
         return [(peer, _answer(packet, "noted"))]
 
     def _on_take(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -358,8 +359,8 @@ class BufferCore:
                 answer = shard_packet(self.replay.shard(step, rank, world_size))
             elif self._is_stopped:
                 answer = Packet(kind="stopped")
-            elif self._exhausted():
-                answer = Packet(kind="exhausted")
+            elif step == self.step and self._exhausted():
+                answer, self._is_over = Packet(kind="exhausted"), True
             else:
                 continue
             del self._waiting_takes[peer, rank]

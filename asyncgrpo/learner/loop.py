@@ -111,7 +111,8 @@ class Learner:
             self._updater.weights().help()
         answer = self._client.call(packet, seconds, meanwhile=self._while_waiting)
         if self._sender is not None and self._is_sharded:
-            self._sender.release()
+            if answer.kind == "shard":  # else they do not change any more
+                self._sender.release()
             self._updater.weights().help()
         return answer
 

@@ -129,7 +129,7 @@ METRICS: Mapping[str, Metric] = {
     for pattern, (unit, rises) in rows.items()
     for name in _names(pattern)
 }
-_REWARD = re.compile(r"rewards/(?P<function>.+)/(?P<quantity>mean|std)", re.DOTALL)
+_REWARD = re.compile(r"rewards/(?P<function>.*)/(?P<quantity>mean|std)", re.DOTALL)
 _EVAL = re.compile(r"eval/(?:(?P<eval>[\w.-]+)/)?(?P<quantity>\w+)(?:@(?P<k>\d+))?")
 
 
