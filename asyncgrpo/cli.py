@@ -236,6 +236,11 @@ def _become(name: str, join: Path) -> NoReturn:
     from asyncgrpo.rundir import RunDir
 
     run = RunDir.read(join.absolute())
+    if run.is_done:
+        raise ConfigError(
+            f"{join} is done, see its summary.json; to train on, start a run with its model: "
+            f"--model {join / 'model'}"
+        )
     port = pick_free_ports(1)[0] if name == "learner" else 0
     spec = hand_started(name, run.config, run.path, port)
     os.execvpe(spec.argv[0], spec.argv, {**os.environ, **spec.environment})

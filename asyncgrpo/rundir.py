@@ -57,9 +57,18 @@ class RunDir:
     @classmethod
     def read(cls, path: Path) -> RunDir:
         """Reads what `write` wrote; ConfigError when this is no run directory, or a broken one."""
-        config = _read(path / "config.json", TypeAdapter(dict[str, Any]))
+        settings = _read(path / "config.json", TypeAdapter(dict[str, Any]))
         endpoints = _read(path / "endpoints.json", TypeAdapter(Endpoints))
-        return cls(path=path, config=from_mapping(config), endpoints=endpoints)
+        try:
+            config = from_mapping(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path / 'config.json'}: {error}") from None
+        return cls(path=path, config=config, endpoints=endpoints)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the learner has come to the end of the run."""
+        return (self.path / "summary.json").exists()
 
     def write(self) -> None:
         """Writes config.json and endpoints.json."""

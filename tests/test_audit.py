@@ -125,7 +125,7 @@ LIES = {
     "a repeated row": (change_row(lambda row: [row, row]), {"trajectories"}),
     "an old row": (change_row(lambda row: [{**row, "staleness": 3}]), {"staleness"}),
     "a step from nowhere": (
-        lambda folder: (folder / "step_70.jsonl").write_text(""),
+        lambda folder: (folder / "step_8.jsonl").write_text(""),
         {"trajectories"},
     ),
     "a lost step": (lambda folder: (folder / "step_1.jsonl").unlink(), {"trajectories"}),
@@ -141,6 +141,12 @@ def test_the_audit_of_a_killed_run_is_green_and_shows_what_is_open(halted):
     for state in ("open", "stored", "trained", "filtered"):
         assert f" {state}" in result.output
     assert re.search(r"filtered completions are \d+% (short|long)er than trained", result.output)
+
+
+def test_what_a_killed_buffer_wrote_and_did_not_commit_is_not_wrong(halted, tmp_path):
+    """Step 6 was trained, and something became too old for step 7, in one turn."""
+    copy = spoilt(halted, tmp_path, edit=lambda folder: (folder / "step_7.jsonl").write_text(""))
+    assert CliRunner().invoke(app, ["audit", str(copy)]).exit_code == 0
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import make_run
 from typer.testing import CliRunner
 
 from asyncgrpo import __version__
@@ -367,3 +368,21 @@ def test_the_quick_tokenizer_counts_as_the_model_does(tmp_path: Path) -> None:
     assert tokenise(quick_tokenizer(str(model)), messages, data) == tokenise(
         quick_tokenizer("tiny"), messages, data
     )
+
+
+def test_a_run_that_is_done_cannot_be_joined(asyncgrpo: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run.path / "summary.json").write_text("{}")
+    for role in ("learner", "actor"):
+        code, _, err = asyncgrpo(role, "--join", run.path)
+        assert (code, f"{run.path} is done" in err) == (2, True)
+
+
+def test_a_setting_of_another_release_is_named_with_the_file_that_has_it(
+    asyncgrpo: Any, tmp_path: Path
+) -> None:
+    file = make_run(tmp_path / "run").path / "config.json"
+    settings = json.loads(file.read_text())
+    write_json(file, {**settings, "actor": {**settings["actor"], "threds": 1}})
+    code, _, err = asyncgrpo("audit", file.parent)
+    assert (code, f"{file}: unknown setting actor.threds; did you mean" in err) == (2, True)

@@ -151,7 +151,8 @@ class Audit:
 def audit(run: RunDir) -> Audit:
     """Checks a run that is going on, done, or killed. What is under way is open, not wrong.
 
-    Trajectories are checked up to the last step that is committed as trained.
+    Trajectories are checked up to the last step that is committed as trained. A buffer that was
+    killed may have written those of one more, and what became too old for the one after that.
     """
     buffer = run.config.buffer
     files = step_files(run.path)
@@ -173,7 +174,7 @@ def audit(run: RunDir) -> Audit:
     wrong["trajectories"] += [
         (None, f"{files[step]} is there, but the next step is {next_step}")
         for step in files
-        if step > max([next_step, *(former for _, former in rollbacks)])
+        if step > max([next_step + 1, *(former for _, former in rollbacks)])
     ]
     columns, rows = reader.query(
         "SELECT state, reason, count(*) AS leases, total(num_completions) AS completions,"
