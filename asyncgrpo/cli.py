@@ -233,10 +233,10 @@ def _become(name: str, join: Path) -> NoReturn:
     """Goes over to the process of a role, whose environment must be there when it begins."""
     from asyncgrpo.launch.plan import hand_started
     from asyncgrpo.launch.preflight import pick_free_ports
-    from asyncgrpo.rundir import RunDir
+    from asyncgrpo.rundir import RunDir, is_done
 
     run = RunDir.read(join.absolute())
-    if run.is_done:
+    if is_done(run.path):
         raise ConfigError(
             f"{join} is done, see its summary.json; to train on, start a run with its model: "
             f"--model {join / 'model'}"

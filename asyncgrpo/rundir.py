@@ -65,11 +65,6 @@ class RunDir:
             raise ConfigError(f"{path / 'config.json'}: {error}") from None
         return cls(path=path, config=config, endpoints=endpoints)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the learner has come to the end of the run."""
-        return (self.path / "summary.json").exists()
-
     def write(self) -> None:
         """Writes config.json and endpoints.json."""
         config = self.config.model_dump(mode="json")
@@ -96,6 +91,11 @@ def _read(file: Path, kind: TypeAdapter[Kind]) -> Kind:
         ) from None
 
 
+def is_done(run_dir: Path) -> bool:
+    """Whether the learner has come to the end of the run: its last file is there."""
+    return (run_dir / "summary.json").exists()
+
+
 def stop_flag(unwatched: Path | None = None, linger_seconds: float = 0.0) -> Callable[[], bool]:
     """A flag that the launcher's signal sets, or Ctrl-C; loops look at it between two turns.
 
@@ -105,7 +105,7 @@ def stop_flag(unwatched: Path | None = None, linger_seconds: float = 0.0) -> Cal
     seen: list[float] = []  # when the run was found to be over
 
     def is_over() -> bool:
-        if unwatched and not seen and (unwatched / "summary.json").exists():
+        if unwatched and not seen and is_done(unwatched):
             seen.append(time.monotonic())
         return bool(seen) and time.monotonic() - seen[0] >= linger_seconds
 

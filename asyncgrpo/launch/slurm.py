@@ -19,6 +19,7 @@ from asyncgrpo.launch.plan import LOOPBACK, Host, ProcessSpec
 from asyncgrpo.launch.preflight import choose_endpoints, pick_free_ports
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.saved import FOLDER, saved
+from asyncgrpo.rundir import is_done
 from asyncgrpo.wire.address import own_address
 
 ANSWER_SECONDS = 60.0
@@ -136,9 +137,9 @@ class SlurmSession(Session):
                 "the job's time was up before a step was saved, so it is not requeued: it would "
                 "go on like that for ever; give it more --time"
             )
-        is_done = (self.run_dir / "summary.json").exists()  # by chance, meanwhile
         must_go = time_is_up or self._job.is_preempted()
-        return self._requeue() if must_go and not is_done else code
+        is_over = is_done(self.run_dir)  # by chance, meanwhile
+        return self._requeue() if must_go and not is_over else code
 
     def _requeue(self) -> int:
         self._console.print("requeued; the next attempt goes on with the newest checkpoint")

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncgrpo.rows import whole_rows
+from asyncgrpo.rundir import is_done
 from asyncgrpo.settings.reward import HELD_OUT
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -187,18 +188,18 @@ def follow(
 
     Elsewhere than on a terminal: where it stands now, then one line per step.
     """
-    is_done = (run_dir / "summary.json").exists()
+    is_over = is_done(run_dir)
     progress = Progress(run_dir, max_steps, console)
-    if not is_done and (once or not console.is_terminal):
+    if not is_over and (once or not console.is_terminal):
         progress.read()
         console.print(progress.panel())
-    if not (is_done or once):
+    if not (is_over or once):
         with progress:
-            while not is_done:
-                is_done = (run_dir / "summary.json").exists()
+            while not is_over:
+                is_over = is_done(run_dir)
                 progress.tick()
                 pause()
-    if is_done:
+    if is_over:
         show_summary(run_dir, console)
 
 
