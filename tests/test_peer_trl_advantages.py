@@ -39,7 +39,7 @@ def our_advantages(parts: np.ndarray, size: int, **algo: Any) -> np.ndarray:
         {"algo": {**algo, "group_size": size}, "reward": {"functions": functions}}
     )
     groups = [_group(chunk) for chunk in np.split(parts, len(parts) // size)]
-    batch = SimpleNamespace(groups=groups, kl=None)
+    batch = SimpleNamespace(groups=groups, extras=[np.zeros(size)] * len(groups))
     spread = Preparer(config, None, None, "cpu")._batch_std([batch])
     return np.concatenate([advantages(g, config, np.zeros(size), spread) for g in groups])
 

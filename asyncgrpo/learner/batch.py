@@ -19,15 +19,16 @@ of the batch, counted over its groups, that sequence is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.staleness import StalenessAction, bound_of
-from asyncgrpo.types import Completion, Float32, Group, Int32, sequence_cost
+from asyncgrpo.types import Float32, Group, Int32, sequence_cost
 
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -52,37 +53,38 @@ class Batch:
     cu_seqlens: Int32  # [N + 1] sequence i lies on places cu_seqlens[i] to cu_seqlens[i + 1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PackReport:
     """What entered the loss of one rank and what was masked, by reason."""
 
-    num_loss_tokens: int
-    num_masked_tokens: int  # past max_staleness, or of the next
-    num_nonfinite_sequences: int  # completions with a behaviour log-prob that is NaN or infinite
-    num_counted_tokens: int  # what the loss divides by: all but truncated ones, masked or not
-    num_counted_sequences: int
+    num_loss_tokens: int = 0
+    num_masked_tokens: int = 0  # past max_staleness, or of the next
+    num_nonfinite_sequences: int = 0  # with a behaviour log-prob that is NaN or infinite
+    num_counted_tokens: int = 0  # what the loss divides by: all but truncated ones, masked or not
+    num_counted_sequences: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Scored:
-    """One completion with what the loss needs to know about each of its T tokens."""
+class _Row(NamedTuple):
+    """One completion of T tokens behind its prompt of P."""
 
-    prompt_token_ids: Int32  # [P]
-    completion: Completion
+    tokens: Int32  # [P + T]
+    loss_mask: Bool  # [T] what is trained on
+    behavior_logprobs: Float32  # [T]
+    staleness: Int32  # [T]
     completion_id: int
-    staleness: Int64  # [T]
-    is_masked: Bool  # [T] past the bound, or in a completion whose log-probs are not all finite
-    is_finite: bool  # all behaviour log-probs are
-    is_truncated: bool  # and therefore masked
-    loss_mask: Bool  # [T]
 
     @property
     def num_places(self) -> int:
-        return len(self.prompt_token_ids) + len(self.completion.token_ids) - 1
+        return len(self.tokens) - 1
 
     @property
     def cost(self) -> float:
         return sequence_cost(self.num_places)
+
+
+_ZERO = np.zeros(1, np.int32)
+# One place outside the loss: a forward and backward pass that adds nothing.
+NOTHING = _Row(np.zeros(2, np.int32), _ZERO > 0, _ZERO.astype(np.float32), _ZERO, 0)
 
 
 def pack(
@@ -114,21 +116,32 @@ def pack(
     Raises StalenessError when a token is past the bound and staleness_action is not "mask": the
     buffer's eviction should not have let it through.
     """
-    scored = list(_score(groups, step, max_staleness, staleness_action, mask_truncated))
-    trained = sorted(
-        (item for item in scored if item.loss_mask.any()), key=lambda item: item.num_places
-    )
-    count = agree(max(len(_fill(trained, max_tokens)), 1))
-    batches = [_join(items) for items in _balanced(trained, max_tokens, count)]
-    counted = [item for item in scored if not item.is_truncated]
-    report = PackReport(
-        num_loss_tokens=sum(int(item.loss_mask.sum()) for item in scored),
-        num_masked_tokens=sum(int(item.is_masked.sum()) for item in scored),
-        num_nonfinite_sequences=sum(not item.is_finite for item in scored),
-        num_counted_tokens=sum(len(item.completion.token_ids) for item in counted),
-        num_counted_sequences=len(counted),
-    )
-    return (*batches, *[_empty_batch()] * (count - len(batches))), report
+    rows, report = [], PackReport()
+    every = ((group, completion) for group in groups for completion in group.completions)
+    for number, (group, completion) in enumerate(every):
+        staleness = step - completion.versions
+        is_stale = staleness > bound_of(max_staleness, staleness_action)
+        if staleness_action != "mask" and is_stale.any():
+            raise _too_old(group.lease.lease_id, step, int(staleness.max()), max_staleness)
+        # One NaN or infinite log-prob would make the loss and all gradients NaN.
+        is_finite = bool(np.isfinite(completion.behavior_logprobs).all())
+        is_masked = is_stale | (not is_finite)
+        is_counted = not (mask_truncated and completion.finish_reason == "length")
+        loss_mask = ~is_masked & is_counted
+        report.num_loss_tokens += int(loss_mask.sum())
+        report.num_masked_tokens += int(is_masked.sum())
+        report.num_nonfinite_sequences += not is_finite
+        report.num_counted_tokens += len(completion.token_ids) * is_counted
+        report.num_counted_sequences += is_counted
+        if loss_mask.any():
+            assert len(group.prompt_token_ids) > 0, "the first token has no input"
+            tokens = np.concatenate([group.prompt_token_ids, completion.token_ids])
+            behavior = completion.behavior_logprobs
+            rows.append(_Row(tokens, loss_mask, behavior, staleness, number))
+    rows.sort(key=lambda row: row.num_places)
+    count = agree(max(len(_fill(rows, max_tokens)), 1))
+    batches = [_join(part) for part in _balanced(rows, max_tokens, count)]
+    return (*batches, *[_join([NOTHING])] * (count - len(batches))), report
 
 
 def with_advantages(
@@ -146,103 +159,56 @@ def with_advantages(
     return replace(batch, advantages=np.where(batch.loss_mask, spread, 0.0).astype(np.float32))
 
 
-def _score(
-    groups: Sequence[Group],
-    step: int,
-    max_staleness: int,
-    action: StalenessAction,
-    mask_truncated: bool,
-) -> Iterator[_Scored]:
-    """Every completion, with the staleness of its tokens and whether they are trained on."""
-    every = ((group, completion) for group in groups for completion in group.completions)
-    for number, (group, completion) in enumerate(every):
-        assert len(group.prompt_token_ids) > 0, "the first token of an empty prompt has no input"
-        staleness = step - completion.versions.astype(np.int64)
-        is_stale = staleness > bound_of(max_staleness, action)
-        if action != "mask" and is_stale.any():
-            oldest = int(staleness.max())
-            raise StalenessError(
-                f"group {group.lease.lease_id} has a token of version {step - oldest} at step "
-                f"{step}: {oldest} versions old, allowed are max_staleness={max_staleness}. The "
-                "buffer should have evicted this group: please report it; "
-                "buffer.staleness_action=mask only masks such tokens"
-            )
-        # One NaN or infinite log-prob would make the loss and all gradients NaN.
-        is_finite = bool(np.isfinite(completion.behavior_logprobs).all())
-        is_truncated = mask_truncated and completion.finish_reason == "length"
-        is_masked = is_stale | (not is_finite)
-        yield _Scored(
-            prompt_token_ids=group.prompt_token_ids,
-            completion=completion,
-            completion_id=number,
-            staleness=staleness,
-            is_masked=is_masked,
-            is_finite=is_finite,
-            is_truncated=is_truncated,
-            loss_mask=~(is_masked | is_truncated),
-        )
+def _too_old(lease_id: str, step: int, oldest: int, max_staleness: int) -> StalenessError:
+    return StalenessError(
+        f"group {lease_id} has a token of version {step - oldest} at step {step}: {oldest} "
+        f"versions old, allowed are max_staleness={max_staleness}. The buffer should have evicted "
+        "this group: please report it; buffer.staleness_action=mask only masks such tokens"
+    )
 
 
-def _fill(
-    items: Sequence[_Scored], max_tokens: int, max_cost: float = math.inf
-) -> list[list[_Scored]]:
-    """Cuts the items, in their order, into runs of at most max_tokens places and max_cost."""
-    runs: list[list[_Scored]] = []
+def _fill(rows: Sequence[_Row], max_tokens: int, max_cost: float = math.inf) -> list[list[_Row]]:
+    """Cuts the rows, in their order, into runs of at most max_tokens places and max_cost."""
+    runs: list[list[_Row]] = []
     places, cost = 0, math.inf
-    for item in items:
-        places, cost = places + item.num_places, cost + item.cost
+    for row in rows:
+        places, cost = places + row.num_places, cost + row.cost
         if places > max_tokens or cost > max_cost or not runs:
             runs.append([])
-            places, cost = item.num_places, item.cost
-        runs[-1].append(item)
+            places, cost = row.num_places, row.cost
+        runs[-1].append(row)
     return runs
 
 
-def _balanced(items: Sequence[_Scored], max_tokens: int, count: int) -> list[list[_Scored]]:
-    """Cuts the items into at most `count` runs, the costliest of which is as cheap as can be."""
-    low, high = 0.0, sum(item.cost for item in items)
+def _balanced(rows: Sequence[_Row], max_tokens: int, count: int) -> list[list[_Row]]:
+    """Cuts the rows into at most `count` runs, the costliest of which is as cheap as can be."""
+    low, high = 0.0, sum(row.cost for row in rows)
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        if len(_fill(items, max_tokens, middle)) <= count:
+        if len(_fill(rows, max_tokens, middle)) <= count:
             high = middle
         else:
             low = middle
-    return _fill(items, max_tokens, high)
+    return _fill(rows, max_tokens, high)
 
 
-def _join(items: Sequence[_Scored]) -> Batch:
-    """Lays the items end to end."""
-    lengths = np.array([item.num_places for item in items], np.int32)
-    tokens = [np.concatenate([i.prompt_token_ids, i.completion.token_ids]) for i in items]
-    mask = np.concatenate([np.pad(i.loss_mask, (len(i.prompt_token_ids) - 1, 0)) for i in items])
+def _join(rows: Sequence[_Row]) -> Batch:
+    """Lays the rows end to end."""
+    lengths = np.array([row.num_places for row in rows], np.int32)
+    masks = [np.pad(row.loss_mask, (row.num_places - len(row.loss_mask), 0)) for row in rows]
+    mask = np.concatenate(masks)
     behavior, staleness = np.zeros(len(mask), np.float32), np.zeros(len(mask), np.int32)
-    behavior[mask] = np.concatenate([i.completion.behavior_logprobs[i.loss_mask] for i in items])
-    staleness[mask] = np.concatenate([i.staleness[i.loss_mask] for i in items])
+    behavior[mask] = np.concatenate([row.behavior_logprobs[row.loss_mask] for row in rows])
+    staleness[mask] = np.concatenate([row.staleness[row.loss_mask] for row in rows])
     return Batch(
-        input_ids=np.concatenate([row[:-1] for row in tokens]).astype(np.int64),
-        target_ids=np.concatenate([row[1:] for row in tokens]).astype(np.int64),
+        input_ids=np.concatenate([row.tokens[:-1] for row in rows]).astype(np.int64),
+        target_ids=np.concatenate([row.tokens[1:] for row in rows]).astype(np.int64),
         position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
         loss_mask=mask,
         behavior_logprobs=behavior,
         advantages=np.zeros(len(mask), np.float32),
         staleness=staleness,
-        sequence_ids=np.repeat(np.arange(len(items), dtype=np.int32), lengths),
-        completion_ids=np.array([item.completion_id for item in items], np.int32),
+        sequence_ids=np.repeat(np.arange(len(rows), dtype=np.int32), lengths),
+        completion_ids=np.array([row.completion_id for row in rows], np.int32),
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-    )
-
-
-def _empty_batch() -> Batch:
-    """One place outside the loss: a forward and backward pass that adds nothing."""
-    return Batch(
-        input_ids=np.zeros(1, np.int64),
-        target_ids=np.zeros(1, np.int64),
-        position_ids=np.zeros(1, np.int64),
-        loss_mask=np.zeros(1, np.bool_),
-        behavior_logprobs=np.zeros(1, np.float32),
-        advantages=np.zeros(1, np.float32),
-        staleness=np.zeros(1, np.int32),
-        sequence_ids=np.zeros(1, np.int32),
-        completion_ids=np.zeros(1, np.int32),
-        cu_seqlens=np.array([0, 1], np.int32),
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from asyncgrpo.learner.model import PackedRow, PolicyHead, packed_row
 from asyncgrpo.observe.metrics import SEQUENCE_RULES
 from asyncgrpo.observe.token_log import Columns
 from asyncgrpo.staleness import share_of
-from asyncgrpo.types import Float32, Group
+from asyncgrpo.types import Completion, Float32, Group
 
 Logprobs = tuple[Tensor, ...]  # float32 [S] per micro-batch
 
@@ -58,20 +57,21 @@ class Reference:
             own.lerp_(other.to(own.dtype), alpha)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class OptimizerBatch:
-    """What one optimizer step is made from on this rank."""
+    """What one optimizer step is made from on this rank; the Preparer fills it in."""
 
     groups: tuple[Group, ...]
-    first_group: int = 0  # how many groups the optimizer batches before this one hold
     batches: tuple[Batch, ...]  # micro-batches
     rows: tuple[PackedRow, ...]  # the same for the model, on its device
-    advantages: tuple[Float32, ...] = ()  # [G] of each group, before a KL per token is taken off
     report: PackReport
     totals: Totals
-    proximal: Logprobs | None = None  # None: pi itself, as before the only optimizer step
+    first_group: int = 0  # how many groups the optimizer batches before this one hold
     ref: Logprobs | None = None
-    kl: tuple[Float64, ...] | None = None  # [S] kl_coef KL(mu || ref), when it is in the reward
+    proximal: Logprobs | None = None  # None: pi itself, as before the only optimizer step
+    kl: Sequence[Float64] = ()  # [S] kl_coef KL(mu || ref) per micro-batch, if in the reward
+    extras: Sequence[Float64] = ()  # [G] of each group, added to its rewards
+    advantages: Sequence[Float32] = ()  # [G] of each group, before a KL per token is taken off
 
     def inputs(self, index: int, logprobs: Tensor, entropy: Tensor, config: Config) -> LossInputs:
         """The loss's inputs for micro-batch `index`; logprobs and entropy as PolicyHead gives."""
@@ -102,27 +102,25 @@ class OptimizerBatch:
             totals=self.totals,
         )
 
-    def completions(self, index: int) -> Iterator[tuple[int, int, slice]]:
-        """(group, sample, places of its tokens) of each completion on micro-batch `index`."""
+    def completions(self, index: int) -> Iterator[tuple[int, int, Completion, slice]]:
+        """(group, sample, completion, places of its tokens) of all on micro-batch `index`."""
         batch = self.batches[index]
-        if not batch.loss_mask.any():
-            return
-        flat = [(g, i) for g, group in enumerate(self.groups) for i in range(len(group.rewards))]
-        for which, end in zip(batch.completion_ids, batch.cu_seqlens[1:].tolist(), strict=True):
-            group, sample = flat[which]
-            count = len(self.groups[group].completions[sample].token_ids)
-            yield group, sample, slice(end - count, end)
+        every = [
+            (g, i, c) for g, own in enumerate(self.groups) for i, c in enumerate(own.completions)
+        ]
+        if batch.loss_mask.any():  # else it holds none
+            for which, end in zip(batch.completion_ids, batch.cu_seqlens[1:].tolist(), strict=True):
+                yield *every[which], slice(end - len(every[which][2].token_ids), end)
 
     def culprit(self, losses: Sequence[Tensor]) -> str:
         """The first token whose loss is not finite, by its group; losses: [S] per micro-batch."""
         for index, values in enumerate(losses):
-            for group, sample, places in self.completions(index):
-                token_ids = self.groups[group].completions[sample].token_ids
+            for group, sample, completion, places in self.completions(index):
                 for token, loss in enumerate(values[places].tolist()):
                     if not math.isfinite(loss):
                         return (
-                            f"loss {loss} at group {self.groups[group].lease.lease_id}, "
-                            f"completion {sample}, token {token} (id {token_ids[token]})"
+                            f"loss {loss} at group {self.groups[group].lease.lease_id}, completion "
+                            f"{sample}, token {token} (id {completion.token_ids[token]})"
                         )
         return "no loss of this rank's tokens is to blame: the backward pass, or another rank"
 
@@ -137,8 +135,7 @@ class OptimizerBatch:
             "mask": inputs.mask.bool(),
         }
         arrays = {n: v.cpu().numpy() for n, v in tensors.items() if v is not None}
-        for group, sample, places in self.completions(index):
-            completion = self.groups[group].completions[sample]
+        for group, sample, completion, places in self.completions(index):
             count = len(completion.token_ids)
             yield {
                 "lease": np.full(count, self.first_group + group),
@@ -165,14 +162,14 @@ class Preparer:
         self, step: int, parts: Sequence[tuple[Group, ...]], kl_coef: float
     ) -> list[OptimizerBatch]:
         """One optimizer batch per part, in order. kl_coef: of KL in the reward."""
-        drafts = [self._scored(self._packed(step, groups), kl_coef) for groups in parts]
-        spread = self._batch_std(drafts)
-        ready: list[OptimizerBatch] = []
-        for draft in drafts:
-            batch = self._with_advantages(draft, spread)
-            totals = replace(batch.totals, second_moment_cut=self._second_moment_cut(batch))
-            first = sum(len(before.groups) for before in ready)
-            ready.append(replace(batch, totals=totals, first_group=first))
+        ready = [self._packed(step, groups) for groups in parts]
+        for batch in ready:
+            self._score(batch, kl_coef)
+        spread, first = self._batch_std(ready), 0
+        for batch in ready:
+            self._set_advantages(batch, spread)
+            batch.totals = replace(batch.totals, second_moment_cut=self._second_moment_cut(batch))
+            batch.first_group, first = first, first + len(batch.groups)
         return ready
 
     def _packed(self, step: int, groups: tuple[Group, ...]) -> OptimizerBatch:
@@ -201,18 +198,27 @@ class Preparer:
         )
 
     @torch.no_grad()
-    def _scored(self, draft: OptimizerBatch, kl_coef: float) -> OptimizerBatch:
-        """With the log-probs of reference and proximal policy, where they are needed."""
-        algo, ref, proximal, kl = self._config.algo, None, None, None
+    def _score(self, batch: OptimizerBatch, kl_coef: float) -> None:
+        """Log-probs of reference and proximal policy, where they are needed; what rewards get."""
+        config, algo = self._config, self._config.algo
         if self._reference is not None:
-            ref = tuple(self._reference.logprobs(row) for row in draft.rows)
+            batch.ref = tuple(self._reference.logprobs(row) for row in batch.rows)
         # With one optimizer step p is pi, and log-linear p needs no pass; m2po's cut needs one.
         several = algo.optimizer_steps > 1 and algo.proximal == "recompute"
         if several or "m2po" in algo.correction:
-            proximal = tuple(self._head(row)[0] for row in draft.rows)
-        if ref is not None and algo.kl_in != "loss":
-            kl = tuple(kl_coef * self._kl(*pair) for pair in zip(draft.batches, ref, strict=True))
-        return replace(draft, ref=ref, proximal=proximal, kl=kl)
+            batch.proximal = tuple(self._head(row)[0] for row in batch.rows)
+        batch.extras = [shaping.penalties(group, config) for group in batch.groups]
+        if batch.ref is None or algo.kl_in == "loss":
+            return
+        pairs = zip(batch.batches, batch.ref, strict=True)
+        batch.kl = [kl_coef * self._kl(*pair) for pair in pairs]
+        if algo.kl_in == "reward":
+            flat = np.concatenate([np.zeros(0), *batch.extras])
+            for part, values in zip(batch.batches, batch.kl, strict=True):
+                ids = part.completion_ids[part.sequence_ids]
+                flat -= np.bincount(ids, weights=values, minlength=len(flat))
+            ends = np.cumsum([len(extra) for extra in batch.extras], dtype=int)
+            batch.extras = np.split(flat, ends)[:-1]
 
     def _kl(self, batch: Batch, ref: Tensor) -> Float64:
         """float64 [S]: the estimate of KL(mu || ref) at each loss token."""
@@ -220,47 +226,36 @@ class Preparer:
         values = call("kl", self._config.algo.kl, delta)
         return np.where(batch.loss_mask, values.numpy(), 0.0)
 
-    def _extras(self, draft: OptimizerBatch) -> list[Float64]:
-        """What is added to the rewards of each group: length penalties, and KL per completion."""
-        extras = [shaping.penalties(group, self._config) for group in draft.groups]
-        if draft.kl is None or self._config.algo.kl_in != "reward":
-            return extras
-        flat = np.concatenate([np.zeros(0), *extras])
-        for batch, values in zip(draft.batches, draft.kl, strict=True):
-            ids = batch.completion_ids[batch.sequence_ids]
-            flat -= np.bincount(ids, weights=values, minlength=len(flat))
-        ends = accumulate(len(extra) for extra in extras)
-        return [flat[end - len(extra) : end] for extra, end in zip(extras, ends, strict=True)]
-
-    def _batch_std(self, drafts: Sequence[OptimizerBatch]) -> float:
+    def _batch_std(self, ready: Sequence[OptimizerBatch]) -> float:
         """Of all rewards of the batch, all ranks; NaN when nothing looks at it."""
         if self._config.algo.advantage != "batch_std":
             return math.nan
-        pairs = [pair for d in drafts for pair in zip(d.groups, self._extras(d), strict=True)]
+        pairs = [pair for batch in ready for pair in zip(batch.groups, batch.extras, strict=True)]
         rewards = [group.rewards.astype(np.float64) + extra for group, extra in pairs]
         own = torch.from_numpy(np.concatenate([np.zeros(0), *rewards])).to(self._device)
         return float(ranks.collected(own).std(correction=self._config.algo.advantage_ddof))
 
-    def _with_advantages(self, draft: OptimizerBatch, batch_std: float) -> OptimizerBatch:
-        pairs = zip(draft.groups, self._extras(draft), strict=True)
-        values = [shaping.advantages(group, self._config, x, batch_std) for group, x in pairs]
-        flat = np.concatenate([*values, np.zeros(1, np.float32)])  # the last: of an empty batch
-        buffer, batches = self._config.buffer, []
-        for index, batch in enumerate(draft.batches):
+    def _set_advantages(self, batch: OptimizerBatch, batch_std: float) -> None:
+        config, buffer = self._config, self._config.buffer
+        pairs = zip(batch.groups, batch.extras, strict=True)
+        batch.advantages = [shaping.advantages(g, config, x, batch_std) for g, x in pairs]
+        flat = np.concatenate([*batch.advantages, np.zeros(1, "f4")])  # the last: of an empty batch
+        parts = []
+        for index, part in enumerate(batch.batches):
             on_places: Float64 | float = 0.0
-            if draft.kl is not None and self._config.algo.kl_in == "reward_token":
-                on_places = -shaping.reward_to_go(draft.kl[index], batch.cu_seqlens)
-            shares = share_of(batch.staleness, buffer.max_staleness, buffer.staleness_action)
-            batches.append(with_advantages(batch, flat, on_places, shares))
-        return replace(draft, advantages=tuple(values), batches=tuple(batches))
+            if config.algo.kl_in == "reward_token" and batch.kl:
+                on_places = -shaping.reward_to_go(batch.kl[index], part.cu_seqlens)
+            shares = share_of(part.staleness, buffer.max_staleness, buffer.staleness_action)
+            parts.append(with_advantages(part, flat, on_places, shares))
+        batch.batches = tuple(parts)
 
-    def _second_moment_cut(self, draft: OptimizerBatch) -> float:
+    def _second_moment_cut(self, batch: OptimizerBatch) -> float:
         algo = self._config.algo
-        if "m2po" not in algo.correction or draft.proximal is None:
+        if "m2po" not in algo.correction or batch.proximal is None:
             return math.inf
         moments = []
-        for index, logprobs in enumerate(draft.proximal):
-            inputs = draft.inputs(index, logprobs, torch.zeros_like(logprobs), self._config)
+        for index, logprobs in enumerate(batch.proximal):
+            inputs = batch.inputs(index, logprobs, torch.zeros_like(logprobs), self._config)
             is_chosen = inputs.mask.bool() & moves_on(inputs.log_weight, inputs.advantages)
             moments.append(inputs.log_weight[is_chosen].square())
         return second_moment_cut(ranks.collected(torch.cat(moments)), algo.m2po.threshold)
