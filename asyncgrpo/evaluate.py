@@ -4,29 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Group
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalReport:
-    """One evaluation. Shares and means are over the prompts that were answered."""
-
-    name: str
-    version: int
-    num_prompts: int
-    num_answered: int  # fewer than num_prompts when an actor died on the way
-    num_samples: int  # completions per prompt
-    temperature: float
-    accuracy: float  # share of all completions
-    pass_at_k: dict[str, float]  # "4" -> mean over prompts
-    reward_mean: float
-    mean_tokens: float
-    truncated_share: float  # of all completions
-    accuracy_by_source: dict[str, float]
-    seconds: float
 
 
 def is_correct(scores: Sequence[float], correct_above: float) -> list[bool]:
@@ -52,8 +33,12 @@ def summarise(
     num_prompts: int,
     correct_above: float,
     seconds: float,
-) -> EvalReport:
-    """Averages over all completions of the groups; 0.0 where there is nothing to average."""
+) -> dict[str, Any]:
+    """The report of one evaluation: shares and means over the prompts that were answered.
+
+    num_answered is less than num_prompts when an actor died on the way; accuracy and
+    truncated_share are of all completions; where there is nothing to average, 0.0.
+    """
     groups = list(groups)
     first_parts = [next(iter(group.reward_parts.values())).tolist() for group in groups]
     correct = [is_correct(scores, correct_above) for scores in first_parts]
@@ -61,24 +46,24 @@ def summarise(
     for group, right in zip(groups, correct, strict=True):
         by_source.setdefault(group.lease.prompt.data_source, []).extend(right)
     completions = [completion for group in groups for completion in group.completions]
-    return EvalReport(
-        name=block.name,
-        version=version,
-        num_prompts=num_prompts,
-        num_answered=len(groups),
-        num_samples=block.num_samples,
-        temperature=block.sampling.temperature,
-        accuracy=_mean([right for rights in correct for right in rights]),
-        pass_at_k={
+    return {
+        "name": block.name,
+        "version": version,
+        "num_prompts": num_prompts,
+        "num_answered": len(groups),
+        "num_samples": block.num_samples,
+        "temperature": block.sampling.temperature,
+        "accuracy": _mean([right for rights in correct for right in rights]),
+        "pass_at_k": {
             str(k): _mean([pass_at_k(len(right), sum(right), k) for right in correct])
             for k in block.k
         },
-        reward_mean=_mean([reward for group in groups for reward in group.rewards.tolist()]),
-        mean_tokens=_mean([len(completion.token_ids) for completion in completions]),
-        truncated_share=_mean([c.finish_reason == "length" for c in completions]),
-        accuracy_by_source={name: _mean(by_source[name]) for name in sorted(by_source)},
-        seconds=seconds,
-    )
+        "reward_mean": _mean([reward for group in groups for reward in group.rewards.tolist()]),
+        "mean_tokens": _mean([len(completion.token_ids) for completion in completions]),
+        "truncated_share": _mean([c.finish_reason == "length" for c in completions]),
+        "accuracy_by_source": {name: _mean(by_source[name]) for name in sorted(by_source)},
+        "seconds": seconds,
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

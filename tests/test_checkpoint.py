@@ -78,12 +78,10 @@ def test_a_checkpoint_holds_its_own_step_though_training_goes_on(folder, shard, 
 
 
 def test_the_newest_and_every_nth_checkpoint_stay(folder, shard, tmp_path):
-    config = settings(folder, checkpoint={"every": 2, "keep_last": 2, "keep_every": 6})
+    config = settings(folder, checkpoint={"keep_last": 2, "keep_every": 6})
     updater = PolicyUpdater(config, run_dir=tmp_path)
-    for step in range(1, 15):
-        assert updater.is_checkpoint_due(step) == (step % 2 == 0)
-        if updater.is_checkpoint_due(step):
-            updater.checkpoint(step)
+    for step in range(2, 15, 2):
+        updater.checkpoint(step)
     updater.save()
     assert [step_of(path) for path in saved(tmp_path / "checkpoints")] == [6, 12, 14]
 
@@ -94,11 +92,11 @@ def test_covered_is_the_oldest_checkpoint_that_may_have_to_serve(folder, tmp_pat
     for step in (3, 5, 6, 9):
         updater.checkpoint(step)
         updater.save()
-        found.append(updater.covered)
+        found.append(updater.checkpoints.covered)
     assert found == [0, 0, 5, 6]  # with checkpoint.keep_last = 2
     (tmp_path / "checkpoints" / "step_9" / "rng_0.pt").unlink()
     again = PolicyUpdater(settings(folder), run_dir=tmp_path)
-    assert (again.restore(), again.covered) == (6, 0)
+    assert (again.restore(), again.checkpoints.covered) == (6, 0)
 
 
 def flip_a_bit(path: Path) -> None:

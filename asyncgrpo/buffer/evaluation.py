@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from asyncgrpo.buffer.journal import Journal, Remembered
@@ -127,7 +127,7 @@ class Evaluations:
         """Closes what is complete; answers the requests that waited for it."""
         for key, job in list(self._jobs.items()):
             if not job.unanswered:
-                report = summarise(
+                self._reports[key] = summarise(
                     job.groups,
                     job.block,
                     version=job.version,
@@ -135,7 +135,6 @@ class Evaluations:
                     correct_above=self._config.rewards[job.block.name].correct_above,
                     seconds=now - job.since,
                 )
-                self._reports[key] = asdict(report)
                 self._untold.append(self._reports[key])
                 self._journal.evaluated(self._untold[-1])
                 del self._jobs[key]

@@ -49,10 +49,6 @@ class Checkpoints:
         # Its own group: collectives of the saving thread must not meet those of training.
         self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
 
-    def is_due(self, step: int) -> bool:
-        """Whether the state after `step` updates is to be saved."""
-        return self._settings.every > 0 and step % self._settings.every == 0
-
     def save(
         self, step: int, state: State, counters: Mapping[str, float], add: AddFiles = lambda _: None
     ) -> None:

@@ -95,7 +95,8 @@ class Learner:
             row.update(step=step, version=version)
             self._exporter.observe("token_staleness", shard.staleness)
             self._tell(step, row)
-            if self._updater.is_checkpoint_due(version):
+            every = self._config.checkpoint.every
+            if every and version % every == 0:
                 self._updater.checkpoint(version, self._add_to_checkpoint)
             self._updater.export(version)
         self._finish(version)
@@ -157,7 +158,7 @@ class Learner:
         if self._sender is None or self._recorder is None:
             self._exporter.show({name: row[name] for name in OWN_TIMES})
             return
-        covered = self._updater.covered
+        covered = self._updater.checkpoints.covered
         advantages = self._updater.advantages.tobytes()
         fields = {"step": step, "world_size": ranks.world_size(), "covered": covered}
         packet = Packet(kind="trained", fields={**fields, "advantages": advantages})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -100,9 +101,7 @@ class PolicyUpdater:
         self._optimizer = parallel.make_optimizer(self._policy, settings)
         self._only_adapter = settings.published_adapter is not None
         self._published = parallel.Published(self._policy, self._sharded, self._only_adapter)
-        self._checkpoints = (
-            None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
-        )
+        self.checkpoints = Checkpoints((run_dir or Path(os.devnull)) / FOLDER, config.checkpoint)
 
     def _make_head(self, policy: PreTrainedModel) -> PolicyHead:
         settings = self._config.learner
@@ -166,31 +165,21 @@ class PolicyUpdater:
         with adapter.merged() if adapter else contextlib.nullcontext():
             return self._plain_head.next_logprobs(canary_prompts(self.vocab_size)).numpy()
 
-    def is_checkpoint_due(self, step: int) -> bool:
-        """Whether the state after `step` updates is to be saved."""
-        return self._checkpoints is not None and self._checkpoints.is_due(step)
-
-    @property
-    def covered(self) -> int:
-        """The step that no later life of the learner begins before (on rank 0)."""
-        return self._checkpoints.covered if self._checkpoints is not None else 0
-
     def checkpoint(self, step: int, add: AddFiles = lambda _: None) -> None:
         """Begins to save the state after `step` updates, with what `add` puts into its folder."""
-        if self._checkpoints is not None:
-            counters = {
-                "kl_coef": self._kl_coef,
-                "skipped": self._num_skipped,
-                "syncs": self._num_syncs,
-            }
-            self._checkpoints.save(step, self._state(), counters, add)
+        counters = {
+            "kl_coef": self._kl_coef,
+            "skipped": self._num_skipped,
+            "syncs": self._num_syncs,
+        }
+        self.checkpoints.save(step, self._state(), counters, add)
 
     def restore(self) -> int:
         """Goes back to the newest checkpoint of the run; returns its step, 0 without any."""
-        path = self._checkpoints.newest() if self._checkpoints is not None else None
-        if self._checkpoints is None or path is None:
+        path = self.checkpoints.newest()
+        if path is None:
             return 0
-        self.go_to(self._checkpoints, path)
+        self.go_to(self.checkpoints, path)
         return step_of(path)
 
     def go_to(self, checkpoints: Checkpoints, path: Path) -> None:
@@ -217,8 +206,7 @@ class PolicyUpdater:
 
         Waits for a checkpoint under way; CheckpointError when it failed.
         """
-        if self._checkpoints is not None:
-            self._checkpoints.wait()
+        self.checkpoints.wait()
         if self._run_dir is not None:
             self._write(self._run_dir / "model")
 
