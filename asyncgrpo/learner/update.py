@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,8 @@ from asyncgrpo.learner import parallel, ranks
 from asyncgrpo.learner.attention import has_kernel
 from asyncgrpo.learner.checkpoint import AddFiles, Checkpoints
 from asyncgrpo.learner.diagnostics import Sums, finish, measure
-from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import PolicyHead, load_policy, write_model
-from asyncgrpo.learner.objective import Objective, objective
+from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer, Reference
 from asyncgrpo.learner.saved import FOLDER, step_of
 from asyncgrpo.learner.schedule import adapted_coefficient, learning_rate
@@ -148,7 +147,7 @@ class PolicyUpdater:
         for index in range(algo.passes):
             for batch in ready:
                 self._step(batch, shard.step, record, is_last=index == algo.passes - 1)
-        metrics = self._finish(record, shard)
+        metrics = self._finish(record)
         self._after(shard, metrics)
         if self._config.observe.token_log and self._run_dir is not None:
             leases = [group.lease.lease_id for batch in ready for group in batch.groups]
@@ -230,17 +229,25 @@ class PolicyUpdater:
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
         """One optimizer update."""
+        config, kl_coef = self._config, self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
         self._optimizer.zero_grad(set_to_none=True)
         update, per_token = StepRecord(), []
-        for index in range(len(batch.rows)):
-            with self._accumulating(is_last=index == len(batch.rows) - 1):
-                inputs, found = self._objective(batch, index)
+        for index, row in enumerate(batch.rows):
+            with contextlib.ExitStack() as meanwhile:
+                if self._adapter is not None:
+                    meanwhile.enter_context(self._adapter.dropping())
+                is_before_last = index + 1 < len(batch.rows)
+                if isinstance(self._head, DistributedDataParallel) and is_before_last:
+                    meanwhile.enter_context(self._head.no_sync())  # ranks meet in the last one
+                logprobs, entropy = self._head(row)
+                inputs = batch.inputs(index, logprobs, entropy, config)
+                found = objective(inputs, config.algo, kl_coef)
                 (found.loss * self._world_size).backward()  # DDP divides by the number of ranks
-            update.add(*measure(inputs, found, self._config.algo))
+            update.add(*measure(inputs, found, config.algo))
             per_token.append(found.per_token)
-            if is_last and self._config.observe.token_log:
+            if is_last and config.observe.token_log:
                 record.tokens += batch.token_rows(index, inputs, found.corrected.weight)
-        limit = self._config.learner.max_grad_norm
+        limit = config.learner.max_grad_norm
         gradients = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), limit)
         norm = float(ranks.whole(gradients))
         # over ranks, so that all decide alike
@@ -255,22 +262,6 @@ class PolicyUpdater:
         self._optimizer.step()
         record.add(update.sums, update.maxima)
         record.norms.append(norm)
-
-    @contextlib.contextmanager
-    def _accumulating(self, *, is_last: bool) -> Iterator[None]:
-        """Around a micro-batch: the adapter drops, and with DDP ranks meet in the last one only."""
-        with contextlib.ExitStack() as stack:
-            if self._adapter is not None:
-                stack.enter_context(self._adapter.dropping())
-            if isinstance(self._head, DistributedDataParallel) and not is_last:
-                stack.enter_context(self._head.no_sync())
-            yield
-
-    def _objective(self, batch: OptimizerBatch, index: int) -> tuple[LossInputs, Objective]:
-        logprobs, entropy = self._head(batch.rows[index])
-        inputs = batch.inputs(index, logprobs, entropy, self._config)
-        kl_coef = self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
-        return inputs, objective(inputs, self._config.algo, kl_coef)
 
     def _learning_rate(self, step: int, sums: Sums) -> float:
         """The schedule's, times sqrt(ESS / n) of this update if wanted.
@@ -314,7 +305,7 @@ class PolicyUpdater:
                 log.info("reference synced with alpha %g", algo.reference.mix_alpha)
         metrics |= {"objective/kl_coef": self._kl_coef, "reference_syncs": float(self._num_syncs)}
 
-    def _finish(self, record: StepRecord, shard: Shard) -> dict[str, float]:
+    def _finish(self, record: StepRecord) -> dict[str, float]:
         """Metrics over all ranks; without the loss's own when every update was skipped."""
         metrics = {"updates_skipped": float(self._num_skipped)}
         if not record.norms:
