@@ -86,10 +86,7 @@ class Checkpoints:
 
         The same on every rank: rank 0 looks.
         """
-        found = [newest(self._folder) if ranks.rank() == 0 else None]
-        if self._group is not None:
-            dist.broadcast_object_list(found, group=self._group)
-        return found[0]
+        return ranks.from_first(newest(self._folder) if ranks.rank() == 0 else None)
 
     def load(self, path: Path, state: State) -> dict[str, float]:
         """Fills the tensors of `state` in place, sets random numbers; returns the counters."""

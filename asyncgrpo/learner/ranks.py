@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+Value = TypeVar("Value")
 
 
 def world_size() -> int:
@@ -30,9 +33,9 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def from_first(flag: bool) -> bool:
-    """What rank 0 says; the others' own flag is not looked at."""
-    told = [flag]
+def from_first(value: Value) -> Value:
+    """What rank 0 says; the others' own value is not looked at."""
+    told = [value]
     if world_size() > 1:
         dist.broadcast_object_list(told)
     return told[0]
@@ -40,19 +43,17 @@ def from_first(flag: bool) -> bool:
 
 def largest(value: float, device: str) -> float:
     """The largest of all ranks' values."""
-    if world_size() == 1:
-        return value
-    table = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(table, op=dist.ReduceOp.MAX)
-    return float(table)
+    return summed([value], device, dist.ReduceOp.MAX)[0]
 
 
-def summed(values: Sequence[float], device: str) -> list[float]:
-    """Sums of each value over ranks, in float64."""
+def summed(
+    values: Sequence[float], device: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> list[float]:
+    """Sums of each value over ranks (or what else op says), in float64."""
     if world_size() == 1:
         return list(values)
     table = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(table)
+    dist.all_reduce(table, op=op)
     return table.tolist()
 
 
@@ -68,14 +69,9 @@ def reduced(values: dict[str, Tensor], op: dist.ReduceOp.RedOpType) -> dict[str,
 
 
 def collected(values: Tensor) -> Tensor:
-    """All ranks' float32 [n] values behind each other; n may differ."""
+    """All ranks' [n] values behind each other; n may differ."""
     if world_size() == 1:
         return values
-    counts = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(values)], device=values.device))
-    longest = max(int(count) for count in counts)
-    padded = torch.zeros(longest, dtype=values.dtype, device=values.device)
-    padded[: len(values)] = values
-    pieces = [torch.zeros_like(padded) for _ in counts]
-    dist.all_gather(pieces, padded)
-    return torch.cat([p[: int(n)] for p, n in zip(pieces, counts, strict=True)])
+    pieces: list[Tensor] = [values] * world_size()
+    dist.all_gather_object(pieces, values.cpu())
+    return torch.cat(pieces).to(values.device)
