@@ -13,6 +13,7 @@ from asyncgrpo.errors import ConfigError
 from asyncgrpo.rows import as_line, whole_rows
 
 WIDTH = 140  # of the table, also where there is no terminal
+OF_THE_RANKS = ("padding_share", "rank_balance")  # how a batch lies on them, not what it says
 SHOWN = ("loss", "grad_norm", "objective/kl", "ess", "staleness/mean")
 
 
@@ -65,6 +66,8 @@ def _steps(
     missing = [step for step in range(start, last + 1) if step not in batches]
     if missing:
         kept = [step for step in reader.batches(0, 1 << 31) if step >= start]
+        if kept and missing[0] > kept[-1]:
+            raise ConfigError(f"--to-step {last} must be <= {kept[-1]}, the last step of the run")
         raise ConfigError(
             f"steps {first} to {last} begin at the checkpoint of step {start}, but the groups of "
             f"step {missing[0]} are not in the ledger: it keeps what the checkpoint.keep_last "
@@ -97,7 +100,8 @@ def _verdict(row: dict[str, float], recorded: dict[str, Any] | None) -> str:
     """What differs most from the recorded row, relative to its size."""
     if recorded is None:
         return "not recorded"
-    pairs = {n: (v, recorded[n]) for n, v in row.items() if recorded.get(n) is not None}
+    known = [n for n in row if recorded.get(n) is not None and n not in OF_THE_RANKS]
+    pairs = {name: (row[name], recorded[name]) for name in known}
     differs = {n: abs(v - was) / max(abs(v), abs(was)) for n, (v, was) in pairs.items() if v != was}
     if not differs:
         return f"the same to the last bit ({len(pairs)} metrics)"

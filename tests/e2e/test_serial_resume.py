@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -111,7 +114,16 @@ def test_recorded_steps_are_made_again_to_the_last_bit(tmp_path):
     recorded = {row["step"]: row for row in rows(run, "metrics.jsonl") if "loss" in row}
     assert [row["step"] for row in again] == [9, 10, 11]
     assert [row["loss"] for row in again] == [recorded[step]["loss"] for step in (9, 10, 11)]
+    lines = (run / "metrics.jsonl").read_text()  # as ranks that pack their own parts record it
+    (run / "metrics.jsonl").write_text(re.sub(r'("padding_share": )[\d.]+', r"\g<1>0.7", lines))
+    code, said = replay("--from-step", "10", "--to-step", "11")
+    assert said.count("the same to the last bit") == 2, said
     code, said = replay("--from-step", "9", "--to-step", "10", "--set", "learner.lr=0.1")
     assert (code, said.count("the same to the last bit")) == (0, 0), said
-    code, said = replay("--from-step", "11", "--to-step", "12")
-    assert (code, "the groups of step 12 are not in the ledger" in said) == (2, True), said
+    code, said = replay("--from-step", "11", "--to-step", "99")
+    assert (code, "--to-step 99 must be <= 11, the last step" in said) == (2, True), said
+    shutil.rmtree(run / "checkpoints")
+    with sqlite3.connect(run / "ledger.sqlite") as ledger:
+        ledger.execute("DELETE FROM payloads WHERE ticket = (SELECT min(ticket) FROM payloads)")
+    code, said = replay("--from-step", "11", "--to-step", "11")
+    assert (code, "the groups of step 0 are not in the ledger" in said) == (2, True), said
