@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asyncgrpo.config import Config
+from asyncgrpo.errors import DataError
 from asyncgrpo.learner import ranks
 from asyncgrpo.protocols import Client, WeightSender
 from asyncgrpo.settings.reward import EvalSettings
@@ -79,6 +80,13 @@ class Learner:
             answer = self._take(step)
             if answer.kind == "stopped":
                 return self._stop(version)
+            if answer.kind == "exhausted" and step == 0:
+                raise DataError(
+                    "nothing was trained: the prompts are used up, and fewer groups are left than "
+                    f"launch.learners and algo.minibatches need ({self._config.min_groups}); look "
+                    "at what was filtered or failed (`asyncgrpo traj stats`), give more data or "
+                    "data.epochs, or set algo.drop_uniform_groups = false"
+                )
             if answer.kind == "exhausted":
                 log.info("the prompts are used up after %d steps", step)
                 break

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,6 +29,7 @@ from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import DealerClient
 
 log = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1  # of Linux
 
 
 def longest_wait(config: Config) -> float:
@@ -38,6 +41,8 @@ def longest_wait(config: Config) -> float:
 def run_learner(run: RunDir, stopping: Callable[[], bool]) -> NoReturn:
     """Trains to the end as the rank that torchrun's environment names, and ends the process."""
     start = time.perf_counter()
+    # kill -9 of a torchrun that somebody started by hand leaves nobody else to end its ranks
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     name = f"learner-{rank}"
     cores = run.endpoints.cores.get(name)

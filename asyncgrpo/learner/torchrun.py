@@ -6,7 +6,10 @@ usage: python -m asyncgrpo.learner.torchrun --rdzv-backend asyncgrpo --rdzv-endp
 from __future__ import annotations
 
 import os
+import sys
 
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
     rendezvous_handler_registry,
@@ -42,4 +45,10 @@ class OwnStore(StaticTCPRendezvous):
 
 if __name__ == "__main__":
     rendezvous_handler_registry.register(BACKEND, OwnStore)
-    main()
+    try:
+        main()
+    except SignalException as stopped:  # the ranks have ended in order
+        sys.exit(128 + stopped.sigval)
+    except ChildFailedError as failed:  # by its code the launcher knows what is worth a restart
+        _, first = failed.get_first_failure()
+        sys.exit(max(first.exitcode, 1))

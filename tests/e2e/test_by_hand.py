@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from test_launch import SIX_STEPS, TESTS
 
@@ -50,3 +51,24 @@ def test_buffer_learner_and_actors_find_each_other_on_the_given_address(tmp_path
     assert f"tcp://{OTHER}:" in (tmp_path / "run" / "endpoints.json").read_text()
     assert not list((tmp_path / "run" / "targets").glob("*.json"))  # all ended as they should
     assert start("audit", run_dir).wait() == 0
+
+
+def test_ranks_end_when_their_torchrun_is_killed(tmp_path: Path) -> None:
+    model = build_untrained(tmp_path / "untrained", True, 5)
+    run_dir = tmp_path / "run"
+    settings = ["actor.engine=toy", f"model.path={model}", *SIX_STEPS]
+    own = [word for setting in settings for word in ("--set", setting)]
+    buffer = start("buffer", "--run-dir", str(run_dir), *own)
+    try:
+        assert buffer.stdout is not None
+        assert any("asyncgrpo actor --join" in line for line in buffer.stdout)
+        torchrun = start("learner", "--join", str(run_dir))
+        assert torchrun.stdout is not None
+        for _ in range(2):  # then they wait for an actor
+            assert any("ready after" in line for line in torchrun.stdout)
+        ranks = psutil.Process(torchrun.pid).children(recursive=True)
+        torchrun.kill()
+        assert len(ranks) >= 2
+        assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    finally:
+        buffer.kill()

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from fakes import write_jsonl
 from small_run import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -438,8 +439,18 @@ def test_ctrl_c_stops_everything_in_order(launch):
     assert run.wait() == 130
     assert run.targets() == []
     run.assert_nothing_left(started)
+    assert "Traceback" not in run.text()
     steps = [row["step"] for row in run.rows() if "loss" in row]
     assert steps == list(range(len(steps)))
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_make_a_single_step_says_so_and_is_bad_input(launch, tmp_path):
+    write_jsonl(tmp_path / "one.jsonl", {"prompt": "a", "answer": "b"})
+    run = launch(f"data.train={tmp_path / 'one.jsonl'}", "data.epochs=1", "data.eval=none")
+    assert run.wait() == 2
+    assert "error: nothing was trained: the prompts are used up" in run.text().splitlines()[-1]
+    assert "restart" not in run.text()
 
 
 @pytest.mark.slow
