@@ -78,24 +78,3 @@ def pass_at_k(correct: list[bool], k: int) -> list[float]:
     sigma = math.sqrt(fail * (1 - fail))
     others_fail = math.comb(wrong - 1, k - 1) / math.comb(count - 1, k - 1)
     return [(fail if c else fail - others_fail) / sigma for c in correct]
-
-
-def gdpo(
-    groups: list[list[list[float]]], weights: list[float], eps: float = EPS
-) -> list[list[float]]:
-    """groups[g][i] holds the rewards of one completion: each is normalised by grpo within its
-    group, they are summed with `weights`, and the sums divided by their std over the batch + ε.
-
-    GDPO 2601.05242. The batch mean that it also subtracts is 0 but for rounding.
-    """
-    sums = []
-    for group in groups:
-        kinds = [grpo([rewards[n] for rewards in group], eps) for n in range(len(weights))]
-        sums.append(
-            [
-                sum(w * kind[i] for w, kind in zip(weights, kinds, strict=True))
-                for i in range(len(group))
-            ]
-        )
-    std = sample_std([value for group in sums for value in group])
-    return [[value / (std + eps) for value in group] for group in sums]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from oracles import Batch, Rows, clamp, each_token, length, mean_gap, policy, ratio
+from oracles import Batch, Rows, clamp, each_token, length, mean_gap, ratio
 
 
 def kept(batch: Batch, weight: Callable[[int, int], float | None]) -> tuple[Rows, Rows]:
@@ -18,21 +18,13 @@ def kept(batch: Batch, weight: Callable[[int, int], float | None]) -> tuple[Rows
     return keep, each_token(batch, lambda i, t: weight(i, t) or 0.0)
 
 
-def tis(batch: Batch, cap: float = 2.0, over: str = "truncate") -> tuple[Rows, Rows]:
-    """min(w, cap). With over="mask" a token with w > cap is dropped, as AReaL does.
-
-    Truncated importance sampling (Ionides 2008); the weight of decoupled PPO, 2110.00641,
-    AReaL 2505.24298.
+def tis(batch: Batch, cap: float = 2.0) -> tuple[Rows, Rows]:
+    """min(w, cap). Truncated importance sampling (Ionides 2008); the weight of decoupled PPO,
+    2110.00641, AReaL 2505.24298.
     """
-
-    def weight(i: int, t: int) -> float | None:
-        w = ratio(batch[i]["proximal"][t], batch[i]["behavior"][t])
-        return None if w > cap and over == "mask" else min(w, cap)
-
-    return kept(batch, weight)
-
-
-decoupled = tis
+    return kept(
+        batch, lambda i, t: min(ratio(batch[i]["proximal"][t], batch[i]["behavior"][t]), cap)
+    )
 
 
 def tis_sequence(batch: Batch, cap: float = 8.0) -> tuple[Rows, Rows]:
@@ -64,33 +56,28 @@ def geometric_mask(batch: Batch, low: float = 0.99, high: float = 1.01) -> tuple
     return kept(batch, weight)
 
 
-def opsm(batch: Batch, delta: float = 1e-4, against: str = "proximal") -> tuple[Rows, Rows]:
-    """Drop a sequence where A < 0 and mean_t (log μ − log p) > δ. DeepSeek-V3.2 2512.02556 eq. 9.
-
-    The paper has the present policy in the place of p: against="logprobs".
-    """
+def opsm(batch: Batch, delta: float = 1e-4) -> tuple[Rows, Rows]:
+    """Drop a sequence where A < 0 and mean_t (log μ − log π) > δ. DeepSeek-V3.2 2512.02556."""
 
     def weight(i: int, t: int) -> float | None:
-        gap = mean_gap(batch[i], batch[i]["behavior"], batch[i][against])
+        gap = mean_gap(batch[i], batch[i]["behavior"], batch[i]["logprobs"])
         return None if batch[i]["advantage"] < 0 and gap > delta else 1.0
 
     return kept(batch, weight)
 
 
-def m2po(
-    batch: Batch, threshold: float = 0.04, of: str = "logprobs", tokens: str = "trust_region"
-) -> tuple[Rows, Rows]:
-    """While the mean of (log ρ)² over T exceeds τ, drop the token of T where it is largest.
+def m2po(batch: Batch, threshold: float = 0.04) -> tuple[Rows, Rows]:
+    """While the mean of (log w)² over T exceeds τ, drop the token of T where it is largest.
 
-    M2PO 2510.01161 alg. 1: T holds, over the whole batch, the tokens that PPO could clip: A > 0
-    and ρ > 1, or A < 0 and ρ < 1. AReaL puts p in the place of π and takes every token:
-    of="proximal", tokens="all". The paper divides the loss by all tokens, dropped ones included.
+    M2PO 2510.01161 alg. 1, with p in the place of π as AReaL: T holds, over the whole batch, the
+    tokens that PPO could clip: A > 0 and w > 1, or A < 0 and w < 1. The paper divides the loss by
+    all tokens, dropped ones included.
     """
     moments = {}
     for i, seq in enumerate(batch):
         for t in range(len(seq["mask"])):
-            gap = float(seq[of][t] - seq["behavior"][t])
-            if seq["mask"][t] and (tokens == "all" or gap * seq["advantage"] > 0):
+            gap = float(seq["proximal"][t] - seq["behavior"][t])
+            if seq["mask"][t] and gap * seq["advantage"] > 0:
                 moments[i, t] = gap * gap
     dropped = set()
     while moments and sum(moments.values()) / len(moments) > threshold:
@@ -100,16 +87,14 @@ def m2po(
     return kept(batch, lambda i, t: None if (i, t) in dropped else 1.0)
 
 
-def loglinear_proximal(batch: Batch, fixed: Rows | None = None, fresh: float = 1.0) -> Rows:
-    """log p := log μ + a (sg log π − log μ), a = 1 − 1/d for staleness d >= 1, a = fresh at d = 0.
+def loglinear_proximal(batch: Batch) -> Rows:
+    """log p := log μ + a (sg log π − log μ), a = d / (d + 1) for staleness d.
 
-    A-3PO 2512.06547 writes log p = α log μ + (1 − α) log π with α = 1/d, and α = 0 at d = 0. AReaL
-    has a = (v_p − v_μ) / (v_π − v_μ) with v_p = v_π − 1, which is the same but for fresh = 0.
+    A-3PO 2512.06547 as AReaL counts: a = (v_p − v_μ) / (v_π − v_μ) with v_p = v_π − 1.
     """
-    held = policy(batch, fixed)
 
     def value(i: int, t: int) -> float:
         d, old = int(batch[i]["staleness"][t]), float(batch[i]["behavior"][t])
-        return old + (1 - 1 / d if d >= 1 else fresh) * (float(held[i][t]) - old)
+        return old + d / (d + 1) * (float(batch[i]["logprobs"][t]) - old)
 
     return each_token(batch, value)

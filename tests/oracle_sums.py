@@ -35,12 +35,12 @@ def token_mean(batch: Batch, values: Rows) -> float:
     return token_sum(batch, values) / max(sum(length(seq) for seq in batch), 1)
 
 
-def sequence_mean(batch: Batch, values: Rows, sequences: int | None = None) -> float:
+def sequence_mean(batch: Batch, values: Rows) -> float:
     """Mean over sequences of Σ_t M x / Σ_t M; a masked sequence counts, as 0. GRPO 2402.03300."""
     total = 0.0
     for seq, row in zip(batch, values, strict=True):
         total += token_sum([seq], [row]) / max(length(seq), 1)
-    return total / (len(batch) if sequences is None else sequences)
+    return total / len(batch)
 
 
 def bnpo(batch: Batch, values: Rows, micro_batches: list[list[int]] | None = None) -> float:
@@ -52,12 +52,9 @@ def bnpo(batch: Batch, values: Rows, micro_batches: list[list[int]] | None = Non
     return total / len(parts)
 
 
-def dr_grpo(
-    batch: Batch, values: Rows, max_completion_tokens: int, sequences: int | None = None
-) -> float:
+def dr_grpo(batch: Batch, values: Rows, max_completion_tokens: int) -> float:
     """Σ M x / (number of sequences · max_completion_tokens). Dr. GRPO 2503.20783."""
-    count = len(batch) if sequences is None else sequences
-    return token_sum(batch, values) / (count * max_completion_tokens)
+    return token_sum(batch, values) / (len(batch) * max_completion_tokens)
 
 
 # --- diagnostics ---------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_their_settings_are_used(name: str, settings: Any, options: dict[str, fl
 @pytest.mark.parametrize("threshold", [0.0, 1e-4, 0.05])
 def test_opsm_drops_bad_sequences_that_the_present_policy_has_left(threshold: float) -> None:
     for batch in cases():
-        _, expected = oracle.opsm(batch, threshold, against="logprobs")
+        _, expected = oracle.opsm(batch, threshold)
         found = weight(batch, correction="opsm", opsm={"threshold": threshold})
         assert_rows_equal(found, expected)
 
@@ -93,7 +93,7 @@ def test_m2po_masks_the_largest_until_the_mean_is_small_enough(
 ) -> None:
     masked = 0
     for batch in cases(extreme):
-        _, expected = oracle.m2po(batch, threshold, of="proximal")
+        _, expected = oracle.m2po(batch, threshold)
         found = weight(batch, correction="m2po", m2po={"threshold": threshold})
         assert_rows_equal(found, expected)
         masked += sum(int((row == 0).sum()) for row in found)
@@ -131,8 +131,8 @@ def test_a_mask_and_a_weight_compose_in_any_order(mask: str, cap: str) -> None:
         keep = {
             "icepop": lambda b: oracle.icepop(b)[0],
             "geometric_mask": lambda b: oracle.geometric_mask(b, 0.8, 1.2)[0],
-            "opsm": lambda b: oracle.opsm(b, against="logprobs")[0],
-            "m2po": lambda b: oracle.m2po(b, of="proximal")[0],
+            "opsm": lambda b: oracle.opsm(b)[0],
+            "m2po": lambda b: oracle.m2po(b)[0],
         }[mask](batch)
         _, weights = SIMPLE[cap](batch)
         expected = [k * w for k, w in zip(keep, weights, strict=True)]

@@ -106,7 +106,7 @@ def test_what_sequence_rules_remove_is_reported_by_length_decile(seed: int) -> N
     found = reported([batch], correction=RULES, geometric_mask={"low": 0.95, "high": 1.05})
     keeps = {
         "geometric_mask": oracle_corrections.geometric_mask(batch, 0.95, 1.05)[0],
-        "opsm": oracle_corrections.opsm(batch, against="logprobs")[0],
+        "opsm": oracle_corrections.opsm(batch)[0],
     }
     for rule, keep in keeps.items():
         expected = oracle_sums.removed_by_decile(batch, keep)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import oracle_advantages
+import oracle_corrections
 import oracles
 import pytest
 import torch
@@ -153,6 +154,33 @@ def test_the_reference_is_mixed_or_reset_every_n_steps(
         expected = alpha * now[name] + (1 - alpha) * before[name]
         torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
     assert metrics["reference_syncs"] == 1
+
+
+def test_the_loglinear_proximal_policy_lies_between_behaviour_and_present(
+    folder: Path, tmp_path: Path
+) -> None:
+    algo = {"passes": 2, "proximal": "loglinear"}
+    updater = PolicyUpdater(
+        settings(folder, algo=algo, observe={"token_log": True}), run_dir=tmp_path
+    )
+    updater.update(shard_of(make_groups(folder)))
+    found = token_log(tmp_path)
+    tokens = {
+        "behavior": found["behavior_logprob"],
+        "logprobs": found["logprob"],
+        "staleness": STEP - found["version"],
+        "mask": found["mask"],
+    }
+    (expected,) = oracle_corrections.loglinear_proximal([tokens])
+    np.testing.assert_allclose(found["proximal_logprob"], expected, atol=1e-5)
+
+
+def test_the_spread_of_the_batch_is_that_of_all_its_rewards(folder: Path) -> None:
+    groups = make_groups(folder)
+    updater = PolicyUpdater(settings(folder, algo={"advantage": "batch_std"}))
+    updater.update(shard_of(groups))
+    expected = oracle_advantages.batch_std([group.rewards.tolist() for group in groups])
+    np.testing.assert_allclose(updater.advantages, np.ravel(expected), rtol=1e-5)
 
 
 def trained_with_kl_in(
