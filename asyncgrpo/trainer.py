@@ -19,6 +19,7 @@ from asyncgrpo.imports import PACKED, importable_name, own_name, pack, shown
 from asyncgrpo.launch.local import check_main_thread
 from asyncgrpo.launch.preflight import check_run_dir
 from asyncgrpo.launch.session import Session, new_run_dir
+from asyncgrpo.rows import whole_rows
 
 Reward = Callable[..., Any] | str | Mapping[str, Any]
 Dataset = str | Path | Iterable[Mapping[str, Any]]
@@ -41,8 +42,7 @@ class TrainResult:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl, in their order."""
-        with (self.run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        return iter(whole_rows(self.run_dir / "metrics.jsonl"))
 
 
 class Trainer:
@@ -109,22 +109,19 @@ class Trainer:
                 "fit() is called while this process trains already; when a module with a reward "
                 "calls it on import, put that call under if __name__ == '__main__'"
             )
-        if self._run(serial) == EXIT_INTERRUPTED:
-            raise KeyboardInterrupt
-        summary = json.loads((self.run_dir / "summary.json").read_text(encoding="utf-8"))
-        return TrainResult(run_dir=self.run_dir, model_path=self.run_dir / "model", summary=summary)
-
-    def _run(self, serial: bool) -> int:
-        """The exit code. A run that is refused before it has begun leaves no directory."""
         is_new = not os.path.exists(self.run_dir)
         try:
             self._write_files()
             session = Session(self.config)
-            return session.run_serially() if serial else session.run()
+            code = session.run_serially() if serial else session.run()
         finally:
             _busy.release()
-            if is_new and not os.path.exists(self.run_dir / "config.json"):
+            if is_new and not os.path.exists(self.run_dir / "config.json"):  # it was refused
                 shutil.rmtree(self.run_dir, ignore_errors=True)
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        summary = json.loads((self.run_dir / "summary.json").read_text(encoding="utf-8"))
+        return TrainResult(run_dir=self.run_dir, model_path=self.run_dir / "model", summary=summary)
 
     def _write_files(self) -> None:
         try:

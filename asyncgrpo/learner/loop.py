@@ -57,7 +57,6 @@ class Learner:
         self._asked_to_stop = float("-inf")  # when
         self._published = -1
         self._evals = config.evals
-        self._evaluated: dict[str, int] = {}  # block -> version of its last evaluation
         longest = max((block.timeout_seconds for block in self._evals), default=0.0)
         self._eval_seconds = longest + CALL_SECONDS
 
@@ -73,8 +72,7 @@ class Learner:
         self._publish(version, is_first=True)
         if version == 0:
             self._evaluate(0, self._evals)
-        # those of the checkpoint's version were asked for before it was made: the buffer knows
-        self._evaluated = {block.name: version for block in self._evals}
+        publish_every = self._config.weights.publish_every
         for step in range(version, self._config.run.max_steps):
             start = time.perf_counter()
             answer = self._take(step)
@@ -96,9 +94,11 @@ class Learner:
             row["train_seconds"] = time.perf_counter() - taken
             row["wait_seconds"] = taken - start
             version = step + 1
-            if version % self._config.weights.publish_every == 0:
+            if version % publish_every == 0:
                 self._publish(version)
-                self._evaluate_now_and_then(version)
+                last = version - publish_every
+                due = [b for b in self._evals if b.every and version // b.every > last // b.every]
+                self._evaluate(version, due)
             row["step_seconds"] = time.perf_counter() - start
             row.update(step=step, version=version)
             self._exporter.observe("token_staleness", shard.staleness)
@@ -173,21 +173,11 @@ class Learner:
         summary = self._client.call(packet, CALL_SECONDS).fields
         self._recorder.row({**row, **self._sender.metrics()}, summary)
 
-    def _evaluate_now_and_then(self, version: int) -> None:
-        due = [
-            block
-            for block in self._evals
-            if block.every
-            and version // block.every > self._evaluated.get(block.name, 0) // block.every
-        ]
-        self._evaluate(version, due)
-
     def _evaluate(self, version: int, blocks: Sequence[EvalSettings]) -> None:
         """Asks the actors to answer the held-out prompts with this version; does not wait."""
         names = [block.name for block in blocks]
         if self._sender is None or not names:
             return
-        self._evaluated.update(dict.fromkeys(names, version))
         fields = {"version": version, "blocks": names}
         self._client.call(Packet(kind="evaluate", fields=fields), self._eval_seconds)
 
