@@ -92,7 +92,7 @@ def as_toml(table: Mapping[str, Any], prefix: str = "", header: str = "") -> str
     blocks = ["\n".join(lines)] if lines else []
     for key, value in table.items():
         name = f"{prefix}.{_key(key)}" if prefix else _key(key)
-        header = "" if _is_table(value) else f"[[{name}]]"
+        header = "" if isinstance(value, Mapping) else f"[[{name}]]"
         blocks += [as_toml(part, name, header) for part in _tables(value)]
     return "\n\n".join(block for block in blocks if block)
 
@@ -164,15 +164,11 @@ def _foreign(name: str) -> str:
     return f"{name} ({', '.join(trainers)}): {meaning}" + (f"; {entry.note}" if entry.note else "")
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
 def _tables(value: Any) -> Sequence[Any]:
     """What gets headers of its own: a table that is not empty, or a list of tables."""
-    if _is_table(value):
+    if isinstance(value, Mapping):
         return [value] if value else []
-    is_list = isinstance(value, list | tuple) and all(map(_is_table, value))
+    is_list = isinstance(value, list | tuple) and all(isinstance(v, Mapping) for v in value)
     return value if is_list else []
 
 

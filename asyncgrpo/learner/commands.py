@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -19,16 +19,13 @@ def list_all() -> None:
     from asyncgrpo.algorithms import MODULES, PRESETS, catalogue
 
     for kind in MODULES:
-        entries = catalogue(kind).values()
-        _print(
-            f"algo.{kind}",
-            (
-                (e.name, Text.assemble(e.summary, (f"\n{e.formula}", "cyan"), f"\n{e.source}"))
-                for e in entries
-            ),
-        )
+        rows = {
+            e.name: Text.assemble(e.summary, (f"\n{e.formula}", "cyan"), f"\n{e.source}")
+            for e in catalogue(kind).values()
+        }
+        _print(f"algo.{kind}", rows)
     shown = {n: ", ".join(f"{k} = {v}" for k, v in keys.items()) for n, keys in PRESETS.items()}
-    _print("algo.preset", shown.items())
+    _print("algo.preset", shown)
 
 
 @app.command()
@@ -44,20 +41,18 @@ def show(name: Annotated[str, typer.Argument(help="a name from `asyncgrpo algo l
         hint = f"did you mean {near!r}?" if near else "see `asyncgrpo algo list`"
         raise ConfigError(f"there is no algorithm {name!r}; {hint}")
     for entry in entries:
-        rows = [("what", entry.summary), ("formula", entry.formula), ("source", entry.source)]
-        rows += [("use", entry.use)]
-        if entry.staleness:
-            rows.append(("staleness up to", entry.staleness))
+        rows = {"what": entry.summary, "formula": entry.formula, "source": entry.source}
+        rows |= {"use": entry.use, "staleness up to": entry.staleness}
         defaults = AlgoSettings()
-        rows += [(f"algo.{s}", f"default {attrgetter(s)(defaults)}") for s in entry.settings]
+        rows |= {f"algo.{s}": f"default {attrgetter(s)(defaults)}" for s in entry.settings}
         _print(f"algo.{entry.kind} = {entry.name}", rows)
     if name in PRESETS:
-        rows = [(f"algo.{key}", str(value)) for key, value in PRESETS[name].items()]
-        what = ("what", "sets these keys; what you set yourself wins")
-        _print(f"algo.preset = {name}", [what, *rows])
+        values = {f"algo.{key}": str(value) for key, value in PRESETS[name].items()}
+        what = "sets these keys; what you set yourself wins"
+        _print(f"algo.preset = {name}", {"what": what, **values})
 
 
-def _print(title: str, rows: Iterable[tuple[str, Any]]) -> None:
+def _print(title: str, rows: Mapping[str, Any]) -> None:
     """A title above two columns; long text wraps inside its own."""
     from rich.console import Console
     from rich.table import Table
@@ -66,7 +61,8 @@ def _print(title: str, rows: Iterable[tuple[str, Any]]) -> None:
     console, table = Console(highlight=False), Table.grid(padding=(0, 2))
     table.add_column(min_width=16)
     table.add_column()
-    for label, text in rows:
-        table.add_row(f"  {label}", Text(text) if isinstance(text, str) else text)
+    for label, text in rows.items():
+        if text:
+            table.add_row(f"  {label}", Text(text) if isinstance(text, str) else text)
     console.print(title, style="bold", markup=False)
     console.print(table)
