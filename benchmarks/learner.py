@@ -107,12 +107,13 @@ def _shortened(completion: Any, length: int) -> Any:
 
 
 def pack_padded(
-    groups: Sequence[Group], step: int, *, max_tokens: int, **options: Any
+    groups: Sequence[Group], step: int, config: Config, agree: Callable[[int], int]
 ) -> tuple[tuple[Batch, ...], PackReport]:
     """As `pack`, with places that hold nothing behind each sequence."""
-    ones, report = pack(groups, step, max_tokens=1, **options)
+    each_alone = config.learner.model_copy(update={"max_tokens_per_microbatch": 1})
+    ones, report = pack(groups, step, config.model_copy(update={"learner": each_alone}), agree)
     ones = sorted(ones, key=lambda one: int(one.completion_ids[0]))
-    size = max_tokens // max(len(one.input_ids) for one in ones)
+    size = MAX_TOKENS // max(len(one.input_ids) for one in ones)
     rows = [ones[first : first + size] for first in range(0, len(ones), size)]
     return tuple(_padded(row) for row in rows), report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from fakes import completion_of, group_of, shard_of
 
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import StalenessError
 from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.staleness import share_of
@@ -28,14 +30,23 @@ def shard(*groups: Group) -> Shard:
     return shard_of(groups, STEP)
 
 
-def packed(batch_of: Shard, **changes: Any) -> tuple[tuple[Batch, ...], PackReport]:
+def settings(max_tokens: int = 1000, mask_truncated: bool = False, **buffer: Any) -> Config:
+    return from_mapping(
+        {
+            "data": {"max_prompt_tokens": 4},
+            "sampling": {"max_completion_tokens": 4},
+            "algo": {"mask_truncated": mask_truncated},
+            "learner": {"max_tokens_per_microbatch": max_tokens},
+            "buffer": {"max_staleness": 4, **buffer},
+        }
+    )
+
+
+def packed(
+    batch_of: Shard, agree: Callable[[int], int] = lambda count: count, **changes: Any
+) -> tuple[tuple[Batch, ...], PackReport]:
     """Packed with the advantages of dr_grpo."""
-    settings: dict[str, Any] = {
-        "max_tokens": 1000,
-        "max_staleness": 4,
-        "staleness_action": "drop",
-    }
-    batches, report = pack(batch_of.groups, batch_of.step, **{**settings, **changes})
+    batches, report = pack(batch_of.groups, batch_of.step, settings(**changes), agree)
     rewards = [g.rewards - g.rewards.mean() for g in batch_of.groups]
     flat = np.concatenate(rewards) if rewards else np.zeros(1, np.float32)
     return tuple(with_advantages(batch, flat) for batch in batches), report
@@ -217,7 +228,6 @@ def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> N
     assert report == PackReport(
         num_loss_tokens=3,
         num_masked_tokens=2,
-        num_nonfinite_sequences=0,
         num_counted_tokens=5,
         num_counted_sequences=2,
     )
@@ -226,9 +236,8 @@ def test_masking_takes_out_only_the_tokens_past_the_bound_and_counts_them() -> N
 def test_tokens_past_the_bound_count_half_for_each_version_when_they_are_weighed_down() -> None:
     versions = [STEP - 8, STEP - 6, STEP - 5, STEP - 4, STEP]
     old = group_of(1, [7], [completion([1, 2, 3, 4, 5], versions), completion([6])], [1.0, 0.0])
-    ((batch,), report) = pack(
-        (old,), STEP, max_tokens=99, max_staleness=4, staleness_action="downweight"
-    )
+    config = settings(staleness_action="downweight")
+    (batch,), report = pack((old,), STEP, config)
     assert report.num_loss_tokens == 6
     values = np.array([0.5, -0.5], np.float32)
     shares = share_of(batch.staleness, 4, "downweight")
@@ -238,7 +247,7 @@ def test_tokens_past_the_bound_count_half_for_each_version_when_they_are_weighed
     assert (share_of(batch.staleness, 4, "mask") == 1).all()
     older = group_of(1, [7], [completion([1], [STEP - 9]), completion([6])], [1.0, 0.0])
     with pytest.raises(StalenessError):
-        pack((older,), STEP, max_tokens=99, max_staleness=4, staleness_action="downweight")
+        pack((older,), STEP, config)
 
 
 def test_masking_truncated_completions_takes_them_out_of_the_loss_and_of_the_count() -> None:

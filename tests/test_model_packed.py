@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ModelError
 from asyncgrpo.learner.attention import MAX_PADDED_TOKENS, packed_attention
-from asyncgrpo.learner.batch import Batch, pack, with_advantages
+from asyncgrpo.learner.batch import Batch, PackReport, pack, with_advantages
 from asyncgrpo.learner.inputs import Totals
 from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.objective import objective
@@ -79,9 +79,9 @@ def make_shard(lengths: list[int], seed: int = 0, prompt: int = 3) -> Shard:
 
 
 def packed(shard: Shard, max_tokens: int = 10_000) -> tuple[Batch, ...]:
-    batches, _ = pack(
-        shard.groups, shard.step, max_tokens=max_tokens, max_staleness=0, staleness_action="drop"
-    )
+    longest = {"data": {"max_prompt_tokens": 4}, "sampling": {"max_completion_tokens": 4}}
+    budget = {"learner": {"max_tokens_per_microbatch": max_tokens}}
+    batches, _ = pack(shard.groups, shard.step, from_mapping({**longest, **budget}))
     centred = np.concatenate([group.rewards - group.rewards.mean() for group in shard.groups])
     return tuple(with_advantages(batch, centred) for batch in batches)
 
@@ -92,7 +92,7 @@ def loss_of(batch: Batch, scored: tuple[torch.Tensor, torch.Tensor], count: int)
         groups=(),
         batches=(batch,),
         rows=(),
-        report=pack((), 0, max_tokens=1, max_staleness=0, staleness_action="drop")[1],
+        report=PackReport(),
         totals=Totals(num_tokens=count, num_sequences=1),
     )
     config = from_mapping({})

@@ -256,7 +256,7 @@ def test_compiled_blocks_train_alike(folder, groups, tmp_path, monkeypatch, lone
 def test_a_float32_head_rounds_no_logits(folder, groups, float32_head):
     learner = {"dtype": "bfloat16", "float32_head": float32_head}
     updater = PolicyUpdater(settings(folder, learner))
-    (batch,), _ = pack(groups[:2], STEP, max_tokens=9999, max_staleness=9, staleness_action="drop")
+    (batch,), _ = pack(groups[:2], STEP, from_mapping({"buffer": {"max_staleness": 9}}))
     seen = []
     updater._policy.model.norm.register_forward_hook(lambda m, i, out: seen.append(out[0]))
     row = packed_row(batch)

@@ -16,6 +16,7 @@ from peer_cases import CLIPS, EQUAL, PLAIN, SEEDS, UNCAPPED, assert_same, our_lo
 from torch import Tensor
 from trl_standin import Measured, Sample, random_sample, released, their_loss, their_scoring
 
+from asyncgrpo.config import from_mapping
 from asyncgrpo.learner.batch import pack
 from asyncgrpo.settings.algo import AlgoSettings
 from asyncgrpo.types import Completions
@@ -156,14 +157,9 @@ def _counts(sample: Sample, stale: int | None = None) -> tuple[int, int]:
         replace(completion, finish_reason=end)
         for completion, end in zip(group.completions, ends, strict=True)
     ]
-    _, report = pack(
-        [replace(group, completions=Completions.of(cut))],
-        9,
-        max_tokens=512,
-        max_staleness=4,
-        staleness_action="mask",
-        mask_truncated=True,
-    )
+    room = {"max_staleness": 4, "staleness_action": "mask"}
+    config = from_mapping({"buffer": room, "algo": {"mask_truncated": True}})
+    _, report = pack([replace(group, completions=Completions.of(cut))], 9, config)
     return report.num_counted_tokens, report.num_counted_sequences
 
 

@@ -26,8 +26,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncgrpo.config import Config
 from asyncgrpo.errors import StalenessError
-from asyncgrpo.staleness import StalenessAction, bound_of
+from asyncgrpo.staleness import bound_of
 from asyncgrpo.types import Float32, Group, Int32, sequence_cost
 
 Int64 = NDArray[np.int64]
@@ -90,21 +91,17 @@ NOTHING = _Row(np.zeros(2, np.int32), _ZERO > 0, _ZERO.astype(np.float32), _ZERO
 def pack(
     groups: Sequence[Group],
     step: int,
-    *,
-    max_tokens: int,
-    max_staleness: int,
-    staleness_action: StalenessAction,
-    mask_truncated: bool = False,
+    config: Config,
     agree: Callable[[int], int] = lambda count: count,
 ) -> tuple[tuple[Batch, ...], PackReport]:
-    """Micro-batches of at most max_tokens places each, and a report of what was masked.
+    """Micro-batches of at most learner.max_tokens_per_microbatch places, and what was masked.
 
     agree: makes the fewest micro-batches that this rank needs those that any rank needs, which is
     how many there will be. Their estimated FLOPs are close.
 
     Advantages are still 0: see `with_advantages`. Sequences are sorted by length, so that a
     micro-batch holds similar lengths; the order is a function of the groups alone. A single
-    sequence longer than max_tokens is a micro-batch of its own. Completions with nothing in the
+    sequence that is longer is a micro-batch of its own. Completions with nothing in the
     loss take no places. Micro-batches that nothing is left for have one place outside the loss:
     every rank must join in every collective.
 
@@ -113,20 +110,22 @@ def pack(
     nor another rank's masks change the weight of a token. Only truncated completions, when these
     are masked, leave the count too (the overlong filtering of DAPO, arXiv 2503.14476).
 
-    Raises StalenessError when a token is past the bound and staleness_action is not "mask": the
-    buffer's eviction should not have let it through.
+    Raises StalenessError when a token is past the bound and buffer.staleness_action is not "mask":
+    the buffer's eviction should not have let it through.
     """
+    max_tokens, buffer = config.learner.max_tokens_per_microbatch, config.buffer
+    bound = bound_of(buffer.max_staleness, buffer.staleness_action)
     rows, report = [], PackReport()
     every = ((group, completion) for group in groups for completion in group.completions)
     for number, (group, completion) in enumerate(every):
         staleness = step - completion.versions
-        is_stale = staleness > bound_of(max_staleness, staleness_action)
-        if staleness_action != "mask" and is_stale.any():
-            raise _too_old(group.lease.lease_id, step, int(staleness.max()), max_staleness)
+        is_stale = staleness > bound
+        if buffer.staleness_action != "mask" and is_stale.any():
+            raise _too_old(group.lease.lease_id, step, int(staleness.max()), buffer.max_staleness)
         # One NaN or infinite log-prob would make the loss and all gradients NaN.
         is_finite = bool(np.isfinite(completion.behavior_logprobs).all())
         is_masked = is_stale | (not is_finite)
-        is_counted = not (mask_truncated and completion.finish_reason == "length")
+        is_counted = not (config.algo.mask_truncated and completion.finish_reason == "length")
         loss_mask = ~is_masked & is_counted
         report.num_loss_tokens += int(loss_mask.sum())
         report.num_masked_tokens += int(is_masked.sum())

@@ -175,13 +175,7 @@ class Preparer:
     def _packed(self, step: int, groups: tuple[Group, ...]) -> OptimizerBatch:
         config = self._config
         batches, report = pack(
-            groups,
-            step,
-            max_tokens=config.learner.max_tokens_per_microbatch,
-            max_staleness=config.buffer.max_staleness,
-            staleness_action=config.buffer.staleness_action,
-            mask_truncated=config.algo.mask_truncated,
-            agree=lambda count: int(ranks.largest(count, self._device)),
+            groups, step, config, lambda count: int(ranks.largest(count, self._device))
         )
         counts = [report.num_counted_tokens, report.num_counted_sequences]
         tokens, sequences = ranks.summed(counts, self._device)

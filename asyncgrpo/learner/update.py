@@ -93,8 +93,7 @@ class PolicyUpdater:
             model = load(algo.reference.path or config.model.path)
             self._reference = Reference(self._make_head(model.requires_grad_(False)))
         self._preparer = Preparer(config, head, self._reference, self._device)
-        self._kl_coef = algo.kl_coef
-        self._num_skipped = self._num_syncs = 0
+        self._counters: dict[str, float] = {"kl_coef": algo.kl_coef, "skipped": 0, "syncs": 0}
         # [C] of the last update's completions, rank by rank as they were dealt
         self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
@@ -141,7 +140,7 @@ class PolicyUpdater:
     def _update(self, shard: Shard) -> dict[str, float]:
         algo = self._config.algo
         parts = [shard.groups[first :: algo.minibatches] for first in range(algo.minibatches)]
-        ready = self._preparer.prepare(shard.step, parts, self._kl_coef)
+        ready = self._preparer.prepare(shard.step, parts, self._counters["kl_coef"])
         self.advantages = self._all_advantages(shard, ready)
         record = StepRecord()
         for index in range(algo.passes):
@@ -166,12 +165,7 @@ class PolicyUpdater:
 
     def checkpoint(self, step: int, add: AddFiles = lambda _: None) -> None:
         """Begins to save the state after `step` updates, with what `add` puts into its folder."""
-        counters = {
-            "kl_coef": self._kl_coef,
-            "skipped": self._num_skipped,
-            "syncs": self._num_syncs,
-        }
-        self.checkpoints.save(step, self._state(), counters, add)
+        self.checkpoints.save(step, self._state(), self._counters, add)
 
     def restore(self) -> int:
         """Goes back to the newest checkpoint of the run; returns its step, 0 without any."""
@@ -184,10 +178,8 @@ class PolicyUpdater:
     def go_to(self, checkpoints: Checkpoints, path: Path) -> None:
         """Takes up the state of one checkpoint, also of another run with the same model."""
         state = self._state()
-        counters = checkpoints.load(path, state)
+        self._counters = checkpoints.load(path, state)
         states.set_optimizer_state_dict(self._policy, self._optimizer, state["optimizer"])
-        self._kl_coef = counters["kl_coef"]
-        self._num_skipped, self._num_syncs = int(counters["skipped"]), int(counters["syncs"])
         log.info("restored %s", path)
 
     def _state(self) -> dict[str, Any]:
@@ -229,7 +221,8 @@ class PolicyUpdater:
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
         """One optimizer update."""
-        config, kl_coef = self._config, self._kl_coef if self._config.algo.kl_in == "loss" else 0.0
+        config = self._config
+        kl_coef = self._counters["kl_coef"] if config.algo.kl_in == "loss" else 0.0
         self._optimizer.zero_grad(set_to_none=True)
         update, per_token = StepRecord(), []
         for index, row in enumerate(batch.rows):
@@ -277,13 +270,13 @@ class PolicyUpdater:
 
     def _skip(self, what: str, batch: OptimizerBatch, per_token: Sequence[torch.Tensor]) -> None:
         """Leaves the weights as they are, names the culprit, and stops after too many."""
-        self._num_skipped += 1  # the same on every rank, as loss and gradient norm are
-        allowed = self._config.algo.max_nonfinite
+        self._counters["skipped"] += 1  # the same on every rank, as loss and gradient norm are
+        skipped, allowed = self._counters["skipped"], self._config.algo.max_nonfinite
         message = (
             f"{what}{batch.culprit(per_token)}; update skipped, weights unchanged "
-            f"({self._num_skipped} skipped, allowed are algo.max_nonfinite={allowed})"
+            f"({skipped} skipped, allowed are algo.max_nonfinite={allowed})"
         )
-        if self._num_skipped > allowed:
+        if skipped > allowed:
             raise RunError(
                 f"{message}; lower learner.lr={self._config.learner.lr}, or look at trajectories/"
             )
@@ -293,21 +286,22 @@ class PolicyUpdater:
         """What the reference and the KL coefficient learn from the step."""
         if self._reference is None:
             return
-        algo, count = self._config.algo, shard.num_completions_global
+        algo, counters, count = self._config.algo, self._counters, shard.num_completions_global
         if "objective/kl_ref" in metrics:
             measured = metrics["objective/kl_ref"]
-            self._kl_coef = adapted_coefficient(self._kl_coef, measured, count, algo)
+            counters["kl_coef"] = adapted_coefficient(counters["kl_coef"], measured, count, algo)
         every = algo.reference.sync_every
         if every and (shard.step + 1) % every == 0:
             self._reference.sync(self._policy, algo.reference.mix_alpha)
-            self._num_syncs += 1
+            counters["syncs"] += 1
             if ranks.rank() == 0:
                 log.info("reference synced with alpha %g", algo.reference.mix_alpha)
-        metrics |= {"objective/kl_coef": self._kl_coef, "reference_syncs": float(self._num_syncs)}
+        metrics["objective/kl_coef"] = counters["kl_coef"]
+        metrics["reference_syncs"] = float(counters["syncs"])
 
     def _finish(self, record: StepRecord) -> dict[str, float]:
         """Metrics over all ranks; without the loss's own when every update was skipped."""
-        metrics = {"updates_skipped": float(self._num_skipped)}
+        metrics = {"updates_skipped": float(self._counters["skipped"])}
         if not record.norms:
             return metrics
         sums = ranks.reduced(record.sums, dist.ReduceOp.SUM)
