@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import comb, nan, sqrt
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.settings.algo import AlgoSettings
 
 Float64 = NDArray[np.float64]
 

@@ -6,13 +6,10 @@ and ranks is the loss of the step, however the batch was split (bnpo excepted by
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from asyncgrpo.learner.inputs import LossInputs
-    from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.learner.inputs import LossInputs
+from asyncgrpo.settings.algo import AlgoSettings
 
 
 def token_mean(inputs: LossInputs, algo: AlgoSettings) -> Tensor:

@@ -7,15 +7,11 @@ w = p / mu and never carry gradient. Masks act first, then the one weight (see o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from asyncgrpo.learner.inputs import moves_on, safe_exp
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from asyncgrpo.learner.inputs import LossInputs
-    from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.learner.inputs import LossInputs, moves_on, safe_exp
+from asyncgrpo.settings.algo import AlgoSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,12 +5,9 @@ delta = log ref - log pi at the sampled token. http://joschu.net/blog/kl-approx.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import Tensor
 
 from asyncgrpo.learner.inputs import MAX_LOG_RATIO
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def k1(delta: Tensor) -> Tensor:

@@ -11,19 +11,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import DataError
 from asyncgrpo.learner import ranks
+from asyncgrpo.learner.update import PolicyUpdater
+from asyncgrpo.observe.exporter import Exporter
+from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.protocols import Client, WeightSender
 from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.wire.codec import Packet, shard_from
-
-if TYPE_CHECKING:
-    from asyncgrpo.learner.update import PolicyUpdater
-    from asyncgrpo.observe.exporter import Exporter
-    from asyncgrpo.observe.recorder import RunRecorder
 
 log = logging.getLogger(__name__)
 STOP_SECONDS = 1.0

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from asyncgrpo.learner.inputs import MAX_LOG_RATIO, safe_exp
-
-if TYPE_CHECKING:
-    from asyncgrpo.learner.inputs import LossInputs
-    from asyncgrpo.settings.algo import AlgoSettings
+from asyncgrpo.learner.inputs import MAX_LOG_RATIO, LossInputs, safe_exp
+from asyncgrpo.settings.algo import AlgoSettings
 
 # A smaller sequence ratio has no weight left, and its square would be 0 in float32.
 MIN_LOG_SEQUENCE_RATIO = -18.42
