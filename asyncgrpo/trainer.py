@@ -124,14 +124,9 @@ class Trainer:
         return TrainResult(run_dir=self.run_dir, model_path=self.run_dir / "model", summary=summary)
 
     def _write_files(self) -> None:
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            for file, content in self._files.items():
-                file.write_bytes(content)
-        except OSError as error:
-            raise ConfigError(
-                f"run directory {self.run_dir} cannot be written ({error}); give another run_dir"
-            ) from None
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for file, content in self._files.items():
+            file.write_bytes(content)
 
     def _data(self, name: str, dataset: Dataset | None) -> str | None:
         """What data.train or data.eval is set to; rows in memory become a file of the run."""

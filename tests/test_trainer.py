@@ -43,9 +43,6 @@ def right(completions, answer, **columns):
     return [float(text == truth) for text, truth in zip(completions, answer, strict=True)]
 
 
-# -- settings ------------------------------------------------------------------------------
-
-
 def test_settings_come_as_a_dict_a_config_a_file_or_not_at_all(tmp_path):
     raw = {"run": {"max_steps": 7}, "num_generations": 4}
     (tmp_path / "my.toml").write_text("num_generations = 4\n[run]\nmax_steps = 7\n")
@@ -141,8 +138,6 @@ def test_a_training_set_without_an_evaluation_set_means_no_evaluation():
     assert (paths.train, paths.eval) == ("a.jsonl", "b.jsonl")
 
 
-# -- rows ----------------------------------------------------------------------------------
-
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -202,9 +197,6 @@ class Frame:
 def test_what_is_no_data_set_is_refused_with_its_place(dataset, message):
     with pytest.raises(DataError, match=f"^train_dataset {message}"):
         Trainer(train_dataset=dataset)
-
-
-# -- refusals ------------------------------------------------------------------------------
 
 
 def wrong_count(completions):
@@ -269,8 +261,6 @@ def test_a_module_that_trains_when_it_is_imported_is_no_endless_loop(tmp_path, m
         find_function("loop.py:f", "reward", RewardError)
     assert not (tmp_path / "run").exists()
 
-
-# -- runs ----------------------------------------------------------------------------------
 
 SETTINGS = {
     "run": {"max_steps": 8, "seed": 3},
