@@ -19,6 +19,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,11 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None  # what the writer is at
         self.covered = 0  # on rank 0: no learner will begin before this step any more
-        # Its own group: collectives of the saving thread must not meet those of training.
-        self._group = dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup | None:
+        """Its own: collectives of the saving thread must not meet those of training."""
+        return dist.new_group(backend="gloo") if ranks.world_size() > 1 else None
 
     def save(
         self, step: int, state: State, counters: Mapping[str, float], add: AddFiles = lambda _: None
