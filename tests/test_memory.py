@@ -40,6 +40,7 @@ from asyncgrpo.launch.memory import GIB, learner_lines, row_tokens
 from asyncgrpo.launch.memory_report import MemoryReport, model_shape
 from asyncgrpo.learner import process as learner_process
 from asyncgrpo.learner.loop import Learner
+from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.types import Completion, Completions, Group, Shard
@@ -317,7 +318,8 @@ def test_activations_are_what_autograd_keeps_with_the_scores_of_the_kernel_that_
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     updater._head._score = lambda hidden, targets: (hidden[:, 0].float(), hidden[:, 0].float())
     with kernel, hooks:
-        updater._objective(batch, 0)
+        logprobs, entropy = updater._head(batch.rows[0])
+        objective(batch.inputs(0, logprobs, entropy, updater._config), config.algo, 0.0)
     sizes = [t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights]
     rounded = ["rounded weights"] if "float32_head" in learner else []
     assert estimated(config, "activations", *rounded) == pytest.approx(sum(sizes), rel=0.05)

@@ -13,6 +13,7 @@ from fakes import make_group, make_lease, make_run, rows_of
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.errors import DataError
 from asyncgrpo.observe.samples import Samples
 from asyncgrpo.observe.trajectories import TrajectoryWriter
 from asyncgrpo.rundir import RunDir
@@ -229,12 +230,13 @@ def test_a_runs_files_hold_each_group_that_ended_once(serial_run):
     assert {status for status, _ in ends} >= {"trained", "filtered"}
 
 
-def test_a_run_whose_groups_are_all_filtered_counts_them(tmp_path):
+def test_a_run_whose_groups_are_all_filtered_counts_them_and_is_bad_input(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": str(i)}], "answer": "1"} for i in range(4)]
     (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = {"train": str(tmp_path / "few.jsonl"), "epochs": 1}
-    run = trained_serially(tmp_path, correct_above=100.0, **files)
-    summary = json.loads((run.path / "summary.json").read_text())
+    with pytest.raises(DataError, match=r"nothing was trained: the prompts are used up.*\(1\)"):
+        trained_serially(tmp_path, correct_above=100.0, **files)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 0
     assert summary["leases"]["leases_filtered"] == 4
     assert summary["groups"] == {"groups_arrived": 4, "groups_filtered_all_wrong": 4}

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from asyncgrpo.config import from_mapping
-from asyncgrpo.errors import WeightsError
+from asyncgrpo.errors import DataError, WeightsError
 from asyncgrpo.learner import loop
 from asyncgrpo.learner.parallel import Published
 from asyncgrpo.rundir import RunDir
@@ -864,7 +864,8 @@ def test_an_actor_that_joins_when_the_prompts_are_used_up_gets_weights_with_fsdp
         recorder=recorder,
         exporter=Mock(),
     )
-    assert learner.run()
+    with pytest.raises(DataError, match="nothing was trained: the prompts are used up"):
+        learner.run()
     assert first.next_line() == "live 0"
     assert network.sender.metrics()["publish/proofs"] == 2
     assert recorder.finish.called

@@ -61,6 +61,7 @@ class Learner:
         """All steps, with an evaluation before, in between and after; from the newest checkpoint.
 
         False when it was stopped early: then the last step is saved and can be gone on from.
+        DataError at the end when the prompts were used up before the first step.
         """
         version = self._updater.restore()
         self._client.call(Packet(kind="begin", fields={"step": version}), CALL_SECONDS)
@@ -75,13 +76,6 @@ class Learner:
             answer = self._take(step)
             if answer.kind == "stopped":
                 return self._stop(version)
-            if answer.kind == "exhausted" and step == 0:
-                raise DataError(
-                    "nothing was trained: the prompts are used up, and fewer groups are left than "
-                    f"launch.learners and algo.minibatches need ({self._config.min_groups}); look "
-                    "at what was filtered or failed (`asyncgrpo traj stats`), give more data or "
-                    "data.epochs, or set algo.drop_uniform_groups = false"
-                )
             if answer.kind == "exhausted":
                 log.info("the prompts are used up after %d steps", step)
                 break
@@ -105,6 +99,13 @@ class Learner:
                 self._updater.checkpoint(version, self._add_to_checkpoint)
             self._updater.export(version)
         self._finish(version)
+        if version == 0 and self._recorder is not None:  # a rank that fails early ends the others
+            raise DataError(
+                "nothing was trained: the prompts are used up, and fewer groups are left than "
+                f"launch.learners and algo.minibatches need ({self._config.min_groups}); look at "
+                "what was filtered or failed (`asyncgrpo traj stats`), give more data or "
+                "data.epochs, or set algo.drop_uniform_groups = false"
+            )
         return True
 
     def _take(self, step: int) -> Packet:
