@@ -76,55 +76,43 @@ class MixedStream:
         self._streams = streams
         sizes = [len(stream.prompts()) for stream in streams]
         shares = [size if w is None else w for size, w in zip(sizes, weights, strict=True)]
-        quotas = [None if epochs is None else size * epochs for size in sizes]
-        self._turns = Turns(shares, quotas, seed)
+        self._weights = _whole(shares)
+        self._quotas = [None if epochs is None else size * epochs for size in sizes]
+        self._rank = list(range(len(sizes)))  # decides ties
+        random.Random(f"{seed}:mix").shuffle(self._rank)
+        self._sources, self._ordinals = array("L"), array("Q")  # planned so far, by position
+        self._given = [0] * len(sizes)
+        self._start_anew()
 
     def get(self, position: int) -> Prompt | None:
         """The prompt at a position >= 0; None when every source has given all it has."""
-        turn = self._turns.get(position)
-        return None if turn is None else self._streams[turn[0]].get(turn[1])
+        turn = self._turn(position)
+        return None if turn is None else turn[0].get(turn[1])
 
     def epoch(self, position: int) -> int | None:
         """The pass over the source whose turn it is."""
-        turn = self._turns.get(position)
-        return None if turn is None else self._streams[turn[0]].epoch(turn[1])
+        turn = self._turn(position)
+        return None if turn is None else turn[0].epoch(turn[1])
 
     def prompts(self) -> Iterable[Prompt]:
         """All prompts of every source."""
         return itertools.chain.from_iterable(stream.prompts() for stream in self._streams)
 
-
-class Turns:
-    """Whose turn it is at each position, by largest remainder; ties go by a seeded order."""
-
-    def __init__(
-        self, weights: Sequence[float], quotas: Sequence[int | None], seed: int = 0
-    ) -> None:
-        """weights > 0; quotas: how many turns each source has in all, None = endlessly many."""
-        self._weights, self._quotas = _whole(weights), tuple(quotas)
-        self._rank = list(range(len(weights)))
-        random.Random(f"{seed}:mix").shuffle(self._rank)
-        self._sources, self._ordinals = array("L"), array("Q")  # planned so far, by position
-        self._given = [0] * len(weights)
-        self._start_anew()
-
-    def get(self, position: int) -> tuple[int, int] | None:
-        """(source, how many turns it had before) at a position; None past the last turn."""
-        while position >= len(self._sources) and self._live:
+    def _turn(self, position: int) -> tuple[EpochStream, int] | None:
+        """Whose turn it is, and how many it had before; None past the last turn."""
+        while position >= len(self._sources):
+            if not self._live:
+                return None
             self._plan_one()
-        if position >= len(self._sources):
-            return None
-        return self._sources[position], self._ordinals[position]
+        return self._streams[self._sources[position]], self._ordinals[position]
 
     def _plan_one(self) -> None:
         self._now += 1
-        source = max(
-            self._live,
-            key=lambda i: (
-                self._weights[i] * self._now - self._since[i] * self._total,
-                -self._rank[i],
-            ),
-        )
+
+        def claim(i: int) -> tuple[int, int]:
+            return self._weights[i] * self._now - self._since[i] * self._total, -self._rank[i]
+
+        source = max(self._live, key=claim)
         self._sources.append(source)
         self._ordinals.append(self._given[source])
         self._given[source] += 1
