@@ -12,6 +12,7 @@ A packed file is code, as a .py file is: run directories of strangers are not to
 from __future__ import annotations
 
 import difflib
+import dis
 import functools
 import importlib
 import os
@@ -29,6 +30,7 @@ from asyncgrpo.errors import BadInput, RewardError
 
 Function = Callable[..., Any]
 PACKED = ".pkl"
+RAISE = dis.opmap["RAISE_VARARGS"]
 PATH = "ASYNCGRPO_PATH"  # the launcher's sys.path: its processes import what it can import
 
 
@@ -114,9 +116,13 @@ def described(error: BaseException) -> str:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """It is Ctrl-C, which reaches the main thread alone, and no fault of the user's code."""
+    """It is Ctrl-C: it reached the main thread, and no `raise` of the user's code began it."""
     in_main = threading.current_thread() is threading.main_thread()
-    return isinstance(error, KeyboardInterrupt) and in_main
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    is_raised = place is not None and place.tb_frame.f_code.co_code[place.tb_lasti] == RAISE
+    return isinstance(error, KeyboardInterrupt) and in_main and not is_raised
 
 
 def shown(value: object) -> str:

@@ -12,11 +12,13 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 from asyncgrpo.errors import RewardError
+from asyncgrpo.rewards.function import time_limit
 from asyncgrpo.rewards.registry import RewardSet, Scores, load_rewards, lost_scores
 from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
@@ -63,14 +65,15 @@ class Judge(Protocol):
 
 
 class InlineJudge:
-    """Scores in the caller's process: for `--serial` and tests."""
+    """Scores in the caller's process, in its main thread with a time limit: for `--serial`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._rewards = settings, _load(settings)
         self._verdicts: list[Verdict] = []
 
     def submit(self, job: Job) -> None:
-        self._verdicts.append(_score(self._settings, self._rewards, job))
+        limit = time_limit("the reward", self._settings[""].timeout_seconds)
+        self._verdicts.append(_score(self._settings, self._rewards, job, limit))
 
     def done(self) -> list[Verdict]:
         verdicts, self._verdicts = self._verdicts, []
@@ -84,11 +87,17 @@ def _load(settings: Settings) -> dict[str, RewardSet]:
     return {block: load_rewards(rewards) for block, rewards in settings.items()}
 
 
-def _score(settings: Settings, rewards: Mapping[str, RewardSet], job: Job) -> Verdict:
+def _score(
+    settings: Settings,
+    rewards: Mapping[str, RewardSet],
+    job: Job,
+    limit: AbstractContextManager[None],
+) -> Verdict:
     start = time.perf_counter()
     scores: Scores | None
     try:
-        scores = rewards[job.block].score(job.prompt, job.texts)
+        with limit:
+            scores = rewards[job.block].score(job.prompt, job.texts)
         error = scores.errors[0] if scores.errors else ""
     except RewardError as failure:
         scores, error = _lost(settings, job), str(failure)
@@ -111,7 +120,7 @@ def _work(pipe: Connection, settings: Settings) -> None:
             job = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        pipe.send(_score(settings, rewards, job))
+        pipe.send(_score(settings, rewards, job, nullcontext()))  # the pool keeps the time
 
 
 class _Worker:

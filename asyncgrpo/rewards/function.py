@@ -172,10 +172,10 @@ class _TooSlow(BaseException):
 
 
 @contextmanager
-def time_limit(function: BoundFunction, seconds: float) -> Iterator[None]:
+def time_limit(what: object, seconds: float) -> Iterator[None]:
     """RewardError in the block after that time. In other threads than the main one no limit.
 
-    The function stays in the main thread, as in a worker: some keep their own time by SIGALRM.
+    A user's function stays in the main thread, as in a worker: some keep their own time by SIGALRM.
     """
     main = threading.main_thread()
     if threading.current_thread() is not main:
@@ -193,7 +193,7 @@ def time_limit(function: BoundFunction, seconds: float) -> Iterator[None]:
         yield
     except _TooSlow:
         raise RewardError(
-            f"{function} gave no score within reward.timeout_seconds={seconds:g}; let it end "
+            f"{what} gave no score within reward.timeout_seconds={seconds:g}; let it end "
             "sooner, or raise reward.timeout_seconds"
         ) from None
     finally:
