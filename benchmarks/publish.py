@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing as mp
-import socket
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 
 from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.weights.collective import WeightGroup, open_group, open_store
 from asyncgrpo.weights.proof import NUM_CANARIES
@@ -95,12 +95,6 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     config = from_mapping(
         {
@@ -109,9 +103,9 @@ def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
             "learner": {"parallel": "fsdp" if options.gathered else "ddp"},
         }
     )
-    parts, port = parameters(count), free_port()
+    parts, (port, door, store) = parameters(count), pick_free_ports(3)
     tensors = Gathered(parts) if options.gathered else parts
-    address = f"tcp://127.0.0.1:{free_port()}"
+    address = f"tcp://127.0.0.1:{door}"
     pipe, other = mp.Pipe()
     context = mp.get_context("spawn")
     actor = context.Process(target=receive, args=(config, address, port, other), daemon=True)
@@ -122,7 +116,7 @@ def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     sender = CollectiveSender(
         config,
         address,
-        ("127.0.0.1", free_port()),
+        ("127.0.0.1", store),
         transport=options.transport,
         folder=folder / f"{count}",
     )

@@ -13,7 +13,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 @pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(1200)
-def test_a_run_under_attack_learns_and_loses_nothing_and_counts_nothing_twice(tmp_path):
+def test_a_run_under_attack_learns_and_loses_nothing_and_counts_nothing_twice(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("chaos", SCRIPT)
     chaos = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chaos)
