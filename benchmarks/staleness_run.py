@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: processes side by
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from common import group_of, shard_of
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from asyncgrpo.actor.process import load_tokenizer
@@ -30,7 +31,7 @@ from asyncgrpo.evaluate import is_correct
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.rewards.registry import load_rewards
-from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling, Shard
+from asyncgrpo.types import Completion, Group
 
 BYPASS = {"correction": ["bypass"]}
 METHODS: dict[str, dict[str, Any]] = {  # algo settings; tis is decoupled by its other name
@@ -58,7 +59,7 @@ MINIBATCHES = 2
 MAX_LOGPROB_ERROR = 1e-4  # nats, sampler against learner on the same weights
 MAX_GROUPS_PER_ROUND = 64
 MAX_GROUPS_PER_STEP = 128  # a policy that answers all alike would be sampled forever
-EVAL_EVERY = 10
+EVAL_EVERY, NUM_EVAL = 10, 318
 REPORTED = (  # metrics of the learner, averaged over the second half of the run
     *("ess", "objective/kl", "objective/entropy", "grad_norm"),
     *("clip_low_share", "clip_high_share", "cap_share", "masked_share"),
@@ -66,11 +67,12 @@ REPORTED = (  # metrics of the learner, averaged over the second half of the run
 
 
 class Sampler:
-    """A short batched sampler with a KV cache, at temperature 1, on weights handed to it."""
+    """Draws completions at temperature 1 with weights handed to it."""
 
-    def __init__(self, folder: str, eos: int, pad: int, limit: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._eos, self._pad, self._limit = eos, pad, limit
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        self._tokenizer, self._limit = tokenizer, config.sampling.max_completion_tokens
+        torch.manual_seed(config.run.seed)
 
     @torch.no_grad()
     def load(self, weights: NamedTensors) -> None:
@@ -81,61 +83,36 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[list[int]], copies: int, policy_version: int, rng: torch.Generator
-    ) -> list[tuple[Completion, ...]]:
+        self, prompts: Sequence[list[int]], copies: int, policy_version: int
+    ) -> list[list[Completion]]:
         """`copies` completions of each prompt."""
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (longest - len(p)) + p for p in prompts])
-        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        count, cache = len(prompts) * copies, DynamicCache(config=self.model.config)
-        places = (seen.cumsum(1) - 1).clamp(min=0)
-        logits = self._forward(ids, seen, places, cache).repeat_interleave(copies, 0)
-        cache.batch_repeat_interleave(copies)
-        seen = seen.repeat_interleave(copies, 0)
-        place = places[:, -1:].repeat_interleave(copies, 0)
-        tokens = torch.full((count, self._limit), self._eos)
-        logprobs = torch.zeros(count, self._limit)
-        lengths, alive = torch.zeros(count, dtype=torch.int64), torch.arange(count)
-        for index in range(self._limit):
-            table = logits.log_softmax(-1)
-            chosen = torch.multinomial(table.exp(), 1, generator=rng)
-            tokens[alive, index] = chosen[:, 0]
-            logprobs[alive, index] = table.gather(1, chosen)[:, 0]
-            lengths[alive] += 1
-            goes_on = (chosen[:, 0] != self._eos).nonzero().flatten()
-            alive = alive[goes_on]
-            if not len(alive) or index == self._limit - 1:
-                break
-            cache.batch_select_indices(goes_on)
-            seen = torch.cat([seen[goes_on], torch.ones(len(alive), 1, dtype=seen.dtype)], 1)
-            place = place[goes_on] + 1
-            logits = self._forward(chosen[goes_on], seen, place, cache)
-        made = [
-            Completion(
-                token_ids=row[:length].astype(np.int32),
-                behavior_logprobs=scores[:length],
-                versions=np.full(length, policy_version, np.int32),
-                finish_reason="stop" if row[length - 1] == self._eos else "length",
-            )
-            for row, scores, length in zip(
-                tokens.numpy(), logprobs.numpy(), lengths.tolist(), strict=True
-            )
-        ]
-        return [tuple(made[first : first + copies]) for first in range(0, count, copies)]
-
-    def _forward(
-        self, ids: torch.Tensor, seen: torch.Tensor, places: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
-        """[rows, V] logits after the last token; the cache grows."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=seen,
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+        inputs = self._tokenizer.pad(
+            {"input_ids": prompts}, padding_side="left", return_tensors="pt"
         )
-        return out.logits[:, -1].float()
+        out = self.model.generate(
+            **inputs,
+            **dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0),
+            max_new_tokens=self._limit,
+            num_return_sequences=copies,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+        table = torch.stack(out.logits, 1).float().log_softmax(-1)
+        logprobs = table.gather(-1, tokens[..., None])[..., 0].numpy()
+        made = []
+        for ids, scores in zip(tokens.tolist(), logprobs, strict=True):
+            ended = self._tokenizer.eos_token_id in ids
+            ids = ids[: ids.index(self._tokenizer.eos_token_id) + 1] if ended else ids
+            made.append(
+                Completion(
+                    token_ids=np.array(ids, np.int32),
+                    behavior_logprobs=scores[: len(ids)],
+                    versions=np.full(len(ids), policy_version, np.int32),
+                    finish_reason="stop" if ended else "length",
+                )
+            )
+        return [made[first : first + copies] for first in range(0, len(made), copies)]
 
 
 class Experiment:
@@ -151,17 +128,11 @@ class Experiment:
         self._curve: dict[str, float] = {}  # step -> held-out accuracy
         self._by_kind: dict[str, float] = {}
         self._tokenizer = load_tokenizer(config.model.path)
-        self._sampler = Sampler(
-            config.model.path,
-            self._tokenizer.eos_token_id,
-            self._tokenizer.pad_token_id,
-            config.sampling.max_completion_tokens,
-        )
+        self._sampler = Sampler(config, self._tokenizer)
 
     def run(self) -> None:
         """Trains to the end, or until there is nothing left to learn from."""
         config, updater = self._config, PolicyUpdater(self._config)
-        self._rng = torch.Generator().manual_seed(config.run.seed)
         weights: deque[list[tuple[str, torch.Tensor]]] = deque(maxlen=self._lag + 1)
         for step in range(config.run.max_steps):
             weights.append([(name, tensor.clone()) for name, tensor in updater.weights()])
@@ -171,7 +142,7 @@ class Experiment:
             groups = self._batch(step - len(weights) + 1)
             if len(groups) < config.algo.minibatches:
                 break  # nothing left to learn from: all answers to a prompt are alike
-            self._rows.append(updater.update(_shard(step, groups)))
+            self._rows.append(updater.update(shard_of(step, groups)))
             self._check(step)
         self._evaluate(len(self._rows), list(updater.weights()))
 
@@ -194,38 +165,13 @@ class Experiment:
         self._position += count
         rows = render(self._tokenizer, [prompt.messages[-1]["content"] for prompt in prompts])
         size = self._config.algo.group_size
-        sampled = self._sampler.sample(rows, size, policy_version, self._rng)
+        sampled = self._sampler.sample(rows, size, policy_version)
         for prompt, row, completions in zip(prompts, rows, sampled, strict=True):
             texts = self._tokenizer.batch_decode(
                 [completion.token_ids for completion in completions], skip_special_tokens=True
             )
             scores = self._rewards.score(prompt, texts)
-            yield Group(
-                lease=self._lease(prompt, policy_version),
-                prompt_token_ids=np.array(row, np.int32),
-                completions=Completions.of(completions),
-                rewards=scores.rewards,
-                reward_parts=scores.parts,
-                actor="benchmark",
-            )
-
-    def _lease(self, prompt: Prompt, policy_version: int) -> Lease:
-        settings = self._config.sampling
-        return Lease(
-            lease_id=prompt.prompt_id,
-            prompt=prompt,
-            group_size=self._config.algo.group_size,
-            sampling=Sampling(
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_completion_tokens=settings.max_completion_tokens,
-            ),
-            seed=0,
-            purpose="train",
-            version=policy_version,
-            deadline_seconds=60.0,
-        )
+            yield group_of(prompt, row, completions, scores.parts, scores.rewards)
 
     def _is_mixed(self, group: Group) -> bool:
         scores = [float(score) for score in next(iter(group.reward_parts.values()))]
@@ -240,7 +186,7 @@ class Experiment:
 
     def _evaluate(self, step: int, weights: NamedTensors) -> None:
         self._sampler.load(weights)
-        held_out = self._prompts.held_out(self._config.eval.num_prompts)
+        held_out = self._prompts.held_out(NUM_EVAL)
         limit = self._config.sampling.max_completion_tokens
         self._by_kind = greedy_accuracy(self._sampler.model, self._tokenizer, held_out, limit)
         counts = Counter(prompt.columns["kind"] for prompt in held_out)
@@ -265,15 +211,6 @@ class Experiment:
         }
 
 
-def _shard(step: int, groups: Sequence[Group]) -> Shard:
-    return Shard(
-        step=step,
-        groups=tuple(groups),
-        num_loss_tokens_global=sum(group.num_tokens for group in groups),
-        num_completions_global=sum(len(group.completions) for group in groups),
-    )
-
-
 def config_of(method: str, seed: int, steps: int, lr: float, folder: str) -> Config:
     """The run's settings; all that is not named here has the project's default."""
     return from_mapping(
@@ -285,7 +222,7 @@ def config_of(method: str, seed: int, steps: int, lr: float, folder: str) -> Con
             "algo": {"group_size": 8, "minibatches": MINIBATCHES, **METHODS[method]},
             "learner": {"lr": lr, "max_tokens_per_microbatch": 8192},
             "launch": {"learners": 1},
-            "eval": {"num_prompts": 318},
+            "eval": {"num_prompts": NUM_EVAL},
         }
     )
 
