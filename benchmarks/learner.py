@@ -1,6 +1,6 @@
 """Trained tokens per second: packed rows against padded ones, and two ranks against one.
 
-    python benchmarks/learner.py [--steps 5] [--part packing | ranks]
+    python benchmarks/learner.py [--steps 5]
 
 Prints for each mix of lengths the completion tokens trained per second, padded and packed, and
 which share of this machine's matrix products, timed between the steps, their FLOPs are (those of
@@ -205,12 +205,10 @@ def _rank(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--part", choices=("packing", "ranks"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as model:
         make_model(model)
-        if options.part != "ranks":
-            packing(options.steps, model)
-        if options.part != "packing" and (not ON_GPU or torch.cuda.device_count() > 1):
+        packing(options.steps, model)
+        if not ON_GPU or torch.cuda.device_count() > 1:
             ranks(options.steps, model)

@@ -9,11 +9,9 @@ forward and backward of 32k tokens with a vocabulary of 150k. One thread; each i
 
 from __future__ import annotations
 
-import argparse
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ from asyncgrpo.learner.prepare import Preparer
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.settings.algo import AlgoSettings
 
+SPAWN = multiprocessing.get_context("spawn")
 ALGOS = {
     "ppo_clip, decoupled (default)": {},
     "ppo_clip, all masks and tis_sequence": {
@@ -128,11 +127,7 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=("cost", "memory"))
-    part = parser.parse_args().part
-    if part:
-        {"cost": cost, "memory": memory}[part]()
-    else:
-        for name in ("cost", "memory"):
-            subprocess.run([sys.executable, __file__, "--part", name], check=True)
+    for part in (cost, memory):
+        process = SPAWN.Process(target=part)
+        process.start()
+        process.join()

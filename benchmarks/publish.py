@@ -1,8 +1,8 @@
 """Seconds per publish against a bare broadcast of the same bytes, in the same run.
 
-    python benchmarks/publish.py [--parameters 1e6 1e8] [--repeat 7] [--dtype bfloat16]
+    python benchmarks/publish.py [--parameters 1e6 1e8] [--repeat 7]
 
-One sender and one receiver process on this machine, float32 parameters sent as --dtype by gloo
+One sender and one receiver process on this machine, float32 parameters sent as bfloat16 by gloo
 (with --transport disk as a file). sent: reading and casting the parameters, the broadcast, digests;
 live: until the receiver has checked its own digests, copied all into another model's memory and
 answered. bare: the same bytes from one buffer to another, in the same buckets. Medians; publishes
@@ -98,8 +98,7 @@ def resident(name: str) -> int:
 def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     config = from_mapping(
         {
-            "model": {"dtype": options.dtype},
-            "weights": {"bucket_bytes": options.bucket_mib << 20},
+            "model": {"dtype": "bfloat16"},
             "learner": {"parallel": "fsdp" if options.gathered else "ddp"},
         }
     )
@@ -160,8 +159,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, nargs="+", default=[1e6, 1e8])
     parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--bucket-mib", type=int, default=8)
     parser.add_argument("--transport", choices=("gloo", "disk"), default="gloo")
     parser.add_argument("--gathered", action="store_true")
     options = parser.parse_args()

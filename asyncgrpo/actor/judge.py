@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol
 
 from asyncgrpo.errors import RewardError
 from asyncgrpo.rewards.function import time_limit
-from asyncgrpo.rewards.registry import RewardSet, Scores, load_rewards, lost_scores
+from asyncgrpo.rewards.registry import Scores, load_rewards, lost_scores
 from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
@@ -36,6 +35,10 @@ class Job:
     texts: tuple[str, ...]
     block: str = ""  # the evaluation whose reward scores them; "" = training's
 
+    def lost(self, settings: Settings) -> Scores | None:
+        """What reward.on_error gives it without scores."""
+        return lost_scores(settings[self.block], self.prompt, len(self.texts))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
@@ -51,76 +54,55 @@ class Verdict:
     seconds: float = 0.0
 
 
-class Judge(Protocol):
-    """What the actor loop needs of its judge."""
-
-    def submit(self, job: Job) -> None:
-        """Queues a group."""
-
-    def done(self) -> list[Verdict]:
-        """Verdicts since the last call; never waits."""
-
-    def close(self) -> None:
-        """Ends all workers."""
-
-
 class InlineJudge:
     """Scores in the caller's process, in its main thread with a time limit: for `--serial`."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._rewards = settings, _load(settings)
+        self._settings = settings
+        self._rewards = {block: load_rewards(its) for block, its in settings.items()}
         self._verdicts: list[Verdict] = []
 
     def submit(self, job: Job) -> None:
+        """Queues a group."""
         limit = time_limit("the reward", self._settings[""].timeout_seconds)
-        self._verdicts.append(_score(self._settings, self._rewards, job, limit))
+        self._verdicts.append(self.verdict(job, limit))
 
     def done(self) -> list[Verdict]:
+        """Verdicts since the last call; never waits."""
         verdicts, self._verdicts = self._verdicts, []
         return verdicts
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Ends its workers, if it has any."""
 
-
-def _load(settings: Settings) -> dict[str, RewardSet]:
-    return {block: load_rewards(rewards) for block, rewards in settings.items()}
-
-
-def _score(
-    settings: Settings,
-    rewards: Mapping[str, RewardSet],
-    job: Job,
-    limit: AbstractContextManager[None],
-) -> Verdict:
-    start = time.perf_counter()
-    scores: Scores | None
-    try:
-        with limit:
-            scores = rewards[job.block].score(job.prompt, job.texts)
-        error = scores.errors[0] if scores.errors else ""
-    except RewardError as failure:
-        scores, error = _lost(settings, job), str(failure)
-    seconds = time.perf_counter() - start
-    return Verdict(
-        lease_id=job.lease_id, scores=scores, error=error, contract=bool(error), seconds=seconds
-    )
-
-
-def _lost(settings: Settings, job: Job) -> Scores | None:
-    return lost_scores(settings[job.block], job.prompt, len(job.texts))
+    def verdict(self, job: Job, limit: AbstractContextManager[None]) -> Verdict:
+        """Scores a group at once."""
+        start, scores = time.perf_counter(), None
+        try:
+            with limit:
+                scores = self._rewards[job.block].score(job.prompt, job.texts)
+            error = scores.errors[0] if scores.errors else ""
+        except RewardError as failure:
+            scores, error = job.lost(self._settings), str(failure)
+        return Verdict(
+            lease_id=job.lease_id,
+            scores=scores,
+            error=error,
+            contract=bool(error),
+            seconds=time.perf_counter() - start,
+        )
 
 
 def _work(pipe: Connection, settings: Settings) -> None:
     """The worker's main loop; it ends when the actor's end of the pipe is gone."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to the actor's children, too
-    rewards = _load(settings)
+    judge = InlineJudge(settings)
     while True:
         try:
             job = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        pipe.send(_score(settings, rewards, job, nullcontext()))  # the pool keeps the time
+        pipe.send(judge.verdict(job, nullcontext()))  # the pool keeps the time
 
 
 class _Worker:
@@ -146,7 +128,7 @@ class _Worker:
 
 
 class JudgePool:
-    """A Judge over `reward.workers` processes, each with one job at a time."""
+    """As InlineJudge, over `reward.workers` processes, each with one job at a time."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
@@ -210,5 +192,8 @@ class JudgePool:
         if self._tries[job.lease_id] < MAX_TRIES:
             self._queue.appendleft(job)
             return None
-        scores = _lost(self._settings, job)
+        scores = job.lost(self._settings)
         return Verdict(lease_id=job.lease_id, scores=scores, error=reason, seconds=seconds)
+
+
+Judge = InlineJudge | JudgePool

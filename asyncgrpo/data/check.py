@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from asyncgrpo.data.files import Located, Row
+from asyncgrpo.config import Config
+from asyncgrpo.data.files import Located, Row, source_name
 from asyncgrpo.data.records import answer_of, messages_of, prompts_from_rows, source_of
-from asyncgrpo.data.templates import AS_IT_IS
 from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.rewards.finding import functions_for
 from asyncgrpo.settings.data import DataSettings, TemplateSettings
-from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 Finding = tuple[str, str, str]  # where, what kind, details
@@ -21,18 +20,13 @@ TELLING_SHARE = 0.01  # of too long prompts
 
 def findings(
     rows: Iterable[Located],
-    name: str,
-    reward: RewardSettings,
-    *,
-    template: TemplateSettings = AS_IT_IS,
-    known_sources: Collection[str] | None = None,
+    file: str,
+    config: Config,
     count_tokens: Callable[[Prompt], int] = lambda prompt: 0,
-    max_prompt_tokens: int = 0,
 ) -> Iterator[Finding]:
-    """Everything wrong with the rows, in their order; `name` is the default data_source.
-
-    known_sources None: any data_source will do that `reward` has a judge for.
-    """
+    """Everything wrong with the rows of a file, in their order."""
+    name, template = source_name(file), config.data.template_of(file)
+    limit = config.data.max_prompt_tokens
     seen: dict[str, str] = {}  # question -> where it stood first
     for where, row in rows:
         errors = (
@@ -46,17 +40,12 @@ def findings(
         first = seen.setdefault(repr(prompt.messages), where)
         if first != where:
             yield where, "duplicate", f"the same prompt as {first}"
-        source = prompt.data_source
-        if known_sources is not None and source not in known_sources:
-            known = ", ".join(known_sources)
-            yield where, "data_source", f"{source!r} is unknown; known are: {known}"
         try:
-            functions_for(reward, prompt)
+            functions_for(config.reward, prompt)
         except RewardError as error:
             yield where, "data_source", str(error)
-        if (num_tokens := count_tokens(prompt)) > max_prompt_tokens:
-            limit = f"data.max_prompt_tokens is {max_prompt_tokens}"
-            yield where, "too long", f"{num_tokens} tokens; {limit}"
+        if (num_tokens := count_tokens(prompt)) > limit:
+            yield where, "too long", f"{num_tokens} tokens; data.max_prompt_tokens is {limit}"
 
 
 def _errors(row: Row, where: str, template: TemplateSettings) -> list[tuple[str, DataError]]:
