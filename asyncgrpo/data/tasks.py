@@ -200,9 +200,6 @@ def _task(kind: str, text: str, answer: object, careless: object, worked: str = 
     return Task(kind=kind, text=text, answer=truth, worked=worked or truth, careless=str(careless))
 
 
-# -- one function per kind; each draws its numbers first and then knows the truth ----------
-
-
 def _of_two(
     kind: str, text: str, truth: Callable[[int, int], int], low: int, high: int | None = None
 ) -> Draw:
