@@ -121,7 +121,8 @@ class Progress:
         )
         facts = Text(
             f"reward {_number(self._last, 'rewards/mean', '+.2f')} "
-            f"{sparkline(rewards, min(rewards, default=0.0), max(rewards, default=1.0))}   "
+            f"{sparkline(rewards, min(rewards, default=0.0), max(rewards, default=1.0))} "
+            f"{phase(rewards)}   "
             f"{held_out or f'{HELD_OUT} -'}   "
             f"staleness {_number(self._last, 'staleness/mean', '.1f')}"
             f" (max {_number(self._last, 'staleness/max', '.0f')})\n"
@@ -234,6 +235,16 @@ def sparkline(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> s
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     scale = len(SPARKS) / ((high - low) or 1.0)
     return "".join(SPARKS[min(int((mean - low) * scale), len(SPARKS) - 1)] for mean in means)
+
+
+def phase(rewards: Sequence[float]) -> str:
+    """How the mean reward moves now: what its last fifth gained, as a share of all it gained."""
+    fifth = len(rewards) // 5
+    if fifth < 2:
+        return ""
+    first, before, now = (sum(rewards[at:][:fifth]) for at in (0, -2 * fifth, -fifth))
+    share = (now - before) / (now - first) if now > first else 0.0
+    return "rising fast" if share > 0.15 else "rising" if share > 0.05 else "flat"
 
 
 def show_summary(run_dir: Path, console: Console) -> None:
