@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
@@ -25,26 +26,24 @@ def functions_for(settings: RewardSettings, prompt: Prompt) -> tuple[RewardFunct
     It can name no import path: data files must not choose what code runs. RewardError when
     reward.routes are set and none of them fits.
     """
+    functions = settings.functions
     named = prompt.columns.get("data_source")
     if isinstance(named, Mapping):
-        judges = [f for name in named for f in _named(settings, name, float(named[name]))]
+        judges = (f for name in named for f in _named(settings, name, float(named[name])))
+        functions = (*judges, *functions)
     elif settings.routes:
-        judges = list(_route(settings, prompt.data_source))
-    else:
-        judges = []
-    functions = (*judges, *settings.functions)
+        functions = (*_route(settings, prompt.data_source), *functions)
     if not functions:
         raise RewardError(
             f"data_source {prompt.data_source!r} has no reward: reward.functions and reward.routes "
             "are empty; set one of them"
         )
-    labels = [function.label for function in functions]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise RewardError(
-                f"data_source {prompt.data_source!r} has two rewards called {label!r}; give one of "
-                "them another `name` in reward.functions or reward.routes"
-            )
+    ((label, count),) = Counter(function.label for function in functions).most_common(1)
+    if count > 1:
+        raise RewardError(
+            f"data_source {prompt.data_source!r} has two rewards called {label!r}; give one of "
+            "them another `name` in reward.functions or reward.routes"
+        )
     return functions
 
 
