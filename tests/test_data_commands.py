@@ -23,32 +23,28 @@ JUDGED = {"sums": "integer", "rows": "integer"}  # rows without a source have th
 ONLY_SUMS = ("--set", "reward.routes={sums='integer', rows='integer'}")
 # row 2 of a file -> what validate finds there
 FINDINGS = {
-    '{"question": ': ("bad JSON", "is not JSON: Expecting value"),
-    "[1]": ("bad JSON", "holds [1], not an object"),
-    '{"answer": "2"}': ("prompt", "has no prompt; it has the columns answer"),
-    '{"question": " ", "answer": "2"}': ("prompt", "must be text that is not empty"),
-    '{"question": "a"}': ("answer", "has no answer; it has the columns question"),
-    '{"question": "a", "answer": null}': ("answer", "answer=None must be a number or text"),
-    '{"question": "a", "answer": ""}': ("answer", "answer='' must be a number or text"),
-    '{"question": "a", "answer": "2", "data_source": 3}': ("data_source", "data_source=3 must"),
-    '{"question": "a", "answer": "2", "data_source": "math"}': (
-        "data_source",
-        "'math' has no judge",
-    ),
-    '{"question": "1 + 1?", "answer": "3", "data_source": "sums"}': ("duplicate", "rows.jsonl:1"),
+    '{"question": ': "is not JSON: Expecting value",
+    "[1]": "holds [1], not an object",
+    '{"answer": "2"}': "has no prompt; it has the columns answer",
+    '{"question": " ", "answer": "2"}': "must be text that is not empty",
+    '{"question": "a"}': "has no answer; it has the columns question",
+    '{"question": "a", "answer": null}': "answer=None must be a number or text",
+    '{"question": "a", "answer": ""}': "answer='' must be a number or text",
+    '{"question": "a", "answer": "2", "data_source": 3}': "data_source=3 must be text",
+    '{"question": "a", "answer": "2", "data_source": "math"}': "data_source 'math' has no judge",
+    '{"question": "1 + 1?", "answer": "3", "data_source": "sums"}': "the same prompt as ",
 }
 
 
 @pytest.mark.parametrize("row", FINDINGS)
 def test_validate_finds_what_is_wrong_and_where(tmp_path, asyncgrpo, row):
     path = write_jsonl(tmp_path / "rows.jsonl", GOOD, row, {**GOOD, "question": "b"})
-    kind, detail = FINDINGS[row]
     (finding,) = findings(read_rows(path), str(path), from_mapping({"reward": {"routes": JUDGED}}))
-    assert finding[:2] == (f"{path}:2", kind)
-    assert detail in finding[2]
+    assert finding[0] == f"{path}:2"
+    assert FINDINGS[row] in finding[1]
     code, out, _ = asyncgrpo("data", "validate", path, *ONLY_SUMS)
     assert code == 1
-    assert kind in out
+    assert "rows.jsonl:2" in out
     assert f"{path}: 1 problems in 3 records" in out
 
 

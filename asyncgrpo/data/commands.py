@@ -150,14 +150,14 @@ def _show(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    places: dict[tuple[str, str], list[str]] = {}
-    for where, kind, what in findings:
-        places.setdefault((kind, what), []).append(where)
-    table = Table("where", "kind", "what")
+    places: dict[str, list[str]] = {}
+    for where, what in findings:
+        places.setdefault(what, []).append(where)
+    table = Table("where", "what")
     for column in table.columns:
         column.overflow = "fold"  # a place that is cut off is of no use
-    for (kind, what), (first, *others) in list(places.items())[:MAX_SHOWN]:
-        table.add_row(first + (f" and {len(others)} more" if others else ""), kind, what)
+    for what, (first, *others) in list(places.items())[:MAX_SHOWN]:
+        table.add_row(first + (f" and {len(others)} more" if others else ""), what)
     if len(places) > MAX_SHOWN:
         table.add_row(f"and {len(places) - MAX_SHOWN} more")
     Console(highlight=False, markup=False).print(table)
