@@ -101,9 +101,6 @@ def make_group() -> Group:
     return replace(group, lease=lease_from(leases_of(new_core(), 1)[0]))
 
 
-# -- processes ----------------------------------------------------------------------------------
-
-
 def serve(folder: Path, kind: str) -> None:
     """One of: bare, no ledger, ledger."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -199,9 +196,6 @@ def taken_and_trained(step: int) -> Iterator[Packet]:
     yield Packet(kind="take", request_id=2 * step + 1, fields={**of_step, "rank": 0})
     told = {**of_step, "covered": step, "advantages": bytes(4 * BATCH * COMPLETIONS)}
     yield Packet(kind="trained", request_id=2 * step + 2, fields=told)
-
-
-# -- measures -----------------------------------------------------------------------------------
 
 
 class Plant:
