@@ -11,8 +11,8 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -22,7 +22,6 @@ from asyncgrpo.rewards.registry import Scores, load_rewards, lost_scores
 from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
-MAX_TRIES = 2
 Settings = Mapping[str, RewardSettings]  # by block, as in Config.rewards
 
 
@@ -106,7 +105,7 @@ def _work(pipe: Connection, settings: Settings) -> None:
 
 
 class _Worker:
-    """One process and the job it works on."""
+    """One process, and the job it works on."""
 
     def __init__(self, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -115,11 +114,12 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: Job | None = None
-        self.since = 0.0
+        self.is_retry, self.since = False, 0.0
 
-    def give(self, job: Job, now: float) -> None:
-        self.job, self.since = job, now
-        self.pipe.send(job)
+    def give(self, job: Job, is_retry: bool) -> None:
+        self.job, self.is_retry, self.since = job, is_retry, time.monotonic()
+        with suppress(OSError):  # it died idle: the pool finds out
+            self.pipe.send(job)
 
     def end(self) -> None:
         self.process.kill()
@@ -130,24 +130,42 @@ class _Worker:
 class JudgePool:
     """As InlineJudge, over `reward.workers` processes, each with one job at a time."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings, self._clock = settings, clock
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._timeout_seconds = settings[""].timeout_seconds
         self._workers = [_Worker(settings) for _ in range(settings[""].workers)]
-        self._queue: deque[Job] = deque()
-        self._tries: dict[str, int] = {}
+        self._queue: deque[tuple[Job, bool]] = deque()  # with whether it was tried before
 
     def submit(self, job: Job) -> None:
-        self._queue.append(job)
+        self._queue.append((job, False))
         self._feed()
 
     def done(self) -> list[Verdict]:
         verdicts = []
         for index, worker in enumerate(self._workers):
-            verdict = self._verdict_of(index, worker)
-            if verdict is not None:
-                self._tries.pop(verdict.lease_id, None)
-                verdicts.append(verdict)
+            if (job := worker.job) is None:
+                continue
+            seconds, reason = time.monotonic() - worker.since, ""
+            if seconds > self._timeout_seconds:
+                reason = f"no score within reward.timeout_seconds={self._timeout_seconds:g}"
+            try:
+                if worker.pipe.poll():
+                    verdicts.append(worker.pipe.recv())
+                    worker.job = None
+                    continue
+            except (EOFError, OSError):
+                reason = "the reward worker died"
+            if not reason:
+                continue
+            worker.end()
+            self._workers[index] = _Worker(self._settings)
+            if not worker.is_retry:
+                self._queue.appendleft((job, True))
+                continue
+            lost = job.lost(self._settings)
+            verdicts.append(
+                Verdict(lease_id=job.lease_id, scores=lost, error=reason, seconds=seconds)
+            )
         self._feed()
         return verdicts
 
@@ -158,42 +176,7 @@ class JudgePool:
     def _feed(self) -> None:
         for worker in self._workers:
             if worker.job is None and self._queue:
-                try:
-                    worker.give(self._queue.popleft(), self._clock())
-                except OSError:
-                    worker.since = self._clock()  # it died idle; _verdict_of replaces it
-
-    def _verdict_of(self, index: int, worker: _Worker) -> Verdict | None:
-        if worker.job is None:
-            return None
-        try:
-            if worker.pipe.poll():
-                verdict: Verdict = worker.pipe.recv()
-                worker.job = None
-                return verdict
-        except (EOFError, OSError):
-            return self._replace(index, worker, "the reward worker died")
-        if self._clock() - worker.since > self._timeout_seconds:
-            return self._replace(
-                index,
-                worker,
-                f"no score within reward.timeout_seconds={self._timeout_seconds:g}",
-            )
-        return None
-
-    def _replace(self, index: int, worker: _Worker, reason: str) -> Verdict | None:
-        """Starts a new worker; the job is tried again, or fails when it had its tries."""
-        job = worker.job
-        assert job is not None, "only working workers are replaced"
-        seconds = self._clock() - worker.since
-        worker.end()
-        self._workers[index] = _Worker(self._settings)
-        self._tries[job.lease_id] = self._tries.get(job.lease_id, 0) + 1
-        if self._tries[job.lease_id] < MAX_TRIES:
-            self._queue.appendleft(job)
-            return None
-        scores = job.lost(self._settings)
-        return Verdict(lease_id=job.lease_id, scores=scores, error=reason, seconds=seconds)
+                worker.give(*self._queue.popleft())
 
 
 Judge = InlineJudge | JudgePool
