@@ -12,9 +12,9 @@ A packed file is code, as a .py file is: run directories of strangers are not to
 from __future__ import annotations
 
 import difflib
-import dis
 import functools
 import importlib
+import opcode
 import os
 import pickle
 import sys
@@ -30,7 +30,7 @@ from asyncgrpo.errors import BadInput, RewardError
 
 Function = Callable[..., Any]
 PACKED = ".pkl"
-RAISE = dis.opmap["RAISE_VARARGS"]
+RAISE = opcode.opmap["RAISE_VARARGS"]
 PATH = "ASYNCGRPO_PATH"  # the launcher's sys.path: its processes import what it can import
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncgrpo.types import Float32, Sampled, Sampling
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
     from asyncgrpo.actor.concurrency import EngineLoad
     from asyncgrpo.wire.codec import Packet
+
+# f(prompts, completions, **columns) -> one float (or None: not applicable) per completion; or
+# f(prompt, completion, **columns) -> one float or None. May be async; rewards/function.py has all.
+Reward = Callable[..., Any]
 
 # (name as in Hugging Face's named_parameters, tensor), in manifest order each time they are asked
 # for; a tensor may be made on the way, so hold one at a time

@@ -1,8 +1,8 @@
 """Seconds per publish against a bare broadcast of the same bytes, in the same run.
 
-    python benchmarks/publish.py [--parameters 1e6 1e8] [--repeat 7]
+    python benchmarks/publish.py [--parameters 1e6 1e8] [--repeat 7] [--dtype bfloat16]
 
-One sender and one receiver process on this machine, float32 parameters sent as bfloat16 by gloo
+One sender and one receiver process on this machine, float32 parameters sent as --dtype by gloo
 (with --transport disk as a file). sent: reading and casting the parameters, the broadcast, digests;
 live: until the receiver has checked its own digests, copied all into another model's memory and
 answered. bare: the same bytes from one buffer to another, in the same buckets. Medians; publishes
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing as mp
+import socket
 import statistics
 import tempfile
 import time
@@ -30,7 +31,6 @@ import numpy as np
 import torch
 
 from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.weights.collective import WeightGroup, open_group, open_store
 from asyncgrpo.weights.proof import NUM_CANARIES
@@ -95,16 +95,23 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     config = from_mapping(
         {
-            "model": {"dtype": "bfloat16"},
+            "model": {"dtype": options.dtype},
+            "weights": {"bucket_bytes": options.bucket_mib << 20},
             "learner": {"parallel": "fsdp" if options.gathered else "ddp"},
         }
     )
-    parts, (port, door, store) = parameters(count), pick_free_ports(3)
+    parts, port = parameters(count), free_port()
     tensors = Gathered(parts) if options.gathered else parts
-    address = f"tcp://127.0.0.1:{door}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     pipe, other = mp.Pipe()
     context = mp.get_context("spawn")
     actor = context.Process(target=receive, args=(config, address, port, other), daemon=True)
@@ -115,7 +122,7 @@ def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     sender = CollectiveSender(
         config,
         address,
-        ("127.0.0.1", store),
+        ("127.0.0.1", free_port()),
         transport=options.transport,
         folder=folder / f"{count}",
     )
@@ -159,6 +166,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, nargs="+", default=[1e6, 1e8])
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--bucket-mib", type=int, default=8)
     parser.add_argument("--transport", choices=("gloo", "disk"), default="gloo")
     parser.add_argument("--gathered", action="store_true")
     options = parser.parse_args()
