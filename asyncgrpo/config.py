@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from pydantic import ValidationError, field_serializer, model_validator
 
 from asyncgrpo.aliases import translate
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.hints import nearest
 from asyncgrpo.settings.algo import AlgoSettings
 from asyncgrpo.settings.data import DataSettings
 from asyncgrpo.settings.learner import CheckpointSettings, LearnerSettings, WeightSettings
@@ -354,17 +354,12 @@ def _explain(item: Any) -> str:
     location = tuple(part for part in item["loc"] if part not in (TEXT, TABLE, TABLES))
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        known = list(_fields_at(location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
-        if near:
-            hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
-        else:
-            home = [
-                f"{room}.{location[-1]}"
-                for room in Config.model_fields
-                if location[-1] in _fields_at((room,))
-            ]
-            hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
+        *place, last = map(str, location)
+        known = _fields_at(location[:-1])
+        homes = [[room, last] for room in Config.model_fields if last in _fields_at((room,))]
+        near = nearest(last, known)
+        meant = [*place, near] if near else next(iter(homes), None)
+        hint = f"did you mean {'.'.join(meant)}?" if meant else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     field = _fields_at(location[:-1]).get(location[-1]) if location else None

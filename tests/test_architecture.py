@@ -70,8 +70,8 @@ FLOORS = {
         "launch.memory",
         "launch.memory_report",
     ),
-    1: ("config", "settings", "aliases", "algorithms", "hints", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "rows", "settings.room", "staleness"),
+    1: ("config", "settings", "aliases", "algorithms", "protocols", "observe.metrics"),
+    0: ("errors", "types", "hints", "imports", "rows", "settings.room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

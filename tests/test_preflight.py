@@ -137,8 +137,8 @@ def test_an_adapter_a_file_and_another_tokenizer_are_recognised(model: Path) -> 
 def test_an_unsupported_architecture_lists_the_supported_and_the_nearest(model: Path) -> None:
     write_json(model / "config.json", {"architectures": ["Qwen3MoeForCausalLM"]})
     message = refusal(model)
-    assert "Qwen3MoeForCausalLM is not supported; supported are Qwen3ForCausalLM" in message
-    assert "nearest: Qwen3ForCausalLM" in message
+    assert "architecture Qwen3MoeForCausalLM is not supported; did you mean" in message
+    assert "did you mean 'Qwen3ForCausalLM'? supported are Qwen3ForCausalLM, Qwen2" in message
     write_json(model / "config.json", {})
     assert "none named is not supported" in refusal(model)
 

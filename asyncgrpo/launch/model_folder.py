@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncgrpo.errors import AbsentModel, ModelError
+from asyncgrpo.hints import did_you_mean, nearest
 
 EMBEDDED = "tiny"
 SUPPORTED_ARCHITECTURES = (
@@ -45,9 +45,11 @@ def check_model_folder(path: str, *, download: bool = True) -> Path | None:
         _check_files(folder)
         return folder
     if not HUB_NAME.fullmatch(path):
+        near = nearest(folder.name, (other.name for other in folder.parent.glob("*/")))
+        hint = f" (did you mean {folder.with_name(near)}?)" if near else ""
         raise ModelError(
-            f"model.path={path!r} does not exist{_near_folder(folder)}; give a folder with "
-            f"config.json, tokenizer and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
+            f"model.path={path!r} does not exist{hint}; give a folder with config.json, tokenizer "
+            "and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
         )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     snapshot = _cached_snapshot(path)
@@ -180,10 +182,10 @@ def _check_config(folder: Path) -> dict[str, Any]:
     if any(name in SUPPORTED_ARCHITECTURES for name in named):
         return config
     found = ", ".join(map(str, named)) or "none named"
-    near = difflib.get_close_matches(found, SUPPORTED_ARCHITECTURES, n=1, cutoff=0.6)
     raise ModelError(
-        f"{folder}/config.json: architecture {found} is not supported; supported are "
-        f"{', '.join(SUPPORTED_ARCHITECTURES)}" + (f" (nearest: {near[0]})" if near else "")
+        f"{folder}/config.json: architecture {found} is not supported; "
+        f"{did_you_mean(found, SUPPORTED_ARCHITECTURES)}supported are "
+        f"{', '.join(SUPPORTED_ARCHITECTURES)}"
     )
 
 
@@ -276,12 +278,3 @@ def _cached_snapshot(name: str) -> Path | None:
         return None
     snapshot = folder / "snapshots" / revision
     return snapshot if snapshot.is_dir() else None
-
-
-def _near_folder(folder: Path) -> str:
-    parent = folder.parent
-    if not parent.is_dir():
-        return f" (nor does its parent {parent})"
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    near = difflib.get_close_matches(folder.name, names, n=1)
-    return f" (did you mean {parent / near[0]}?)" if near else ""
