@@ -158,7 +158,7 @@ class Config(Room):
                 f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
                 "of its own that a reference could take over; set algo.reference.sync_every = 0"
             )
-        yield from self._engine_problems()
+        yield from self.engine_problems()
         names = [block.name for block in self.eval]
         for name in names:
             if names.count(name) > 1:
@@ -169,15 +169,16 @@ class Config(Room):
                 f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
             )
 
-    def _engine_problems(self) -> Iterable[str]:
+    def engine_problems(self) -> Iterable[str]:
+        """What the engine that is set cannot do."""
         adapter, count = self.learner.published_adapter, self.actor.tensor_parallel
         only_vllm: dict[str, Any] = {"actor.tensor_parallel": count > 1 and count}
         only_vllm["learner.lora.publish"] = adapter and adapter.publish
         for name, value in only_vllm.items():
             if value and self.actor.engine == "toy":
                 yield (
-                    f"{name}={value!r} needs actor.engine = 'vllm': the toy engine is one process "
-                    "and takes whole weights; leave one of the two out"
+                    f"{name}={value!r} needs actor.engine = 'vllm': the toy engine, which --serial "
+                    "has too, is one process and takes whole weights; leave one of the two out"
                 )
         if adapter and adapter.quantize:
             yield (
@@ -276,9 +277,14 @@ def preset_files() -> dict[str, Path]:
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Reads TOML, a preset or a config.json, then applies `room.key=value` (TOML, or text)."""
     raw = _read_file(Path(path)) if path is not None else {}
-    for override in overrides:
+    asked = list(overrides)
+    for override in asked:
         _apply_override(raw, override)
-    return from_mapping(raw)
+    try:
+        return from_mapping(raw)
+    except ConfigError as error:
+        source = f"{path}{' with --set and options' if asked else ''}: " if path else ""
+        raise ConfigError(f"{source}{error}") from None
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:

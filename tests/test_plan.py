@@ -190,6 +190,11 @@ def test_more_roles_than_gpus_are_refused_with_both_numbers() -> None:
         gpu_plan(2, "0", "1")
 
 
+def test_sharing_gpus_that_are_not_used_is_said_to_do_nothing() -> None:
+    launch = {"actors": 1, "learners": 1, "share_gpus": True}
+    assert "share_gpus=true does nothing" in plan_on(4, settings(launch=launch)).warnings[0]
+
+
 def test_the_rendered_plan_shows_cores_logs_command_lines_and_warnings() -> None:
     text = render_plan(plan_on(2))
     assert "actor-1    cores 0" in text

@@ -247,9 +247,10 @@ def test_a_dry_run_of_a_serial_run_shows_one_process(tmp_path: Path) -> None:
     assert "serial: one actor with the toy engine, one learner, no sockets" in said
     assert "engines  1," in said
     assert "role learner" not in said
-    refused = CliRunner().invoke(app, [*serial, "--set", "learner.lora.publish=adapter"]).exception
-    assert isinstance(refused, ConfigError)
-    assert "--serial has the toy engine" in str(refused)
+    for setting in ("learner.lora.publish='adapter'", "actor.tensor_parallel=2"):
+        refused = CliRunner().invoke(app, [*serial, "--set", setting]).exception
+        assert isinstance(refused, ConfigError)
+        assert str(refused).startswith(f"{setting} needs actor.engine = 'vllm'")
 
 
 def test_a_run_dir_under_a_file_is_refused(tmp_path: Path) -> None:

@@ -301,6 +301,8 @@ def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterato
                 f"{role}.threads={threads} but each {role} gets {given} of {len(host.cores)} "
                 f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"
             )
+    if launch.share_gpus and not launch.gpus:
+        yield "launch.share_gpus=true does nothing: launch.gpus=0 is a CPU run"
     if not (launch.on_loopback or launch.encrypted):
         yield (
             f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups "

@@ -154,13 +154,10 @@ class Session:
 
     def _make_serial(self) -> None:
         """Settings of one process; ConfigError when they need more."""
-        if self._config.learner.published_adapter:
-            raise ConfigError(
-                "learner.lora.publish='adapter' needs vLLM, but --serial has the toy engine, which "
-                "takes whole weights; set learner.lora.publish = 'merged'"
-            )
-        changes = {"actors": 1, "learners": 1}
-        launch = self._config.launch.model_copy(update=changes)
+        launch = self._config.launch.model_copy(update={"actors": 1, "learners": 1})
+        toy = self._config.actor.model_copy(update={"engine": "toy"})
+        for problem in self._config.model_copy(update={"actor": toy}).engine_problems():
+            raise ConfigError(problem)
         self._config = self._config.model_copy(update={"launch": launch})
 
     def _end_scraping(self) -> None:
@@ -205,6 +202,10 @@ class Session:
             from asyncgrpo.learner.objective import probe  # torch
 
             probe(config.algo)
+        if config.learner.lora is not None and config.learner.lora.targets != "all-linear":
+            from asyncgrpo.launch.memory_report import check_targets  # torch
+
+            check_targets(config.model.path, config.learner.lora.targets)
         if absent is None:
             self._plan(config, detect_host())
 
@@ -239,11 +240,6 @@ class Session:
         if model.path == EMBEDDED:
             model = model.model_copy(update={"path": self._make_tiny()})
             config = config.model_copy(update={"model": model})
-        lora = config.learner.lora
-        if lora is not None and lora.targets != "all-linear":
-            from asyncgrpo.learner.lora import check_targets  # torch
-
-            check_targets(model.path, lora.targets)
         if not self._resume:
             prepare_run_dir(self.run_dir)
         with only_launcher(self.run_dir):

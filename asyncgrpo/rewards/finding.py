@@ -54,7 +54,8 @@ def _route(settings: RewardSettings, source: str) -> tuple[RewardFunction, ...]:
     if found is None:
         raise RewardError(
             f"data_source {source!r} has no judge; {did_you_mean(source, settings.routes)}"
-            f"reward.routes has: {', '.join(settings.routes)}; add it there, or add a route {DEFAULT!r}"
+            f"reward.routes has: {', '.join(settings.routes)}; add it there, or add a route "
+            f"{DEFAULT!r}"
         )
     return found
 
