@@ -54,34 +54,32 @@ class Config(Room):
     launch: LaunchSettings = LaunchSettings()
     observe: ObserveSettings = ObserveSettings()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _completions_to_groups(cls, raw: Any) -> Any:
+    @model_validator(mode="after")
+    def _completions_to_groups(self) -> Config:
         """Resolves buffer.completions_per_step into buffer.groups_per_step."""
-        rooms = (
-            [raw.get(room) or {} for room in ("buffer", "algo")] if isinstance(raw, dict) else []
+        buffer, completions, size = (
+            self.buffer,
+            self.buffer.completions_per_step,
+            self.algo.group_size,
         )
-        if not rooms or not all(isinstance(room, dict) for room in rooms):
-            return raw  # wrong types are reported by the field itself
-        completions = rooms[0].get("completions_per_step")
-        group_size = rooms[1].get("group_size", AlgoSettings().group_size)
-        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
-            return raw
-        if completions % group_size:
-            down = completions // group_size * group_size
-            fitting = " or ".join(str(n) for n in (down, down + group_size) if n)
+        if completions is None:
+            return self
+        groups, rest = divmod(completions, size)
+        if rest:
+            fitting = " or ".join(str(n * size) for n in (groups, groups + 1) if n)
             raise ValueError(
                 f"buffer.completions_per_step={completions} is not a multiple of "
-                f"algo.group_size={group_size}; use {fitting}"
+                f"algo.group_size={size}; use {fitting}"
             )
-        groups = raw["buffer"].get("groups_per_step", completions // group_size)
-        if groups != completions // group_size or raw["buffer"].get("tokens_per_step"):
+        is_other = "groups_per_step" in buffer.model_fields_set and buffer.groups_per_step != groups
+        if is_other or buffer.tokens_per_step:
             raise ValueError(
-                f"buffer.completions_per_step={completions} is {completions // group_size} groups "
-                "of algo.group_size, but groups_per_step or tokens_per_step says otherwise; keep "
-                "one of the three"
+                f"buffer.completions_per_step={completions} is {groups} groups of algo.group_size, "
+                "but groups_per_step or tokens_per_step says otherwise; keep one of the three"
             )
-        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": groups}}
+        # the only change of what is read, before anybody sees it
+        self.__dict__["buffer"] = buffer.model_copy(update={"groups_per_step": groups})
+        return self
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
@@ -146,40 +144,13 @@ class Config(Room):
                 f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
                 ", the longest sequence: raise it, or lower one of the two"
             )
-        yield from self._parallel_problems()
-        lora, every = self.learner.lora, self.algo.reference.sync_every
-        if lora and lora.quantize and not self.launch.gpus:
-            yield (
-                f"learner.lora.quantize={lora.quantize!r} needs CUDA, but launch.gpus=0 is a CPU "
-                "run; set launch.gpus, or leave it out (LoRA on the weights as they are)"
-            )
-        if lora and every:
+        yield from self._unmet_needs()
+        adapter, every = self.learner.published_adapter, self.algo.reference.sync_every
+        if self.learner.lora and every:
             yield (
                 f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
                 "of its own that a reference could take over; set algo.reference.sync_every = 0"
             )
-        yield from self.engine_problems()
-        names = [block.name for block in self.eval]
-        for name in names:
-            if names.count(name) > 1:
-                yield f"eval: two blocks are called {name!r}; give one of them another `name`"
-        if self.data.tasks.sequence_min > self.data.tasks.sequence_max:
-            yield (
-                f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
-                f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
-            )
-
-    def engine_problems(self) -> Iterable[str]:
-        """What the engine that is set cannot do."""
-        adapter, count = self.learner.published_adapter, self.actor.tensor_parallel
-        only_vllm: dict[str, Any] = {"actor.tensor_parallel": count > 1 and count}
-        only_vllm["learner.lora.publish"] = adapter and adapter.publish
-        for name, value in only_vllm.items():
-            if value and self.actor.engine == "toy":
-                yield (
-                    f"{name}={value!r} needs actor.engine = 'vllm': the toy engine, which --serial "
-                    "has too, is one process and takes whole weights; leave one of the two out"
-                )
         if adapter and adapter.quantize:
             yield (
                 f"learner.lora.publish='adapter' with learner.lora.quantize={adapter.quantize!r}: "
@@ -191,36 +162,51 @@ class Config(Room):
                 f"learner.lora.r={adapter.r} must be <= {MAX_ENGINE_RANK}, vLLM's limit, with "
                 "learner.lora.publish='adapter'; lower it, or set learner.lora.publish = 'merged'"
             )
-
-    def _parallel_problems(self) -> Iterable[str]:
-        learner, count = self.learner, self.launch.learners
-        is_8bit = learner.optimizer == "adamw_8bit"
-        only_fsdp = {"shard_ranks": learner.shard_ranks, "cpu_offload": learner.cpu_offload}
-        only_ddp = {
-            "lora.quantize": learner.lora and learner.lora.quantize,
-            "optimizer": is_8bit and learner.optimizer,
-        }
-        only_cuda = {"compile": learner.compile, "cpu_offload": learner.cpu_offload}
-        if learner.parallel == "fsdp" and count % max(learner.shard_ranks, 1):
-            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        learners, shard_ranks = self.launch.learners, self.learner.shard_ranks
+        if learners % max(shard_ranks, 1):
+            fitting = ", ".join(str(n) for n in range(1, learners + 1) if learners % n == 0)
             yield (
-                f"learner.shard_ranks={learner.shard_ranks} must divide launch.learners={count}: "
+                f"learner.shard_ranks={shard_ranks} must divide launch.learners={learners}: "
                 f"use one of {fitting}, or 0 (all ranks share one copy)"
             )
-        for name, value in (only_fsdp if learner.parallel == "ddp" else only_ddp).items():
-            if value:
-                other = "fsdp" if learner.parallel == "ddp" else "ddp"
-                why = "has no parts of a model" if other == "fsdp" else "knows no 8- or 4-bit parts"
-                yield (
-                    f"learner.{name}={value!r} with learner.parallel={learner.parallel!r}, which "
-                    f"{why}; set learner.parallel = {other!r}, or leave it out"
-                )
-        for name, value in {**only_cuda, "optimizer": only_ddp["optimizer"]}.items():
-            if value and not self.launch.gpus:
-                yield (
-                    f"learner.{name}={value!r} needs CUDA, but launch.gpus=0 is a CPU run; set "
-                    "launch.gpus, or leave it out"
-                )
+        names = [block.name for block in self.eval]
+        for name in names:
+            if names.count(name) > 1:
+                yield f"eval: two blocks are called {name!r}; give one of them another `name`"
+        if self.data.tasks.sequence_min > self.data.tasks.sequence_max:
+            yield (
+                f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
+                f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
+            )
+
+    def _unmet_needs(self) -> Iterable[str]:
+        """Settings that do nothing, or cannot work, without another one."""
+        learner, lora, width = self.learner, self.learner.lora, self.actor.tensor_parallel
+        parts = {"learner.shard_ranks": learner.shard_ranks}
+        offload = {"learner.cpu_offload": learner.cpu_offload}
+        packed = {
+            "learner.lora.quantize": lora and lora.quantize,
+            "learner.optimizer": learner.optimizer == "adamw_8bit" and learner.optimizer,
+        }
+        publish = learner.published_adapter and "adapter"
+        in_vllm = {"actor.tensor_parallel": width > 1 and width, "learner.lora.publish": publish}
+        fsdp = "learner.parallel = 'fsdp' (DDP has no parts of a model)"
+        ddp = "learner.parallel = 'ddp' (FSDP knows no 8- or 4-bit parts)"
+        cuda = "CUDA, but launch.gpus=0 is a CPU run"
+        vllm = (
+            "actor.engine = 'vllm' (the toy engine, also that of --serial, is one process and "
+            "takes whole weights)"
+        )
+        needs: list[tuple[str, bool, dict[str, Any]]] = [
+            (fsdp, learner.parallel == "fsdp", {**parts, **offload}),
+            (ddp, learner.parallel == "ddp", packed),
+            (cuda, self.launch.gpus > 0, {**packed, **offload, "learner.compile": learner.compile}),
+            (vllm, self.actor.engine == "vllm", in_vllm),
+        ]
+        for need, is_met, settings in needs:
+            for name, value in settings.items():
+                if value and not is_met:
+                    yield f"{name}={value!r} needs {need}; change that, or leave {name} out"
 
     @field_serializer("eval")
     def _one_block_as_a_table(self, blocks: tuple[EvalSettings, ...]) -> Any:
@@ -306,8 +292,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} does not exist; there are: {', '.join(near)}")
     kind, loads = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        return dict(loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return {**loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"config file {path} is not valid {kind}: {error}") from None
 
 

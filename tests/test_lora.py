@@ -119,7 +119,9 @@ def merged_canaries(updater: PolicyUpdater) -> np.ndarray:
 
 def test_a_serial_run_refuses_to_publish_an_adapter(folder):
     config = settings(folder, {"publish": "adapter"}, actor={"engine": "vllm"})
-    with pytest.raises(ConfigError, match=r"'adapter' needs .* the toy engine, which --serial has"):
+    with pytest.raises(
+        ConfigError, match=r"'adapter' needs .*the toy engine, also that of --serial"
+    ):
         Session(config).run_serially()
 
 

@@ -354,7 +354,7 @@ def test_a_run_directory_with_a_broken_file_is_refused_with_its_name(run, traj, 
     (run / name).write_text(text)
     code, _, err = traj("show", run)
     assert code == 2
-    assert f"{run / name} is not whole" in err
+    assert f"{run / name} is not {'whole' if name == 'endpoints.json' else 'valid JSON'}" in err
 
 
 def test_a_step_without_a_whole_row_is_refused(run, traj):

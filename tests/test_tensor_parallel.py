@@ -159,7 +159,7 @@ def test_what_cannot_be_dealt_is_refused_before_anything_starts(command, tmp_pat
 
 def test_the_toy_engine_is_one_process() -> None:
     with pytest.raises(
-        ConfigError, match=r"tensor_parallel=2 needs actor.engine = 'vllm': the toy"
+        ConfigError, match=r"tensor_parallel=2 needs actor.engine = 'vllm' \(the toy"
     ):
         from_mapping({"actor": {"engine": "toy", "tensor_parallel": 2}})
 

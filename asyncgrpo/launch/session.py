@@ -17,7 +17,7 @@ from subprocess import PIPE, STDOUT, Popen
 
 from rich.console import Console
 
-from asyncgrpo.config import Config
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.check import length_warning
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.data.templates import tokenise
@@ -154,11 +154,10 @@ class Session:
 
     def _make_serial(self) -> None:
         """Settings of one process; ConfigError when they need more."""
-        launch = self._config.launch.model_copy(update={"actors": 1, "learners": 1})
-        toy = self._config.actor.model_copy(update={"engine": "toy"})
-        for problem in self._config.model_copy(update={"actor": toy}).engine_problems():
-            raise ConfigError(problem)
-        self._config = self._config.model_copy(update={"launch": launch})
+        rooms = self._config.model_dump(mode="json", exclude_unset=True)
+        rooms["actor"] = {**rooms.get("actor", {}), "engine": "toy"}
+        rooms["launch"] = {**rooms.get("launch", {}), "actors": 1, "learners": 1}
+        self._config = from_mapping(rooms)
 
     def _end_scraping(self) -> None:
         """Takes the run off Prometheus: what is still a target and gone has failed."""
