@@ -305,11 +305,8 @@ def _reward_weights(its: Foreign, ours: _Ours) -> Pairs:
         )
     pairs = list(zip(functions, weights, strict=True))
     for function, weight in pairs:
-        if function.get("weight", weight) != weight:
-            raise ConfigError(
-                f"reward_weights={weights}: {function['use']} has the weight "
-                f"{function['weight']} already; keep one"
-            )
+        if (own := function.get("weight", weight)) != weight:
+            raise ConfigError(f"reward_weights: {function['use']} has the weight {own} already")
     ours.settings.get("reward", {}).pop("functions", None)
     yield "reward.functions", [{**function, "weight": weight} for function, weight in pairs]
 

@@ -88,80 +88,52 @@ class Config(Room):
         return self
 
     def _problems(self) -> Iterable[str]:
-        size, staleness = self.algo.group_size, self.buffer.max_staleness
+        """What could never work together."""
+        batch, size, staleness = self.buffer, self.algo.group_size, self.buffer.max_staleness
         if size < 2 and ":" not in self.algo.advantage:
             yield (
                 f"algo.group_size={size} must be >= 2 with {self.algo.advantage} advantages: "
                 "they compare completions of one group; set algo.group_size to 4 or more"
             )
-        if self.weights.publish_every > staleness + 1:
+        if (every := self.weights.publish_every) > staleness + 1:
             yield (
-                f"weights.publish_every={self.weights.publish_every} must be <= "
-                f"buffer.max_staleness + 1 = {staleness + 1}: the gate would wait for weights that "
-                "are published only after a batch that the gate does not let start (deadlock); "
-                f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
+                f"weights.publish_every={every} must be <= buffer.max_staleness + 1 = "
+                f"{staleness + 1}: the gate would wait for weights that are published only after "
+                f"a batch that it holds back (deadlock); set buffer.max_staleness >= {every - 1}"
             )
         if self.weights.only_changed and self.weights.transport == "disk":
+            yield "weights.only_changed=true: 'disk' writes whole versions; set another transport"
+        if batch.replay_ratio and (batch.tokens_per_step or not staleness):
             yield (
-                'weights.only_changed=true cannot be with weights.transport="disk", which writes '
-                "whole versions: set another transport, or weights.only_changed=false"
+                f"buffer.replay_ratio={batch.replay_ratio} needs batches counted in groups (no "
+                "tokens_per_step), and groups old enough: buffer.max_staleness >= 1"
             )
-        if self.buffer.replay_ratio and (self.buffer.tokens_per_step or not staleness):
+        if batch.replay_ratio and self.new_groups < self.min_groups:
             yield (
-                f"buffer.replay_ratio={self.buffer.replay_ratio} needs batches counted in groups "
-                "and buffer.max_staleness >= 1: leave tokens_per_step out, and let groups be old "
-                "enough to be trained again"
+                f"buffer.replay_ratio={batch.replay_ratio} leaves {self.new_groups} new groups of "
+                f"buffer.groups_per_step={batch.groups_per_step}, but at least {self.min_groups} "
+                "are needed (ranks x algo.minibatches); use more groups per step"
             )
-        if self.buffer.replay_ratio and self.new_groups < self.min_groups:
+        if batch.groups_per_step < self.min_groups:
             yield (
-                f"buffer.replay_ratio={self.buffer.replay_ratio} leaves {self.new_groups} new "
-                f"groups of buffer.groups_per_step={self.buffer.groups_per_step}, but at least "
-                f"{self.min_groups} are needed (ranks x algo.minibatches); use more groups per step"
+                f"buffer.groups_per_step={batch.groups_per_step} must be >= launch.learners="
+                f"{self.launch.learners} x algo.minibatches={self.algo.minibatches}: each "
+                "optimizer step needs at least one group on each rank"
             )
-        if self.buffer.groups_per_step < self.launch.learners:
-            yield (
-                f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "
-                f"launch.learners={self.launch.learners}: each rank needs at least one group; "
-                "use fewer learners or more groups"
-            )
-        if self.buffer.groups_per_step < self.min_groups:
-            yield (
-                f"algo.minibatches={self.algo.minibatches} must be <= buffer.groups_per_step / "
-                f"launch.learners = {self.buffer.groups_per_step} / {self.launch.learners}: each "
-                "optimizer step needs a group on each rank"
-            )
-        if self.algo.overlong_buffer >= self.sampling.max_completion_tokens:
+        prompt, completion = self.data.max_prompt_tokens, self.sampling.max_completion_tokens
+        if self.algo.overlong_buffer >= completion:
             yield (
                 f"algo.overlong_buffer={self.algo.overlong_buffer} must be < "
-                f"sampling.max_completion_tokens={self.sampling.max_completion_tokens}: it is the "
-                "last part of a completion"
+                f"sampling.max_completion_tokens={completion}, whose last part it is"
             )
-        longest = self.data.max_prompt_tokens + self.sampling.max_completion_tokens
-        if self.learner.max_tokens_per_microbatch < longest:
+        if (row := self.learner.max_tokens_per_microbatch) < prompt + completion:
             yield (
-                f"learner.max_tokens_per_microbatch={self.learner.max_tokens_per_microbatch} must "
-                f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
-                f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
+                f"learner.max_tokens_per_microbatch={row} must be >= data.max_prompt_tokens + "
+                f"sampling.max_completion_tokens = {prompt} + {completion} = {prompt + completion}"
                 ", the longest sequence: raise it, or lower one of the two"
             )
         yield from self._unmet_needs()
-        adapter, every = self.learner.published_adapter, self.algo.reference.sync_every
-        if self.learner.lora and every:
-            yield (
-                f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
-                "of its own that a reference could take over; set algo.reference.sync_every = 0"
-            )
-        if adapter and adapter.quantize:
-            yield (
-                f"learner.lora.publish='adapter' with learner.lora.quantize={adapter.quantize!r}: "
-                "engines would add the adapter to a base that is not quantised, another model; set "
-                "learner.lora.publish = 'merged'"
-            )
-        if adapter and adapter.r > MAX_ENGINE_RANK:
-            yield (
-                f"learner.lora.r={adapter.r} must be <= {MAX_ENGINE_RANK}, vLLM's limit, with "
-                "learner.lora.publish='adapter'; lower it, or set learner.lora.publish = 'merged'"
-            )
+        yield from self._adapter_problems()
         learners, shard_ranks = self.launch.learners, self.learner.shard_ranks
         if learners % max(shard_ranks, 1):
             fitting = ", ".join(str(n) for n in range(1, learners + 1) if learners % n == 0)
@@ -173,10 +145,27 @@ class Config(Room):
         for name in names:
             if names.count(name) > 1:
                 yield f"eval: two blocks are called {name!r}; give one of them another `name`"
-        if self.data.tasks.sequence_min > self.data.tasks.sequence_max:
+        least, most = self.data.tasks.sequence_min, self.data.tasks.sequence_max
+        if least > most:
+            yield f"data.tasks.sequence_min={least} must be <= data.tasks.sequence_max={most}"
+
+    def _adapter_problems(self) -> Iterable[str]:
+        adapter, every = self.learner.published_adapter, self.algo.reference.sync_every
+        if self.learner.lora and every:
             yield (
-                f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
-                f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
+                f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
+                "of its own that a reference could take over; set algo.reference.sync_every = 0"
+            )
+        merged = "set learner.lora.publish = 'merged'"
+        if adapter and adapter.quantize:
+            yield (
+                f"learner.lora.publish='adapter' with learner.lora.quantize={adapter.quantize!r}: "
+                f"engines would add the adapter to a base that is not quantised; {merged}"
+            )
+        if adapter and adapter.r > MAX_ENGINE_RANK:
+            yield (
+                f"learner.lora.r={adapter.r} must be <= {MAX_ENGINE_RANK}, vLLM's limit, with "
+                f"learner.lora.publish='adapter'; lower it, or {merged}"
             )
 
     def _unmet_needs(self) -> Iterable[str]:

@@ -74,7 +74,9 @@ def test_an_actor_gets_a_core_per_thread_where_there_are_enough() -> None:
     tight = plan_on(5, settings(actor={"threads": 2}))
     assert tight.endpoints.cores["actor-1"] == (1,)
     assert spec(tight, "actor-1").environment["OMP_NUM_THREADS"] == "1"
-    assert tight.warnings[0].startswith("actor.threads=2 but each actor gets 1 of 5 cores")
+    assert tight.warnings[0].startswith(
+        "actor.threads=2 x actor.tensor_parallel=1, but each actor gets 1 of 5 cores"
+    )
 
 
 def test_more_roles_than_cores_share_and_the_warning_names_who_shares_what() -> None:

@@ -95,10 +95,14 @@ SHARDS = {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "part-3.saf
     ("file", "content", "message"),
     [
         ("config.json", None, "has no config.json; give the folder that save_pretrained wrote"),
-        ("config.json", b"{", "is not valid JSON"),
-        ("config.json", b"[]", "must hold an object, not list"),
-        ("config.json", b'{"architectures": 5}', "architectures=5 must be a list"),
-        ("config.json", b'{"architectures": "Q"}', "architectures='Q' must be a list"),
+        ("config.json", b"{", "is not a JSON object: Expecting"),
+        ("config.json", b"[]", "is not a JSON object: 'list'"),
+        ("config.json", b'{"architectures": 5}', "architecture 5 (not in a list) is not supported"),
+        (
+            "config.json",
+            b'{"architectures": "Q"}',
+            "architecture 'Q' (not in a list) is not supported",
+        ),
         ("tokenizer.json", None, "has no tokenizer (tokenizer.json, tokenizer.model"),
         ("model.safetensors", None, "has no weights (*.safetensors, *.bin)"),
         (
@@ -343,7 +347,7 @@ def test_ports_are_looked_for_where_they_will_be_used() -> None:
     with socket.create_server(("127.0.0.2", port)):
         launch = {"buffer_port": port}
         assert choose_endpoints(from_mapping({"launch": launch})).buffer.endswith(f":{port}")
-        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be used"):
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be listened on"):
             choose_endpoints(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
 
 

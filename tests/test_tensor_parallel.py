@@ -90,9 +90,9 @@ def test_processes_of_a_cpu_engine_are_bound_to_cores_of_their_own() -> None:
     assert alone.environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,3|5,7"
     tight = plan_of(settings(2), num_cores=2)
     assert tight.specs[-1].environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert tight.warnings == (
-        "actor.tensor_parallel=2 processes want 2 cores, but each actor gets 1 of 2: its processes "
-        "wait for each other; start fewer actors or learners",
+    (warning,) = tight.warnings
+    assert warning.startswith(
+        "actor.threads=1 x actor.tensor_parallel=2, but each actor gets 1 of 2 cores, so"
     )
 
 

@@ -34,9 +34,9 @@ LFS_POINTER = b"version https://git-lfs"
 def check_model_folder(path: str, *, download: bool = True) -> Path | None:
     """The local folder of a model that can be loaded; None for the embedded one and hub names.
 
-    ModelError, each with its own message: no such folder, no config.json, no tokenizer, no
-    weights, unsupported architecture; AbsentModel: a hub name that is not here, while the hub
-    cannot be asked or may not be, without `download`.
+    ModelError: no such folder, no config.json, no tokenizer, no weights, unsupported architecture;
+    AbsentModel: a hub name that is not here, while the hub cannot or (without `download`) may not
+    be asked.
     """
     folder = Path(path).expanduser()
     if path == EMBEDDED:
@@ -168,17 +168,11 @@ def _check_config(folder: Path) -> dict[str, Any]:
             remedy = "it holds an adapter: merge it into its base model and give that folder"
         raise ModelError(f"model folder {folder} has no config.json; {remedy}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder}/config.json is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}/config.json must hold an object, not {type(config).__name__}")
+        config = {**json.loads((folder / "config.json").read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder}/config.json is not a JSON object: {error}") from None
     named = config.get("architectures") or []
-    if not isinstance(named, list):
-        raise ModelError(
-            f"{folder}/config.json: architectures={named!r} must be a list of names, such as "
-            f"[{SUPPORTED_ARCHITECTURES[0]!r}]; copy config.json of its base model there"
-        )
+    named = named if isinstance(named, list) else [f"{named!r} (not in a list)"]
     if any(name in SUPPORTED_ARCHITECTURES for name in named):
         return config
     found = ", ".join(map(str, named)) or "none named"
@@ -191,28 +185,17 @@ def _check_config(folder: Path) -> dict[str, Any]:
 
 def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     shards = _listed_shards(folder)
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in shards if not (folder / name).is_file()]:
         raise ModelError(
             f"model folder {folder} has no weights for {len(missing)} of {len(shards)} shards: "
             f"{', '.join(missing)}; download it again, completely"
         )
-    files = [folder / name for name in shards] or [
-        found for pattern in WEIGHT_PATTERNS for found in sorted(folder.glob(pattern))
-    ]
-    if not files:
-        raise ModelError(
-            f"model folder {folder} has no weights (*.safetensors, *.bin); "
-            "download or copy them there"
-        )
+    names = shards or [file.name for each in WEIGHT_PATTERNS for file in folder.glob(each)]
+    if not names:
+        raise ModelError(f"model folder {folder} has no weights (*.safetensors, *.bin); add them")
     shapes: dict[str, Any] = {}
-    for file in files:
-        shapes |= _check_weight_file(file)
-    _check_shapes(folder, config, shapes)
-
-
-def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
-    """Refuses a config.json that tells of another model than the weights."""
+    for name in names:
+        shapes |= _check_weight_file(folder / name)
     layers = {int(match[1]) for name in shapes if (match := LAYER.match(name))}
     found = {
         "num_hidden_layers": max(layers) + 1 if layers else None,
@@ -248,10 +231,9 @@ def _check_weight_file(file: Path) -> dict[str, Any]:
 
     with file.open("rb") as opened:
         start = opened.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise ModelError(f"{file} is a Git LFS pointer, no weights; run `git lfs pull` there")
-    if not start:
-        raise ModelError(f"{file} is empty; download it again")
+    if start in (LFS_POINTER, b""):
+        what = "a Git LFS pointer, no weights" if start else "empty"
+        raise ModelError(f"{file} is {what}; download it again (`git lfs pull`)")
     if file.suffix != ".safetensors":
         return {}
     try:

@@ -245,10 +245,7 @@ def assign_gpus(config: Config, host: Host) -> dict[str, tuple[str, ...]]:
     if not asked:
         return {}
     if asked > there:
-        raise ConfigError(
-            f"launch.gpus={asked} must be <= {there}, the GPUs visible on this machine; "
-            f"set launch.gpus={there}" + (" (a CPU run)" if not there else "")
-        )
+        raise ConfigError(f"launch.gpus={asked} must be <= {there}, the GPUs of this machine")
     if width > asked:
         raise ConfigError(
             f"actor.tensor_parallel={width} must be <= launch.gpus={asked} (there are {there}): "
@@ -287,19 +284,19 @@ def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterato
             f"launch.actors={launch.actors} + launch.learners={launch.learners} "
             f"processes on {len(host.cores)} cores share some ({who}); fewer of them run faster"
         )
-    wanted = {"actor": config.actor.cores, "learner": config.learner.threads}
-    for role, threads in wanted.items():
+    actor, width, rank = config.actor, config.actor.tensor_parallel, config.learner.threads
+    wanted = {
+        f"actor.threads={actor.threads} x actor.tensor_parallel={width}": actor.cores,
+        f"learner.threads={rank}": rank,
+    }
+    for setting, threads in wanted.items():
+        role = setting.partition(".")[0]
         given = min((len(c) for name, c in cores.items() if name.startswith(role)), default=threads)
-        if given < threads and role == "actor" and config.actor.tensor_parallel > 1:
+        if given < threads:
             yield (
-                f"actor.tensor_parallel={config.actor.tensor_parallel} processes want {threads} "
-                f"cores, but each actor gets {given} of {len(host.cores)}: its processes wait for "
-                "each other; start fewer actors or learners"
-            )
-        elif given < threads:
-            yield (
-                f"{role}.threads={threads} but each {role} gets {given} of {len(host.cores)} "
-                f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"
+                f"{setting}, but each {role} gets {given} of {len(host.cores)} cores, so its "
+                "threads are fewer or its processes wait for each other; lower them, or start "
+                "fewer actors or learners"
             )
     if launch.share_gpus and not launch.gpus:
         yield "launch.share_gpus=true does nothing: launch.gpus=0 is a CPU run"

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,30 +66,21 @@ def choose_endpoints(config: Config) -> Endpoints:
 
 def _refused(setting: str, host: str, port: int, error: OSError) -> str:
     """Why nobody can listen there, and what to change."""
-    why = os.strerror(error.errno or 0)
-    if error.errno == errno.EADDRNOTAVAIL:
-        host_setting = "observe.metrics_host" if "metrics" in setting else "launch.host"
-        return (
-            f"{host_setting}={host} cannot be listened on ({why}); set it to an address of this "
-            "machine, such as 127.0.0.1"
-        )
-    return (
-        f"{setting}: port {port} on {host} cannot be used ({why}); end the process that listens "
-        f"there, or set another {setting} (0 = any free port); no two doors share one, and "
-        "launch.metrics_port is the first of one per role"
+    why, wanted = os.strerror(error.errno or 0), f"{setting}: port {port} on {host}"
+    remedy = (
+        f"end the process that listens there, or set another {setting} (0 = any free port); no two "
+        "doors share one, and launch.metrics_port is the first of one per role"
     )
+    if error.errno == errno.EADDRNOTAVAIL:
+        wanted = f"{'observe.metrics_host' if 'metrics' in setting else 'launch.host'}={host}"
+        remedy = "set it to an address of this machine, such as 127.0.0.1"
+    return f"{wanted} cannot be listened on ({why}); {remedy}"
 
 
 def check_run_dir(path: Path) -> None:
     """ConfigError when a run cannot be written there, or one is there already. Changes nothing."""
-    try:
-        os.lstat(path)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise ConfigError(
-                f"run directory {str(path)[:60]}... is longer than a path may be here; "
-                "give a shorter --run-dir"
-            ) from None
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        os.lstat(path)  # raises when it is longer than a path may be
     # os.path.exists, unlike Path.exists, takes "may not look" for "no".
     if os.path.exists(path / "config.json"):
         raise ConfigError(
@@ -183,10 +174,7 @@ def check_resumable(run_dir: Path, config: Config) -> int:
         )
     step = step_of(checkpoint) if checkpoint is not None else 0
     if step >= config.run.max_steps:
-        raise ConfigError(
-            f"run.max_steps={config.run.max_steps}, but {run_dir} has made {step} steps already; "
-            "set a larger run.max_steps"
-        )
+        raise ConfigError(f"{run_dir} has made {step} steps already; set a larger run.max_steps")
     return step
 
 
