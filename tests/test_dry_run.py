@@ -12,9 +12,8 @@ from asyncgrpo.cli import app
 from asyncgrpo.config import from_mapping, load_config, preset_files
 from asyncgrpo.errors import AsyncGRPOError, ConfigError, DataError, ModelError
 from asyncgrpo.hints import unusual
-from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.placement import choose_transport
-from asyncgrpo.launch.plan import Host, make_plan
+from asyncgrpo.launch.plan import Host, make_plan, render_sizes
 from asyncgrpo.rundir import Endpoints
 
 ROOT = Path(__file__).parent.parent

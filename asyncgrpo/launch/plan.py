@@ -1,4 +1,4 @@
-"""Turns settings and a host into the processes of a run, which --dry-run prints."""
+"""Turns settings and a host into the processes of a run and its sizes, which --dry-run prints."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def make_plan(
     actors, learners = config.launch.actors, config.launch.learners
     gpus = assign_gpus(config, host) if seats is None else {}
     firsts = {name: ids[0] for name, ids in gpus.items()}
-    transport, reason = choose_transport(config, firsts if seats is None else _own_gpus(config))
+    if seats is not None and config.launch.gpus:  # whoever binds them, each role has its own
+        firsts = {name: f"of {name}" for name in role_names(actors, learners)[1:]}
+    transport, reason = choose_transport(config, firsts)
     cores: Mapping[str, Cores] = {}
     if seats is None and not gpus:
         cores = assign_cores(host.cores, actors, learners, config.actor.cores)
@@ -138,6 +140,41 @@ def render_plan(plan: Plan) -> str:
     )
     warnings = (f"warning: {line}" for line in plan.warnings)
     return "\n\n".join([*map(_render_spec, plan.specs), addresses, *warnings])
+
+
+def render_sizes(config: Config) -> str:
+    """A line for each size, with the settings that make it; each unit is named."""
+    groups, size = config.buffer.groups_per_step, config.algo.group_size
+    completions, length = groups * size, config.sampling.max_completion_tokens
+    minibatches, passes = config.algo.minibatches, config.algo.passes
+    steps, learners = config.run.max_steps, config.launch.learners
+    longest = config.data.max_prompt_tokens + length
+    ahead = config.buffer.max_staleness + 1
+    row = config.learner.max_tokens_per_microbatch
+    tokens = config.buffer.tokens_per_step
+    drawn = config.sampling
+    lines = {
+        "sampling": f"temperature {drawn.temperature:g}, top_p {drawn.top_p:g}, "
+        f"top_k {drawn.top_k}, at most {length} tokens; no penalties, no stop strings; "
+        "each token with its log-prob",
+        "batch": f"{groups} groups x {size} completions = {completions} completions, at most "
+        f"x {length} = {completions * length} completion tokens"
+        if tokens is None
+        else f"the fewest groups, {config.min_groups} or more, with {tokens} completion tokens; "
+        f"where groups are counted here, the guess of {groups}",
+        "updates": f"{minibatches} x {passes} optimizer steps per batch (minibatches x passes), of "
+        f"{completions / minibatches:g} completions each",
+        "ranks": f"{learners}, with {groups / learners:g} groups each; micro-batches of at most "
+        f"{row} tokens, {row // longest} or more sequences",
+        "engines": f"{config.launch.actors}, with {config.actor.concurrency} groups x {size} = "
+        f"{config.actor.concurrency * size} sequences in flight",
+        "ahead": f"at most {ahead} batches = {ahead * groups} groups are started before they "
+        "are trained (buffer.max_staleness + 1)",
+        "run": f"{steps} batches = {steps * groups} groups = {steps * completions} completions "
+        f"= {steps * minibatches * passes} optimizer steps"
+        + (f", or {config.data.epochs} epochs if that is less" if config.data.epochs else ""),
+    }
+    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,12 +304,6 @@ def assign_gpus(config: Config, host: Host) -> dict[str, tuple[str, ...]]:
         )
     free = iter(host.gpu_ids)
     return {name: tuple(islice(free, counts[name])) for name in names}
-
-
-def _own_gpus(config: Config) -> dict[str, str]:
-    """Name -> GPU where Slurm or a person gives each role one of its own; {} for a CPU run."""
-    names = role_names(config.launch.actors, config.launch.learners)[1:]
-    return {name: f"of {name}" for name in names} if config.launch.gpus else {}
 
 
 def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterator[str]:

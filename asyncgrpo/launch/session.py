@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,11 +30,9 @@ from asyncgrpo.errors import (
     ModelError,
 )
 from asyncgrpo.hints import unusual
-from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.environment import detect_host, environment_report
-from asyncgrpo.launch.lifeline import RUN_ID
-from asyncgrpo.launch.local import Supervisor, held_lifeline
+from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import (
     EMBEDDED,
     check_model_folder,
@@ -43,7 +40,7 @@ from asyncgrpo.launch.model_folder import (
     quick_tokenizer,
 )
 from asyncgrpo.launch.nodes import Seat
-from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_plan
+from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_plan, render_sizes
 from asyncgrpo.launch.preflight import (
     check_resumable,
     check_run_dir,
@@ -266,16 +263,11 @@ class Session:
         command += ["--seed", str(self._config.model.tiny_seed)]
         command += ["--num-eval", str(self._config.num_held_out_tasks)]
         lines: deque[str] = deque(maxlen=15)
-        environment = {**os.environ, RUN_ID: (run_id := uuid.uuid4().hex)}
-        with (
-            held_lifeline(run_id, 0.0, Path(os.devnull)) as say_goodbye,
-            Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True) as process,
-        ):
+        with Popen(command, stdout=PIPE, stderr=STDOUT, text=True) as process:
             assert process.stdout is not None, "stdout is piped"
-            for line in process.stdout:
+            for line in process.stdout:  # when nobody reads it any more, it ends at its next line
                 lines.append(line.rstrip())
                 self._console.print(f"[tiny model] {lines[-1]}", markup=False)
-            say_goodbye()
         if process.returncode != 0 or not lines:
             raise ModelError("the embedded model could not be made:\n  " + "\n  ".join(lines))
         return lines[-1]
