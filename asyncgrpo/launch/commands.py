@@ -151,8 +151,7 @@ def render(
     if "grace_seconds" not in settings.launch.model_fields_set:  # a last checkpoint takes longer
         settings = load_config(config, [*overrides, "launch.grace_seconds=30"])
     session = Session(settings)
-    absent: list[str] = []
-    session.check(absent)
+    absent = session.check(download=False)
     text = script.render(
         settings,
         session.run_dir,

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,8 +79,13 @@ def _refused(setting: str, host: str, port: int, error: OSError) -> str:
 
 def check_run_dir(path: Path) -> None:
     """ConfigError when a run cannot be written there, or one is there already. Changes nothing."""
-    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        os.lstat(path)  # raises when it is longer than a path may be
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"run directory {str(path)[:60]}... is longer than a path may be here; give another"
+            ) from None
     # os.path.exists, unlike Path.exists, takes "may not look" for "no".
     if os.path.exists(path / "config.json"):
         raise ConfigError(

@@ -25,6 +25,7 @@ from asyncgrpo.errors import (
     EXIT_INTERRUPTED,
     AbsentData,
     AbsentModel,
+    BadInput,
     ConfigError,
     DataError,
     ModelError,
@@ -100,10 +101,9 @@ class Session:
 
     def show_plan(self, serial: bool = False) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
-        absent: list[str] = []
         if serial:
             self._make_serial()
-        self.check(absent)
+        absent: list[object] = [*self.check(download=False)]
         host, gpus = detect_host(), self._config.launch.gpus
         if gpus > len(host.gpu_ids):
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
@@ -161,10 +161,10 @@ class Session:
         for target in (self.run_dir / "targets").glob("*.json"):
             target.unlink()
 
-    def check(self, absent: list[str] | None = None) -> None:
-        """Refuses what cannot work. Starts nothing, writes nothing.
+    def check(self, *, download: bool = True) -> list[BadInput]:
+        """Refuses what cannot work; returns what is only not on this machine: models, data, extras.
 
-        With a list `absent`, models and data that are not on this machine are noted there instead.
+        Starts nothing, writes nothing. download: whether a hub model counts as here.
         """
         config = self._config
         check_writers(config)
@@ -178,22 +178,18 @@ class Session:
         if config.algo.kl_coef and config.algo.reference.path:
             models.append(config.algo.reference.path)
         checks: list[Callable[[], object]] = [
-            partial(check_model_folder, model, download=absent is None) for model in models
+            *(partial(check_model_folder, model, download=download) for model in models),
+            partial(check_tensor_parallel, config.model.path, config.actor.tensor_parallel),
+            partial(self._check_prompts, rewards),
         ]
-        width = config.actor.tensor_parallel
-        checks.append(partial(check_tensor_parallel, config.model.path, width))
-        checks.append(partial(self._check_prompts, rewards))
+        absent: list[BadInput] = []
         for check in checks:
             try:
                 check()
             except (AbsentData, AbsentModel) as error:
-                if absent is None:
-                    raise
-                absent.append(str(error))
+                absent.append(error)
         if missing := missing_extra(config):
-            if absent is None:
-                raise ConfigError(missing)
-            absent.append(missing)
+            absent.append(ConfigError(missing))
         if config.algo.custom:
             from asyncgrpo.learner.objective import probe  # torch
 
@@ -202,8 +198,7 @@ class Session:
             from asyncgrpo.launch.memory_report import check_targets  # torch
 
             check_targets(config.model.path, config.learner.lora.targets)
-        if absent is None:
-            self._plan(config, detect_host())
+        return absent
 
     def _check_prompts(self, rewards: Mapping[str, RewardSet]) -> None:
         """Also warns of prompts that are too long, where the tokenizer is here."""
@@ -231,7 +226,9 @@ class Session:
     @contextmanager
     def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
         """Checks everything, then writes the run directory and holds it."""
-        self.check()
+        for absent in self.check():
+            raise absent
+        self._plan(self._config, detect_host())  # before the embedded model is made
         config, model = self._config, self._config.model
         if model.path == EMBEDDED:
             model = model.model_copy(update={"path": self._make_tiny()})
