@@ -84,7 +84,8 @@ def check_run_dir(path: Path) -> None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(
-                f"run directory {str(path)[:60]}... is longer than a path may be here; give another"
+                f"run directory {str(path)[:60]}... is longer than a path may be here; "
+                "give a shorter --run-dir"
             ) from None
     # os.path.exists, unlike Path.exists, takes "may not look" for "no".
     if os.path.exists(path / "config.json"):
