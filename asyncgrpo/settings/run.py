@@ -94,7 +94,10 @@ def _reachable(text: str) -> str:
             return text
     except ValueError:
         pass
-    raise ValueError(f"{text!r} must be the IPv4 address that the others reach, or use 127.0.0.1")
+    raise ValueError(
+        f"{text!r} must be the IPv4 address of this machine that the others reach; use 127.0.0.1 "
+        "when all runs on this one"
+    )
 
 
 def _reachable_or_auto(text: str) -> str:
