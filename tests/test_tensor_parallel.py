@@ -169,7 +169,7 @@ def test_the_estimate_deals_weights_and_keys_over_the_gpus_of_an_engine(tmp_path
 
     def held(width: int, gpus: int) -> dict[str, float]:
         config = settings(width, gpus=gpus)
-        return dict(actor_lines(config, shape))
+        return {what: size for what, size, _ in actor_lines(config, shape)}
 
     alone, dealt = held(1, 2), held(4, 5)
     for what in ("weights", "KV cache"):
@@ -187,7 +187,7 @@ def test_the_estimate_shows_every_gpu_of_an_engine(tmp_path: Path) -> None:
     model = config.model.model_copy(update={"path": model_folder(tmp_path)})
     text = MemoryReport(config.model_copy(update={"model": model})).all_devices(None)
     assert "GPU 0, GPU 1\n" in text
-    assert "actor-0, actor-0.1  weights" in text
+    assert "actor-0, actor-0.1   weights" in text
 
 
 def test_weights_for_other_processes_travel_as_the_name_of_their_memory() -> None:

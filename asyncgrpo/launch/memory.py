@@ -22,7 +22,7 @@ SPARE_SEQUENCES = 64  # beside the training groups, as in actor/vllm_engine.py
 NF4_BYTES = 0.5 + 4 / 64  # half a byte per weight, a float32 scale per block of 64
 EIGHT_BIT = 1 + 4 / 256  # bytes of a moment: a float32 scale per block of 256
 
-Line = tuple[str, float]  # what, bytes
+Line = tuple[str, float, str]  # what, bytes, how they are computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Device:
 
     @property
     def num_bytes(self) -> float:
-        return sum(size for lines in self.lines.values() for _, size in lines)
+        return sum(size for lines in self.lines.values() for _, size, _ in lines)
 
 
 def engine_bytes(config: Config) -> int:
@@ -147,48 +147,58 @@ def learner_lines(config: Config, shape: ModelShape, *, is_first: bool) -> Itera
         trained = shape.adapter(lora)
         total += trained
 
-    def part(what: str, size: float) -> Line:
+    def part(what: str, size: float, how: str) -> Line:
+        how += f" / {parts} ranks" if parts > 1 else ""
         if learner.cpu_offload:
-            return f"{what} ({size / parts / GIB:.2f} GiB of the host)", 0.0
-        return what, size / parts
+            return what, 0.0, f"{how} = {size / parts / GIB:.2f} GiB of the host"
+        return what, size / parts, how
 
-    size = float(FLOAT * total)
+    size, how = float(FLOAT * total), f"4 bytes x {total:.3g}"
     if lora is not None and lora.quantize:
-        size -= (FLOAT - NF4_BYTES) * shape.layers * shape.layer_weights
-    yield part("weights", size)
-    yield part("gradients", FLOAT * trained)
+        packed = shape.layers * shape.layer_weights
+        size -= (FLOAT - NF4_BYTES) * packed
+        how = f"{NF4_BYTES:.3g} bytes x {packed:.3g}, 4 bytes x {total - packed:.3g}"
+    yield part("weights", size, how)
+    yield part("gradients", FLOAT * trained, f"4 bytes x {trained:.3g}")
     if config.launch.learners > 1 and not is_sharded:
-        yield "DDP buckets", FLOAT * trained
+        yield "DDP buckets", FLOAT * trained, "the gradients once more, to be reduced"
     each = EIGHT_BIT if learner.optimizer == "adamw_8bit" else FLOAT
-    yield part("two moments", 2 * each * trained)
+    yield part("optimizer", 2 * each * trained, f"2 moments x {each:.3g} bytes x {trained:.3g}")
     if algo.kl_coef > 0 and (lora is None or algo.reference.path):
-        yield part("reference model", FLOAT * shape.reference_parameters)
+        count = shape.reference_parameters
+        yield part("reference model", FLOAT * count, f"4 bytes x {count:.3g}")
     moments = _moments(config, shape, parts)
-    yield from max(moments, key=lambda lines: sum(size for _, size in lines))
+    yield from max(moments, key=lambda lines: sum(size for _, size, _ in lines))
     yield from _process_lines(config, shape, "learner", publishes=is_first)
 
 
-def _activations(config: Config, shape: ModelShape, kept: int) -> float:
+def _activations(config: Config, shape: ModelShape, kept: int) -> Line:
     """Of a micro-batch; kept: layers of which all is kept, the others are computed again."""
-    stream = _dtype_bytes(config)[1]
-    inputs = (shape.layers - kept) * stream * shape.hidden
+    (size, stream), per_layer = _dtype_bytes(config), layer_bytes(config, shape)
+    tokens, scores = row_tokens(config), size * score_elements(config, shape)
+    how = [f"{tokens} tokens x {kept} layers x {per_layer:.0f} bytes"] if kept else []
+    how += [f"of these {scores} attention scores"] if scores and kept else []
+    again, inputs = shape.layers - kept, stream * shape.hidden
+    how += [f"inputs of {again} layers: {tokens} tokens x {inputs} bytes"] if again else []
     # The last norm, angles of the positions.
     ends = (FLOAT + 2 * stream) * shape.hidden + 2 * stream * shape.head_dim
-    return row_tokens(config) * (kept * layer_bytes(config, shape) + inputs + ends)
+    return "activations", tokens * (kept * per_layer + again * inputs + ends), ", ".join(how)
 
 
-def _logits(config: Config, shape: ModelShape, head: int) -> float:
+def _logits(config: Config, shape: ModelShape, head: int) -> Line:
     """Logits, log-softmax, probabilities, their product: float32 with any dtype.
 
     Or, in the backward pass, the gradient of the output layer: with several chunks a sum, a summand
     and the result; with autocast in float32 too. head: bytes of one of its elements.
     """
-    tokens = row_tokens(config)
+    tokens, output = row_tokens(config), shape.vocab * shape.hidden
     chunk = min(tokens, shape.chunk_tokens)
     is_rounded = head < _dtype_bytes(config)[1]
     each = max(head * (3 if tokens > chunk else 1), is_rounded * (head + FLOAT))
-    made = 0 if config.learner.lora else each * shape.vocab * shape.hidden
-    return max(made, 4 * FLOAT * chunk * shape.vocab)
+    logits, made = 4 * FLOAT * chunk * shape.vocab, 0 if config.learner.lora else each * output
+    if made > logits:
+        return "logits", made, f"{each} bytes x {output:.3g} (gradients of the output layer)"
+    return "logits", logits, f"4 bytes x {shape.vocab} x 4 x {chunk} tokens"
 
 
 def _moments(config: Config, shape: ModelShape, parts: int) -> Iterator[list[Line]]:
@@ -196,58 +206,69 @@ def _moments(config: Config, shape: ModelShape, parts: int) -> Iterator[list[Lin
     learner, (size, _), weights = config.learner, _dtype_bytes(config), shape.layer_weights
     lora, tokens, every = learner.lora, row_tokens(config), learner.checkpoint_activations
     kept = shape.layers - (-(-shape.layers // every) if every else 0)
-    held = [("activations", _activations(config, shape, kept))]
-    again = layer_bytes(config, shape) if every else 0
+    held, again = [_activations(config, shape, kept)], layer_bytes(config, shape) if every else 0
     # Inside the backward pass of a layer: what was computed again, gradients of its products.
     inside = tokens * (again + size * (shape.intermediate + shape.hidden))
+    what = "one layer again, and its gradients" if every else "gradients inside one layer"
     head = FLOAT if learner.float32_head else size
     output, outer = shape.vocab * shape.hidden, shape.parameters - shape.layers * weights
-    logits = ("logits", _logits(config, shape, head))
+    logits = _logits(config, shape, head)
     if learner.parallel == "ddp":
         if size < FLOAT:
             quantized = lora is not None and lora.quantize
             copied = 0 if quantized else (kept if lora else shape.layers) * weights
-            held.append(("rounded weights", size * (copied + output * (head < FLOAT))))
+            copied += output * (head < FLOAT)
+            held.append(("rounded weights", size * copied, f"{size} bytes x {copied:.3g}"))
         yield [*held, logits]
-        yield [*held, ("backward", inside)]
+        yield [*held, ("backward", inside, what)]
         return
 
     def gathered(layers: int) -> Line:
-        return "gathered weights", head * outer + layers * size * weights
+        how = f"{head} bytes x {outer:.3g}, {size} bytes x {layers} layers of {weights:.3g}"
+        return "gathered weights", head * outer + layers * size * weights, how
 
-    def reduced(own: int, count: int) -> Line:  # copied into float32, replaced by a rank's part
-        return "reduced", (FLOAT + max(own, FLOAT / parts)) * count
+    def reduced(own: int, count: int, where: str) -> Line:
+        each = FLOAT + max(own, FLOAT / parts)  # copied into float32, replaced by a rank's part
+        return "reduced", each * count, f"{each:.3g} bytes x {count:.3g} gradients {where}"
 
     waiting = 0 if lora else head * output  # the output layer's gradient is reduced at the end
     # Several ranks keep what they gathered last beside it: a layer's, and then that of the ends.
     yield [*held, gathered(int(parts > 1)), logits]
-    table = ("logits", FLOAT * min(tokens, shape.chunk_tokens) * shape.vocab)  # log-softmax
-    yield [*held, gathered(0), ("gathered again", (parts > 1) * head * outer), table]
+    table = ("logits", FLOAT * min(tokens, shape.chunk_tokens) * shape.vocab, "log-softmax")
+    yield [*held, gathered(0), ("gathered again", (parts > 1) * head * outer, "its copy"), table]
     before = FLOAT * weights if every and not lora else 0  # of the layer before, on its way
-    yield [*held, gathered(2), ("backward", inside + waiting + before)]
+    yield [*held, gathered(2), ("backward", inside + waiting + before, what)]
     if lora is None:
         rest = _activations(config, shape, kept - (not every))  # the layer's own are gone
-        ends = ("backward", waiting)
-        yield [("activations", rest), gathered(2), ends, reduced(size, weights)]
-        yield [reduced(head, outer)]  # after all of these
+        ends = ("backward", waiting, "gradient of the output layer")
+        yield [rest, gathered(2), ends, reduced(size, weights, "of a layer")]
+        yield [reduced(head, outer, "outside of layers, after all of these")]
 
 
 def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
     """An engine, or its part of one GPU, in the midst of a step."""
     size, adapter = engine_bytes(config), config.learner.published_adapter
     parts = config.actor.tensor_parallel if config.launch.gpus else 1
-    yield "weights", size * shape.parameters / parts
+    dealt = f" / {parts} GPUs" if parts > 1 else ""
+    total = size * shape.parameters
+    yield "weights", total / parts, f"{size} bytes x {shape.parameters:.3g}{dealt}"
     if adapter is not None:
-        yield "adapter", size * shape.adapter(adapter)
+        count = shape.adapter(adapter)
+        yield "adapter", size * count, f"{size} bytes x {count:.3g}"
     if config.actor.engine == "vllm":
-        yield "KV cache", config.actor.kv_cache_bytes / parts
+        cache, each = config.actor.kv_cache_bytes, shape.kv_bytes(config)
+        how = f"{cache / each:.1f} sequences of {config.max_sequence_tokens} tokens"
+        yield "KV cache", cache / parts, f"actor.kv_cache_bytes{dealt}: {how}"
         width = 3 * shape.intermediate // parts + 4 * shape.hidden
-        yield "activations", size * ENGINE_TOKENS * width
+        how = f"{size} bytes x {ENGINE_TOKENS} tokens x {width}"
+        yield "activations", size * ENGINE_TOKENS * width, how
         # vLLM's sampler: logits, these in float32, log-softmax, softmax and noise.
         rows = config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES
-        yield "logits", (4 * FLOAT + size) * shape.vocab * rows
+        width = 4 * FLOAT + size
+        how = f"{width} bytes x {shape.vocab} x {rows} sequences"
+        yield "logits", width * shape.vocab * rows, how
         if config.launch.gpus:
-            yield "CUDA graphs", CUDA_GRAPHS
+            yield "CUDA graphs", CUDA_GRAPHS, "an estimate"
     yield from _process_lines(config, shape, "actor", publishes=True)
 
 
@@ -260,12 +281,15 @@ def _process_lines(
     is_here = not on_gpu or config.weights.transport not in ("gloo", "disk")
     copies = config.weights.publish_every > 1 and config.weights.transport != "disk"
     if publishes and ((is_here and kind == "actor") or (copies and not on_gpu)):
-        yield "publishing", size * sent  # a flat copy
+        how = f"{size} bytes x {sent:.3g}: a flat copy of what is sent"
+        yield "publishing", size * sent, how
     elif publishes and is_here:
-        yield "publishing", 2 * min(config.weights.bucket_bytes, size * sent)
+        buckets = 2 * min(config.weights.bucket_bytes, size * sent)
+        yield "publishing", buckets, "two buckets of weights.bucket_bytes"
     engine = config.actor.tensor_parallel * (kind == "actor")
     count = 1 + engine * (engine > 1)  # beside those of an engine the actor itself
-    yield "process", CUDA_CONTEXT if on_gpu else count * ON_CPU[kind]
+    on_cpu = (count * ON_CPU[kind], "Python" + f" x {count} processes" * (count > 1))
+    yield "process", *((CUDA_CONTEXT, "CUDA context") if on_gpu else on_cpu)
 
 
 def estimate(config: Config, shape: ModelShape, places: Mapping[str, str]) -> tuple[Device, ...]:

@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import AbsentModel, ConfigError
@@ -15,7 +20,7 @@ from asyncgrpo.launch.model_folder import EMBEDDED, check_tensor_parallel, confi
 from asyncgrpo.launch.placement import choose_transport
 from asyncgrpo.launch.plan import Host, assign_gpus, role_names
 
-MACHINE = "this machine (CPU run)"
+MACHINE, WIDTH = "this machine (CPU run)", 120
 
 
 def model_shape(path: str) -> ModelShape:
@@ -179,10 +184,14 @@ def _table(devices: list[Device], room: float | None) -> str:
     if room is not None:
         verdict = "fits" if first.num_bytes <= room else "does NOT fit"
         title += f": {verdict}, {total} of {room / GIB:.2f} GiB"
-    rows = [("process", "what", "GiB")]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True)
+    table.add_column("process", "all")
+    table.add_column("what")
+    table.add_column("GiB", total, justify="right")
+    table.add_column("estimated as")
     for roles in zip(*(device.lines for device in devices), strict=True):
-        its = first.lines[roles[0]]
-        rows += [(", ".join(roles), what, f"{size / GIB:.2f}") for what, size in its]
-    rows.append(("all", "", total))
-    width = max(len(roles) for roles, _, _ in rows)
-    return "\n".join([title, *(f"  {who:<{width}}  {what:<38} {n:>8}" for who, what, n in rows)])
+        for what, size, how in first.lines[roles[0]]:
+            table.add_row(", ".join(roles), what, f"{size / GIB:.2f}", how)
+    text = StringIO()
+    Console(file=text, width=WIDTH, highlight=False).print(table)
+    return "\n".join(filter(None, map(str.rstrip, text.getvalue().splitlines())))
