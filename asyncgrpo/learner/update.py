@@ -99,7 +99,10 @@ class PolicyUpdater:
         self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
         self._only_adapter = settings.published_adapter is not None
-        self._published = parallel.Published(self._policy, self._sharded, self._only_adapter)
+        sent_as = getattr(torch, config.model.dtype)
+        self._published = parallel.Published(
+            self._policy, self._sharded, self._only_adapter, sent_as
+        )
         self._checkpoints = (
             None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
         )

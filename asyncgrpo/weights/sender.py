@@ -28,7 +28,7 @@ import torch
 
 from asyncgrpo.config import Config
 from asyncgrpo.errors import PeerTimeout, WeightsError, WireError
-from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.protocols import SentTensors
 from asyncgrpo.types import Float32
 from asyncgrpo.weights.collective import (
     ON_DEVICE,
@@ -95,7 +95,7 @@ class CollectiveSender:
         self._manifest = Manifest(names=(), shapes=(), dtype=config.model.dtype)  # not known yet
         self._staging: list[torch.Tensor] = []
         self._copy: FlatWeights | None = None
-        self._tensors: NamedTensors = ()
+        self._tensors: SentTensors = ()
         self._file = ""
         self._sent: tuple[int, list[int]] = (-1, [])  # last version tried, digests of its buckets
         self._proofs: dict[int, Proof] = {}
@@ -117,7 +117,7 @@ class CollectiveSender:
 
     # -- called by the learner loop ---------------------------------------------------------
 
-    def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
+    def publish(self, version: int, tensors: SentTensors, canary_logprobs: Float32) -> None:
         with self._changed:
             start = time.perf_counter()
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
@@ -142,7 +142,7 @@ class CollectiveSender:
         owed = {m.pending for m in self._handshake.members.values()} | {version}
         self._proofs = {v: proof for v, proof in self._proofs.items() if v in owed}
 
-    def _take(self, version: int, tensors: NamedTensors) -> None:
+    def _take(self, version: int, tensors: SentTensors) -> None:
         """Makes the weights readable for the thread."""
         if self._transport == "disk":
             assert self._folder is not None, "the disk needs a folder"
