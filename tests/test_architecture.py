@@ -48,6 +48,7 @@ FLOORS = {
         "weights.flat",
         "weights.disk",
         "weights.local",
+        "weights.inbox",
         "weights.collective",
         "observe.exporter",
         "data.tiny",

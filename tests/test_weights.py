@@ -451,6 +451,33 @@ def test_every_actor_gets_every_version_and_late_ones_get_the_newest(network):
     assert sender.metrics()["publish/evictions"] == 0
 
 
+def test_all_processes_of_an_engine_are_members_of_a_broadcast_beside_other_actors(network):
+    sender, start = network
+    engine, other = start("actor-0", "engine"), start("actor-1")
+    publish_twice(sender, 2)
+    for actor in (engine, other):
+        assert [actor.next_line() for _ in range(2)] == ["live 0", "live 1"]
+    assert sender.metrics()["publish/proofs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("engine_differs", "did not receive version 1 intact: 1 tensors differ, first head"),
+        ("engine_ends", "error actor-0: a process of the engine is gone"),
+    ],
+)
+def test_a_process_of_an_engine_that_fails_takes_its_actor_along(network, fault, said):
+    sender, start = network
+    engine, other = start("actor-0", fault), start("actor-1")
+    publish(sender, 0)
+    sender.wait_for_actors(2, 30)
+    publish(sender, 1)
+    assert engine.next_line() == "live 0"
+    assert said in engine.next_line()
+    assert [other.next_line() for _ in range(2)] == ["live 0", "live 1"]
+
+
 def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network):
     sender, start = network
     good, bad = start("actor-0"), start("actor-1", "stale_engine")

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from asyncgrpo.actor.judge import JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
@@ -19,6 +19,9 @@ from asyncgrpo.protocols import Engine
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import DealerClient
+
+if TYPE_CHECKING:
+    from asyncgrpo.actor.vllm_engine import VllmEngine
 
 log = logging.getLogger(__name__)
 SHOW_SECONDS = 1.0
@@ -38,7 +41,10 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
     from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
 
     keys = read_keys(run, "client")
-    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys)
+    inbox = None
+    if run.endpoints.transport == "nccl" and run.config.actor.tensor_parallel > 1:
+        inbox = cast("VllmEngine", engine).open_inbox()  # the toy engine is one process
+    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys, inbox)
     exporter = serve_metrics(run, name)
     loop = ActorLoop(
         name,

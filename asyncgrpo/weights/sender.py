@@ -280,7 +280,7 @@ class CollectiveSender:
             return
         for peer, packet in self._waiting_joins:
             name = packet.fields["actor"]
-            self._handshake.join(name, peer)
+            self._handshake.join(name, peer, packet.fields["ranks"])
             fields = {
                 "manifest": self._manifest.as_fields(),
                 "store": list(self._store_address),
@@ -416,18 +416,22 @@ class CollectiveSender:
 
     def _form_group(self, names: list[str], version: int, wanted: list[int] | None) -> WeightGroup:
         """Tells the members their ranks, and makes a new group if they are not the last ones."""
-        peers = tuple(self._handshake.members[name].peer for name in names)
+        members = [self._handshake.members[name] for name in names]
+        peers = tuple(member.peer for member in members)
+        world_size = 1 + sum(member.ranks for member in members)
         self._generation += peers != self._peers
-        for rank, peer in enumerate(peers, start=1):
+        rank = 1
+        for member in members:
             fields = {
                 "version": version,
                 "generation": self._generation,
-                "rank": rank,
-                "world_size": len(peers) + 1,
+                "rank": rank,  # of its first process
+                "world_size": world_size,
                 "seed": self._proofs[version].seed,
                 "buckets": wanted,
             }
-            self._server.push(peer, Packet(kind="go", fields=fields))
+            self._server.push(member.peer, Packet(kind="go", fields=fields))
+            rank += member.ranks
         if self._group is None or peers != self._peers:
             retire(self._group)
             self._group, self._peers = None, ()
@@ -436,7 +440,7 @@ class CollectiveSender:
                 transport=self._transport,
                 generation=self._generation,
                 rank=0,
-                world_size=len(peers) + 1,
+                world_size=world_size,
                 seconds=self._settings.ready_timeout_seconds,
             )
             self._peers = peers

@@ -76,7 +76,7 @@ BUFFER_REQUESTS: Table = {
 }
 PROOF = {"digests": list[int], "canary_tokens": list[Count], "canary_logprobs": list[float]}
 WEIGHTS_REQUESTS: Table = {
-    "join": _row(actor=Name),
+    "join": _row(actor=Name, ranks=Count),
     "ready": _row(actor=Name, round=Count),
     "later": _row(actor=Name, round=Count),
     "free": _row(actor=Name),
