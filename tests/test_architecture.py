@@ -49,6 +49,7 @@ FLOORS = {
         "weights.disk",
         "weights.local",
         "weights.inbox",
+        "weights.outbox",
         "weights.collective",
         "observe.exporter",
         "data.tiny",

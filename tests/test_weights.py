@@ -711,6 +711,19 @@ def test_actors_on_the_learners_gpu_copy_out_of_its_buckets(make_network):
     assert network.sender.metrics()["publish/evictions"] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA devices")
+def test_actors_on_gpus_of_their_own_are_reached_by_nccl(make_network, monkeypatch):
+    network, actors = make_network(transport="nccl"), []
+    for number in range(2):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(number + 1))
+        actors.append(network.start(f"actor-{number}"))
+    publish_twice(network.sender, 2)
+    for actor in actors:
+        assert [actor.next_line() for _ in range(2)] == ["live 0", "live 1"]
+    assert network.sender.metrics()["publish/evictions"] == 0
+
+
 def test_weights_that_change_before_the_next_publish_are_copied(make_network):
     network = make_network(publish_every=2)
     live = [(name, tensor.clone()) for name, tensor in tensors(1)]
