@@ -39,6 +39,7 @@ from asyncgrpo.launch.local import Supervisor, held_lifeline
 from asyncgrpo.launch.model_folder import (
     EMBEDDED,
     check_model_folder,
+    check_same_model,
     check_tensor_parallel,
     quick_tokenizer,
 )
@@ -190,6 +191,8 @@ class Session:
         width = config.actor.tensor_parallel
         checks.append(partial(check_tensor_parallel, config.model.path, width))
         checks.append(partial(self._check_prompts, rewards))
+        if self._resume:
+            checks.append(partial(check_same_model, self.run_dir, config.model.path))
         for check in checks:
             try:
                 check()
