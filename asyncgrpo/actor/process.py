@@ -51,7 +51,7 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
         run.config,
         engine=engine,
         tokenizer=tokenizer,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(run.config.model.path),
         client=DealerClient(run.endpoints.buffer, name, "the buffer", keys),
         receiver=receiver,
         judge=judge,
@@ -77,6 +77,13 @@ def load_tokenizer(model_path: str) -> Any:
 
     transformers_logging.disable_progress_bar()
     return AutoTokenizer.from_pretrained(model_path)
+
+
+def vocab_size(model_path: str) -> int:
+    """Of the model, as the learner counts; a tokenizer may know fewer words."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
 
 
 def stop_token_ids(config: Config, tokenizer: Any) -> list[int]:
