@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from asyncgrpo.actor.judge import InlineJudge, Judge, JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
-from asyncgrpo.actor.process import load_engine, load_tokenizer, stop_token_ids
+from asyncgrpo.actor.process import load_engine, load_tokenizer, stop_token_ids, vocab_size
 from asyncgrpo.buffer.evaluation import Evaluations
 from asyncgrpo.buffer.journal import NoJournal
 from asyncgrpo.buffer.leases import LeaseBook
@@ -187,7 +187,7 @@ def _load_actor(config: Config, desk: Desk, judge: Judge) -> ActorLoop:
         config,
         engine=load_engine(config, stop_token_ids(config, tokenizer)),
         tokenizer=tokenizer,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(config.model.path),
         client=desk,
         receiver=LocalLink(config),  # without a sender: the weights stay
         judge=judge,

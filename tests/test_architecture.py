@@ -48,6 +48,8 @@ FLOORS = {
         "weights.flat",
         "weights.disk",
         "weights.local",
+        "weights.inbox",
+        "weights.outbox",
         "weights.collective",
         "observe.exporter",
         "data.tiny",

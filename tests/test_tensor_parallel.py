@@ -71,13 +71,15 @@ def test_an_engine_larger_than_all_gpus_is_refused_with_both_numbers() -> None:
             plan_of(config, 2)
 
 
-def test_an_engine_of_several_gpus_takes_weights_from_host_memory() -> None:
+def test_an_engine_of_several_gpus_takes_weights_from_host_memory_or_by_nccl() -> None:
     plan = plan_of(settings(2, gpus=3), 3)
     assert plan.endpoints.transport == "gloo"
     assert "2 GPUs of an actor take their parts" in plan.transport_reason
-    asked = {"weights": {"transport": "nccl"}, "launch": {"gpus": 6}}
-    with pytest.raises(ConfigError, match="'nccl' needs CUDA, and one GPU for each actor"):
-        plan_of(from_mapping({**asked, "actor": {"tensor_parallel": 2}}), 6)
+    asked = {"weights": {"transport": "nccl"}, "actor": {"tensor_parallel": 2}}
+    assert plan_of(from_mapping({**asked, "launch": {"gpus": 6}}), 6).endpoints.transport == "nccl"
+    shared = from_mapping({**asked, "launch": {"gpus": 6, "share_gpus": True}})
+    with pytest.raises(ConfigError, match="'nccl' needs CUDA, and GPUs of their own for each"):
+        plan_of(shared, 6)
 
 
 def test_processes_of_a_cpu_engine_are_bound_to_cores_of_their_own() -> None:

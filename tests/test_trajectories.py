@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import make_group, make_lease, make_run, rows_of
+from transformers import AutoModelForCausalLM
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
@@ -157,6 +158,9 @@ def serial_run(tmp_path_factory) -> RunDir:
 
 def trained_serially(base: Path, correct_above: float, **data: object) -> RunDir:
     model = build_untrained(base / "model", True, 5)
+    wide = AutoModelForCausalLM.from_pretrained(model)
+    wide.resize_token_embeddings(320)  # more than the tokenizer has, as in many published models
+    wide.save_pretrained(model)
     functions = [
         {"use": "reward_functions:vowels", "weight": 2.0},
         {"use": "length_penalty", "options": {"per_character": 0.01}},

@@ -11,6 +11,7 @@ from typing import Any
 
 from asyncgrpo.errors import AbsentModel, ModelError
 from asyncgrpo.hints import did_you_mean, nearest
+from asyncgrpo.learner.saved import FOLDER, read_manifest, saved
 
 EMBEDDED = "tiny"
 SUPPORTED_ARCHITECTURES = (
@@ -109,6 +110,22 @@ def check_tensor_parallel(path: str, size: int) -> None:
             f"size ({inner}) and padded vocabulary ({vocab}) of {place}, and divide its key-value "
             f"heads ({key_heads}) or be a multiple of them; set it to one of {allowed}"
         )
+
+
+def check_same_model(run_dir: Path, path: str) -> None:
+    """ModelError when a run's newest checkpoint is of a model of other sizes."""
+    try:
+        checkpoint = saved(run_dir / FOLDER)[-1]
+        sizes = read_manifest(checkpoint).get("model") or {}
+    except (IndexError, OSError, ValueError):
+        return  # there is none, or its damage is found elsewhere
+    place, config = _config_of(path)
+    for key, size in sizes.items():
+        if size is not None and config.get(key) not in (size, None):
+            raise ModelError(
+                f"{checkpoint} is of another model: {key} was {size}, but {place} has "
+                f"{config[key]}; put the model back that the run began with, or start a new run"
+            )
 
 
 def quick_tokenizer(path: str) -> Any:

@@ -37,6 +37,7 @@ from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import (
     EMBEDDED,
     check_model_folder,
+    check_same_model,
     check_tensor_parallel,
     quick_tokenizer,
 )
@@ -182,6 +183,8 @@ class Session:
             partial(check_tensor_parallel, config.model.path, config.actor.tensor_parallel),
             partial(self._check_prompts, rewards),
         ]
+        if self._resume:
+            checks.append(partial(check_same_model, self.run_dir, config.model.path))
         absent: list[BadInput] = []
         for check in checks:
             try:

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
 
 from asyncgrpo.errors import WireError
 from asyncgrpo.types import FinishReason
@@ -76,7 +76,7 @@ BUFFER_REQUESTS: Table = {
 }
 PROOF = {"digests": list[int], "canary_tokens": list[Count], "canary_logprobs": list[float]}
 WEIGHTS_REQUESTS: Table = {
-    "join": _row(actor=Name),
+    "join": _row(actor=Name, ranks=PositiveInt),
     "ready": _row(actor=Name, round=Count),
     "later": _row(actor=Name, round=Count),
     "free": _row(actor=Name),
