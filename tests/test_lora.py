@@ -150,7 +150,7 @@ class Here:
         self._sender.close()
 
     def staged(self) -> Any:
-        return self._sender._handshake.newest, self._sender._tensors
+        return self._sender._handshake.newest, self._sender._outbox._tensors
 
 
 @pytest.mark.parametrize("kind", [LocalLink, Here])
