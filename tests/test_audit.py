@@ -71,14 +71,13 @@ LIES = {
         f"INSERT INTO changes (ticket, state, reason, time) VALUES ({SOME}, 'trained', '', 0)",
         {"one state", "trained once"},
     ),
-    "a roll-back that nobody noted": ("DELETE FROM rollbacks", {"one state"}),
-    "a roll-back of fewer groups": (
-        "UPDATE rollbacks SET num_groups = num_groups - 1",
-        {"one state"},
+    "a roll-back that nobody noted": (
+        "DELETE FROM changes WHERE state = 'returned'",
+        {"one state", "trained once"},
     ),
-    "a roll-back to a later step": ("UPDATE rollbacks SET step = step + 1", {"one state"}),
     "in two batches": (
-        f"UPDATE steps SET tickets = json_insert(tickets, '$[#]', {SOME}) WHERE step = 4",
+        f"UPDATE steps SET tickets = json_insert(tickets, '$[#]', {SOME}),"
+        " num_new = num_new + 1 WHERE step = 4",
         {"trained once", "steps"},
     ),
     "a stale token": (
@@ -197,31 +196,24 @@ def test_without_a_question_the_tables_are_shown_with_their_meaning(halted):
         "changes",
         "steps",
         "payloads",
-        "replays",
         "evaluations",
-        "rollbacks",
         "lives",
     }
     assert all(f"CREATE TABLE {name} (" in shown for name in names)
     assert "-- policy version that the actor held then" in shown
 
 
-ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-
-
 @pytest.mark.parametrize(
-    ("sql", "error", "message"),
+    ("sql", "message"),
     [
-        ("DELETE FROM leases", ConfigError, "readonly"),
-        ("SELECT colour FROM leases", ConfigError, "no such column: colour: SELECT"),
-        ("SELECT 1; SELECT 2", ConfigError, "one statement"),
-        (ENDLESS, LedgerError, "longer than 0.2 s"),
+        ("DELETE FROM leases", "readonly"),
+        ("SELECT colour FROM leases", "no such column: colour: SELECT"),
+        ("SELECT 1; SELECT 2", "one statement"),
     ],
 )
-def test_what_is_no_question_is_refused_and_an_endless_one_ends(sql, error, message, halted):
-    result = ask(halted, "--sql", sql, "--timeout", "0.2")
-    assert isinstance(result.exception, error)
-    assert message in str(result.exception)
+def test_what_is_no_question_is_refused(sql, message, halted):
+    with pytest.raises(ConfigError, match=message):
+        LedgerReader(halted).query(sql)
 
 
 def test_a_folder_without_a_ledger_is_refused(tmp_path):

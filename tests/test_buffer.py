@@ -13,19 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.gate import Gate, TokenGate
-from asyncgrpo.buffer.leases import STATES, lease_seed
+from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.journal import Journal
+from asyncgrpo.buffer.leases import STATES, LeaseBook, lease_seed
+from asyncgrpo.buffer.queue import PromptQueue
 from asyncgrpo.buffer.replay import Replay, deal, part_metrics
 from asyncgrpo.config import from_mapping
-from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.metrics import metric_of
 from asyncgrpo.staleness import past_bound
 from asyncgrpo.wire.codec import Packet, group_packet, groups_from, lease_from, shard_from
-
-
-def gate(**changes):
-    values = {"groups_per_step": 4, "max_staleness": 2, "max_steps": 100, "publish_every": 1}
-    return Gate(**{**values, **changes})
 
 
 def config_of(**rooms):
@@ -44,84 +40,72 @@ def config_of(**rooms):
 # -- gate ---------------------------------------------------------------------------------------
 
 
+def open_for(version, trained=0, **rooms):
+    """Of a gate for batches of 4 groups and a bound of 2, with so many groups trained."""
+    config = config_of(**rooms)
+    return Gate(config).open_for(version, Counter(trained=trained), Replay(config), 0)
+
+
 def test_the_gate_lets_s_plus_one_steps_of_work_start_under_the_first_version():
-    assert gate().open_for(0) == (2 + 0 + 1) * 4
+    assert open_for(0) == (2 + 0 + 1) * 4
 
 
 def test_each_new_version_opens_the_gate_for_one_more_step():
-    passed = gate()
-    for _ in range(12):
-        passed.issue(0)
-    assert passed.open_for(0) == 0
-    assert passed.open_for(1) == 4
+    assert open_for(0, trained=12) == 0
+    assert open_for(1, trained=12) == 4
 
 
-def test_a_returned_ticket_can_be_given_again():
-    full = gate(max_staleness=0)
-    for _ in range(4):
-        full.issue(0)
-    full.give_back()
-    assert full.open_for(0) == 1
-
-
-def test_no_ticket_is_given_for_steps_after_the_last():
-    assert gate(max_steps=1).open_for(50) == 4
-
-
-def test_a_publish_interval_that_would_deadlock_is_refused_with_the_numbers():
-    with pytest.raises(ConfigError, match="publish_every=4 must be <= max_staleness"):
-        gate(publish_every=4)
+def test_no_group_may_start_for_steps_after_the_last():
+    assert open_for(50, run={"max_steps": 1}) == 4
 
 
 def group_of(ticket, tokens):
     return make_group(make_lease(ticket), versions=[[0] * (tokens - 1), [0]])
 
 
+def store_of(tokens=None, **buffer):
+    """A store that learners of one rank and two minibatches take from."""
+    rooms = {"launch": {"learners": 1}, "algo": {"group_size": 2, "minibatches": 2}}
+    return Replay(config_of(buffer={"tokens_per_step": tokens, **buffer}, **rooms))
+
+
 @given(st.lists(st.sampled_from(["issue", "arrive", "lose", "form"]), max_size=60))
 def test_a_gate_that_counts_tokens_is_the_gate_of_groups_when_all_are_alike(events):
     """Six groups of ten tokens are sixty tokens: both gates let the same number start."""
-    replay = Replay("arrival")
-    plain = gate(groups_per_step=6)
-    limits = {"groups_per_step": 6, "max_staleness": 2, "max_steps": 100, "publish_every": 1}
-    in_tokens = TokenGate(replay, tokens_per_step=60, min_groups=2, **limits)
-    being_made = ticket = version = 0
+    replay = store_of(60, groups_per_step=6)
+    plain = Gate(config_of(buffer={"groups_per_step": 6}))
+    in_tokens = Gate(replay._config)
+    counts = Counter()
+    ticket = version = 0
     for event in events:
-        if event == "issue" and plain.open_for(version):
-            being_made += 1
-            for each in (plain, in_tokens):
-                each.issue(version)
-        elif event == "arrive" and being_made:
-            being_made, ticket = being_made - 1, ticket + 1
+        if event == "issue" and plain.open_for(version, counts, replay, version):
+            counts["open"] += 1
+        elif event == "arrive" and counts["open"]:
+            counts.update(open=-1, stored=1)
+            ticket += 1
             replay.add(ticket, group_of(ticket, 10))
-        elif event == "lose" and being_made:
-            being_made -= 1
-            for each in (plain, in_tokens):
-                each.give_back()
-        elif event == "form" and len(replay) >= replay.count_for(60, 2):
-            assert len(replay.take(replay.count_for(60, 2))) == 6
+        elif event == "lose" and counts["open"]:
+            counts["open"] -= 1
+        elif event == "form" and (formed := replay.form(version, [])):
+            assert len(formed) == 6
             version += 1
-            for each in (plain, in_tokens):
-                each.formed(6)
+            counts.update(stored=-6, taken=6)
         for asked in range(version + 1):
-            assert in_tokens.open_for(asked) == plain.open_for(asked)
+            both = [gate.open_for(asked, counts, replay, version) for gate in (plain, in_tokens)]
+            assert both[0] == both[1]
 
 
 def test_a_gate_that_counts_tokens_learns_how_long_groups_are():
-    replay = Replay("arrival")
-    limits = {"groups_per_step": 8, "max_staleness": 0, "max_steps": 100, "publish_every": 1}
-    in_tokens = TokenGate(replay, tokens_per_step=80, min_groups=2, **limits)
-    assert in_tokens.open_for(0) == 8  # the guess
-    for _ in range(4):
-        in_tokens.issue(0)
+    replay = store_of(80, groups_per_step=8, max_staleness=0)
+    gate = Gate(replay._config)
+    assert gate.open_for(0, Counter(), replay, 0) == 8  # the guess
     for ticket in range(4):
         replay.add(ticket, group_of(ticket, 40))
-    assert replay.count_for(80, 2) == 2
-    replay.take(2)
-    in_tokens.formed(2)
-    assert in_tokens.open_for(0) == 0
-    replay.take(2)
-    in_tokens.formed(2)
-    assert in_tokens.open_for(2) == 4  # ceil(80 / mean), mean (80 + 160) / (8 + 4) = 20
+    assert len(replay.form(0, [])) == 2
+    assert gate.open_for(0, Counter(stored=2, taken=2), replay, 1) == 0
+    assert len(replay.form(1, [])) == 2
+    # ceil(80 / mean), mean (80 + 160) / (8 + 4) = 20
+    assert gate.open_for(2, Counter(taken=4), replay, 2) == 4
 
 
 # -- staleness ----------------------------------------------------------------------------------
@@ -138,51 +122,86 @@ def test_drop_looks_at_the_oldest_token_and_mask_at_the_newest():
 # -- replay -------------------------------------------------------------------------------------
 
 
+def being_made(*tickets):
+    """Open leases of these tickets."""
+    book = LeaseBook(config_of(), Journal())
+    for ticket in tickets:
+        turn = PromptQueue(CountingPrompts()).next()
+        book.issue(turn.prompt, peer="a.1", version=0, now=0.0, turn=turn, ticket=ticket)
+    return book.being_made()
+
+
+def formed(replay, step=0, open_tickets=(), **more):
+    return [each.ticket for each in replay.form(step, being_made(*open_tickets), **more)]
+
+
 def test_arrival_order_takes_the_oldest_version_first():
-    replay = Replay("arrival")
+    replay = store_of(groups_per_step=3)
     for ticket, version in ((1, 3), (2, 1), (3, 2), (4, 1)):
         replay.add(ticket, make_group(make_lease(ticket), versions=[[version], [version]]))
-    assert [stored.ticket for stored in replay.take(3)] == [2, 4, 3]
+    assert formed(replay, 3, open_tickets=[9]) == [2, 4, 3]
     assert len(replay) == 1
 
 
 def test_ticket_order_waits_for_earlier_open_work():
-    replay = Replay("ticket")
+    replay = store_of(groups_per_step=2, order="ticket")
     for ticket in (2, 3, 5):
         replay.add(ticket, make_group(make_lease(ticket)))
-    assert not replay.ready(2, oldest_open=1)
-    assert replay.ready(2, oldest_open=4)
-    assert [stored.ticket for stored in replay.take(2, oldest_open=4)] == [2, 3]
+    assert formed(replay, open_tickets=[7, 1]) == []
+    assert formed(replay, open_tickets=[4]) == [2, 3]
 
 
-def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_the_store():
-    replay = Replay("ticket")
-    for ticket, tokens in ((3, 50), (1, 4), (2, 7)):
-        replay.add(ticket, group_of(ticket, tokens))
-    counted = {(11, 1): 2, (12, 1): 3, (4, 1): 1, (4, 2): 2, (61, 1): 3, (62, 1): 4, (1, 4): 4}
-    for (tokens, groups), count in counted.items():
-        assert replay.count_for(tokens, groups) == count
+def test_a_group_is_at_most_a_window_ahead_of_earlier_work():
+    replay = store_of(groups_per_step=2, order="window", window=3)
+    for ticket in (4, 5, 6):
+        replay.add(ticket, group_of(ticket, 5))
+    assert formed(replay, open_tickets=[2]) == []
+    assert formed(replay, open_tickets=[3]) == [4, 5]
+    replay.add(7, group_of(7, 5))
+    assert formed(replay, 1) == [6, 7]
 
 
-def test_groups_that_are_trained_again_stand_in_the_order_in_which_a_ledger_keeps_them():
-    replay = Replay("arrival")
-    versions = {14: 0, 11: 1, 12: 2}  # the two oldest are taken
-    replay.hold(
-        0, [(t, make_group(make_lease(t), versions=[[v]] * 2)) for t, v in versions.items()]
-    )
-    replay.done(0, keep=True)
-    replay.hold(1, [(20, make_group(make_lease(20)))])
-    replay.add_again(1, count=2, most=1, max_staleness=4)
-    assert [group.lease.lease_id for group in replay.whole(1)] == ["t20", "t11", "t14"]
+@pytest.mark.parametrize(
+    ("tokens", "minibatches", "count"),
+    [(11, 1, 2), (12, 1, 3), (4, 1, 1), (4, 2, 2), (61, 1, 3), (62, 1, 0), (1, 4, 0)],
+)
+def test_a_batch_has_the_fewest_groups_that_hold_so_many_tokens(tokens, minibatches, count):
+    buffer = {"order": "ticket", "tokens_per_step": tokens}
+    algo = {"group_size": 2, "minibatches": minibatches}
+    replay = Replay(config_of(buffer=buffer, algo=algo, launch={"learners": 1}))
+    for ticket, size in ((3, 50), (1, 4), (2, 7)):
+        replay.add(ticket, group_of(ticket, size))
+    assert formed(replay) == [1, 2, 3][:count]
+
+
+def test_groups_that_are_trained_again_are_the_least_used_then_the_oldest():
+    replay = store_of(groups_per_step=4, replay_ratio=1.0, max_staleness=4)
+    for ticket, version in {14: 2, 11: 0, 12: 1, 13: 1}.items():
+        replay.add(ticket, make_group(make_lease(ticket), versions=[[version]] * 2))
+    batches = []
+    for step in range(3):
+        if step == 2:
+            replay.add(20, make_group(make_lease(20)))
+            replay.add(21, make_group(make_lease(21)))
+        formed(replay, step)
+        batches.append(replay.batches[step])
+        replay.done(step)
+    assert [list(batch.tickets) for batch in batches] == [
+        [11, 12],
+        [13, 14, 11, 12],
+        [20, 21, 13, 14],
+    ]
+    assert [batch.num_new for batch in batches] == [2, 2, 2]
+    assert [group.lease.lease_id for group in batches[2].groups] == ["t20", "t21", "t13", "t14"]
 
 
 def test_scores_of_each_function_are_averaged_where_it_applied():
-    store = Replay("arrival", 0)
+    store = store_of(groups_per_step=2)
     parts = [{"right": [1, 0], "tidy": [np.nan, 4]}, {"right": [1, 1], "tidy": [np.nan, np.nan]}]
     for ticket, scores in enumerate(parts):
         named = {name: np.array(part, np.float32) for name, part in scores.items()}
         store.add(ticket, replace(group_of(ticket, 3), reward_parts=named))
-    found = part_metrics(store.take(2, None))
+    found = part_metrics(store.form(0, []))
     assert found == {
         "rewards/right/mean": 0.75,
         "rewards/right/std": pytest.approx(3**0.5 / 4),
@@ -308,10 +327,8 @@ class Simulation:
     def check(self):
         counts = self.core.leases.counts
         assert all(counts[state] >= 0 for state in STATES)
-        live = counts["open"] + counts["stored"] + counts["taken"] + counts["trained"]
-        assert self.core.gate.issued == live
         assert counts["stored"] == len(self.core.replay)
-        assert counts["open"] == len(self.core.leases.open_tickets())
+        assert counts["open"] == len(self.core.leases.being_made())
 
     def act(self):
         self.now += self.random.random()
@@ -431,9 +448,8 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     trained_at = {g.lease.lease_id: step for step, groups in run.trained.items() for g in groups}
     for step, group in run.replayed:
         assert trained_at[group.lease.lease_id] < step <= group.completions.version_span[0] + bound
-    assert run.core.replay.num_tokens == sum(
-        stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
-    )
+    left = run.core.replay
+    assert left.num_tokens == sum(each.group.num_tokens for each in left._stored.values())
     used.update(group.lease.lease_id for group, _, _ in run.dropped)
     assert set(used.values()) == {1}
     reasons = run.core.leases.reasons
@@ -448,16 +464,6 @@ def test_a_buffer_that_waits_never_evicts(seed):
     run = Simulation(seed, buffer={"staleness_action": "wait"})
     run.run()
     assert run.core.leases.counts["evicted"] == 0
-
-
-def test_a_group_is_at_most_a_window_ahead_of_earlier_work():
-    replay = Replay("window", window=3)
-    for ticket in (4, 5, 6):
-        replay.add(ticket, group_of(ticket, 5))
-    assert not replay.ready(1, oldest_open=1)
-    assert not replay.ready(3, oldest_open=3)
-    assert [stored.ticket for stored in replay.take(9, oldest_open=3)] == [4, 5]
-    assert replay.ready(1, oldest_open=None)
 
 
 def assert_batch_size(groups, config):
@@ -633,7 +639,7 @@ def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
     (report,) = answer.fields["reports"]
     assert report["accuracy"] == pytest.approx(2 / 5)
     assert report["num_answered"] == 5
-    assert core.leases.num_training_leases() == 0
+    assert core.leases.counts.total() == 0
 
 
 BLOCKS = [
@@ -723,7 +729,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     assert (sampled["num_prompts"], sampled["seconds"], sampled["version"]) == (4, 3.0, 5)
     (noted,) = exam.ask("learner-0", "summary")
     assert [report["name"] for report in noted.fields["evaluations"]] == ["sampled"]
-    assert exam.core.leases.num_training_leases() == 0
+    assert exam.core.leases.counts.total() == 0
 
 
 def test_the_learner_goes_on_when_every_actor_has_accepted_or_is_late():
