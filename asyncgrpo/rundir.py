@@ -29,7 +29,7 @@ from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.errors import ConfigError
 
 Kind = TypeVar("Kind")
-FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
+FLOW_FILE = "flow.json"  # buffer/server.py writes it, launch/stall.py reads it
 STOP_SIGNAL = "ASYNCGRPO_STOP_SIGNAL"  # the launcher's; when it is not SIGTERM, that is nobody's
 
 

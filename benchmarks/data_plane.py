@@ -383,7 +383,7 @@ def fill(folder: Path, leases: int) -> None:
             (state,),
         )
     db.execute(
-        "INSERT INTO steps SELECT step, 1, 1, 262144, json_group_array(ticket) FROM leases"
+        "INSERT INTO steps SELECT step, 1, 1, json_group_array(ticket), count(*) FROM leases"
         " GROUP BY step"
     )
     db.commit()

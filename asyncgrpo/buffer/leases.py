@@ -46,9 +46,12 @@ class LeaseBook:
 
     def __init__(self, config: Config, journal: Journal) -> None:
         self._journal, self._run_seed = journal, config.run.seed
-        self._deadline_seconds = config.buffer.lease_deadline_seconds
-        self._group_size = config.algo.group_size
-        self._sampling = Sampling(**config.sampling.model_dump())
+        drawn, seconds = config.sampling.model_dump(), config.buffer.lease_deadline_seconds
+        # by block: completions, sampling, seconds until the deadline; "" is training
+        self._terms = {"": (config.algo.group_size, Sampling(**drawn), seconds)}
+        for block in config.evals:
+            sampling = Sampling(**{**drawn, **block.sampling.model_dump(exclude_none=True)})
+            self._terms[block.name] = (block.num_samples, sampling, block.timeout_seconds)
         self._open: dict[str, OpenLease] = {}
         self._by_bytes: dict[bytes, Lease] = {}  # of the open ones
         self._next_deadline = math.inf  # none is overdue before
@@ -71,15 +74,12 @@ class LeaseBook:
         peer: str,
         version: int,
         now: float,
-        group_size: int | None = None,
-        sampling: Sampling | None = None,
         turn: Turn | None = None,
         step: int | None = None,
         ticket: int | None = None,
         block: str = "",
-        deadline_seconds: float | None = None,
     ) -> OpenLease:
-        """A lease for a prompt, with a new deadline; by default as the settings say.
+        """A lease for a prompt, with a new deadline, as the settings say.
 
         turn: of the prompt, if it is to train on. step: whose batch is the next to be formed.
         ticket: of a lease that a former life of the buffer handed out. block: of an evaluation.
@@ -87,13 +87,13 @@ class LeaseBook:
         number = self.last_number + 1 if ticket is None else ticket
         self.last_number = max(self.last_number, number)
         purpose: Purpose = "eval" if block else "train"
-        seconds = deadline_seconds or self._deadline_seconds
+        group_size, sampling, seconds = self._terms[block]
         lease_id = f"{purpose[0]}{number}"
         lease = Lease(
             lease_id=lease_id,
             prompt=prompt,
-            group_size=group_size or self._group_size,
-            sampling=sampling or self._sampling,
+            group_size=group_size,
+            sampling=sampling,
             seed=lease_seed(self._run_seed, lease_id),
             purpose=purpose,
             version=version,
