@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from asyncgrpo.data.prompts import PromptSource
 
 Replies = list[tuple[str, Packet]]
-Action = Callable[[str, Packet, float], Replies]
+Action = Callable[[str, Packet, float], Replies | None]  # None: it is noted
 EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
 MAX_REASON = 300  # characters
@@ -134,7 +134,8 @@ class BufferCore:
                 return [(peer, _answer(packet, "introduce", life=self._journal.life))]
             self.events += packet.kind in EVENTS
             action: Action = getattr(self, f"_on_{packet.kind}")
-            return action(peer, packet, now)
+            replies = action(peer, packet, now)
+            return [(peer, _answer(packet, "noted"))] if replies is None else replies
         except (KeyError, TypeError, ValueError, WireError) as error:
             reason = str(error) if isinstance(error, WireError) else f"{packet.kind}: {error!r}"
             return [(peer, _answer(packet, "refused", reason=reason[:MAX_REASON]))]
@@ -197,11 +198,10 @@ class BufferCore:
         welcome = {"credit": self._config.buffer.credit, "life": self._journal.life}
         return [(peer, _answer(packet, "welcome", **welcome)), *self._evaluations.open(actors, now)]
 
-    def _on_bye(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_bye(self, peer: str, packet: Packet, now: float) -> None:
         if self._actors.get(packet.fields["actor"]) == peer:
             del self._actors[packet.fields["actor"]]
         self._forget_peer(peer, "actor_left")
-        return [(peer, _answer(packet, "noted"))]
 
     def _forget_peer(self, peer: str, reason: str) -> None:
         self._waiting_actors.pop(peer, None)
@@ -213,22 +213,20 @@ class BufferCore:
             if held.lease.lease_id not in besides:
                 self._end_unfinished(held.lease.lease_id, "expired", reason)
 
-    def _on_held(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_held(self, peer: str, packet: Packet, now: float) -> None:
         self._held[peer] = packet.fields["version"]
-        return [(peer, _answer(packet, "noted"))]
 
     def _on_lease(self, peer: str, packet: Packet, now: float) -> Replies:
         self._waiting_actors[peer] = packet
         self._held[peer] = max(self._held.get(peer, -1), packet.fields["version"])
         return []
 
-    def _on_accept(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_accept(self, peer: str, packet: Packet, now: float) -> None:
         self._evaluations.accept(packet.fields["lease_ids"])
         for lease_id in packet.fields["refused"]:
             opened = self.leases.get(lease_id)
             if opened is not None and opened.lease.purpose == "eval":
                 self._end_unfinished(lease_id, "failed", "version_passed")
-        return [(peer, _answer(packet, "noted"))]
 
     def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
         (group,) = groups_from(packet, self.leases.read)
@@ -267,16 +265,14 @@ class BufferCore:
             self._evict()
         return "stored"
 
-    def _on_fail(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_fail(self, peer: str, packet: Packet, now: float) -> None:
         lease_id, reason = packet.fields["lease_id"], packet.fields["reason"]
         if self.leases.get(lease_id) is not None:
             retry = bool(packet.fields.get("retry"))
             self._end_unfinished(lease_id, "failed", reason, again=retry)
-        return [(peer, _answer(packet, "noted"))]
 
-    def _on_status(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_status(self, peer: str, packet: Packet, now: float) -> None:
         self._status[packet.fields["actor"]] = dict(packet.fields)
-        return [(peer, _answer(packet, "noted"))]
 
     def _end_unfinished(
         self, lease_id: str, state: str, reason: str, *, again: bool = True
@@ -310,7 +306,7 @@ class BufferCore:
 
     # -- learner --------------------------------------------------------------------------
 
-    def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_begin(self, peer: str, packet: Packet, now: float) -> None:
         step = packet.fields["step"]
         if step > self.step:
             raise ValueError(
@@ -336,16 +332,14 @@ class BufferCore:
             self.step = step
             self._rewind(step)
             self._check()
-        return [(peer, _answer(packet, "noted"))]
 
     def _take_out(self, step: int, before: str) -> None:
         batch = self.replay.batches[step]
         self.leases.move(batch.new, before, "taken", step=step)
         self._journal.formed(step, batch)
 
-    def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_stop(self, peer: str, packet: Packet, now: float) -> None:
         self._is_stopped = not self._is_over  # all ranks end in the same way
-        return [(peer, _answer(packet, "noted"))]
 
     def _on_take(self, peer: str, packet: Packet, now: float) -> Replies:
         if packet.fields["step"] < self.step:
@@ -404,14 +398,11 @@ class BufferCore:
                 buffer = self._config.buffer
                 self._journal.covered(covered - buffer.max_staleness * bool(buffer.replay_ratio))
             self._check()
-        return [(peer, _answer(packet, "noted", **self._summary()))]
+        return self._on_summary(peer, packet, now)
 
     def _on_summary(self, peer: str, packet: Packet, now: float) -> Replies:
-        return [(peer, _answer(packet, "noted", **self._summary()))]
-
-    def _summary(self) -> dict[str, Any]:
-        reports = self._evaluations.news()
-        return {"metrics": self.metrics(), "actors": self._status, "evaluations": reports}
+        fields = {"metrics": self.metrics(), "actors": self._status}
+        return [(peer, _answer(packet, "noted", evaluations=self._evaluations.news(), **fields))]
 
     # -- evaluation -----------------------------------------------------------------------
 
