@@ -126,18 +126,6 @@ def changes(
     return sorted(found, key=lambda change: -abs(change[0]))
 
 
-def shared_steps(one: Samples, other: Samples) -> list[tuple[int, int, int]]:
-    """(shared prompts, step of one, step of the other), most first; in one run a later step."""
-    mine, theirs = (
-        {step: set(grouped(run.rows([step]), prompt_key)) for step in run.steps}
-        for run in (one, other)
-    )
-    same = one.run_dir == other.run_dir
-    pairs = [(a, b) for a in mine for b in theirs if a < b or not same]
-    shared = [(len(mine[a] & theirs[b]), a, b) for a, b in pairs]
-    return sorted((found for found in shared if found[0]), reverse=True)
-
-
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     """Rows by key, in the order in which the keys first occur."""
     found: dict[Any, list[Row]] = {}
