@@ -372,7 +372,7 @@ def fill(folder: Path, leases: int) -> None:
     db.execute(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
         " INSERT INTO leases SELECT i, 't' || i, i - 1, NULL, 'task-' || i, 'task/add',"
-        " 'actor-0.1234', i / 64, 1, 'trained', '', (i - 1) / 64, 0, NULL, i, i, i, i, 8, 4096,"
+        " 'actor-0.1234', i / 64, 1, 'trained', '', (i - 1) / 64, 0, i, i, i, i, 8, 4096,"
         " 0.5, i / 64, i / 64 FROM n",
         (leases,),
     )

@@ -111,8 +111,8 @@ LIES = {
         "UPDATE leases SET epoch = 20 WHERE ticket = (SELECT max(ticket) FROM leases)",
         {"epochs"},
     ),
-    "a retry of a trained prompt": (
-        f"UPDATE leases SET next_ticket = 2 WHERE ticket = {SOME}",
+    "a prompt that went out again though it had brought a group": (
+        "UPDATE leases SET again = 0 WHERE again = 1",
         {"epochs"},
     ),
     "an unknown row": (

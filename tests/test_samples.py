@@ -223,7 +223,7 @@ def test_diff_orders_by_size_of_change_and_compares_ranges_and_other_runs(tmp_pa
 def test_diff_says_when_no_prompt_occurs_in_both(run, traj):
     code, out, _ = traj("diff", run, 3, 4)
     assert code == 1
-    assert out == f"no prompt occurs both in 3 of {run} and in 4 of {run}; name more steps\n"
+    assert out == f"no prompt occurs both in 3 of {run} and in 4 of {run}\n"
 
 
 def test_the_same_id_with_another_text_is_another_prompt(tmp_path, run, traj):

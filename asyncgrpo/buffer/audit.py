@@ -69,12 +69,8 @@ CHECKS = {
         "every prompt of the stream goes out in turn, and again only if it brought no group",
         """
         SELECT max(ticket), 'position ' || position || ' went out for ' || count(DISTINCT prompt_id)
-            || ' prompts and has ' || total(next_ticket IS NULL) || ' last leases' FROM leases
-        GROUP BY position HAVING count(DISTINCT prompt_id) > 1 OR total(next_ticket IS NULL) != 1
-        UNION ALL SELECT a.ticket, 'went out again as t' || a.next_ticket || ', for another prompt '
-            || 'or though it had brought a group'
-        FROM leases a LEFT JOIN leases b ON b.ticket = a.next_ticket
-        WHERE a.next_ticket IS NOT NULL AND (NOT a.again OR b.position IS NOT a.position)
+            || ' prompts, or again though it had brought a group' FROM leases GROUP BY position
+        HAVING count(DISTINCT prompt_id) > 1 OR min(ticket) FILTER (WHERE NOT again) < max(ticket)
         UNION ALL SELECT ticket, 'is at position ' || position || ', the last before it is ' || last
         FROM (SELECT ticket, position, lag(position, 1, -1) OVER (ORDER BY position) AS last
             FROM leases) WHERE position > last + 1

@@ -282,7 +282,7 @@ class BufferCore:
         if ended.turn is None:
             self._evaluations.drop(lease_id)
         elif again:
-            self._queue.put_back(ended.turn, ended.ticket)
+            self._queue.put_back(ended.turn)
 
     def _startable(self, version: int) -> int:
         num_formed = self.step + len(self.replay.batches)

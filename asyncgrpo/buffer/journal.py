@@ -41,7 +41,7 @@ class Remembered:
     groups_stored: int = 0  # ever, with their tokens
     tokens_stored: int = 0
     held: Sequence[tuple[int, int, str, str, int]] = ()  # ticket, position, prompt, peer, version
-    again: Sequence[tuple[int, str, int]] = ()  # position, prompt, ticket: to be handed out again
+    again: Sequence[tuple[int, str]] = ()  # position, prompt: to be handed out again
     stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
     batches: Mapping[int, Batch] = field(default_factory=dict)  # by step: formed, not trained
     uses: Mapping[int, int] = field(default_factory=dict)  # ticket -> how often it was replayed

@@ -85,9 +85,6 @@ class Ledger(Journal):
             *(prompt.data_source, lease.peer, lease.lease.version, self.life, now),
         )
         self._write(CHANGE, lease.ticket, "open", "", None, now)
-        if turn.former is not None:
-            again = "UPDATE leases SET next_ticket = ? WHERE ticket = ?"
-            self._write(again, lease.ticket, turn.former)
 
     def arrived(self, group: Group, *, keep: bool) -> None:
         lease_id = group.lease.lease_id
@@ -311,8 +308,9 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             " ORDER BY ticket"
         ).fetchall(),
         again=db.execute(
-            "SELECT position, prompt_id, ticket FROM leases WHERE again = 1"
-            " AND next_ticket IS NULL ORDER BY ended_at, ticket"
+            "SELECT position, prompt_id FROM (SELECT *, max(ticket) FROM leases WHERE position IN"
+            " (SELECT position FROM leases WHERE again = 1) GROUP BY position)"
+            " WHERE again = 1 ORDER BY ended_at, ticket"
         ).fetchall(),
         stored=_groups(
             db,

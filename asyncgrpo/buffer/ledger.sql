@@ -13,7 +13,6 @@ CREATE TABLE leases (           -- every training lease as it is now
     reason TEXT NOT NULL DEFAULT '',
     step INTEGER,               -- whose batch took it
     again INTEGER NOT NULL DEFAULT 0, -- 1: it brought no group and its prompt goes out again
-    next_ticket INTEGER,        -- the lease under which it did
     leased_at REAL NOT NULL,    -- all times in seconds since 1970
     arrived_at REAL,
     taken_at REAL,
@@ -25,7 +24,7 @@ CREATE TABLE leases (           -- every training lease as it is now
     newest_version INTEGER
 );
 CREATE INDEX leases_on_the_way ON leases (state) WHERE state IN ('open', 'stored', 'taken');
-CREATE INDEX leases_to_repeat ON leases (ended_at) WHERE again = 1 AND next_ticket IS NULL;
+CREATE INDEX leases_to_repeat ON leases (position) WHERE again = 1;
 CREATE TABLE changes (          -- every change of a lease's state, in order; never altered
     seq INTEGER PRIMARY KEY,
     ticket INTEGER NOT NULL,

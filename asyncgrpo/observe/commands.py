@@ -110,7 +110,7 @@ def diff(
     found = of.changes(one.rows(one.pick(before)), two.rows(two.pick(after)))
     rises = [rise for rise, _, _ in found]
     better, worse = sum(rise > 0 for rise in rises), sum(rise < 0 for rise in rises)
-    text = f"no prompt occurs both in {before} of {run} and in {after} of {other or run}; name more steps"
+    text = f"no prompt occurs both in {before} of {run} and in {after} of {other or run}"
     if found:
         text = f"{len(found)} prompts occur in both: {better} better, {worse} worse, "
         text += f"{len(found) - better - worse} the same; mean reward {fmean(rises):+.3f}"
