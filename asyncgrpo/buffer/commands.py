@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, signal
@@ -67,7 +65,6 @@ def ledger(
     run: Run,
     sql: Annotated[str | None, typer.Option(help="a question; without: lists the tables")] = None,
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="for spreadsheets")] = False,
 ) -> None:
     """Answers questions about all leases of a run in SQL (SQLite); changes nothing."""
     from asyncgrpo.buffer.ledger import TABLES, LedgerReader
@@ -80,8 +77,6 @@ def ledger(
     columns, rows = reader.query(sql)
     if as_json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=repr))
-    elif as_csv:
-        csv.writer(sys.stdout).writerows([columns, *rows])
     else:
         show_table(columns, rows)
 

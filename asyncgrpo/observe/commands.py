@@ -52,9 +52,10 @@ def show(
         raise typer.BadParameter("give one of --best, --worst and --random")
     samples = Samples.open(run)
     steps = samples.pick(str(step)) if step is not None else samples.steps[::-1]
-    fitting = (s for s in steps if _matching(samples.rows([s]), status, source))
-    number = next(fitting, steps[0])
-    everything = list(samples.rows([number]))
+    for number in steps:
+        everything = list(samples.rows([number]))
+        if _matching(everything, status, source):
+            break
     rows = _selected(everything, status, source)
     groups = list(of.grouped(rows, of.group_key).values())
     chosen = [row for group in groups[:SHOWN_GROUPS] for row in group]
@@ -69,7 +70,6 @@ def show(
     if len(chosen) < len(rows):
         others = f"{len(chosen)} of {len(rows)} answers in {len(groups)} groups"
         typer.echo(f"\n{others}; choose others with --best N, --worst N or --random N")
-    _tell_skipped(samples)
 
 
 @traj_app.command()
@@ -91,7 +91,6 @@ def stats(run: Run, steps: Steps = ":") -> None:
         numbers = [format(found[n], form) if n in found else "-" for n, form in FORMATS.items()]
         table.append((label, *numbers, _ends(part)))
     show_table(("step", *FORMATS, "ended"), table)
-    _tell_skipped(samples)
 
 
 @traj_app.command()
@@ -120,7 +119,6 @@ def diff(
         for which, steps, rows in zip(("left", "right"), (before, after), sides, strict=True):
             typer.secho(f"{which}  step {steps}: {_ends(rows)}", bold=True)
             _show_answers(rows, None if full else COMPARED_CHARACTERS)
-    _tell_skipped(one, two)
     raise typer.Exit(0 if found else 1)
 
 
@@ -152,7 +150,6 @@ def export(
     records = [of.as_messages(row) if shape == Shape.messages else dict(row) for row in rows]
     write_rows(out, records, form)
     typer.echo(f"{out}: {len(records)} records")
-    _tell_skipped(samples)
 
 
 def _matching(rows: Iterable[Row], status: Status, source: str | None = None) -> list[Row]:
@@ -213,9 +210,3 @@ def _show_answers(rows: Iterable[Row], limit: int | None) -> None:
     for (reward, text), count in counts.items():
         answer = f"{count}x {reward:+.3f} {shown(text, limit) or '(empty)'}"
         typer.echo(indent(answer, "    "))
-
-
-def _tell_skipped(*read: Samples) -> None:
-    for place in dict.fromkeys(place for samples in read for place in samples.skipped):
-        note = f"warning: {place} is not a whole row (the run goes on, or was killed)"
-        typer.echo(note, err=True)

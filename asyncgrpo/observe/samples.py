@@ -1,15 +1,16 @@
 """Questions to the trajectories of a run: which rows there are, and what they say. Only reads.
 
 README.md explains the fields of a row. A run may be going on or have been killed: lines that are
-not whole are left out, and `Samples.skipped` names them.
+not whole are left out with a warning.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -20,6 +21,7 @@ from asyncgrpo.observe.trajectories import step_files
 from asyncgrpo.rows import numbered_rows
 from asyncgrpo.rundir import RunDir
 
+log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 # What a row must have to be shown or counted.
 NEEDED = {
@@ -37,7 +39,6 @@ class Samples:
     run_dir: Path
     files: Mapping[int, Path]  # by step, in order
     correct_above: float  # of the run's settings
-    skipped: dict[str, None] = field(default_factory=dict)  # places of lines that were left out
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -84,7 +85,8 @@ class Samples:
                 if isinstance(row, dict) and row.keys() >= NEEDED:
                     yield row
                 else:
-                    self.skipped[f"{self.files[step]}:{number}"] = None
+                    note = "%s:%d is not a whole row (the run goes on, or was killed)"
+                    log.warning(note, self.files[step], number)
 
     def statistics(self, rows: Sequence[Row]) -> dict[str, float]:
         """Counts, shares and means of some trained completions; only their number if it is 0.
