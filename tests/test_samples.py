@@ -185,7 +185,7 @@ def test_stats_takes_a_range_and_the_runs_own_bound_for_correct(tmp_path, traj):
 )
 def test_p95_is_a_length_that_95_of_100_answers_do_not_exceed(tmp_path, lengths, p95):
     rows = [row(0, 0, i, str(i), 1.0, num_tokens=n) for i, n in enumerate(lengths)]
-    samples = Samples.open(write_run(tmp_path / "run", {0: rows}))
+    samples = Samples(write_run(tmp_path / "run", {0: rows}))
     assert samples.statistics(rows)["p95"] == p95
 
 

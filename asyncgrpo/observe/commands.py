@@ -50,7 +50,7 @@ def show(
     """
     if sum(count is not None for count in (best, worst, random)) > 1:
         raise typer.BadParameter("give one of --best, --worst and --random")
-    samples = Samples.open(run)
+    samples = Samples(run)
     steps = samples.pick(str(step)) if step is not None else samples.steps[::-1]
     for number in steps:
         everything = list(samples.rows([number]))
@@ -79,7 +79,7 @@ def stats(run: Run, steps: Steps = ":") -> None:
     correct: the first reward function is above reward.correct_above; std: of rewards; p95: of
     tokens; duplicate: the text occurs before in its group; stale: versions of the oldest token.
     """
-    samples = Samples.open(run)
+    samples = Samples(run)
     # Of a whole run's texts only what tells them apart stays in memory.
     rows: list[Row] = [
         {**row, "prompt": (), "completion": hash(row["completion"])}
@@ -105,7 +105,7 @@ def diff(
 
     Ends with 1 when no prompt occurs in both.
     """
-    one, two = Samples.open(run), Samples.open(other or run)
+    one, two = Samples(run), Samples(other or run)
     found = of.changes(one.rows(one.pick(before)), two.rows(two.pick(after)))
     rises = [rise for rise, _, _ in found]
     better, worse = sum(rise > 0 for rise in rises), sum(rise < 0 for rise in rises)
@@ -134,7 +134,7 @@ def export(
     """Writes rows of many steps to one file; CSV holds lists and objects as JSON."""
     from asyncgrpo.data.files import write_rows
 
-    samples = Samples.open(run)
+    samples = Samples(run)
     if out.resolve().parent == (run / "trajectories").resolve():
         raise ConfigError(
             f"--out {out} lies in the run's own trajectories/, which it would overwrite; write it "

@@ -10,7 +10,6 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -32,30 +31,19 @@ NEEDED = {
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """The trajectories of one run directory."""
+    """The trajectories of one run directory; steps: those that have a file, in order."""
 
-    run_dir: Path
-    files: Mapping[int, Path]  # by step, in order
-    correct_above: float  # of the run's settings
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Those that have a file, in order."""
-        return tuple(self.files)
-
-    @classmethod
-    def open(cls, run_dir: Path) -> Samples:
+    def __init__(self, run_dir: Path) -> None:
         """ConfigError when this is no run directory, DataError when it has no trajectories."""
-        correct_above = RunDir.read(run_dir).config.reward.correct_above
-        files = step_files(run_dir)
-        if not files:
+        self.run_dir, self._files = run_dir, step_files(run_dir)
+        self._correct_above = RunDir.read(run_dir).config.reward.correct_above
+        self.steps = list(self._files)
+        if not self.steps:
             raise DataError(
                 f"{run_dir}/trajectories holds no step_<k>.jsonl: no group has ended yet, or "
                 "observe.trajectories is false"
             )
-        return cls(run_dir=run_dir, files=files, correct_above=correct_above)
 
     def pick(self, wanted: str) -> list[int]:
         """The steps of "5", of "0:5" (5 not included), ":5", "5:" or ":".
@@ -81,12 +69,12 @@ class Samples:
     def rows(self, steps: Iterable[int]) -> Iterator[Row]:
         """The rows of some steps, in the order in which they were written."""
         for step in steps:
-            for number, row in numbered_rows(self.files[step]):
+            for number, row in numbered_rows(self._files[step]):
                 if isinstance(row, dict) and row.keys() >= NEEDED:
                     yield row
                 else:
                     note = "%s:%d is not a whole row (the run goes on, or was killed)"
-                    log.warning(note, self.files[step], number)
+                    log.warning(note, self._files[step], number)
 
     def statistics(self, rows: Sequence[Row]) -> dict[str, float]:
         """Counts, shares and means of some trained completions; only their number if it is 0.
@@ -102,7 +90,7 @@ class Samples:
         )
         texts = {(*group_key(row), row["completion"]) for row in rows}
         first_scores = [next(iter(row["reward_parts"].values())) for row in rows]
-        right = [score is not None and score > self.correct_above for score in first_scores]
+        right = [score is not None and score > self._correct_above for score in first_scores]
         return {
             "answers": count,
             "correct": sum(right) / count,
