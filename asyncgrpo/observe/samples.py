@@ -38,7 +38,7 @@ class Samples:
         """ConfigError when this is no run directory, DataError when it has no trajectories."""
         self.run_dir, self._files = run_dir, step_files(run_dir)
         self._correct_above = RunDir.read(run_dir).config.reward.correct_above
-        self.steps = list(self._files)
+        self.steps = tuple(self._files)
         if not self.steps:
             raise DataError(
                 f"{run_dir}/trajectories holds no step_<k>.jsonl: no group has ended yet, or "
