@@ -483,163 +483,135 @@ def test_ticket_order_never_evicts():
     assert run.core.leases.counts["evicted"] == 0
 
 
+class Talk:
+    """A core, and what its peers say to it and hear."""
+
+    def __init__(self, prompts=None, **rooms):
+        self.config, self.prompts = config_of(**rooms), prompts or CountingPrompts()
+        self.core = BufferCore(self.config, self.prompts, lambda step, ended: None)
+
+    def replies(self, peer, kind, now=0.0, **fields):
+        return self.core.handle(peer, Packet(kind=kind, request_id=1, fields=fields), now)
+
+    def tell(self, peer, packet, now=0.0):
+        return [answer for to, answer in self.core.handle(peer, packet, now) if to == peer]
+
+    def ask(self, peer, kind, now=0.0, **fields):
+        return self.tell(peer, Packet(kind=kind, request_id=1, fields=fields), now)
+
+    def hello(self, *peers):
+        for peer in peers:
+            self.ask(peer, "hello", actor=peer.partition(".")[0])
+        return self
+
+    def lease(self, peer, count, version=0):
+        (granted,) = self.ask(peer, "lease", version=version, max=count)
+        return [lease_from(packed) for packed in granted.fields["leases"]]
+
+    def put(self, peer, group, now=0.0):
+        (answer,) = self.tell(peer, group_packet("put", [group]), now)
+        return answer.fields["state"]
+
+    def take(self, step, rank=0, world_size=1):
+        return self.ask(f"learner-{rank}", "take", step=step, rank=rank, world_size=world_size)
+
+
+def prompts_of(leases):
+    return [lease.prompt.prompt_id for lease in leases]
+
+
 def test_a_prompt_whose_actor_died_is_handed_out_again():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-
-    def ask(peer, kind, **fields):
-        return core.handle(peer, Packet(kind=kind, request_id=1, fields=fields), 0.0)
-
-    ask("actor-0.1", "hello", actor="actor-0")
-    (_, granted), *_ = ask("actor-0.1", "lease", version=0, max=2)
-    lost = [lease_from(fields).prompt.prompt_id for fields in granted.fields["leases"]]
-    ask("actor-0.2", "hello", actor="actor-0")
-    (_, again), *_ = ask("actor-0.2", "lease", version=0, max=3)
-    ids = [lease_from(fields).prompt.prompt_id for fields in again.fields["leases"]]
-    assert ids == [*lost, "p2"]
-    assert core.leases.reasons["expired/actor_restarted"] == 2
+    talk = Talk().hello("actor-0.1")
+    lost = prompts_of(talk.lease("actor-0.1", 2))
+    talk.hello("actor-0.2")
+    assert prompts_of(talk.lease("actor-0.2", 3)) == [*lost, "p2"]
+    assert talk.core.leases.reasons["expired/actor_restarted"] == 2
 
 
 def test_an_actor_that_says_goodbye_leaves_nothing_open():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
-
-    def tell(kind, **fields):
-        packet = Packet(kind=kind, request_id=1, fields=fields)
-        return [reply for _, reply in core.handle("actor-0.1", packet, 0.0)]
-
-    tell("hello", actor="actor-0")
-    granted, *_ = tell("lease", version=0, max=2)
-    first = lease_from(granted.fields["leases"][0]).lease_id
-    tell("fail", lease_id=first, reason="handed_back", retry=True)
-    assert tell("bye", actor="actor-0") == [Packet(kind="noted", request_id=1)]
-    assert core.leases.counts["open"] == 0
-    assert core.leases.reasons == {"failed/handed_back": 1, "expired/actor_left": 1}
-    tell("hello", actor="actor-1")
-    again, *_ = tell("lease", version=0, max=3)
-    ids = [lease_from(fields).prompt.prompt_id for fields in again.fields["leases"]]
-    assert sorted(ids) == ["p0", "p1", "p2"]
+    talk = Talk().hello("actor-0.1")
+    first, _ = talk.lease("actor-0.1", 2)
+    talk.ask("actor-0.1", "fail", lease_id=first.lease_id, reason="handed_back", retry=True)
+    assert talk.ask("actor-0.1", "bye", actor="actor-0") == [Packet(kind="noted", request_id=1)]
+    assert talk.core.leases.counts["open"] == 0
+    assert talk.core.leases.reasons == {"failed/handed_back": 1, "expired/actor_left": 1}
+    talk.hello("actor-1.1")
+    assert sorted(prompts_of(talk.lease("actor-1.1", 3))) == ["p0", "p1", "p2"]
 
 
 def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_rank():
-    run = Simulation(3)
-    run.core.handle("rank-0", Packet(kind="stop", request_id=9), 0.0)
-    takes = []
-    for rank in (0, 1):
-        fields = {"step": 0, "rank": rank, "world_size": 2}
-        request = Packet(kind="take", request_id=10, fields=fields)
-        takes += [reply.kind for _, reply in run.core.handle(f"rank-{rank}", request, 1.0)]
-    assert takes == ["stopped", "stopped"]
-    request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
-    assert run.core.handle("actor-0.0", request, 2.0) == []
-    again = Packet(kind="begin", request_id=11, fields={"step": 0})
-    answers = run.core.handle("rank-0", again, 3.0)  # a new life of the learner
+    talk = Talk().hello("actor-0.0")
+    talk.ask("learner-0", "stop")
+    assert [talk.take(0, rank, 2)[0].kind for rank in (0, 1)] == ["stopped", "stopped"]
+    assert talk.ask("actor-0.0", "lease", version=0, max=4) == []
+    answers = talk.replies("learner-0", "begin", step=0)  # a new life of the learner
     assert [answer.kind for _, answer in answers] == ["noted", "leases"]
 
 
 def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    for peer in ("a.1", "b.1"):
-        core.handle(peer, Packet(kind="hello", fields={"actor": peer[0]}), 0.0)
-        fields = {"version": 0, "max": 12}
-        replies = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
-    assert replies == []  # the first took all that the gate lets start
-    ((peer, granted),) = core.lost("a.1", 1.0)
+    talk = Talk().hello("a.1", "b.1")
+    assert len(talk.lease("a.1", 12)) == 12  # all that the gate lets start
+    assert talk.ask("b.1", "lease", version=0, max=12) == []
+    ((peer, granted),) = talk.core.lost("a.1", 1.0)
     assert (peer, granted.kind, len(granted.fields["leases"])) == ("b.1", "leases", 12)
-    assert core.leases.reasons["expired/unreachable"] == 12
+    assert talk.core.leases.reasons["expired/unreachable"] == 12
 
 
 def test_a_lease_past_its_deadline_expires_and_a_late_group_is_not_stored():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    core.handle("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}), 0.0)
-    request = Packet(kind="lease", request_id=2, fields={"version": 0, "max": 1})
-    (_, granted), *_ = core.handle("a.1", request, 0.0)
-    lease = lease_from(granted.fields["leases"][0])
-    core.tick(lease.deadline_seconds + 1)
-    assert core.leases.counts["expired"] == 1
-    packet = group_packet("put", [make_group(lease)])
-    (_, answer), *_ = core.handle("a.1", packet, lease.deadline_seconds + 2)
-    assert answer.fields["state"] == "unknown"
-    assert len(core.replay) == 0
+    talk = Talk().hello("a.1")
+    (lease,) = talk.lease("a.1", 1)
+    talk.core.tick(lease.deadline_seconds - 1)
+    assert talk.core.leases.counts["expired"] == 0
+    talk.core.tick(lease.deadline_seconds + 1)
+    assert talk.core.leases.counts["expired"] == 1
+    assert talk.put("a.1", make_group(lease), lease.deadline_seconds + 2) == "unknown"
+    assert len(talk.core.replay) == 0
+
+
+def test_each_lease_expires_at_its_own_deadline():
+    talk = Talk(eval={"timeout_seconds": 50}, buffer={"lease_deadline_seconds": 100}).hello("a.1")
+    (first,) = talk.lease("a.1", 1)
+    talk.ask("learner-0", "evaluate", now=20.0, version=0, blocks=["held-out"])
+    talk.ask("a.1", "lease", now=60.0, version=0, max=1)
+    open_then = {}
+    for now in (69.9, 70.0, 99.9, 100.0, 159.9, 160.0):
+        talk.core.tick(now)
+        open_then[now] = len(talk.core.leases.held_by("a.1"))
+    assert list(open_then.values()) == [7, 2, 2, 1, 1, 0]
+    assert talk.core.leases.get(first.lease_id) is None
 
 
 def test_finite_prompts_end_with_a_smaller_batch_and_then_exhausted():
-    config = config_of(run={"max_steps": 50}, launch={"learners": 1})
-    core = BufferCore(config, CountingPrompts(limit=6), lambda step, ended: None)
-
-    def ask(peer, packet):
-        return [answer for _, answer in core.handle(peer, packet, 0.0)]
-
-    ask("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}))
-    (granted,) = ask("a.1", Packet(kind="lease", request_id=2, fields={"version": 0, "max": 9}))
-    for i, fields in enumerate(granted.fields["leases"]):
-        ask("a.1", group_packet("put", [make_group(lease_from(fields))], request=i))
-    sizes = []
-    for step in range(3):
-        fields = {"step": step, "rank": 0, "world_size": 1}
-        (answer,) = ask("learner-0", Packet(kind="take", request_id=9 + step, fields=fields))
-        sizes.append(len(groups_from(answer)) if answer.kind == "shard" else answer.kind)
-        if answer.kind == "shard":
-            ask("learner-0", trained_packet(step, groups_from(answer), world_size=1))
-    assert sizes == [4, 2, "exhausted"]
+    talk = Talk(CountingPrompts(limit=6), launch={"learners": 1}).hello("a.1")
+    for lease in talk.lease("a.1", 9):
+        talk.put("a.1", make_group(lease))
+    for step, size in enumerate((4, 2)):
+        (answer,) = talk.take(step)
+        assert len(groups_from(answer)) == size
+        talk.tell("learner-0", trained_packet(step, groups_from(answer), world_size=1))
+    assert talk.take(2)[0].kind == "exhausted"
 
 
 def test_a_rank_that_asks_for_the_next_step_early_is_not_told_the_end_before_the_others():
-    core = BufferCore(config_of(), CountingPrompts(limit=6), lambda step, ended: None)
-
-    def ask(peer, packet):
-        return [answer for _, answer in core.handle(peer, packet, 0.0)]
-
-    def take(step, rank):
-        fields = {"step": step, "rank": rank, "world_size": 2}
-        return ask(f"rank-{rank}", Packet(kind="take", request_id=step + 1, fields=fields))
-
-    ask("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}))
-    (granted,) = ask("a.1", Packet(kind="lease", request_id=2, fields={"version": 0, "max": 9}))
-    for fields in granted.fields["leases"]:
-        ask("a.1", group_packet("put", [make_group(lease_from(fields))]))
-    shards = [take(0, rank)[0] for rank in (0, 1)]
-    assert take(1, 1) == []  # rank 1 is ahead: rank 0 has not told of step 0 yet
+    talk = Talk(CountingPrompts(limit=6)).hello("a.1")
+    for lease in talk.lease("a.1", 9):
+        talk.put("a.1", make_group(lease))
+    shards = [talk.take(0, rank, 2)[0] for rank in (0, 1)]
+    assert talk.take(1, 1, 2) == []  # rank 1 is ahead: rank 0 has not told of step 0 yet
     groups = [group for shard in shards for group in groups_from(shard)]
-    _, early = ask("rank-0", trained_packet(0, groups))
-    (other,) = take(1, 0)
-    assert [early.kind, other.kind] == ["shard", "shard"]
+    told = talk.core.handle("learner-0", trained_packet(0, groups), 0.0)
+    assert [(peer, answer.kind) for peer, answer in told] == [
+        ("learner-0", "noted"),
+        ("learner-1", "shard"),
+    ]
+    assert talk.take(1, 0, 2)[0].kind == "shard"
 
 
 def test_a_stop_after_a_rank_was_told_the_end_splits_no_ranks():
-    core = BufferCore(config_of(), CountingPrompts(limit=0), lambda step, ended: None)
-    kinds = []
+    talk = Talk(CountingPrompts(limit=0))
     for rank in (0, 1):
-        fields = {"step": 0, "rank": rank, "world_size": 2}
-        request = Packet(kind="take", request_id=1, fields=fields)
-        kinds += [answer.kind for _, answer in core.handle(f"rank-{rank}", request, 0.0)]
-        core.handle(f"rank-{rank}", Packet(kind="stop", request_id=2), 0.0)
-    assert kinds == ["exhausted", "exhausted"]
-
-
-def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    for i in (0, 1):
-        fields = {"actor": f"actor-{i}"}
-        core.handle(f"actor-{i}.1", Packet(kind="hello", request_id=1, fields=fields), 0.0)
-    request = Packet(kind="evaluate", request_id=3, fields={"version": 7, "blocks": ["held-out"]})
-    pushed = core.handle("learner-0", request, 0.0)
-    assert [peer for peer, _ in pushed] == ["actor-0.1", "actor-1.1"]
-    replies = []
-    for peer, packet in pushed:
-        leases = [lease_from(fields) for fields in packet.fields["leases"]]
-        assert all(lease.sampling.temperature == 0 and lease.version == 7 for lease in leases)
-        accepted = {"lease_ids": [lease.lease_id for lease in leases], "refused": []}
-        replies += core.handle(peer, Packet(kind="accept", request_id=5, fields=accepted), 0.0)
-        for lease in leases:
-            score = 1.0 if lease.prompt.columns["number"] % 2 else -1.0
-            group = make_group(lease, versions=[[7, 7]], scores=[score])
-            replies += core.handle(peer, group_packet("put", [group]), 0.0)
-    assert [answer.kind for peer, answer in replies if peer == "learner-0"] == ["evaluating"]
-    wanted = Packet(kind="results", request_id=9)
-    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
-    (report,) = answer.fields["reports"]
-    assert report["accuracy"] == pytest.approx(2 / 5)
-    assert report["num_answered"] == 5
-    assert core.leases.counts.total() == 0
+        assert talk.take(0, rank, 2)[0].kind == "exhausted"
+        talk.ask(f"learner-{rank}", "stop")
 
 
 BLOCKS = [
@@ -656,20 +628,16 @@ BLOCKS = [
 ]
 
 
-class Exam:
+class Exam(Talk):
     """A core with two evaluation blocks and two actors that know it."""
 
-    def __init__(self):
-        self.core = BufferCore(config_of(eval=BLOCKS), CountingPrompts(), lambda step, groups: None)
-        self.ids = Counter()
-        self.leases = {}
-        for i in (0, 1):
-            self.ask(f"actor-{i}.1", "hello", actor=f"actor-{i}")
+    def __init__(self, **rooms):
+        super().__init__(**{"eval": BLOCKS, **rooms})
+        self.ids, self.leases = Counter(), {}
+        self.hello("actor-0.1", "actor-1.1")
 
-    def ask(self, peer, kind, now=0.0, **fields):
-        return self.post(peer, Packet(kind=kind, fields=fields), now)
-
-    def post(self, peer, packet, now=0.0):
+    def tell(self, peer, packet, now=0.0):
+        """What the learner hears; actors keep their leases."""
         self.ids[peer] += 1
         numbered = replace(packet, request_id=self.ids[peer])
         answers = []
@@ -692,7 +660,7 @@ class Exam:
         for peer, lease in self.of(block):
             spans = [[lease.version]] * lease.group_size
             packet = group_packet("put", [make_group(lease, versions=spans, scores=scores)])
-            answers += self.post(peer, packet, now)
+            answers += self.tell(peer, packet, now)
         return answers
 
 
@@ -763,15 +731,23 @@ def test_results_without_any_evaluation_are_empty_at_once():
     assert answer.fields["reports"] == []
 
 
+def test_correct_answers_are_counted_prompt_by_prompt():
+    exam = Exam(eval={"num_prompts": 5})
+    exam.ask("learner-0", "evaluate", version=7, blocks=["held-out"])
+    for peer, lease in exam.of("held-out"):
+        score = 1.0 if lease.prompt.columns["number"] % 2 else -1.0
+        group = make_group(lease, versions=[[7, 7]], scores=[score])
+        exam.tell(peer, group_packet("put", [group]))
+    (answer,) = exam.ask("learner-0", "results")
+    (report,) = answer.fields["reports"]
+    assert (report["accuracy"], report["num_answered"]) == (pytest.approx(2 / 5), 5)
+
+
 def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    hello = {"actor": "actor-0"}
-    core.handle("actor-0.1", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    asked = {"version": 1, "blocks": ["held-out"]}
-    core.handle("learner-0", Packet(kind="evaluate", request_id=2, fields=asked), 0.0)
-    core.handle("actor-0.2", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    wanted = Packet(kind="results", request_id=3)
-    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
+    talk = Talk().hello("actor-0.1")
+    talk.ask("learner-0", "evaluate", version=1, blocks=["held-out"])
+    talk.hello("actor-0.2")
+    (answer,) = talk.ask("learner-0", "results")
     (report,) = answer.fields["reports"]
     assert (report["num_answered"], report["num_prompts"]) == (0, 5)
 
@@ -794,16 +770,13 @@ def test_advantages_that_do_not_fit_the_batch_change_nothing():
     assert (run.core.step, run.core.metrics()["leases_trained"]) == (1, 4)
 
 
-def test_an_unknown_evaluation_block_is_refused():
-    request = Packet(kind="evaluate", request_id=1, fields={"version": 0, "blocks": ["no"]})
-    (_, answer), *_ = Exam().core.handle("learner-0", request, 0.0)
-    assert "no evaluation block is called no" in answer.fields["reason"]
-
-
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    (_, answer) = core.handle("x", Packet(kind="dance", request_id=1), 0.0)[0]
-    assert (answer.kind, answer.fields["reason"]) == ("refused", "unknown kind 'dance'")
-    (_, answer) = core.handle("x", Packet(kind="take", request_id=2), 0.0)[0]
-    assert answer.kind == "refused"
-    assert "step" in answer.fields["reason"]
+    talk = Talk()
+    for kind, fields, why in (
+        ("evaluate", {"version": 0, "blocks": ["no"]}, "no evaluation block is called no"),
+        ("dance", {}, "unknown kind 'dance'"),
+        ("take", {}, "take: step: Field required"),
+    ):
+        (answer,) = talk.ask("x", kind, **fields)
+        assert answer.kind == "refused"
+        assert why in answer.fields["reason"]

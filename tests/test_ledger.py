@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import CountingPrompts, make_group, make_prompt
+from fakes import make_group, make_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_buffer import BLOCKS, SCHEDULES, Simulation, config_of, trained_packet
+from test_buffer import BLOCKS, SCHEDULES, Simulation, Talk, config_of, trained_packet
 
 from asyncgrpo.buffer import ledger as ledger_module
 from asyncgrpo.buffer.audit import audit
@@ -236,12 +236,12 @@ def test_ten_thousand_schedules_with_kills(name):
 # -- restart ------------------------------------------------------------------------------------
 
 
-class Peer:
-    """Somebody who talks to a core whose ledger is committed after each packet."""
+class Peer(Talk):
+    """Talk to a core whose ledger is committed after each packet."""
 
     def __init__(self, folder, **rooms):
-        self.folder, self.prompts, self.ledger = folder, CountingPrompts(), None
-        self.config = config_of(**rooms)
+        super().__init__(**rooms)
+        self.folder, self.ledger = folder, None
         self.restart()
 
     def restart(self, now=0.0):
@@ -252,16 +252,9 @@ class Peer:
         self.core = BufferCore(self.config, self.prompts, record, self.ledger, now)
 
     def tell(self, peer, packet, now=0.0):
-        replies = self.core.handle(peer, packet, now)
+        answers = super().tell(peer, packet, now)
         self.ledger.commit()
-        return [answer for to, answer in replies if to == peer]
-
-    def ask(self, peer, kind, **fields):
-        return self.tell(peer, Packet(kind=kind, request_id=1, fields=fields))
-
-    def lease(self, peer, count):
-        (granted,) = self.ask(peer, "lease", version=0, max=count)
-        return [lease_from(packed) for packed in granted.fields["leases"]]
+        return answers
 
 
 @pytest.fixture
