@@ -506,16 +506,13 @@ def test_nothing_is_sent_before_it_is_committed():
 
         push = answer
 
-        def forget(self, peer):
-            events.append("forget")
-
         def lost(self, peer, now):
             return [("there.1", Packet(kind="leases", request_id=3))]
 
     recording = Recording()
     replies = [("gone.1", Packet(kind="noted", request_id=1)), ("b.1", Packet(kind="evaluate"))]
     send(recording, recording, recording, replies)
-    assert events == ["commit", "noted", "forget", "commit", "leases", "evaluate"]
+    assert events == ["commit", "noted", "commit", "leases", "evaluate"]
 
 
 # -- what can go wrong --------------------------------------------------------------------------

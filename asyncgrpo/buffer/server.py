@@ -81,7 +81,6 @@ def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> 
         reached = server.answer(peer, packet) if packet.request_id else server.push(peer, packet)
         if not reached:
             log.warning("%s is gone; its leases are handed out again", peer)
-            server.forget(peer)
             send(server, core, ledger, core.lost(peer, time.monotonic()))
 
 
