@@ -7,7 +7,7 @@ version are asked for together: their prompts are dealt over the same actors in 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.evaluate import summarise
-from asyncgrpo.settings.reward import EvalSettings
 from asyncgrpo.types import Group, Prompt
 from asyncgrpo.wire.codec import Packet
 
@@ -70,20 +69,30 @@ class Evaluations:
 
     def open(self, actors: Sequence[str], now: float) -> list[tuple[str, Packet]]:
         """Leases for the actors, if there are any: all prompts of the blocks that are wanted."""
+        if not actors:
+            return []
         pushes: list[tuple[str, Packet]] = []
-        for version in sorted({version for version, _ in self._wanted} if actors else ()):
+        for version in sorted({version for version, _ in self._wanted}):
             hands: dict[str, list[bytes]] = {actor: [] for actor in actors}
             turns = itertools.cycle(hands.items())
             for name, block in self._blocks.items():
-                if (key := (version, name)) in self._wanted:
-                    self._wanted.discard(key)
-                    self._jobs[key] = self._deal(block, version, turns, now)
-                    self._journal.evaluating(version, name, self._leases.last_number)
+                if (version, name) not in self._wanted:
+                    continue
+                prompts = self._held_out(block.num_prompts, name)
+                job = self._jobs[version, name] = _Job(num_prompts=len(prompts), since=now)
+                for prompt, (actor, hand) in zip(prompts, turns, strict=False):
+                    opened = self._leases.issue(
+                        prompt, peer=actor, version=version, now=now, block=name
+                    )
+                    hand.append(opened.packed)
+                    job.is_accepted[opened.lease.lease_id] = False
+                self._journal.evaluating(version, name, self._leases.last_number)
             pushes += [
                 (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
                 for actor, leases in hands.items()
                 if leases
             ]
+        self._wanted.clear()
         return pushes
 
     def forget(self, version: int) -> None:
@@ -138,23 +147,6 @@ class Evaluations:
         found = [(peer, request, self._answer(request, now)) for peer, request in self._waiting]
         self._waiting = [(peer, request) for peer, request, answer in found if answer is None]
         return [(peer, answer) for peer, _, answer in found if answer is not None]
-
-    def _deal(
-        self,
-        block: EvalSettings,
-        version: int,
-        turns: Iterator[tuple[str, list[bytes]]],
-        now: float,
-    ) -> _Job:
-        prompts = self._held_out(block.num_prompts, block.name)
-        job = _Job(num_prompts=len(prompts), since=now)
-        for prompt, (actor, hand) in zip(prompts, turns, strict=False):
-            opened = self._leases.issue(
-                prompt, peer=actor, version=version, now=now, block=block.name
-            )
-            hand.append(opened.packed)
-            job.is_accepted[opened.lease.lease_id] = False
-        return job
 
     def _answer(self, request: Packet, now: float) -> Packet | None:
         if request.kind == "evaluate":
