@@ -40,14 +40,14 @@ CHECKS = {
         """
         SELECT ticket, 'was trained ' || total(state = 'trained') || ' times' FROM changes
         GROUP BY ticket HAVING total(state = 'trained') > 1 + total(state = 'returned')
-        UNION ALL SELECT value, 'is in the batches of steps ' || group_concat(step)
-        FROM steps, json_each(tickets) WHERE key < num_new GROUP BY value HAVING count(*) > 1
+        UNION ALL SELECT ticket, 'is in the batches of steps ' || group_concat(step)
+        FROM batches WHERE is_new GROUP BY ticket HAVING count(*) > 1
         UNION ALL SELECT ticket, 'is in the trajectories of steps ' || group_concat(step)
         FROM samples WHERE status = 'trained' GROUP BY lease_id HAVING count(*) > 1
-        UNION ALL SELECT value, 'is trained again ' || count(*) || ' times, first at step '
-            || min(steps.step) || '; it was trained at step ' || ifnull(leases.step, 'never')
-        FROM steps, json_each(tickets) LEFT JOIN leases ON ticket = value WHERE key >= num_new
-        GROUP BY value HAVING count(*) > :most_replays OR NOT min(steps.step) > leases.step
+        UNION ALL SELECT ticket, 'is trained again ' || count(*) || ' times, first at step '
+            || min(b.step) || '; it was trained at step ' || ifnull(l.step, 'never')
+        FROM batches b LEFT JOIN leases l USING (ticket) WHERE NOT is_new
+        GROUP BY ticket HAVING count(*) > :most_replays OR NOT min(b.step) > l.step
         """,
     ),
     "staleness": (
@@ -59,10 +59,10 @@ CHECKS = {
         UNION ALL SELECT ticket, 'is trained at step ' || step || ' with tokens ' || staleness
             || ' versions old, say the trajectories' FROM samples
         WHERE status IN ('trained', 'replayed') AND staleness > :max_staleness AND NOT :mask
-        UNION ALL SELECT value, 'is trained again at step ' || steps.step
+        UNION ALL SELECT ticket, 'is trained again at step ' || b.step
             || ' with tokens of version ' || oldest_version
-        FROM steps, json_each(tickets) JOIN leases ON ticket = value
-        WHERE key >= num_new AND steps.step - oldest_version > :max_staleness
+        FROM batches b JOIN leases USING (ticket)
+        WHERE NOT is_new AND b.step - oldest_version > :max_staleness
         """,
     ),
     "epochs": (
@@ -96,14 +96,13 @@ CHECKS = {
     "steps": (
         "the batches are made of the leases that are taken and trained",
         """
-        WITH batch AS (SELECT step, trained_at, value AS ticket FROM steps, json_each(tickets)
-            WHERE key < num_new)
-        SELECT ticket, 'is in the batch of step ' || batch.step || ', but the lease is '
-            || ifnull(state || ' at step ' || ifnull(leases.step, '-'), 'missing')
-        FROM batch LEFT JOIN leases USING (ticket) WHERE leases.step IS NOT batch.step
-        OR state IS NOT iif(trained_at IS NULL, 'taken', 'trained')
+        SELECT ticket, 'is in the batch of step ' || b.step || ', but the lease is '
+            || ifnull(state || ' at step ' || ifnull(l.step, '-'), 'missing')
+        FROM batches b LEFT JOIN leases l USING (ticket) WHERE is_new
+        AND (l.step IS NOT b.step OR state IS NOT iif(trained_at IS NULL, 'taken', 'trained'))
         UNION ALL SELECT ticket, 'is ' || state || ', but in no batch' FROM leases
-        WHERE state IN ('taken', 'trained') AND ticket NOT IN (SELECT ticket FROM batch)
+        WHERE state IN ('taken', 'trained')
+        AND ticket NOT IN (SELECT ticket FROM batches WHERE is_new)
         UNION ALL SELECT NULL, 'step ' || step || ' follows step ' || last
         FROM (SELECT step, lag(step, 1, step - 1) OVER (ORDER BY step) AS last FROM steps)
         WHERE step != last + 1

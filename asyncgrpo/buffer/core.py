@@ -314,7 +314,7 @@ class BufferCore:
                 "steps: ledger.sqlite is missing or older than the checkpoint; put it back, or "
                 "start another run with model.path set to the last model"
             )
-        again = self._journal.batches(step) if step < self.step else {}
+        again = self._journal.batches(step, self.step - 1)
         gone = [former for former in range(step, self.step) if former not in again]
         if gone:
             raise ValueError(

@@ -78,8 +78,8 @@ class Journal:
     def covered(self, step: int) -> None:
         """Groups trained before this step will never be asked for again."""
 
-    def batches(self, step: int) -> Mapping[int, Batch]:
-        """The batches that were trained at this step and later, as far as their groups are kept."""
+    def batches(self, first: int, last: int) -> Mapping[int, Batch]:
+        """The batches of these steps, `last` included, as far as their groups are kept."""
         return {}
 
     def began(self, step: int) -> None:

@@ -29,6 +29,11 @@ FILE = "ledger.sqlite"
 VERSION = 4  # of the tables and of the frames in them
 BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
 TABLES = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
+# batches of some steps whose groups are all still there
+KEPT = (
+    "step BETWEEN ?1 AND ?2 AND step NOT IN (SELECT step FROM batches"
+    " LEFT JOIN payloads USING (ticket) WHERE step BETWEEN ?1 AND ?2 AND frame IS NULL)"
+)
 PRAGMAS = (
     "page_size = 16384",  # a group has some 50 KB: with small pages it takes twice as long
     "journal_mode = WAL",
@@ -130,16 +135,16 @@ class Ledger(Journal):
             step,
         )
 
-    def batches(self, step: int) -> dict[int, Batch]:
+    def batches(self, first: int, last: int) -> dict[int, Batch]:
         with _explained(self._path):
-            return _kept(self._db, "step >= ? AND trained_at", step)
+            return _batches(self._db, KEPT, first, last)
 
     def began(self, step: int) -> None:
         self._write("UPDATE evaluations SET is_lost = 1 WHERE version > ?", step)
         self._write(
             "INSERT INTO changes (ticket, state, reason, step, time)"
-            " SELECT value, 'returned', '', step, ? FROM steps, json_each(tickets)"
-            " WHERE step >= ? AND trained_at AND key < num_new ORDER BY step, key",
+            " SELECT ticket, 'returned', '', step, ? FROM batches"
+            " WHERE step >= ? AND trained_at IS NOT NULL AND is_new ORDER BY step, place",
             *(self._clock(), step),
         )
 
@@ -241,7 +246,7 @@ class LedgerReader:
 
     def batches(self, first: int, last: int) -> dict[int, list[Group]]:
         """Groups of the steps whose groups are all still kept, in the batch's order."""
-        found = _kept(self._db, "step BETWEEN ? AND ?", first, last)
+        found = _batches(self._db, KEPT, first, last)
         return {step: list(batch.groups) for step, batch in found.items()}
 
     def close(self) -> None:
@@ -312,17 +317,18 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             " (SELECT position FROM leases WHERE again = 1) GROUP BY position)"
             " WHERE again = 1 ORDER BY ended_at, ticket"
         ).fetchall(),
-        stored=_groups(
-            db,
-            "SELECT ticket, frame, checksum FROM leases LEFT JOIN payloads USING (ticket)"
-            " WHERE state = 'stored' ORDER BY arrival",
-        ),
+        stored=[
+            (ticket, _group(ticket, *sealed))
+            for ticket, *sealed in db.execute(
+                "SELECT ticket, frame, checksum FROM leases LEFT JOIN payloads USING (ticket)"
+                " WHERE state = 'stored' ORDER BY arrival"
+            )
+        ],
         batches=_batches(db, "trained_at IS NULL"),
         uses=dict(
             db.execute(
-                "SELECT value, count(*) FROM steps, json_each(tickets) WHERE key >= num_new"
-                " AND value IN (SELECT ticket FROM payloads) AND step >="
-                " (SELECT min(step) FROM leases JOIN payloads USING (ticket)) GROUP BY value"
+                "SELECT ticket, count(*) FROM batches WHERE NOT is_new AND step >="
+                " (SELECT min(step) FROM leases JOIN payloads USING (ticket)) GROUP BY ticket"
             ).fetchall()
         ),
         reports={
@@ -334,32 +340,22 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
 
 
 def _batches(db: sqlite3.Connection, which: str, *values: Any) -> dict[int, Batch]:
-    found = {}
-    sql = f"SELECT step, tickets, num_new FROM steps WHERE {which} ORDER BY step"
-    for step, tickets, num_new in db.execute(sql, values).fetchall():
-        batch = _groups(
-            db,
-            "SELECT value, frame, checksum FROM json_each(?) LEFT JOIN payloads ON ticket = value"
-            " ORDER BY key",
-            tickets,
-        )
-        groups = [group for _, group in batch]
-        found[step] = Batch(tickets=[t for t, _ in batch], groups=groups, num_new=num_new)
-    return found
+    found: dict[int, list[tuple[int, Group, bool]]] = {}
+    for step, ticket, is_new, *sealed in db.execute(
+        "SELECT step, ticket, is_new, frame, checksum FROM batches LEFT JOIN payloads"
+        f" USING (ticket) WHERE {which} ORDER BY step, place",
+        values,
+    ):
+        found.setdefault(step, []).append((ticket, _group(ticket, *sealed), is_new))
+    columns = {step: tuple(zip(*rows, strict=True)) for step, rows in found.items()}
+    return {
+        step: Batch(tickets=tickets, groups=groups, num_new=sum(are_new))
+        for step, (tickets, groups, are_new) in columns.items()
+    }
 
 
-def _kept(db: sqlite3.Connection, which: str, *values: Any) -> dict[int, Batch]:
-    """Batches whose groups are all still there."""
-    lost = "SELECT * FROM json_each(tickets) LEFT JOIN payloads ON ticket = value"
-    return _batches(db, f"{which} AND NOT EXISTS ({lost} WHERE frame IS NULL)", *values)
-
-
-def _groups(db: sqlite3.Connection, sql: str, *values: Any) -> list[tuple[int, Group]]:
-    found = []
-    for ticket, frame, checksum in db.execute(sql, values):
-        try:
-            group = group_from(checked(frame or b"", checksum))
-        except WireError as error:
-            raise sqlite3.DatabaseError(f"malformed group of lease t{ticket}: {error}") from None
-        found.append((ticket, group))
-    return found
+def _group(ticket: int, frame: bytes | None, checksum: int) -> Group:
+    try:
+        return group_from(checked(frame or b"", checksum))
+    except WireError as error:
+        raise sqlite3.DatabaseError(f"malformed group of lease t{ticket}: {error}") from None

@@ -37,9 +37,12 @@ CREATE TABLE steps (            -- every batch
     step INTEGER PRIMARY KEY,
     formed_at REAL NOT NULL,
     trained_at REAL,            -- null: not yet, or it is made once more
-    tickets TEXT NOT NULL,      -- JSON list in the batch's order; see json_each
+    tickets TEXT NOT NULL,      -- JSON list in the batch's order; see batches
     num_new INTEGER NOT NULL    -- of the tickets; the others were trained before (replay_ratio)
 );
+CREATE VIEW batches AS          -- the leases of each step; is_new: not trained before
+    SELECT step, trained_at, key AS place, value AS ticket, key < num_new AS is_new
+    FROM steps, json_each(tickets);
 CREATE TABLE payloads (         -- groups that a restart needs
     arrival INTEGER PRIMARY KEY,
     ticket INTEGER NOT NULL UNIQUE,
