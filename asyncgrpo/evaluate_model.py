@@ -17,7 +17,7 @@ from asyncgrpo.actor.judge import InlineJudge, Judge, JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
 from asyncgrpo.actor.process import load_engine, load_tokenizer, stop_token_ids, vocab_size
 from asyncgrpo.buffer.evaluation import Evaluations
-from asyncgrpo.buffer.journal import NoJournal
+from asyncgrpo.buffer.journal import Journal
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import held_out_sets
@@ -62,7 +62,7 @@ class Desk:
         quick_tokenizer(config.model.path)  # can it be read?
         self.num_prompts, self._max_prompt_tokens = len(prompts), config.data.max_prompt_tokens
         self._timeout_seconds = config.reward.timeout_seconds
-        journal = NoJournal()
+        journal = Journal()
         leases = LeaseBook(config, journal)
         self._evaluations = Evaluations(config, lambda num, block: prompts, leases, journal)
         request = Packet(kind="evaluate", fields={"version": UNPUBLISHED, "blocks": [name]})

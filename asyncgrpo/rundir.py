@@ -28,7 +28,7 @@ from pydantic import TypeAdapter
 from asyncgrpo.config import Config, load_config
 from asyncgrpo.errors import ConfigError
 
-FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
+FLOW_FILE = "flow.json"  # buffer/server.py writes it, launch/stall.py reads it
 STOP_SIGNAL = "ASYNCGRPO_STOP_SIGNAL"  # the launcher's; when it is not SIGTERM, that is nobody's
 
 

@@ -240,7 +240,7 @@ def test_a_run_of_an_earlier_release_does_not_go_on_and_nothing_is_started(tmp_p
         ledger.execute("PRAGMA user_version = 2")
     before = sorted(tmp_path.iterdir())
     result = CliRunner().invoke(app, ["launch", "--resume", str(tmp_path)])
-    with pytest.raises(ConfigError, match="tables of version 2, not 3: use the release of"):
+    with pytest.raises(ConfigError, match="tables of version 2, not 4: use the release of"):
         raise result.exception or AssertionError(result.output)
     assert sorted(tmp_path.iterdir()) == before
 
