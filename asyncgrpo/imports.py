@@ -11,7 +11,6 @@ A packed file is code, as a .py file is: run directories of strangers are not to
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import opcode
@@ -20,13 +19,14 @@ import pickle
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from asyncgrpo.errors import BadInput, RewardError
+from asyncgrpo.hints import did_you_mean
 
 Function = Callable[..., Any]
 PACKED = ".pkl"
@@ -45,7 +45,7 @@ def find_function(use: str, what: str, error: type[BadInput]) -> Function:
     for part in name.split("."):
         if not hasattr(found, part):
             names = [name for name in dir(found) if not name.startswith("_")]
-            has = nearest(part, names) or f"it has: {', '.join(names[:10]) or 'nothing'}"
+            has = did_you_mean(part, names) or f"it has: {', '.join(names[:10]) or 'nothing'}"
             raise error(f"{what} {use!r}: {part!r} is not defined there; {has.strip()}")
         found = getattr(found, part)
     if not callable(found):
@@ -91,12 +91,6 @@ def pack(functions: Mapping[str, Function]) -> bytes:
             ) from error
     packed: bytes = cloudpickle.dumps(dict(functions))  # at once: they share their globals
     return packed
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "did you mean 'x'? " or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def last_place(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncgrpo.types import Float32, Sampled, Sampling
@@ -20,6 +21,17 @@ Reward = Callable[..., Any]
 # (name as in Hugging Face's named_parameters, tensor), in manifest order each time they are asked
 # for; a tensor may be made on the way, so hold one at a time
 NamedTensors = Iterable[tuple[str, "torch.Tensor"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """In place of a tensor that is spread over ranks: flat pieces in order, each until the next."""
+
+    shape: Sequence[int]
+    flat: Iterator[torch.Tensor]
+
+
+SentTensors = Iterable[tuple[str, "torch.Tensor | Parts"]]
 
 
 class Engine(Protocol):
@@ -86,7 +98,7 @@ class Client(Protocol):
 class WeightSender(Protocol):
     """The learner's side of publishing; only rank 0 has one."""
 
-    def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
+    def publish(self, version: int, tensors: SentTensors, canary_logprobs: Float32) -> None:
         """Lets the weights travel to every actor in the background.
 
         They may be read until `release`. canary_logprobs: float32 [NUM_CANARIES, V], the learner's

@@ -33,7 +33,7 @@ from common import made_up_group
 import asyncgrpo
 from asyncgrpo.buffer import server
 from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.journal import NoJournal
+from asyncgrpo.buffer.journal import Journal
 from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import open_prompts
@@ -57,7 +57,7 @@ SETTINGS = {
 }
 
 
-class NoLedger(NoJournal):
+class NoLedger(Journal):
     """Nothing is durable."""
 
     def __init__(self, run_dir: Path) -> None: ...
@@ -281,7 +281,7 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
     return sorted(waits)
 
 
-def stages(journal: NoJournal | Ledger, groups: int) -> dict[str, float]:
+def stages(journal: Journal | Ledger, groups: int) -> dict[str, float]:
     """Microseconds of CPU per group that each stage takes without sockets; MiB early and late."""
     core, template, leases = new_core(journal), make_group(), []
     spent, memory = Counter[str](), []
@@ -332,7 +332,7 @@ def fill(folder: Path, leases: int) -> None:
     db.execute(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
         " INSERT INTO leases SELECT i, 't' || i, i - 1, NULL, 'task-' || i, 'task/add',"
-        " 'actor-0.1234', i / 64, 1, 'trained', '', (i - 1) / 64, 0, NULL, i, i, i, i, 8, 4096,"
+        " 'actor-0.1234', i / 64, 1, 'trained', '', (i - 1) / 64, 0, i, i, i, i, 8, 4096,"
         " 0.5, i / 64, i / 64 FROM n",
         (leases,),
     )
@@ -343,7 +343,7 @@ def fill(folder: Path, leases: int) -> None:
             (state,),
         )
     db.execute(
-        "INSERT INTO steps SELECT step, 1, 1, 262144, json_group_array(ticket) FROM leases"
+        "INSERT INTO steps SELECT step, 1, 1, json_group_array(ticket), count(*) FROM leases"
         " GROUP BY step"
     )
     db.commit()
@@ -382,7 +382,7 @@ def main() -> None:
             )
             print(f"{kind:12}{rates[0]:12.0f}{of_cpu[0]:12.0f}{rates[1]:9.2f}{of_cpu[1]:9.2f}")
         folder.mkdir()
-        for kind, journal in (("no ledger", NoJournal()), ("ledger", Ledger(folder))):
+        for kind, journal in (("no ledger", Journal()), ("ledger", Ledger(folder))):
             found = stages(journal, chosen.compare)
             row = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
             print(f"us of CPU per group without sockets, {kind}: {row}")

@@ -145,6 +145,18 @@ def test_broken_toml_is_refused_with_its_line(tmp_path):
         load_config(tmp_path / "bad.toml")
 
 
+def test_a_wrong_setting_is_named_with_the_file_that_has_it(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[learner]\nlrr = 1\n")
+    for overrides, source in (
+        ([], f"{file}: "),
+        (["run.seed=1"], f"{file} with --set and options: "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, overrides)
+        assert str(caught.value).startswith(f"{source}unknown setting learner.lrr; did you mean")
+
+
 def test_the_resolved_dump_gives_the_same_settings_again():
     config = load_config(None, ["buffer.completions_per_step=64", "learner.betas=[0.8, 0.9]"])
     assert from_mapping(config.model_dump(mode="json")) == config

@@ -21,9 +21,9 @@ from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
+from asyncgrpo.launch.memory_report import check_targets
 from asyncgrpo.launch.preflight import check_resumable, missing_extra, pick_free_ports
 from asyncgrpo.launch.session import Session
-from asyncgrpo.learner.lora import check_targets
 from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
@@ -119,7 +119,9 @@ def merged_canaries(updater: PolicyUpdater) -> np.ndarray:
 
 def test_a_serial_run_refuses_to_publish_an_adapter(folder):
     config = settings(folder, {"publish": "adapter"}, actor={"engine": "vllm"})
-    with pytest.raises(ConfigError, match="needs vLLM, but --serial has the toy engine"):
+    with pytest.raises(
+        ConfigError, match=r"'adapter' needs .*the toy engine, also that of --serial"
+    ):
         Session(config).run_serially()
 
 
@@ -148,7 +150,7 @@ class Here:
         self._sender.close()
 
     def staged(self) -> Any:
-        return self._sender._handshake.newest, self._sender._tensors
+        return self._sender._handshake.newest, self._sender._outbox._tensors
 
 
 @pytest.mark.parametrize("kind", [LocalLink, Here])
@@ -368,16 +370,15 @@ def test_what_cannot_work_is_refused_with_the_reason(rooms, said):
 
 @pytest.mark.parametrize("wrong", ["q_prjo", "lm_head", "embed_tokens"])
 def test_unknown_targets_are_refused_with_the_names_that_exist(folder, wrong):
-    told = (
-        rf"targets: {wrong} cannot .*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    )
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    told = rf"targets: '{wrong}' cannot .*{names}"
     with pytest.raises(ConfigError, match=told):
         check_targets(str(folder), ["q_proj", wrong])
 
 
 def test_nothing_is_started_for_unknown_targets(folder, tmp_path):
     config = settings(folder, {"targets": ["qkv"]}, run={"dir": str(tmp_path / "run")})
-    with pytest.raises(ConfigError, match="targets: qkv cannot be adapted"):
+    with pytest.raises(ConfigError, match="targets: 'qkv' cannot be adapted"):
         Session(config, Console(quiet=True)).run()
     assert not (tmp_path / "run").exists()
 

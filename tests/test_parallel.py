@@ -319,11 +319,11 @@ def test_the_padding_share_counts_what_attention_computes_for_nothing(folder, gr
             {"learners": 4},
             "learner.shard_ranks=3 must divide launch.learners=4: use one of 1, 2, 4, or 0",
         ),
-        ({"shard_ranks": 2}, {}, "learner.shard_ranks=2 with learner.parallel='ddp'"),
+        ({"shard_ranks": 2}, {}, "learner.shard_ranks=2 needs learner.parallel = 'fsdp'"),
         (
             {"cpu_offload": True},
             {"gpus": 4},
-            "learner.cpu_offload=True with learner.parallel='ddp'",
+            "learner.cpu_offload=True needs learner.parallel = 'fsdp'",
         ),
         (
             {**FSDP, "cpu_offload": True},
@@ -335,12 +335,12 @@ def test_the_padding_share_counts_what_attention_computes_for_nothing(folder, gr
         (
             {**FSDP, "optimizer": "adamw_8bit"},
             {"gpus": 4},
-            "learner.optimizer='adamw_8bit' with learner.parallel='fsdp', which knows no 8- or",
+            "learner.optimizer='adamw_8bit' needs learner.parallel = 'ddp' (FSDP knows no 8- or",
         ),
         (
             {**FSDP, "lora": {"quantize": "4bit"}},
             {"gpus": 4},
-            "learner.lora.quantize='4bit' with learner.parallel='fsdp', which knows no 8- or 4-bit",
+            "learner.lora.quantize='4bit' needs learner.parallel = 'ddp' (FSDP knows no 8- or",
         ),
         ({"checkpoint_activations": -1}, {}, "checkpoint_activations=-1 is not allowed"),
         ({"checkpoint_activations": "half"}, {}, "checkpoint_activations='half' is not allowed"),

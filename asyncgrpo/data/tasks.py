@@ -25,7 +25,7 @@ from typing import Any
 
 from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.imports import nearest
+from asyncgrpo.hints import did_you_mean
 from asyncgrpo.settings.data import TaskSettings, TemplateSettings
 from asyncgrpo.types import Prompt
 
@@ -58,8 +58,8 @@ def draw_task(kind: str, settings: TaskSettings, rng: random.Random) -> Task:
     """Draws one task of a kind; ConfigError for an unknown kind, with the nearest known one."""
     if kind not in KINDS:
         raise ConfigError(
-            f"data.tasks.kinds: there is no task kind {kind!r}; {nearest(kind, KINDS)}kinds are: "
-            f"{', '.join(KINDS)}"
+            f"data.tasks.kinds: there is no task kind {kind!r}; {did_you_mean(kind, KINDS)}kinds "
+            f"are: {', '.join(KINDS)}"
         )
     return KINDS[kind](settings, rng)
 

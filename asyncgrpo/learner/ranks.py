@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+PIECE_ELEMENTS = 1 << 20  # of one message between ranks that hold parts of a tensor
 
 
 def world_size() -> int:
@@ -28,6 +30,32 @@ def backend() -> str:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each rank may hold a part, gathered; every rank must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def parts(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The elements of a sharded tensor in order, in flat pieces, on rank 0; all ranks must ask.
+
+    Each rank sends its own part to rank 0, cast to dtype. A piece is good until the next.
+    """
+    assert isinstance(tensor, DTensor), "only a sharded tensor has parts"
+    mesh, own = tensor.device_mesh, tensor.to_local().reshape(-1)
+    holders = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
+    if 0 not in holders:
+        return  # rank 0 has another copy at hand
+    rows = -(-len(tensor) // len(holders))
+    piece = torch.empty(PIECE_ELEMENTS, dtype=dtype, device=own.device)
+    for number, holder in enumerate(holders):
+        count = max(min(rows, len(tensor) - number * rows), 0) * (tensor.numel() // len(tensor))
+        if holder == 0 == rank():
+            yield own
+        elif rank() == holder:
+            for mine in own.split(PIECE_ELEMENTS):
+                dist.send(mine.to(dtype), 0)
+        elif rank() == 0:
+            for start in range(0, count, PIECE_ELEMENTS):
+                theirs = piece[: count - start]
+                dist.recv(theirs, holder)
+                yield theirs
 
 
 def from_first(flag: bool) -> bool:

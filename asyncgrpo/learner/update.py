@@ -29,7 +29,7 @@ from asyncgrpo.learner.inputs import LossInputs
 from asyncgrpo.learner.model import PolicyHead, load_policy, write_model
 from asyncgrpo.learner.objective import Objective, objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer, Reference
-from asyncgrpo.learner.saved import FOLDER, step_of
+from asyncgrpo.learner.saved import FOLDER, MODEL_SIZES, step_of
 from asyncgrpo.learner.schedule import adapted_coefficient, learning_rate
 from asyncgrpo.observe.token_log import Columns, write_token_log
 from asyncgrpo.types import Float32, Shard
@@ -99,9 +99,14 @@ class PolicyUpdater:
         self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
         self._only_adapter = settings.published_adapter is not None
-        self._published = parallel.Published(self._policy, self._sharded, self._only_adapter)
+        sent_as = getattr(torch, config.model.dtype)
+        self._published = parallel.Published(
+            self._policy, self._sharded, self._only_adapter, sent_as
+        )
+        told = self._policy.config.get_text_config()
+        sizes = {name: getattr(told, name, None) for name in MODEL_SIZES}
         self._checkpoints = (
-            None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint)
+            None if run_dir is None else Checkpoints(run_dir / FOLDER, config.checkpoint, sizes)
         )
 
     def _make_head(self, policy: PreTrainedModel) -> PolicyHead:

@@ -10,7 +10,8 @@ from typing import Any, get_type_hints
 from pydantic import ValidationError, create_model
 
 from asyncgrpo.errors import RewardError
-from asyncgrpo.imports import find_function, nearest
+from asyncgrpo.hints import did_you_mean
+from asyncgrpo.imports import find_function
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.rewards.function import BoundFunction, Parameters
 from asyncgrpo.settings.reward import RewardFunction, RewardSettings, Scope
@@ -51,8 +52,9 @@ def _route(settings: RewardSettings, source: str) -> tuple[RewardFunction, ...]:
     found = settings.routes.get(source) or settings.routes.get(DEFAULT)
     if found is None:
         raise RewardError(
-            f"data_source {source!r} has no judge; {nearest(source, settings.routes)}reward.routes "
-            f"has: {', '.join(settings.routes)}; add it there, or add a route {DEFAULT!r}"
+            f"data_source {source!r} has no judge; {did_you_mean(source, settings.routes)}"
+            f"reward.routes has: {', '.join(settings.routes)}; add it there, or add a route "
+            f"{DEFAULT!r}"
         )
     return found
 
@@ -63,7 +65,7 @@ def _named(settings: RewardSettings, name: str, weight: float) -> list[RewardFun
         known = [*settings.routes, *BUILTINS]
         raise RewardError(
             f"a record's data_source names the judge {name!r}, which is no route and not built in; "
-            f"{nearest(name, known)}add it to reward.routes (there are: {', '.join(known)})"
+            f"{did_you_mean(name, known)}add it to reward.routes (there are: {', '.join(known)})"
         )
     found = settings.routes.get(name) or (RewardFunction(use=name),)
     return [
@@ -86,7 +88,7 @@ def find(function: RewardFunction) -> BoundFunction:
         call = BUILTINS[use]
     else:
         raise RewardError(
-            f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
+            f"there is no built-in reward {use!r}; {did_you_mean(use, BUILTINS)}built in are: "
             f"{', '.join(BUILTINS)}; write your own as 'package.module:function' or "
             "'file.py:function'"
         )
@@ -139,7 +141,7 @@ def _options(
     for name in given:
         if name not in names:
             raise RewardError(
-                f"reward function {label!r} has no option {name!r}; {nearest(name, names)}"
+                f"reward function {label!r} has no option {name!r}; {did_you_mean(name, names)}"
                 f"options are parameters with a default or after a *: {', '.join(names) or 'none'}"
             )
     if call not in BUILTINS.values():

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asyncgrpo.buffer.audit import audit
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.learner.saved import FOLDER, saved, step_of
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import metric_of
 from asyncgrpo.rundir import RunDir
@@ -339,13 +340,15 @@ def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
     os.kill(run.process.pid, number)
     run.wait()
     run.assert_nothing_left(started)
+    newest = max(map(step_of, saved(run.run_dir / FOLDER)), default=0)
+    is_ahead = audit(RunDir.read(run.run_dir)).next_step > newest
+    assert not (is_ahead and number == signal.SIGTERM)
     resumed = launch(*settings, resume=True)
     resumed.finish()
-    if number == signal.SIGKILL:
-        check_made_again(resumed, 12)
     found = audit(RunDir.read(run.run_dir))
     assert not any(found.wrong.values()), found.wrong
     assert found.next_step == 12
+    assert bool(found.rollbacks) == is_ahead
     assert [row["step"] for row in resumed.rows() if "loss" in row] == list(range(12))
 
 
