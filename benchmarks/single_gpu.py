@@ -106,6 +106,7 @@ def settings(options: argparse.Namespace, *, on_gpu: bool) -> list[str]:
         "learner.max_tokens_per_microbatch": size["row"],
         "weights.transport": options.transport,
         "reward.functions": f"{Path(__file__).resolve()}:chance",
+        "algo.drop_uniform_groups": "false",
         "data.eval": "none",
         "run.seed": SEED,
     }

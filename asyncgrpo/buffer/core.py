@@ -28,6 +28,7 @@ outlive the process is noted in a journal, which is to be committed before anyth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -55,11 +56,13 @@ from asyncgrpo.wire.codec import Packet, groups_from, shard_packet
 if TYPE_CHECKING:
     from asyncgrpo.data.prompts import PromptSource
 
+log = logging.getLogger(__name__)
 Replies = list[tuple[str, Packet]]
 Action = Callable[[str, Packet, float], Replies | None]  # None: it is noted
 EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
 MAX_REASON = 300  # characters
+BARREN_BATCHES = 10  # so much that nothing can be learned from is worth a word
 
 
 class BufferCore:
@@ -96,6 +99,8 @@ class BufferCore:
         self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
         self._of_batch: dict[str, float] = {}  # metrics of the newest
+        self._num_barren = 0  # groups since one was good to train on
+        self._warn_barren = BARREN_BATCHES * config.buffer.groups_per_step
         self.num_replayed = 0  # groups that were added to batches though trained before
         self.num_refused = 0  # messages, as the server counts them
         self._restore(now)
@@ -257,13 +262,29 @@ class BufferCore:
         if reason:
             self.leases.close(group.lease.lease_id, "filtered", reason)
             self._record(self.step, [EndedGroup(group=group, status="filtered", reason=reason)])
+            self._warn_of_barren(reason)
             return "filtered"
+        self._num_barren = 0
         ended = self.leases.close(group.lease.lease_id, "stored")
         seen = None if opened.step is None else Seen(opened.step, self.step, now)
         self.replay.add(ended.ticket, group, seen)
         if group.completions.version_span[0] < self.step - self._config.buffer.max_staleness:
             self._evict()
         return "stored"
+
+    def _warn_of_barren(self, reason: str) -> None:
+        """Without this a run whose groups are all filtered would stand still without a word."""
+        self._num_barren += 1
+        if self._num_barren == self._warn_barren:
+            self._warn_barren *= 2
+            log.warning(
+                "%d groups in a row teach nothing, the last one was %s: "
+                "reward.correct_above=%g decides what is correct; change it, the reward, the "
+                "prompts or sampling.temperature, or set algo.drop_uniform_groups=false",
+                self._num_barren,
+                reason,
+                self._config.reward.correct_above,
+            )
 
     def _on_fail(self, peer: str, packet: Packet, now: float) -> None:
         lease_id, reason = packet.fields["lease_id"], packet.fields["reason"]
