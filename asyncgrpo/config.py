@@ -179,6 +179,17 @@ class Config(Room):
                     f"{name}={value!r} needs actor.engine = 'vllm': the toy engine is one process "
                     "and takes whole weights; leave one of the two out"
                 )
+        on_gpu = self.launch.gpus and self.launch.share_gpus
+        if self.actor.sleep and self.actor.engine == "vllm" and not on_gpu:
+            yield (
+                f"actor.sleep=true needs launch.gpus >= 1 (now {self.launch.gpus}) and "
+                f"launch.share_gpus = true: an engine gives its GPU's memory to a learner there"
+            )
+        if self.actor.sleep and self.weights.publish_every > 1:
+            yield (
+                f"weights.publish_every={self.weights.publish_every} must be 1 with actor.sleep: "
+                "engines wake up for each publish; set it to 1, or actor.sleep = false"
+            )
         if adapter and adapter.quantize:
             yield (
                 f"learner.lora.publish='adapter' with learner.lora.quantize={adapter.quantize!r}: "
@@ -200,6 +211,7 @@ class Config(Room):
             "optimizer": is_8bit and learner.optimizer,
         }
         only_cuda = {"compile": learner.compile, "cpu_offload": learner.cpu_offload}
+        only_cuda["fused_head"] = learner.fused_head
         if learner.parallel == "fsdp" and count % max(learner.shard_ranks, 1):
             fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
             yield (
@@ -220,6 +232,12 @@ class Config(Room):
                     f"learner.{name}={value!r} needs CUDA, but launch.gpus=0 is a CPU run; set "
                     "launch.gpus, or leave it out"
                 )
+
+        if learner.fused_head and (learner.dtype == "float32" or learner.float32_head):
+            yield (
+                f"learner.fused_head=true needs learner.dtype = 'bfloat16' (now {learner.dtype!r}) "
+                "and learner.float32_head = false: its kernel multiplies in bfloat16"
+            )
 
     @field_serializer("eval")
     def _one_block_as_a_table(self, blocks: tuple[EvalSettings, ...]) -> Any:

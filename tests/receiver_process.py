@@ -1,6 +1,7 @@
 """An actor that holds two small matrices instead of a model; run by test_weights.py.
 
-It says "live VERSION" when a version was swapped in, "error ..." when it was refused.
+It says "live VERSION" when a version was swapped in, "error ..." when it was refused, and "asleep"
+or "awake" when the learner takes or leaves the GPU.
 """
 
 from __future__ import annotations
@@ -65,13 +66,18 @@ def receive(
         WeightGroup.broadcast = tampered(WeightGroup.broadcast)
     receiver = CollectiveReceiver(Config(), name, address, keys_of_the_environment())
     held: dict[str, torch.Tensor] = {}
+    is_asleep = False
     while True:
         try:
             receiver.check()
         except WeightsError as error:
             says.send(f"error {error}")
             return
+        if receiver.wants_sleep(is_asleep) != is_asleep and fault != "sleepless":
+            is_asleep = not is_asleep
+            says.send("asleep" if is_asleep else "awake")
         staged = receiver.staged()
+        assert not (is_asleep and staged), "weights came while the engine sleeps"
         if staged is None:
             time.sleep(0.001)
             continue

@@ -189,7 +189,6 @@ def full_shard(count: int = 4) -> Shard:
 def measured_peak(updater: PolicyUpdater, shard: Shard) -> int:
     """Bytes of tensors at the worst moment of an update, weights and optimizer state included."""
     updater.update(shard)  # makes the optimizer's state
-    updater._optimizer.zero_grad()  # the profiler must not see these end
     held = [*updater._policy.parameters()]
     if updater._reference is not None:
         held += updater._reference.state().values()

@@ -159,6 +159,8 @@ class Session:
                 "learner.lora.publish='adapter' needs vLLM, but --serial has the toy engine, which "
                 "takes whole weights; set learner.lora.publish = 'merged'"
             )
+        if self._config.actor.sleep:
+            raise ConfigError("actor.sleep=true is not for --serial; leave one of the two out")
         changes = {"actors": 1, "learners": 1}
         launch = self._config.launch.model_copy(update=changes)
         self._config = self._config.model_copy(update={"launch": launch})

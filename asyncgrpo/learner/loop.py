@@ -53,6 +53,7 @@ class Learner:
         self._sender, self._recorder, self._exporter = sender, recorder, exporter
         self._stopping, self._add_to_checkpoint = stopping, add_to_checkpoint
         self._is_sharded = config.learner.parallel == "fsdp"
+        self._sleeps = config.actor.sleep
         self._asked_to_stop = float("-inf")  # when
         self._published = -1
         self._evals = config.evals
@@ -110,10 +111,12 @@ class Learner:
         if self._sender is None:  # until rank 0 has its shard; then there is one for every rank
             self._updater.weights().help()
         answer = self._client.call(packet, seconds, meanwhile=self._while_waiting)
-        if self._sender is not None and self._is_sharded:
+        if self._sender is not None and (self._is_sharded or self._sleeps):
             if answer.kind == "shard":  # else they do not change any more
                 self._sender.release()
             self._updater.weights().help()
+        if self._sleeps:
+            ranks.meet()
         return answer
 
     def _while_waiting(self) -> None:
@@ -140,6 +143,8 @@ class Learner:
 
     def _publish(self, version: int, *, is_first: bool = False) -> None:
         canaries, weights = self._updater.canary_logprobs(), self._updater.weights()
+        if self._sleeps:  # then engines wake
+            ranks.meet()
         if self._sender is not None:
             self._sender.publish(version, weights, canaries)
             if is_first:

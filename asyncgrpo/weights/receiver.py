@@ -1,7 +1,7 @@
 """The actor's side of publishing: a thread that receives into a staging buffer.
 
-Consumes: offer, go, sent, reject, rejoin of the learner; loaded() and set_busy() of the actor loop.
-Produces: join, ready, later, free, loaded; a complete version for staged().
+Consumes: offer, go, sent, sleep, reject, rejoin of the learner; calls of the actor loop.
+Produces: join, ready, later, free, loaded, asleep; a complete version for staged().
 Generation goes on meanwhile: the thread waits inside the broadcast without the interpreter lock.
 """
 
@@ -56,12 +56,11 @@ class CollectiveReceiver:
         self._digests: list[int] = []
         self._copy_seconds = 0.0
         self._busy = False
+        self._wants_sleep = self._said_asleep = False
         self._alive_at = 0.0
         self._failure: Exception | None = None
         self._outbox: queue.SimpleQueue[Packet] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="weights-receiver", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="weights-receiver", daemon=True).start()
 
     # -- called by the actor loop -------------------------------------------------------------
 
@@ -90,13 +89,15 @@ class CollectiveReceiver:
             self._outbox.put(Packet(kind="free", fields={"actor": self._actor}))
         self._busy = busy
 
+    def wants_sleep(self, is_asleep: bool) -> bool:
+        if is_asleep and self._wants_sleep and not self._said_asleep:
+            self._said_asleep = True
+            self._outbox.put(Packet(kind="asleep", fields={"actor": self._actor}))
+        return self._wants_sleep
+
     def check(self) -> None:
         if self._failure is not None:
             raise WeightsError(f"{self._actor}: {self._failure}") from self._failure
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(1.0)
 
     # -- the thread ---------------------------------------------------------------------------
 
@@ -107,12 +108,13 @@ class CollectiveReceiver:
             "offer": self._on_offer,
             "go": self._on_go,
             "sent": self._on_sent,
+            "sleep": self._on_sleep,
             "rejoin": self._on_rejoin,
             "reject": self._on_reject,
         }
         try:
             self._join(client)
-            while not self._stop.is_set():
+            while True:
                 for packet in client.poll(POLL_SECONDS):
                     actions[packet.kind](client, packet)
                 while not self._outbox.empty():
@@ -146,6 +148,7 @@ class CollectiveReceiver:
                 device = "cuda" if self._transport in ON_DEVICE else "cpu"
                 self._flat = FlatWeights(manifest, device)
         self._manifest = manifest
+        self._on_sleep(client, packet)
         self._opened = tuple(map(open_bucket, packet.fields.get("shared", ())))
         if self._life != packet.fields["life"]:
             self._life = packet.fields["life"]
@@ -221,8 +224,12 @@ class CollectiveReceiver:
         self._digests, self._received = self._flat.digests(seed), version
         self._copy_seconds = time.perf_counter() - start
 
+    def _on_sleep(self, client: DealerClient, packet: Packet) -> None:
+        self._wants_sleep, self._said_asleep = packet.fields["asleep"], False
+
     def _on_rejoin(self, client: DealerClient, packet: Packet) -> None:
         log.warning("evicted from publishing; joining again")
+        self._wants_sleep = False  # who put it to sleep may be dead
         self._join(client)
 
     def _on_reject(self, client: DealerClient, packet: Packet) -> None:

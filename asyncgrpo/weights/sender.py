@@ -1,7 +1,7 @@
 """The learner's side of publishing: a thread that offers, broadcasts and checks proofs.
 
-Consumes: publish() and release() of the learner loop; join, ready, later, free, loaded of actors.
-Produces: offer, go, sent, reject to the actors; a broadcast over the group, or a file.
+Consumes: calls of the learner loop; join, ready, later, free, loaded, asleep of actors.
+Produces: offer, go, sent, sleep, reject to the actors; a broadcast over the group, or a file.
 Waits for: answers until a deadline; then it goes on without the late ones.
 
 Weights are read from the learner's own parameters while they stand still, from publish to release,
@@ -88,6 +88,7 @@ class CollectiveSender:
         self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
         timeout = self._settings.transfer_timeout_seconds
         self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
+        self._asleep, self._sleepers = False, set[str]()  # told to engines; peers who did it
         self._handshake = Handshake(
             ready_timeout_seconds=self._settings.ready_timeout_seconds,
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
@@ -121,6 +122,8 @@ class CollectiveSender:
         with self._changed:
             start = time.perf_counter()
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
+            if self._asleep:
+                self._tell_sleep(False)
             if not self._manifest.names:
                 self._manifest = Manifest.of(tensors, self._config.model.dtype)
                 device = "cuda" if self._transport in ON_DEVICE else "cpu"
@@ -160,7 +163,8 @@ class CollectiveSender:
 
     def release(self) -> None:
         """Waits until nobody reads the learner's parameters, and lets nobody until `publish`."""
-        if not self._reads_later:
+        sleeps = self._config.actor.sleep and not self._asleep
+        if not self._reads_later and not sleeps:
             return
         start = time.perf_counter()
         with self._changed:
@@ -168,6 +172,26 @@ class CollectiveSender:
             self._handshake.hold()
             self._tensors = ()
             self._blocked_seconds += time.perf_counter() - start
+            if sleeps:
+                self._put_to_sleep()
+
+    def _put_to_sleep(self) -> None:
+        """Waits until engines have proven what they hold, and sleep; who joins is told to, too."""
+        start, members = time.perf_counter(), self._handshake.members.values
+        seconds = self._settings.ready_timeout_seconds
+        self._wait(lambda: all(member.pending is None for member in members()), "proofs")
+        self._tell_sleep(True)
+        try:
+            self._wait(lambda: self._sleepers >= {m.peer for m in members()}, "sleep", seconds)
+        except PeerTimeout as error:
+            log.warning("training goes on beside engines that are awake: %s", error)
+        self._metrics["publish/sleep_seconds"] = time.perf_counter() - start
+
+    def _tell_sleep(self, asleep: bool) -> None:
+        self._asleep, self._sleepers = asleep, set()
+        for member in list(self._handshake.members.values()):
+            if not self._server.push(member.peer, Packet(kind="sleep", fields={"asleep": asleep})):
+                self._evict(member.name, "its connection is gone")
 
     def serve(self) -> None:
         """Sends to actors that are late or new, if that is for the caller to do."""
@@ -287,6 +311,7 @@ class CollectiveSender:
                 "transport": self._transport,
                 "life": self._life,
                 "bucket_bytes": self._bucket_bytes,
+                "asleep": self._asleep,
             }
             if self._transport == "cuda_ipc":  # exported anew for each: opening one uses it up
                 fields["shared"] = [share_bucket(bucket) for bucket in self._staging]
@@ -304,6 +329,9 @@ class CollectiveSender:
 
     def _on_free(self, peer: str, packet: Packet) -> None:
         self._handshake.free(packet.fields["actor"])
+
+    def _on_asleep(self, peer: str, packet: Packet) -> None:
+        self._sleepers.add(peer)
 
     def _on_alive(self, peer: str, packet: Packet) -> None:
         """From who may not know that it was evicted."""
