@@ -73,11 +73,11 @@ def receive(
         except WeightsError as error:
             says.send(f"error {error}")
             return
-        if receiver.wants_sleep(is_asleep) != is_asleep and fault != "sleepless":
-            is_asleep = not is_asleep
-            says.send("asleep" if is_asleep else "awake")
-        staged = receiver.staged()
+        wanted, staged = receiver.wants_sleep(is_asleep), receiver.staged()
         assert not (is_asleep and staged), "weights came while the engine sleeps"
+        if wanted != is_asleep and staged is None and fault != "sleepless":
+            is_asleep = wanted
+            says.send("asleep" if is_asleep else "awake")
         if staged is None:
             time.sleep(0.001)
             continue

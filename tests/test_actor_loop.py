@@ -436,6 +436,7 @@ def test_an_actor_asleep_keeps_its_work_and_delivers_what_is_scored():
     stage.client.grant(make_lease(1), make_lease(2))
     stage.tick(2)
     stage.receiver.sleep = True
+    stage.tick()
     asked = len(stage.client.of("lease"))
     before = {name: list(versions) for name, (_, _, versions) in stage.engine.requests.items()}
     stage.client.grant(make_lease(3))  # was on its way
@@ -453,6 +454,17 @@ def test_an_actor_asleep_keeps_its_work_and_delivers_what_is_scored():
     groups = [group for packet in stage.client.of("put") for group in groups_from(packet)]
     assert {group.lease.lease_id for group in groups} == {"t1", "t2"}  # the credit
     assert {tuple(group.completions[0].versions) for group in groups} == {(0, 0, 1)}
+
+
+def test_an_engine_sleeps_when_what_it_holds_is_proven():
+    stage = Stage(steps=9).with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick(2)
+    stage.receiver.waiting, stage.receiver.sleep = 1, True
+    stage.tick()
+    assert stage.receiver.proofs[1:] == [(1, NUM_CANARIES)]
+    stage.tick()
+    assert stage.engine.is_asleep
 
 
 def test_an_evaluation_goes_on_with_its_version_after_a_sleep():

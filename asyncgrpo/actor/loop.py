@@ -249,13 +249,14 @@ class ActorLoop:
     # -- weights ------------------------------------------------------------------------------
 
     def _sleeps(self) -> bool:
-        """Gives the engine's memory away, or takes it back, as the learner wants it."""
+        """Gives the engine's memory away, once weights are proven, or takes it back."""
         self._receiver.check()
         wanted = self._receiver.wants_sleep(self._asleep)
-        if wanted != self._asleep:
+        swaps = self._receiver.staged() is not None and not self._eval_open
+        if wanted != self._asleep and not (wanted and (self._proving or swaps)):
             (self._engine.sleep if wanted else self._engine.wake)()
             self._asleep = wanted
-        return wanted
+        return self._asleep
 
     def _swap(self) -> None:
         """Replaces the weights between two steps; the proof follows with the canaries."""

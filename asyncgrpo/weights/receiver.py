@@ -229,7 +229,7 @@ class CollectiveReceiver:
 
     def _on_rejoin(self, client: DealerClient, packet: Packet) -> None:
         log.warning("evicted from publishing; joining again")
-        self._wants_sleep = False  # who put it to sleep may be dead
+        self._on_sleep(client, packet)  # of another learner than the one that said so, maybe
         self._join(client)
 
     def _on_reject(self, client: DealerClient, packet: Packet) -> None:

@@ -176,10 +176,9 @@ class CollectiveSender:
                 self._put_to_sleep()
 
     def _put_to_sleep(self) -> None:
-        """Waits until engines have proven what they hold, and sleep; who joins is told to, too."""
+        """Waits until engines sleep, with their proofs made; who joins is told to sleep, too."""
         start, members = time.perf_counter(), self._handshake.members.values
         seconds = self._settings.ready_timeout_seconds
-        self._wait(lambda: all(member.pending is None for member in members()), "proofs")
         self._tell_sleep(True)
         try:
             self._wait(lambda: self._sleepers >= {m.peer for m in members()}, "sleep", seconds)
@@ -336,7 +335,7 @@ class CollectiveSender:
     def _on_alive(self, peer: str, packet: Packet) -> None:
         """From who may not know that it was evicted."""
         if packet.fields["actor"] not in self._handshake.members:
-            self._server.push(peer, Packet(kind="rejoin"))
+            self._server.push(peer, Packet(kind="rejoin", fields={"asleep": self._asleep}))
 
     def _on_loaded(self, peer: str, packet: Packet) -> None:
         fields = packet.fields
