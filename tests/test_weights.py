@@ -943,3 +943,32 @@ def test_an_actor_that_joins_when_the_prompts_are_used_up_gets_weights_with_fsdp
     assert first.next_line() == "live 0"
     assert network.sender.metrics()["publish/proofs"] == 2
     assert recorder.finish.called
+
+
+def test_an_actor_that_is_late_gets_weights_while_the_learner_waits_for_an_evaluation(make_network):
+    """It may have been busy with the last one, and the next cannot begin without its weights."""
+    network = make_network(rooms={"learner": {"parallel": "fsdp"}, "launch": {"actors": 1}})
+    first, proofs = network.start("actor-0"), []
+
+    class Buffer(NoPrompts):
+        def call(self, packet, timeout_seconds, meanwhile=None) -> Packet:
+            if packet.kind == "evaluate" and not proofs:
+                late, end = network.start("actor-1"), time.monotonic() + 20
+                while not late.lines.poll() and time.monotonic() < end:
+                    meanwhile()
+                    time.sleep(0.01)
+                proofs.append(late.next_line())
+            return super().call(packet, timeout_seconds, meanwhile)
+
+    updater = Untrained(network)
+    updater.save = lambda: None
+    learner = loop.Learner(
+        network.config,
+        updater=updater,
+        client=Buffer(),
+        sender=network.sender,
+        recorder=Mock(),
+        exporter=Mock(),
+    )
+    assert learner.run()
+    assert [first.next_line(), *proofs] == ["live 0", "live 0"]
