@@ -401,7 +401,13 @@ def test_missing_extra_are_named_with_the_extra_that_brings_them(monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     lora = from_mapping({"learner": {"lora": {}}})
     both = from_mapping({"learner": {"lora": {"quantize": "4bit"}}, "launch": {"gpus": 2}})
+    fused = from_mapping(
+        {"learner": {"fused_head": True, "dtype": "bfloat16"}, "launch": {"gpus": 2}}
+    )
     assert missing_extra(Config()) == ""
+    assert missing_extra(fused) == (
+        "learner.fused_head needs liger_kernel and cutlass: pip install 'asyncgrpo[liger]'"
+    )
     assert missing_extra(lora).endswith("needs peft: pip install 'asyncgrpo[lora]'")
     assert missing_extra(both).endswith("peft and bitsandbytes: pip install 'asyncgrpo[qlora]'")
 
