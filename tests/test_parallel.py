@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import learner_case
@@ -18,12 +21,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.errors import ConfigError
+from asyncgrpo.errors import ConfigError, ModelError
 from asyncgrpo.launch import preflight
 from asyncgrpo.learner.batch import pack
-from asyncgrpo.learner.model import packed_row
+from asyncgrpo.learner.lora import Adapter
+from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.saved import newest
 from asyncgrpo.learner.update import PolicyUpdater
+from asyncgrpo.settings.learner import LoraSettings
 from asyncgrpo.settings.run import RunSettings
 from asyncgrpo.types import Group
 from asyncgrpo.weights.flat import FlatWeights, Manifest
@@ -268,6 +273,70 @@ def test_a_float32_head_rounds_no_logits(folder, groups, float32_head):
     error = (logprobs[row.loss_places] - expected).abs().max()
     assert logprobs.dtype == torch.float32
     assert (error < 1e-5) == float32_head
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function without the rest of its package, which needs Triton; in torch on a CPU."""
+    found = find_spec("liger_kernel")
+    if found is None:
+        pytest.skip("pip install 'asyncgrpo[liger]'")
+    folder = Path(next(iter(found.submodule_search_locations)))
+    for name, place in {"liger_kernel": folder, "liger_kernel.ops": folder / "ops"}.items():
+        package = ModuleType(name)
+        package.__path__ = [str(place)]
+        monkeypatch.setitem(sys.modules, name, package)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_ligers_function_gives_our_scores_and_gradients(folder, liger, temperature):
+    policy = load_policy(str(folder))
+    kernel = PolicyHead(policy, fused=True)._fused
+    head = PolicyHead(policy, temperature=temperature, entropy_gradient=True, chunk_tokens=100)
+    weight, random = policy.lm_head.weight, torch.Generator().manual_seed(0)
+    inputs = torch.randn(1100, weight.shape[1], generator=random, requires_grad=True)
+    targets = torch.randint(0, len(weight), (1100,), generator=random)
+    toll = torch.randn(2, 1100, generator=random)  # what a loss says of each score
+    nll, entropy = kernel(inputs, weight, targets, temperature, return_entropy=True)
+    results = []
+    for scores in ((-nll, entropy), head._score(inputs, targets)):
+        total = (torch.stack(scores) * toll).sum()
+        results.append((*scores, *torch.autograd.grad(total, [inputs, weight])))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{}, FSDP, {"lora": {"r": 4}}])
+def test_a_fused_output_layer_trains_as_the_chunks_do(folder, groups, how, liger, lone_group):
+    rows, weights = [], []
+    for fused in (False, True):
+        learner = {**how, "dtype": "bfloat16", "fused_head": fused}
+        config = settings(folder, learner)
+        algo = config.algo.model_copy(update={"entropy_coef": 0.01})
+        updater = PolicyUpdater(config.model_copy(update={"algo": algo}))
+        rows.append(updater.update(shard_of(groups, groups, STEP)))
+        weights.append(published(updater))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    ours, theirs = rows
+    assert ours != theirs
+    for name in ("loss", "grad_norm", "objective/entropy", "objective/kl_ref"):
+        assert theirs[name] == pytest.approx(ours[name], rel=0.02, abs=2e-3), name
+    start = load_policy(str(folder)).state_dict()
+    for name, tensor in weights[0].items():
+        moved = float((tensor - start[name]).norm())
+        assert float((weights[1][name] - tensor).norm()) <= 0.02 * moved, name
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_a_fused_output_layer_that_is_more_than_a_matrix_is_refused(folder, liger):
+    policy = load_policy(str(folder))
+    policy.lm_head.bias = torch.nn.Parameter(torch.zeros(policy.vocab_size))
+    with pytest.raises(ModelError, match="fused_head=true knows no output layer Linear"):
+        PolicyHead(policy, fused=True)
+    Adapter(policy, LoraSettings(targets=("lm_head",)))
+    with pytest.raises(ModelError, match="fused_head=true knows no output layer lora"):
+        PolicyHead(policy, fused=True)
 
 
 def test_gradient_norm_and_learning_rate_are_reported_as_they_act(folder, groups):

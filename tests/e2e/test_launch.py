@@ -548,6 +548,8 @@ BAD_INPUT = {
     ("--set", 'reward.functions=[{use="reward_functions:nothing"}]'): "nothing",
     ("--set", 'reward.routes={"task/ad"="task"}'): "has no judge; did you mean 'task/ad'?",
     ("--set", 'reward.routes={default={use="gsm8k",options={extrakt="x"}}}'): "'extract'?",
+    ("--serial", "--set", "actor={engine='toy', sleep=true}"): "not for --serial; leave one",
+    ("--set", "actor.sleep=true"): "needs launch.gpus >= 1 (now 0) and launch.share_gpus",
     ("--set", "launch.gpus=64"): "launch.gpus=64",
     ("--set", "weights.publish_every=9"): "deadlock",
     ("--set", "algo.group_size=1"): "algo.group_size=1",
