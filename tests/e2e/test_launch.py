@@ -334,7 +334,11 @@ def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches
 def test_engines_that_sleep_in_turn_survive_kills_of_actors_and_the_learner(parallel, launch):
     turns = ("actor.sleep=true", "launch.max_restarts=9", f"learner.parallel={parallel}")
     run = launch(
-        "run.max_steps=14", "checkpoint.every=4", "weights.ready_timeout_seconds=2", *turns
+        "run.max_steps=14",
+        "checkpoint.every=4",
+        "weights.ready_timeout_seconds=2",
+        "eval.every=7",
+        *turns,
     )
     until_step(run, 4)
     for index in "01":
