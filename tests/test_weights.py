@@ -798,7 +798,7 @@ def test_actors_that_are_killed_or_do_not_sleep_are_not_waited_for_long(make_net
     publish(network.sender, 1)
     network.sender.wait_for_actors(2, 30)
     network.sender.release()
-    assert "training goes on beside engines that are awake" in caplog.text
+    assert "training goes on beside actor-1, awake after 1 s" in caplog.text
     assert 1 <= network.sender.metrics()["publish/sleep_seconds"] < 2
     lines = [actors[2].next_line() for _ in range(5)]
     assert lines == ["live 0", "asleep", "awake", "live 1", "asleep"]

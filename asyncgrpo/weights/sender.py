@@ -182,8 +182,9 @@ class CollectiveSender:
         self._tell_sleep(True)
         try:
             self._wait(lambda: self._sleepers >= {m.peer for m in members()}, "sleep", seconds)
-        except PeerTimeout as error:
-            log.warning("training goes on beside engines that are awake: %s", error)
+        except PeerTimeout:
+            awake = [member.name for member in members() if member.peer not in self._sleepers]
+            log.warning("training goes on beside %s, awake after %g s", ", ".join(awake), seconds)
         self._metrics["publish/sleep_seconds"] = time.perf_counter() - start
 
     def _tell_sleep(self, asleep: bool) -> None:
