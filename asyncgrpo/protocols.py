@@ -112,9 +112,6 @@ class WeightSender(Protocol):
     def metrics(self) -> dict[str, float]:
         """Times of the last publishes by metric name, seconds; and eviction counts."""
 
-    def close(self) -> None:
-        """Stops; actors keep what they hold."""
-
 
 class WeightReceiver(Protocol):
     """The actor's side of publishing; all calls come from the thread that owns the engine."""

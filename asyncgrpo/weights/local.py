@@ -86,6 +86,3 @@ class LocalLink:
 
     def check(self) -> None:
         """Faults were raised where they were found."""
-
-    def close(self) -> None:
-        """Nothing is held open."""
