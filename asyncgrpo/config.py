@@ -173,12 +173,18 @@ class Config(Room):
         learner, lora, width = self.learner, self.learner.lora, self.actor.tensor_parallel
         parts = {"learner.shard_ranks": learner.shard_ranks}
         offload = {"learner.cpu_offload": learner.cpu_offload}
+        on_gpus = self.launch.gpus > 0
         packed = {
             "learner.lora.quantize": lora and lora.quantize,
             "learner.optimizer": learner.optimizer == "adamw_8bit" and learner.optimizer,
         }
         publish = learner.published_adapter and "adapter"
         in_vllm = {"actor.tensor_parallel": width > 1 and width, "learner.lora.publish": publish}
+        fused = {"learner.fused_head": learner.fused_head}
+        asleep = {"actor.sleep": self.actor.sleep}
+        halves = "learner.dtype = 'bfloat16' and learner.float32_head = false, as its kernel has it"
+        shared = "launch.share_gpus = true on GPUs: engines give their memory to learners there"
+        each = "weights.publish_every = 1: engines wake up for each publish"
         fsdp = "learner.parallel = 'fsdp' (DDP has no parts of a model)"
         ddp = "learner.parallel = 'ddp' (FSDP knows no 8- or 4-bit parts)"
         cuda = "CUDA, but launch.gpus=0 is a CPU run"
@@ -189,8 +195,11 @@ class Config(Room):
         needs: list[tuple[str, bool, dict[str, Any]]] = [
             (fsdp, learner.parallel == "fsdp", {**parts, **offload}),
             (ddp, learner.parallel == "ddp", packed),
-            (cuda, self.launch.gpus > 0, {**packed, **offload, "learner.compile": learner.compile}),
+            (cuda, on_gpus, {**packed, **offload, **fused, "learner.compile": learner.compile}),
+            (halves, learner.dtype == "bfloat16" and not learner.float32_head, fused),
             (vllm, self.actor.engine == "vllm", in_vllm),
+            (shared, (on_gpus and self.launch.share_gpus) or self.actor.engine == "toy", asleep),
+            (each, self.weights.publish_every == 1, asleep),
         ]
         for need, is_met, settings in needs:
             for name, value in settings.items():

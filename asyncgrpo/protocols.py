@@ -70,8 +70,11 @@ class Engine(Protocol):
     def load_weights(self, version: int, tensors: NamedTensors) -> None:
         """Replaces all weights; WeightsError when a name or shape does not fit."""
 
-    def close(self) -> None:
-        """Frees what the engine holds."""
+    def sleep(self) -> None:
+        """Gives away the memory of weights and KV cache; no step and no weights until `wake`."""
+
+    def wake(self) -> None:
+        """Takes it back: the same weights, and sequences in flight go on where they were."""
 
 
 class Client(Protocol):
@@ -107,7 +110,7 @@ class WeightSender(Protocol):
         """
 
     def release(self) -> None:
-        """Before the weights change: waits until they were read, within the deadlines."""
+        """Waits until weights that change next were read, or (actor.sleep) until engines sleep."""
 
     def serve(self) -> None:
         """While the learner waits for something else: sends to late actors what it alone can."""
@@ -120,9 +123,6 @@ class WeightSender(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """Times of the last publishes by metric name, seconds; and eviction counts."""
-
-    def close(self) -> None:
-        """Stops; actors keep what they hold."""
 
 
 class WeightReceiver(Protocol):
@@ -139,8 +139,8 @@ class WeightReceiver(Protocol):
     def set_busy(self, busy: bool) -> None:
         """While busy, no newer version is accepted (an evaluation needs one fixed version)."""
 
+    def wants_sleep(self, is_asleep: bool) -> bool:
+        """Whether the engine is to sleep; the learner is told when it does."""
+
     def check(self) -> None:
         """Raises WeightsError when the learner found this actor's weights wrong."""
-
-    def close(self) -> None:
-        """Stops."""

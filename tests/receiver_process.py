@@ -1,6 +1,7 @@
 """An actor that holds two small matrices instead of a model; run by test_weights.py.
 
-It says "live VERSION" when a version was swapped in, "error ..." when it was refused.
+It says "live VERSION" when a version was swapped in, "error ..." when it was refused, and "asleep"
+or "awake" when the learner takes or leaves the GPU.
 """
 
 from __future__ import annotations
@@ -94,13 +95,18 @@ def receive(
         inbox = EngineInbox([ours for ours, _ in ends], 20)
     receiver = CollectiveReceiver(Config(), name, address, keys_of_the_environment(), inbox)
     held: dict[str, torch.Tensor] = {}
+    is_asleep = False
     while True:
         try:
             receiver.check()
         except (EngineError, WeightsError) as error:
             says.send(f"error {error}")
             return
-        staged = receiver.staged()
+        wanted, staged = receiver.wants_sleep(is_asleep), receiver.staged()
+        assert not (is_asleep and staged), "weights came while the engine sleeps"
+        if wanted != is_asleep and staged is None and fault != "sleepless":
+            is_asleep = wanted
+            says.send("asleep" if is_asleep else "awake")
         if staged is None:
             time.sleep(0.001)
             continue

@@ -186,9 +186,11 @@ def test_canaries_are_computed_with_the_published_weights(folder, shard, tmp_pat
 
 
 def test_only_the_adapter_has_gradients_and_optimizer_state(folder, shard):
-    updater = trained(settings(folder), shard)
-    for name, weight in updater._policy.named_parameters():
-        assert (weight.grad is not None) == (".lora_" in name), name
+    updater, seen = PolicyUpdater(settings(folder)), set()
+    named = list(updater._policy.named_parameters())
+    updater.update(shard, lambda: seen.update(n for n, w in named if w.grad is not None))
+    assert seen == {name for name, _ in named if ".lora_" in name}
+    assert not any(weight.grad is not None for _, weight in named), "kept to the next update"
     sizes = [p.numel() for group in updater._optimizer.param_groups for p in group["params"]]
     assert sum(sizes) == sum(tensor.numel() for tensor in adapter_of(updater).values())
     assert sum(sizes) < sum(tensor.numel() for tensor in base_of(folder).values()) / 5
@@ -402,7 +404,13 @@ def test_missing_extra_are_named_with_the_extra_that_brings_them(monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     lora = from_mapping({"learner": {"lora": {}}})
     both = from_mapping({"learner": {"lora": {"quantize": "4bit"}}, "launch": {"gpus": 2}})
+    fused = from_mapping(
+        {"learner": {"fused_head": True, "dtype": "bfloat16"}, "launch": {"gpus": 2}}
+    )
     assert missing_extra(Config()) == ""
+    assert missing_extra(fused) == (
+        "learner.fused_head needs liger_kernel and cutlass: pip install 'asyncgrpo[liger]'"
+    )
     assert missing_extra(lora).endswith("needs peft: pip install 'asyncgrpo[lora]'")
     assert missing_extra(both).endswith("peft and bitsandbytes: pip install 'asyncgrpo[qlora]'")
 

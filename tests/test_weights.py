@@ -786,6 +786,81 @@ def test_after_a_broken_broadcast_buckets_that_did_not_change_are_sent_too(make_
     assert sender.metrics()["publish/bytes_saved"] == 63 * 65536 + 2048  # all but the first
 
 
+TURNS = {"actor": {"engine": "toy", "sleep": True}}
+
+
+def test_engines_sleep_from_release_to_publish_and_late_ones_sleep_too(make_network):
+    network = make_network(rooms=TURNS)
+    first = network.start("actor-0")
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(1, 30)
+    network.sender.release()
+    assert [first.next_line() for _ in range(2)] == ["live 0", "asleep"]
+    assert 0 < network.sender.metrics()["publish/sleep_seconds"] < 3
+    late = network.start("actor-1")
+    assert late.next_line() == "asleep"  # before it has any weights
+    network.sender.release()  # before each change of the weights; nobody waits again
+    publish(network.sender, 1)
+    network.sender.release()
+    for actor in (first, late):
+        assert [actor.next_line() for _ in range(3)] == ["awake", "live 1", "asleep"]
+    assert network.sender.metrics()["publish/evictions"] == 0
+    assert not any(actor.lines.poll(0.05) for actor in (first, late))
+
+
+def test_engines_prove_what_they_hold_before_they_sleep(make_network):
+    """Else a proof could be overdue when training takes long."""
+    network = make_network(rooms=TURNS)
+    actor = network.start("actor-0")
+    publish(network.sender, 0, size=1 << 20)
+    network.sender.wait_for_actors(1, 30)
+    publish(network.sender, 1, size=1 << 20)
+    network.sender.release()
+    proven = network.sender.metrics()["publish/proofs"]
+    assert [actor.next_line() for _ in range(3)] == ["live 0", "live 1", "asleep"]
+    assert proven == 2
+
+
+def test_actors_that_are_killed_or_do_not_sleep_are_not_waited_for_long(make_network, caplog):
+    network = make_network(rooms=TURNS, ready_timeout_seconds=1.0)
+    actors = [network.start(f"actor-{i}") for i in range(3)]
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(3, 30)
+    actors[0].process.kill()
+    actors[0].process.join()
+    network.sender.release()
+    assert [actors[1].next_line() for _ in range(2)] == ["live 0", "asleep"]
+    assert network.sender.metrics()["publish/sleep_seconds"] < 2
+    actors[1].process.kill()  # asleep
+    actors[1].process.join()
+    sleepless = network.start("actor-1", "sleepless")  # its next life, stuck in a step
+    publish(network.sender, 1)
+    network.sender.wait_for_actors(2, 30)
+    network.sender.release()
+    assert "training goes on beside actor-1, awake after 1 s" in caplog.text
+    assert 1 <= network.sender.metrics()["publish/sleep_seconds"] < 2
+    lines = [actors[2].next_line() for _ in range(5)]
+    assert lines == ["live 0", "asleep", "awake", "live 1", "asleep"]
+    assert sleepless.next_line() == "live 1"
+
+
+@pytest.mark.slow
+def test_engines_that_sleep_wake_up_for_another_life_of_the_learner(make_network):
+    network = make_network(rooms=TURNS)
+    actor = network.start("actor-0")
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(1, 30)
+    network.sender.release()
+    network.sender.close()
+    store = ("127.0.0.1", free_port())
+    network.sender = CollectiveSender(network.config, network.address, store)
+    assert [actor.next_line() for _ in range(3)] == ["live 0", "asleep", "awake"]
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(1, 30)
+    network.sender.release()
+    assert [actor.next_line() for _ in range(2)] == ["live 0", "asleep"]
+
+
 class Sharded(Published):
     """Tensors, not all of which divide, of which each rank holds a part."""
 
@@ -899,3 +974,32 @@ def test_an_actor_that_joins_when_the_prompts_are_used_up_gets_weights_with_fsdp
     assert first.next_line() == "live 0"
     assert network.sender.metrics()["publish/proofs"] == 2
     assert recorder.finish.called
+
+
+def test_an_actor_that_is_late_gets_weights_while_the_learner_waits_for_an_evaluation(make_network):
+    """It may have been busy with the last one, and the next cannot begin without its weights."""
+    network = make_network(rooms={"learner": {"parallel": "fsdp"}, "launch": {"actors": 1}})
+    first, proofs = network.start("actor-0"), []
+
+    class Buffer(NoPrompts):
+        def call(self, packet, timeout_seconds, meanwhile=None) -> Packet:
+            if packet.kind == "evaluate" and not proofs:
+                late, end = network.start("actor-1"), time.monotonic() + 20
+                while not late.lines.poll() and time.monotonic() < end:
+                    meanwhile()
+                    time.sleep(0.01)
+                proofs.append(late.next_line())
+            return super().call(packet, timeout_seconds, meanwhile)
+
+    updater = Untrained(network)
+    updater.save = lambda: None
+    learner = loop.Learner(
+        network.config,
+        updater=updater,
+        client=Buffer(),
+        sender=network.sender,
+        recorder=Mock(),
+        exporter=Mock(),
+    )
+    assert learner.run()
+    assert [first.next_line(), *proofs] == ["live 0", "live 0"]

@@ -53,6 +53,7 @@ class VllmEngine:
             max_num_seqs=config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES,
             tensor_parallel_size=config.actor.tensor_parallel,
             kv_cache_memory_bytes=config.actor.kv_cache_bytes // config.actor.tensor_parallel,
+            enable_sleep_mode=config.actor.sleep,
             enable_lora=lora is not None,
             max_lora_rank=min(rank for rank in ranks if not lora or rank >= lora.r),
             enforce_eager=not torch.cuda.is_available(),
@@ -144,8 +145,11 @@ class VllmEngine:
         if self._kv_on_update == "recompute":
             self._llm.reset_prefix_cache(reset_running_requests=True)
 
-    def close(self) -> None:
-        self._llm.engine_core.shutdown()
+    def sleep(self) -> None:
+        self._llm.sleep(level=1, mode="keep")  # weights go to the host; requests stay in the queue
+
+    def wake(self) -> None:
+        self._llm.wake_up()  # sequences in flight are computed again up to where they were
 
     def _sampled(self, output: Any) -> Sampled:
         completions = sorted(output.outputs, key=lambda completion: completion.index)

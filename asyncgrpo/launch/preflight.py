@@ -108,6 +108,9 @@ def missing_extra(config: Config) -> str:
     lora = config.learner.lora
     if config.learner.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
         return "learner.optimizer='adamw_8bit' needs bitsandbytes: pip install 'asyncgrpo[qlora]'"
+    absent = [name for name in ("liger_kernel", "cutlass") if find_spec(name) is None]
+    if config.learner.fused_head and absent:
+        return f"learner.fused_head needs {' and '.join(absent)}: pip install 'asyncgrpo[liger]'"
     needed = {"peft": lora, "bitsandbytes": lora and lora.quantize}
     missing = [name for name, use in needed.items() if use and find_spec(name) is None]
     install = f"pip install 'asyncgrpo[{'qlora' if lora and lora.quantize else 'lora'}]'"

@@ -152,6 +152,8 @@ class Session:
 
     def _make_serial(self) -> None:
         """Settings of one process; ConfigError when they need more."""
+        if self._config.actor.sleep:
+            raise ConfigError("actor.sleep=true is not for --serial; leave one of the two out")
         rooms = self._config.model_dump(mode="json", exclude_unset=True)
         rooms["actor"] = {**rooms.get("actor", {}), "engine": "toy"}
         rooms["launch"] = {**rooms.get("launch", {}), "actors": 1, "learners": 1}

@@ -75,6 +75,12 @@ def largest(value: float, device: str) -> float:
     return float(table)
 
 
+def meet() -> None:
+    """Returns when every rank is here and gave its GPU back what torch keeps for later."""
+    torch.cuda.empty_cache()
+    summed([0.0], "cpu")
+
+
 def summed(values: Sequence[float], device: str) -> list[float]:
     """Sums of each value over ranks, in float64."""
     if world_size() == 1:

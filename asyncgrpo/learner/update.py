@@ -119,6 +119,7 @@ class PolicyUpdater:
             entropy_gradient=self._config.algo.entropy_coef > 0,
             autocast=getattr(torch, settings.dtype) if is_mixed else None,
             float32_head=settings.float32_head,
+            fused=settings.fused_head,
         )
         if self._sharded:
             parallel.shard(head, settings, self._device)
@@ -154,6 +155,7 @@ class PolicyUpdater:
         for index in range(algo.passes):
             for batch in ready:
                 self._step(batch, shard.step, record, is_last=index == algo.passes - 1)
+                self._optimizer.zero_grad(set_to_none=True)  # no gradients stay for the next step
         metrics = self._finish(record, shard)
         self._after(shard, metrics)
         if self._config.observe.token_log and self._run_dir is not None:
@@ -247,7 +249,6 @@ class PolicyUpdater:
 
     def _step(self, batch: OptimizerBatch, step: int, record: StepRecord, *, is_last: bool) -> None:
         """One optimizer update."""
-        self._optimizer.zero_grad(set_to_none=True)
         update, per_token = StepRecord(), []
         for index in range(len(batch.rows)):
             with self._accumulating(is_last=index == len(batch.rows) - 1):

@@ -81,8 +81,8 @@ class LocalLink:
     def set_busy(self, busy: bool) -> None:
         self._busy = busy
 
+    def wants_sleep(self, is_asleep: bool) -> bool:
+        return False
+
     def check(self) -> None:
         """Faults were raised where they were found."""
-
-    def close(self) -> None:
-        """Nothing is held open."""

@@ -1,7 +1,7 @@
 """The actor's side of publishing: a thread that receives into a staging buffer.
 
-Consumes: offer, go, sent, reject, rejoin of the learner; loaded() and set_busy() of the actor loop.
-Produces: join, ready, later, free, loaded; a complete version for staged().
+Consumes: offer, go, sent, sleep, reject, rejoin of the learner; calls of the actor loop.
+Produces: join, ready, later, free, loaded, asleep; a complete version for staged().
 Generation goes on meanwhile: the thread waits inside the broadcast without the interpreter lock.
 """
 
@@ -47,12 +47,11 @@ class CollectiveReceiver:
         self._digests: list[int] = []
         self._copy_seconds = 0.0
         self._busy = False
+        self._wants_sleep = self._said_asleep = False
         self._alive_at = 0.0
         self._failure: Exception | None = None
         self._outbox: queue.SimpleQueue[Packet] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="weights-receiver", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="weights-receiver", daemon=True).start()
 
     # -- called by the actor loop -------------------------------------------------------------
 
@@ -79,13 +78,15 @@ class CollectiveReceiver:
             self._outbox.put(Packet(kind="free", fields={"actor": self._actor}))
         self._busy = busy
 
+    def wants_sleep(self, is_asleep: bool) -> bool:
+        if is_asleep and self._wants_sleep and not self._said_asleep:
+            self._said_asleep = True
+            self._outbox.put(Packet(kind="asleep", fields={"actor": self._actor}))
+        return self._wants_sleep
+
     def check(self) -> None:
         if self._failure is not None:
             raise WeightsError(f"{self._actor}: {self._failure}") from self._failure
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(1.0)
 
     # -- the thread ---------------------------------------------------------------------------
 
@@ -96,12 +97,13 @@ class CollectiveReceiver:
             "offer": self._on_offer,
             "go": self._on_go,
             "sent": self._on_sent,
+            "sleep": self._on_sleep,
             "rejoin": self._on_rejoin,
             "reject": self._on_reject,
         }
         try:
             self._join(client)
-            while not self._stop.is_set():
+            while True:
                 for packet in client.poll(POLL_SECONDS):
                     actions[packet.kind](client, packet)
                 while not self._outbox.empty():
@@ -128,6 +130,7 @@ class CollectiveReceiver:
     def _on_joined(self, client: DealerClient, packet: Packet) -> None:
         self._inbox.prepare(packet.fields)
         self._is_member = True
+        self._on_sleep(client, packet)
 
     def _on_offer(self, client: DealerClient, packet: Packet) -> None:
         can = not self._busy and self._staged is None and self._is_member
@@ -160,8 +163,12 @@ class CollectiveReceiver:
             return
         self._received, self._copy_seconds = version, time.perf_counter() - start
 
+    def _on_sleep(self, client: DealerClient, packet: Packet) -> None:
+        self._wants_sleep, self._said_asleep = packet.fields["asleep"], False
+
     def _on_rejoin(self, client: DealerClient, packet: Packet) -> None:
         log.warning("evicted from publishing; joining again")
+        self._on_sleep(client, packet)  # of another learner than the one that said so, maybe
         self._join(client)
 
     def _on_reject(self, client: DealerClient, packet: Packet) -> None:

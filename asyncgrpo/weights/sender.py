@@ -1,7 +1,7 @@
 """The learner's side of publishing: a thread that offers, broadcasts and checks proofs.
 
-Consumes: publish() and release() of the learner loop; join, ready, later, free, loaded of actors.
-Produces: offer, go, sent, reject to the actors; a broadcast over the group, or a file.
+Consumes: calls of the learner loop; join, ready, later, free, loaded, asleep of actors.
+Produces: offer, go, sent, sleep, reject to the actors; a broadcast over the group, or a file.
 Waits for: answers until a deadline; then it goes on without the late ones.
 
 The thread sends; where ranks hold parts of the weights the learner loop does, from within its
@@ -52,6 +52,7 @@ class CollectiveSender:
         self._outbox = Outbox(config, store, transport, folder)
         # Gathering is for the loop's own thread, which runs all other collectives of the learner.
         self._loop_sends = config.learner.parallel == "fsdp" and self._outbox.reads_later
+        self._asleep, self._sleepers = False, set[str]()  # told to engines; peers who did it
         self._handshake = Handshake(
             ready_timeout_seconds=self._settings.ready_timeout_seconds,
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
@@ -75,6 +76,8 @@ class CollectiveSender:
         with self._changed:
             start = time.perf_counter()
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
+            if self._asleep:
+                self._tell_sleep(False)
             owed = {m.pending for m in self._handshake.members.values()} | {version}
             known = {**self._canary_logprobs, version: canary_logprobs}
             self._canary_logprobs = {v: values for v, values in known.items() if v in owed}
@@ -88,7 +91,8 @@ class CollectiveSender:
 
     def release(self) -> None:
         """Waits until nobody reads the learner's parameters, and lets nobody until `publish`."""
-        if not self._outbox.reads_later:
+        sleeps = self._config.actor.sleep and not self._asleep
+        if not self._outbox.reads_later and not sleeps:
             return
         start = time.perf_counter()
         with self._changed:
@@ -96,6 +100,26 @@ class CollectiveSender:
             self._handshake.hold()
             self._outbox.release()
             self._blocked_seconds += time.perf_counter() - start
+            if sleeps:
+                self._put_to_sleep()
+
+    def _put_to_sleep(self) -> None:
+        """Waits until engines sleep, with their proofs made; who joins is told to sleep, too."""
+        start, members = time.perf_counter(), self._handshake.members.values
+        seconds = self._settings.ready_timeout_seconds
+        self._tell_sleep(True)
+        try:
+            self._wait(lambda: self._sleepers >= {m.peer for m in members()}, "sleep", seconds)
+        except PeerTimeout:
+            awake = [member.name for member in members() if member.peer not in self._sleepers]
+            log.warning("training goes on beside %s, awake after %g s", ", ".join(awake), seconds)
+        self._metrics["publish/sleep_seconds"] = time.perf_counter() - start
+
+    def _tell_sleep(self, asleep: bool) -> None:
+        self._asleep, self._sleepers = asleep, set()
+        for member in list(self._handshake.members.values()):
+            if not self._server.push(member.peer, Packet(kind="sleep", fields={"asleep": asleep})):
+                self._evict(member.name, "its connection is gone")
 
     def serve(self) -> None:
         """Sends to actors that are late or new, if that is for the caller to do."""
@@ -198,7 +222,7 @@ class CollectiveSender:
         for peer, packet in self._waiting_joins:
             name = packet.fields["actor"]
             self._handshake.join(name, peer, packet.fields["ranks"])
-            fields = {**self._outbox.joined(), "life": self._life}
+            fields = {**self._outbox.joined(), "life": self._life, "asleep": self._asleep}
             answer = Packet(kind="joined", request_id=packet.request_id, fields=fields)
             self._server.answer(peer, answer)
             log.info("%s joined", name)
@@ -214,10 +238,13 @@ class CollectiveSender:
     def _on_free(self, peer: str, packet: Packet) -> None:
         self._handshake.free(packet.fields["actor"])
 
+    def _on_asleep(self, peer: str, packet: Packet) -> None:
+        self._sleepers.add(peer)
+
     def _on_alive(self, peer: str, packet: Packet) -> None:
         """From who may not know that it was evicted."""
         if packet.fields["actor"] not in self._handshake.members:
-            self._server.push(peer, Packet(kind="rejoin"))
+            self._server.push(peer, Packet(kind="rejoin", fields={"asleep": self._asleep}))
 
     def _on_loaded(self, peer: str, packet: Packet) -> None:
         fields = packet.fields

@@ -75,6 +75,7 @@ WEIGHTS_REQUESTS: Table = {
     "later": _row(actor=Name, round=Count),
     "free": _row(actor=Name),
     "alive": _row(actor=Name),
+    "asleep": _row(actor=Name),
     "loaded": _row(actor=Name, version=Count, copy_seconds=Number, stall_seconds=Number, **PROOF),
 }
 
