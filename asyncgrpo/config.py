@@ -182,9 +182,16 @@ class Config(Room):
         in_vllm = {"actor.tensor_parallel": width > 1 and width, "learner.lora.publish": publish}
         fused = {"learner.fused_head": learner.fused_head}
         asleep = {"actor.sleep": self.actor.sleep}
-        halves = "learner.dtype = 'bfloat16' and learner.float32_head = false, as its kernel has it"
-        shared = "launch.share_gpus = true on GPUs: engines give their memory to learners there"
-        each = "weights.publish_every = 1: engines wake up for each publish"
+        halves = (
+            f"learner.dtype = 'bfloat16' (now {learner.dtype!r}) and learner.float32_head = false "
+            "(its kernel multiplies in bfloat16)"
+        )
+        shared = (
+            f"launch.gpus >= 1 (now {self.launch.gpus}) and launch.share_gpus = true (engines give "
+            "their memory to a learner on the same GPU)"
+        )
+        every = self.weights.publish_every
+        each = f"weights.publish_every = 1 (now {every}; engines wake up for each publish)"
         fsdp = "learner.parallel = 'fsdp' (DDP has no parts of a model)"
         ddp = "learner.parallel = 'ddp' (FSDP knows no 8- or 4-bit parts)"
         cuda = "CUDA, but launch.gpus=0 is a CPU run"
@@ -199,7 +206,7 @@ class Config(Room):
             (halves, learner.dtype == "bfloat16" and not learner.float32_head, fused),
             (vllm, self.actor.engine == "vllm", in_vllm),
             (shared, (on_gpus and self.launch.share_gpus) or self.actor.engine == "toy", asleep),
-            (each, self.weights.publish_every == 1, asleep),
+            (each, every == 1, asleep),
         ]
         for need, is_met, settings in needs:
             for name, value in settings.items():

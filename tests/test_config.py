@@ -40,7 +40,7 @@ WRONG = {
     "buffer.completions_per_step=30": ["completions_per_step=30", "group_size=8", "24 or 32"],
     "weights.publish_every=6": ["publish_every=6", "max_staleness + 1 = 5", "deadlock"],
     "weights={only_changed=true, transport='disk'}": ["only_changed=true", "set another transport"],
-    "actor.sleep=true": ["actor.sleep=true needs launch.gpus >= 1 (now 0)", "share_gpus = true"],
+    "actor.sleep=true": ["actor.sleep=True needs launch.gpus >= 1 (now 0)", "share_gpus = true"],
     "launch.learners=17": ["groups_per_step=16", "launch.learners=17", "at least one group"],
     "learner.max_tokens_per_microbatch=20": ["=20", "256 + 16 = 272"],
     "data.tasks.sequence_min=9": ["sequence_min=9", "sequence_max=6"],
@@ -93,7 +93,7 @@ HALF = {"fused_head": True, "dtype": "bfloat16"}
         ),
         (
             {"actor": {"sleep": True, "engine": "toy"}, "weights": {"publish_every": 2}},
-            "publish_every=2 must be 1 with actor.sleep",
+            r"actor.sleep=True needs weights.publish_every = 1 \(now 2;",
         ),
         ({"learner": HALF}, "learner.fused_head=True needs CUDA, but launch.gpus=0"),
         ({"learner": {"fused_head": True}, "launch": ONE_GPU}, r"'bfloat16' \(now 'float32'\)"),
