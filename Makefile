@@ -54,6 +54,8 @@ $(VENV)/.installed: $(REQ) pyproject.toml
 	$(PY) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv || echo "no uv here; pip takes its place (slower)"
 	$(BIN)/uv pip install -q --no-deps -r $(REQ) || $(BIN)/python -m pip install -q --no-deps -r $(REQ)
+	$(BIN)/uv pip install -q --no-deps --target $(VENV)/peers -r requirements/peers.txt || \
+	  $(BIN)/python -m pip install -q --no-deps --target $(VENV)/peers -r requirements/peers.txt
 	$(BIN)/uv pip install -q --no-deps -e . || $(BIN)/python -m pip install -q --no-deps -e .
 	@$(BIN)/python -c "from importlib.metadata import distributions as d; import sys; \
 	bad = sorted({m for m in ('torchvision', 'torchaudio', 'torchcodec') for x in d() if x.name == m}); \

@@ -7,16 +7,16 @@ The catalogue reads the source text, so that names can be checked without import
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from asyncgrpo.errors import AlgorithmError, BadInput, ConfigError
+from asyncgrpo.hints import did_you_mean
 from asyncgrpo.imports import find_function, last_place
 
 MODULES = {
@@ -64,20 +64,10 @@ def check_name(kind: str, name: str) -> None:
     known = catalogue(kind)
     if name in known or ":" in name:
         return
-    near = nearest(name, known)
-    hint = f"did you mean {near!r}? " if near else ""
     raise ValueError(
-        f"there is no {kind} {name!r}; {hint}built in are: {', '.join(known)}; write your own as "
-        "'package.module:function'"
+        f"there is no {kind} {name!r}; {did_you_mean(name, known)}built in are: "
+        f"{', '.join(known)}; write your own as 'package.module:function'"
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that begins with `name`, or else is spelled most like it."""
-    names = list(known)
-    longer = [candidate for candidate in names if name and candidate.startswith(name)]
-    near = longer or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return near[0] if near else None
 
 
 @cache

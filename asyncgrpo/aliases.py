@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.settings.reward import as_functions
 from asyncgrpo.settings.room import Room
 
 Rooms = Mapping[str, Mapping[str, Any]]  # room -> its fields
@@ -275,10 +276,10 @@ def _reference(its: Foreign, ours: _Ours) -> Pairs:
         yield "algo.reference.mix_alpha", its.get("ref_model_mixup_alpha", 0.6)
 
 
-def _vespo(its: Foreign, ours: _Ours) -> Pairs:
-    for sign, end, default in (("positive", "pos", (2.0, 3.0)), ("negative", "neg", (3.0, 2.0))):
-        names = (f"vespo_k_{end}", f"vespo_lambda_{end}")
-        yield f"algo.vespo.{sign}", [its.get(n, d) for n, d in zip(names, default, strict=True)]
+def _lists(its: Foreign, ours: _Ours) -> Pairs:
+    for key, parts in _table()["lists"].items():
+        if parts.keys() & its.keys():
+            yield key, [its.get(name, default) for name, default in parts.items()]
 
 
 def _warmup(its: Foreign, ours: _Ours) -> Pairs:
@@ -291,30 +292,11 @@ def _min_lr(its: Foreign, ours: _Ours) -> Pairs:
     yield "learner.min_lr_ratio", its["lr_min"] / ours.get("learner.lr")
 
 
-def _betas(its: Foreign, ours: _Ours) -> Pairs:
-    yield "learner.betas", [its.get("adam_beta1", 0.9), its.get("adam_beta2", 0.999)]
-
-
-def _epochs(its: Foreign, ours: _Ours) -> Pairs:
-    for name, epochs in its.items():
-        if epochs % 1:
-            raise ConfigError(
-                f"{name}={epochs} is no whole number; leave it out and set run.max_steps = "
-                f"{epochs} x prompts / buffer.groups_per_step"
-            )
-        yield "data.epochs", int(epochs)
-
-
 def _reward_weights(its: Foreign, ours: _Ours) -> Pairs:
     """The functions anew, each with its weight: those that were given are taken out first."""
-    weights, given = its["reward_weights"], ours.get("reward.functions")
+    weights, given = its["reward_weights"], as_functions(ours.get("reward.functions"))
     functions = [
-        f.model_dump(exclude_unset=True)
-        if isinstance(f, Room)
-        else {"use": f}
-        if isinstance(f, str)
-        else f
-        for f in given
+        f.model_dump(exclude_unset=True) if isinstance(f, Room) else dict(f) for f in given
     ]
     if len(weights) != len(functions):
         raise ConfigError(
@@ -323,11 +305,8 @@ def _reward_weights(its: Foreign, ours: _Ours) -> Pairs:
         )
     pairs = list(zip(functions, weights, strict=True))
     for function, weight in pairs:
-        if function.get("weight", weight) != weight:
-            raise ConfigError(
-                f"reward_weights={weights}: {function['use']} has the weight "
-                f"{function['weight']} already; keep one"
-            )
+        if (own := function.get("weight", weight)) != weight:
+            raise ConfigError(f"reward_weights: {function['use']} has the weight {own} already")
     ours.settings.get("reward", {}).pop("functions", None)
     yield "reward.functions", [{**function, "weight": weight} for function, weight in pairs]
 
@@ -338,12 +317,11 @@ _TRANSLATORS: Mapping[str, Callable[[Foreign, _Ours], Pairs]] = {
     "algo.correction": _correction,
     "algo.clip_low": _clips,
     "algo.reference.sync_every": _reference,
-    "algo.vespo.positive": _vespo,
+    "algo.vespo.positive": _lists,
     "buffer.completions_per_step": _batch,
-    "data.epochs": _epochs,
     "learner.min_lr_ratio": _min_lr,
     "learner.warmup_ratio": _warmup,
     "reward.functions": _reward_weights,
     **dict.fromkeys(("use_kl_loss", "kl_loss_coef"), _kl_coef),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), _betas),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _lists),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from pydantic import ValidationError, field_serializer, model_validator
 
 from asyncgrpo.aliases import translate
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.hints import nearest
 from asyncgrpo.settings.algo import AlgoSettings
 from asyncgrpo.settings.data import DataSettings
 from asyncgrpo.settings.learner import CheckpointSettings, LearnerSettings, WeightSettings
@@ -54,34 +54,32 @@ class Config(Room):
     launch: LaunchSettings = LaunchSettings()
     observe: ObserveSettings = ObserveSettings()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _completions_to_groups(cls, raw: Any) -> Any:
+    @model_validator(mode="after")
+    def _completions_to_groups(self) -> Config:
         """Resolves buffer.completions_per_step into buffer.groups_per_step."""
-        rooms = (
-            [raw.get(room) or {} for room in ("buffer", "algo")] if isinstance(raw, dict) else []
+        buffer, completions, size = (
+            self.buffer,
+            self.buffer.completions_per_step,
+            self.algo.group_size,
         )
-        if not rooms or not all(isinstance(room, dict) for room in rooms):
-            return raw  # wrong types are reported by the field itself
-        completions = rooms[0].get("completions_per_step")
-        group_size = rooms[1].get("group_size", AlgoSettings().group_size)
-        if not isinstance(completions, int) or not isinstance(group_size, int) or group_size < 1:
-            return raw
-        if completions % group_size:
-            down = completions // group_size * group_size
-            fitting = " or ".join(str(n) for n in (down, down + group_size) if n)
+        if completions is None:
+            return self
+        groups, rest = divmod(completions, size)
+        if rest:
+            fitting = " or ".join(str(n * size) for n in (groups, groups + 1) if n)
             raise ValueError(
                 f"buffer.completions_per_step={completions} is not a multiple of "
-                f"algo.group_size={group_size}; use {fitting}"
+                f"algo.group_size={size}; use {fitting}"
             )
-        groups = raw["buffer"].get("groups_per_step", completions // group_size)
-        if groups != completions // group_size or raw["buffer"].get("tokens_per_step"):
+        is_other = "groups_per_step" in buffer.model_fields_set and buffer.groups_per_step != groups
+        if is_other or buffer.tokens_per_step:
             raise ValueError(
-                f"buffer.completions_per_step={completions} is {completions // group_size} groups "
-                "of algo.group_size, but groups_per_step or tokens_per_step says otherwise; keep "
-                "one of the three"
+                f"buffer.completions_per_step={completions} is {groups} groups of algo.group_size, "
+                "but groups_per_step or tokens_per_step says otherwise; keep one of the three"
             )
-        return {**raw, "buffer": {**raw["buffer"], "groups_per_step": groups}}
+        # the only change of what is read, before anybody sees it
+        self.__dict__["buffer"] = buffer.model_copy(update={"groups_per_step": groups})
+        return self
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
@@ -90,136 +88,130 @@ class Config(Room):
         return self
 
     def _problems(self) -> Iterable[str]:
-        size, staleness = self.algo.group_size, self.buffer.max_staleness
+        """What could never work together."""
+        batch, size, staleness = self.buffer, self.algo.group_size, self.buffer.max_staleness
         if size < 2 and ":" not in self.algo.advantage:
             yield (
                 f"algo.group_size={size} must be >= 2 with {self.algo.advantage} advantages: "
                 "they compare completions of one group; set algo.group_size to 4 or more"
             )
-        if self.weights.publish_every > staleness + 1:
+        if (every := self.weights.publish_every) > staleness + 1:
             yield (
-                f"weights.publish_every={self.weights.publish_every} must be <= "
-                f"buffer.max_staleness + 1 = {staleness + 1}: the gate would wait for weights that "
-                "are published only after a batch that the gate does not let start (deadlock); "
-                f"set buffer.max_staleness >= {self.weights.publish_every - 1}"
+                f"weights.publish_every={every} must be <= buffer.max_staleness + 1 = "
+                f"{staleness + 1}: the gate would wait for weights that are published only after "
+                f"a batch that it holds back (deadlock); set buffer.max_staleness >= {every - 1}"
             )
         if self.weights.only_changed and self.weights.transport == "disk":
+            yield "weights.only_changed=true: 'disk' writes whole versions; set another transport"
+        if batch.replay_ratio and (batch.tokens_per_step or not staleness):
             yield (
-                'weights.only_changed=true cannot be with weights.transport="disk", which writes '
-                "whole versions: set another transport, or weights.only_changed=false"
+                f"buffer.replay_ratio={batch.replay_ratio} needs batches counted in groups (no "
+                "tokens_per_step), and groups old enough: buffer.max_staleness >= 1"
             )
-        if self.buffer.replay_ratio and (self.buffer.tokens_per_step or not staleness):
+        if batch.replay_ratio and self.new_groups < self.min_groups:
             yield (
-                f"buffer.replay_ratio={self.buffer.replay_ratio} needs batches counted in groups "
-                "and buffer.max_staleness >= 1: leave tokens_per_step out, and let groups be old "
-                "enough to be trained again"
+                f"buffer.replay_ratio={batch.replay_ratio} leaves {self.new_groups} new groups of "
+                f"buffer.groups_per_step={batch.groups_per_step}, but at least {self.min_groups} "
+                "are needed (ranks x algo.minibatches); use more groups per step"
             )
-        if self.buffer.replay_ratio and self.new_groups < self.min_groups:
+        if batch.groups_per_step < self.min_groups:
             yield (
-                f"buffer.replay_ratio={self.buffer.replay_ratio} leaves {self.new_groups} new "
-                f"groups of buffer.groups_per_step={self.buffer.groups_per_step}, but at least "
-                f"{self.min_groups} are needed (ranks x algo.minibatches); use more groups per step"
+                f"buffer.groups_per_step={batch.groups_per_step} must be >= launch.learners="
+                f"{self.launch.learners} x algo.minibatches={self.algo.minibatches}: each "
+                "optimizer step needs at least one group on each rank"
             )
-        if self.buffer.groups_per_step < self.launch.learners:
-            yield (
-                f"buffer.groups_per_step={self.buffer.groups_per_step} must be >= "
-                f"launch.learners={self.launch.learners}: each rank needs at least one group; "
-                "use fewer learners or more groups"
-            )
-        if self.buffer.groups_per_step < self.min_groups:
-            yield (
-                f"algo.minibatches={self.algo.minibatches} must be <= buffer.groups_per_step / "
-                f"launch.learners = {self.buffer.groups_per_step} / {self.launch.learners}: each "
-                "optimizer step needs a group on each rank"
-            )
-        if self.algo.overlong_buffer >= self.sampling.max_completion_tokens:
+        prompt, completion = self.data.max_prompt_tokens, self.sampling.max_completion_tokens
+        if self.algo.overlong_buffer >= completion:
             yield (
                 f"algo.overlong_buffer={self.algo.overlong_buffer} must be < "
-                f"sampling.max_completion_tokens={self.sampling.max_completion_tokens}: it is the "
-                "last part of a completion"
+                f"sampling.max_completion_tokens={completion}, whose last part it is"
             )
-        longest = self.data.max_prompt_tokens + self.sampling.max_completion_tokens
-        if self.learner.max_tokens_per_microbatch < longest:
+        if (row := self.learner.max_tokens_per_microbatch) < prompt + completion:
             yield (
-                f"learner.max_tokens_per_microbatch={self.learner.max_tokens_per_microbatch} must "
-                f"be >= data.max_prompt_tokens + sampling.max_completion_tokens = "
-                f"{self.data.max_prompt_tokens} + {self.sampling.max_completion_tokens} = {longest}"
+                f"learner.max_tokens_per_microbatch={row} must be >= data.max_prompt_tokens + "
+                f"sampling.max_completion_tokens = {prompt} + {completion} = {prompt + completion}"
                 ", the longest sequence: raise it, or lower one of the two"
             )
-        yield from self._parallel_problems()
-        lora, every = self.learner.lora, self.algo.reference.sync_every
-        if lora and lora.quantize and not self.launch.gpus:
+        yield from self._unmet_needs()
+        yield from self._adapter_problems()
+        learners, shard_ranks = self.launch.learners, self.learner.shard_ranks
+        if learners % max(shard_ranks, 1):
+            fitting = ", ".join(str(n) for n in range(1, learners + 1) if learners % n == 0)
             yield (
-                f"learner.lora.quantize={lora.quantize!r} needs CUDA, but launch.gpus=0 is a CPU "
-                "run; set launch.gpus, or leave it out (LoRA on the weights as they are)"
+                f"learner.shard_ranks={shard_ranks} must divide launch.learners={learners}: "
+                f"use one of {fitting}, or 0 (all ranks share one copy)"
             )
-        if lora and every:
-            yield (
-                f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
-                "of its own that a reference could take over; set algo.reference.sync_every = 0"
-            )
-        yield from self._engine_problems()
         names = [block.name for block in self.eval]
         for name in names:
             if names.count(name) > 1:
                 yield f"eval: two blocks are called {name!r}; give one of them another `name`"
-        if self.data.tasks.sequence_min > self.data.tasks.sequence_max:
-            yield (
-                f"data.tasks.sequence_min={self.data.tasks.sequence_min} must be <= "
-                f"data.tasks.sequence_max={self.data.tasks.sequence_max}"
-            )
+        least, most = self.data.tasks.sequence_min, self.data.tasks.sequence_max
+        if least > most:
+            yield f"data.tasks.sequence_min={least} must be <= data.tasks.sequence_max={most}"
 
-    def _engine_problems(self) -> Iterable[str]:
-        adapter, count = self.learner.published_adapter, self.actor.tensor_parallel
-        only_vllm: dict[str, Any] = {"actor.tensor_parallel": count > 1 and count}
-        only_vllm["learner.lora.publish"] = adapter and adapter.publish
-        for name, value in only_vllm.items():
-            if value and self.actor.engine == "toy":
-                yield (
-                    f"{name}={value!r} needs actor.engine = 'vllm': the toy engine is one process "
-                    "and takes whole weights; leave one of the two out"
-                )
+    def _adapter_problems(self) -> Iterable[str]:
+        adapter, every = self.learner.published_adapter, self.algo.reference.sync_every
+        if self.learner.lora and every:
+            yield (
+                f"algo.reference.sync_every={every} with learner.lora: an adapter has no weights "
+                "of its own that a reference could take over; set algo.reference.sync_every = 0"
+            )
+        merged = "set learner.lora.publish = 'merged'"
         if adapter and adapter.quantize:
             yield (
                 f"learner.lora.publish='adapter' with learner.lora.quantize={adapter.quantize!r}: "
-                "engines would add the adapter to a base that is not quantised, another model; set "
-                "learner.lora.publish = 'merged'"
+                f"engines would add the adapter to a base that is not quantised; {merged}"
             )
         if adapter and adapter.r > MAX_ENGINE_RANK:
             yield (
                 f"learner.lora.r={adapter.r} must be <= {MAX_ENGINE_RANK}, vLLM's limit, with "
-                "learner.lora.publish='adapter'; lower it, or set learner.lora.publish = 'merged'"
+                f"learner.lora.publish='adapter'; lower it, or {merged}"
             )
 
-    def _parallel_problems(self) -> Iterable[str]:
-        learner, count = self.learner, self.launch.learners
-        is_8bit = learner.optimizer == "adamw_8bit"
-        only_fsdp = {"shard_ranks": learner.shard_ranks, "cpu_offload": learner.cpu_offload}
-        only_ddp = {
-            "lora.quantize": learner.lora and learner.lora.quantize,
-            "optimizer": is_8bit and learner.optimizer,
+    def _unmet_needs(self) -> Iterable[str]:
+        """Settings that do nothing, or cannot work, without another one."""
+        learner, lora, width = self.learner, self.learner.lora, self.actor.tensor_parallel
+        parts = {"learner.shard_ranks": learner.shard_ranks}
+        offload = {"learner.cpu_offload": learner.cpu_offload}
+        on_gpus = self.launch.gpus > 0
+        packed = {
+            "learner.lora.quantize": lora and lora.quantize,
+            "learner.optimizer": learner.optimizer == "adamw_8bit" and learner.optimizer,
         }
-        only_cuda = {"compile": learner.compile, "cpu_offload": learner.cpu_offload}
-        if learner.parallel == "fsdp" and count % max(learner.shard_ranks, 1):
-            fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-            yield (
-                f"learner.shard_ranks={learner.shard_ranks} must divide launch.learners={count}: "
-                f"use one of {fitting}, or 0 (all ranks share one copy)"
-            )
-        for name, value in (only_fsdp if learner.parallel == "ddp" else only_ddp).items():
-            if value:
-                other = "fsdp" if learner.parallel == "ddp" else "ddp"
-                why = "has no parts of a model" if other == "fsdp" else "knows no 8- or 4-bit parts"
-                yield (
-                    f"learner.{name}={value!r} with learner.parallel={learner.parallel!r}, which "
-                    f"{why}; set learner.parallel = {other!r}, or leave it out"
-                )
-        for name, value in {**only_cuda, "optimizer": only_ddp["optimizer"]}.items():
-            if value and not self.launch.gpus:
-                yield (
-                    f"learner.{name}={value!r} needs CUDA, but launch.gpus=0 is a CPU run; set "
-                    "launch.gpus, or leave it out"
-                )
+        publish = learner.published_adapter and "adapter"
+        in_vllm = {"actor.tensor_parallel": width > 1 and width, "learner.lora.publish": publish}
+        fused = {"learner.fused_head": learner.fused_head}
+        asleep = {"actor.sleep": self.actor.sleep}
+        halves = (
+            f"learner.dtype = 'bfloat16' (now {learner.dtype!r}) and learner.float32_head = false "
+            "(its kernel multiplies in bfloat16)"
+        )
+        shared = (
+            f"launch.gpus >= 1 (now {self.launch.gpus}) and launch.share_gpus = true (engines give "
+            "their memory to a learner on the same GPU)"
+        )
+        every = self.weights.publish_every
+        each = f"weights.publish_every = 1 (now {every}; engines wake up for each publish)"
+        fsdp = "learner.parallel = 'fsdp' (DDP has no parts of a model)"
+        ddp = "learner.parallel = 'ddp' (FSDP knows no 8- or 4-bit parts)"
+        cuda = "CUDA, but launch.gpus=0 is a CPU run"
+        vllm = (
+            "actor.engine = 'vllm' (the toy engine, also that of --serial, is one process and "
+            "takes whole weights)"
+        )
+        needs: list[tuple[str, bool, dict[str, Any]]] = [
+            (fsdp, learner.parallel == "fsdp", {**parts, **offload}),
+            (ddp, learner.parallel == "ddp", packed),
+            (cuda, on_gpus, {**packed, **offload, **fused, "learner.compile": learner.compile}),
+            (halves, learner.dtype == "bfloat16" and not learner.float32_head, fused),
+            (vllm, self.actor.engine == "vllm", in_vllm),
+            (shared, (on_gpus and self.launch.share_gpus) or self.actor.engine == "toy", asleep),
+            (each, every == 1, asleep),
+        ]
+        for need, is_met, settings in needs:
+            for name, value in settings.items():
+                if value and not is_met:
+                    yield f"{name}={value!r} needs {need}; change that, or leave {name} out"
 
     @field_serializer("eval")
     def _one_block_as_a_table(self, blocks: tuple[EvalSettings, ...]) -> Any:
@@ -276,9 +268,14 @@ def preset_files() -> dict[str, Path]:
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Reads TOML, a preset or a config.json, then applies `room.key=value` (TOML, or text)."""
     raw = _read_file(Path(path)) if path is not None else {}
-    for override in overrides:
+    asked = list(overrides)
+    for override in asked:
         _apply_override(raw, override)
-    return from_mapping(raw)
+    try:
+        return from_mapping(raw)
+    except ConfigError as error:
+        source = f"{path}{' with --set and options' if asked else ''}: " if path else ""
+        raise ConfigError(f"{source}{error}") from None
 
 
 def from_mapping(raw: Mapping[str, Any]) -> Config:
@@ -300,8 +297,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} does not exist; there are: {', '.join(near)}")
     kind, loads = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        return dict(loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return {**loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"config file {path} is not valid {kind}: {error}") from None
 
 
@@ -354,17 +351,12 @@ def _explain(item: Any) -> str:
     location = tuple(part for part in item["loc"] if part not in (TEXT, TABLE, TABLES))
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        known = list(_fields_at(location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
-        if near:
-            hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?"
-        else:
-            home = [
-                f"{room}.{location[-1]}"
-                for room in Config.model_fields
-                if location[-1] in _fields_at((room,))
-            ]
-            hint = f"did you mean {home[0]}?" if home else f"known here: {', '.join(known)}"
+        *place, last = map(str, location)
+        known = _fields_at(location[:-1])
+        homes = [[room, last] for room in Config.model_fields if last in _fields_at((room,))]
+        near = nearest(last, known)
+        meant = [*place, near] if near else next(iter(homes), None)
+        hint = f"did you mean {'.'.join(meant)}?" if meant else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
     field = _fields_at(location[:-1]).get(location[-1]) if location else None

@@ -1,24 +1,4 @@
-"""Every error that asyncgrpo raises on purpose, in one tree.
-
-    AsyncGRPOError
-    ├── BadInput                what the user gave cannot work; exit code 2
-    │   ├── ConfigError         a setting: unknown, wrong type, out of range, contradictory
-    │   ├── DataError           a data file: malformed (with its line number)
-    │   │   └── AbsentData      .. or not on this machine; a dry run goes on without it
-    │   ├── ModelError          a model folder: no config, no tokenizer, no weights, unsupported
-    │   │   └── AbsentModel     .. or a hub name that is not on this machine
-    │   ├── RewardError         a reward function: not found, raises, wrong count, not finite
-    │   └── AlgorithmError      a user's loss, correction .. returns something of the wrong shape
-    └── RunError                something broke while running; exit code 3
-        ├── RoleFailed          a process ended that should not have
-        ├── PeerTimeout         a peer did not answer within its deadline (it is named)
-        ├── WireError           a message that does not follow the schema
-        │   └── SchemaMismatch  ... because its sender is another version
-        ├── CheckpointError     a checkpoint cannot be written, or is not as it was written
-        ├── StalenessError      a token past the staleness bound reached the learner
-        ├── EngineError         the inference engine refused or lost something
-        ├── WeightsError        weights were not what they should be after a broadcast
-        └── LedgerError         the ledger cannot be kept or read, or its books do not balance
+"""Every error that asyncgrpo raises on purpose: BadInput (exit code 2), RunError (3), their kinds.
 
 Messages say what happened with the value, what is allowed, and what to change.
 """
@@ -35,7 +15,7 @@ class AsyncGRPOError(Exception):
 
 
 class BadInput(AsyncGRPOError):
-    """The user's input cannot work as it is."""
+    """What the user gave cannot work as it is; a second try would meet the same end."""
 
     exit_code = EXIT_BAD_INPUT
 
@@ -49,7 +29,7 @@ class DataError(BadInput):
 
 
 class AbsentData(DataError):
-    """A data file or data set is not on this machine."""
+    """A data file or data set is not on this machine; a dry run goes on without it."""
 
 
 class ModelError(BadInput):
@@ -57,7 +37,7 @@ class ModelError(BadInput):
 
 
 class AbsentModel(ModelError):
-    """A model of the hub is not on this machine."""
+    """A model of the hub is not on this machine; a dry run goes on without it."""
 
 
 class RewardError(BadInput):
@@ -81,7 +61,6 @@ class PeerTimeout(RunError):
 
     def __init__(self, peer: str, waited_for: str, seconds: float) -> None:
         super().__init__(f"{peer} did not answer within {seconds:g} s ({waited_for})")
-        self.peer = peer
 
 
 class WireError(RunError):

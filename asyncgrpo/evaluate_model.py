@@ -15,9 +15,9 @@ from rich.progress import Progress
 
 from asyncgrpo.actor.judge import InlineJudge, Judge, JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
-from asyncgrpo.actor.process import load_engine, load_tokenizer, stop_token_ids
+from asyncgrpo.actor.process import load_engine, load_tokenizer, stop_token_ids, vocab_size
 from asyncgrpo.buffer.evaluation import Evaluations
-from asyncgrpo.buffer.journal import NoJournal
+from asyncgrpo.buffer.journal import Journal
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.data.prompts import held_out_sets
@@ -62,7 +62,7 @@ class Desk:
         quick_tokenizer(config.model.path)  # can it be read?
         self.num_prompts, self._max_prompt_tokens = len(prompts), config.data.max_prompt_tokens
         self._timeout_seconds = config.reward.timeout_seconds
-        journal = NoJournal()
+        journal = Journal()
         leases = LeaseBook(config, journal)
         self._evaluations = Evaluations(config, lambda num, block: prompts, leases, journal)
         request = Packet(kind="evaluate", fields={"version": UNPUBLISHED, "blocks": [name]})
@@ -187,7 +187,7 @@ def _load_actor(config: Config, desk: Desk, judge: Judge) -> ActorLoop:
         config,
         engine=load_engine(config, stop_token_ids(config, tokenizer)),
         tokenizer=tokenizer,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(config.model.path),
         client=desk,
         receiver=LocalLink(config),  # without a sender: the weights stay
         judge=judge,

@@ -1,14 +1,30 @@
-"""What is usual for settings whose best value depends on model and task: hints, never limits."""
+"""Hints: the name that somebody may have meant, and values that are usual for a setting."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from asyncgrpo.config import Config
+if TYPE_CHECKING:
+    from asyncgrpo.config import Config
 
 LORA_FACTOR = 10  # an adapter wants about ten times the learning rate of all weights
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one that begins with `name`, or else is spelled most like it."""
+    known = list(names)
+    near = [other for other in known if name and other.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """ "did you mean 'x'? " or nothing."""
+    near = nearest(name, names)
+    return f"did you mean {near!r}? " if near else ""
 
 
 class Usual(NamedTuple):

@@ -11,24 +11,26 @@ A packed file is code, as a .py file is: run directories of strangers are not to
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
+import opcode
 import os
 import pickle
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from asyncgrpo.errors import BadInput, RewardError
+from asyncgrpo.hints import did_you_mean
 
 Function = Callable[..., Any]
 PACKED = ".pkl"
+RAISE = opcode.opmap["RAISE_VARARGS"]
 PATH = "ASYNCGRPO_PATH"  # the launcher's sys.path: its processes import what it can import
 
 
@@ -43,7 +45,7 @@ def find_function(use: str, what: str, error: type[BadInput]) -> Function:
     for part in name.split("."):
         if not hasattr(found, part):
             names = [name for name in dir(found) if not name.startswith("_")]
-            has = nearest(part, names) or f"it has: {', '.join(names[:10]) or 'nothing'}"
+            has = did_you_mean(part, names) or f"it has: {', '.join(names[:10]) or 'nothing'}"
             raise error(f"{what} {use!r}: {part!r} is not defined there; {has.strip()}")
         found = getattr(found, part)
     if not callable(found):
@@ -91,12 +93,6 @@ def pack(functions: Mapping[str, Function]) -> bytes:
     return packed
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "did you mean 'x'? " or nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
 def last_place(error: BaseException) -> str:
     """file:line where an error was raised."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -114,9 +110,13 @@ def described(error: BaseException) -> str:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """It is Ctrl-C, which reaches the main thread alone, and no fault of the user's code."""
+    """It is Ctrl-C: it reached the main thread, and no `raise` of the user's code began it."""
     in_main = threading.current_thread() is threading.main_thread()
-    return isinstance(error, KeyboardInterrupt) and in_main
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    is_raised = place is not None and place.tb_frame.f_code.co_code[place.tb_lasti] == RAISE
+    return isinstance(error, KeyboardInterrupt) and in_main and not is_raised
 
 
 def shown(value: object) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncgrpo.types import Float32, Sampled, Sampling
@@ -20,6 +21,17 @@ Reward = Callable[..., Any]
 # (name as in Hugging Face's named_parameters, tensor), in manifest order each time they are asked
 # for; a tensor may be made on the way, so hold one at a time
 NamedTensors = Iterable[tuple[str, "torch.Tensor"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """In place of a tensor that is spread over ranks: flat pieces in order, each until the next."""
+
+    shape: Sequence[int]
+    flat: Iterator[torch.Tensor]
+
+
+SentTensors = Iterable[tuple[str, "torch.Tensor | Parts"]]
 
 
 class Engine(Protocol):
@@ -58,8 +70,11 @@ class Engine(Protocol):
     def load_weights(self, version: int, tensors: NamedTensors) -> None:
         """Replaces all weights; WeightsError when a name or shape does not fit."""
 
-    def close(self) -> None:
-        """Frees what the engine holds."""
+    def sleep(self) -> None:
+        """Gives away the memory of weights and KV cache; no step and no weights until `wake`."""
+
+    def wake(self) -> None:
+        """Takes it back: the same weights, and sequences in flight go on where they were."""
 
 
 class Client(Protocol):
@@ -86,7 +101,7 @@ class Client(Protocol):
 class WeightSender(Protocol):
     """The learner's side of publishing; only rank 0 has one."""
 
-    def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
+    def publish(self, version: int, tensors: SentTensors, canary_logprobs: Float32) -> None:
         """Lets the weights travel to every actor in the background.
 
         They may be read until `release`. canary_logprobs: float32 [NUM_CANARIES, V], the learner's
@@ -95,7 +110,7 @@ class WeightSender(Protocol):
         """
 
     def release(self) -> None:
-        """Before the weights change: waits until they were read, within the deadlines."""
+        """Waits until weights that change next were read, or (actor.sleep) until engines sleep."""
 
     def serve(self) -> None:
         """While the learner waits for something else: sends to late actors what it alone can."""
@@ -108,9 +123,6 @@ class WeightSender(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """Times of the last publishes by metric name, seconds; and eviction counts."""
-
-    def close(self) -> None:
-        """Stops; actors keep what they hold."""
 
 
 class WeightReceiver(Protocol):
@@ -127,8 +139,8 @@ class WeightReceiver(Protocol):
     def set_busy(self, busy: bool) -> None:
         """While busy, no newer version is accepted (an evaluation needs one fixed version)."""
 
+    def wants_sleep(self, is_asleep: bool) -> bool:
+        """Whether the engine is to sleep; the learner is told when it does."""
+
     def check(self) -> None:
         """Raises WeightsError when the learner found this actor's weights wrong."""
-
-    def close(self) -> None:
-        """Stops."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from asyncgrpo.algorithms import MODULES, PRESETS, catalogue
 from asyncgrpo.aliases import by_name, entries
 from asyncgrpo.config import Config, load_config, preset_files
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.hints import USUAL
+from asyncgrpo.hints import USUAL, nearest
 
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 TYPES = {"string": "text", "boolean": "true or false", "null": "none", "object": "table"}
@@ -57,9 +56,11 @@ def explain(key: str) -> str:
         path = preset_files()[key]
         texts.append(f"{path}: {summary(path)}\n\n{as_toml(changed(load_config(path)))}")
     if not texts:
-        known = {*settings(), *map(_last, settings()), *by_name(), *Config.model_fields}
-        near = difflib.get_close_matches(key, {*known, *PRESETS, *preset_files()}, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `asyncgrpo config show`"
+        room = place.rpartition(".")[0]
+        inside = {_last(name): name for name in named if name.startswith(f"{room}.")}
+        known = [*map(_last, named), *by_name(), *Config.model_fields, *PRESETS, *preset_files()]
+        near = inside.get(nearest(_last(place), inside) or "") if room else nearest(key, known)
+        hint = f"did you mean {near}?" if near else "see `asyncgrpo config show`"
         raise ConfigError(f"there is no setting, alias or preset {key!r}; {hint}")
     return "\n\n".join(texts)
 

@@ -21,15 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 from pydantic import TypeAdapter
 
-from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.config import Config, load_config
 from asyncgrpo.errors import ConfigError
 
-Kind = TypeVar("Kind")
-FLOW_FILE = "flow.json"  # buffer/flow.py writes it, launch/stall.py reads it
+FLOW_FILE = "flow.json"  # buffer/server.py writes it, launch/stall.py reads it
 STOP_SIGNAL = "ASYNCGRPO_STOP_SIGNAL"  # the launcher's; when it is not SIGTERM, that is nobody's
 
 
@@ -57,13 +56,18 @@ class RunDir:
     @classmethod
     def read(cls, path: Path) -> RunDir:
         """Reads what `write` wrote; ConfigError when this is no run directory, or a broken one."""
-        settings = _read(path / "config.json", TypeAdapter(dict[str, Any]))
-        endpoints = _read(path / "endpoints.json", TypeAdapter(Endpoints))
+        file = path / "endpoints.json"
         try:
-            config = from_mapping(settings)
-        except ConfigError as error:
-            raise ConfigError(f"{path / 'config.json'}: {error}") from None
-        return cls(path=path, config=config, endpoints=endpoints)
+            endpoints = TypeAdapter(Endpoints).validate_json(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(f"{path} is not a run directory: {file} is missing") from None
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).partition(" [type=")[0].split())  # pydantic's first
+            raise ConfigError(
+                f"{file} is not whole ({reason}): the run was killed while it started, or the file "
+                "was changed; put it back, or name another run directory"
+            ) from None
+        return cls(path=path, config=load_config(path / "config.json"), endpoints=endpoints)
 
     def write(self) -> None:
         """Writes config.json and endpoints.json."""
@@ -76,19 +80,6 @@ class RunDir:
     def model_path(self) -> Path:
         """Where the trained model is saved."""
         return self.path / "model"
-
-
-def _read(file: Path, kind: TypeAdapter[Kind]) -> Kind:
-    try:
-        return kind.validate_json(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{file.parent} is not a run directory: {file} is missing") from None
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).partition(" [type=")[0].split())  # pydantic's first finding
-        raise ConfigError(
-            f"{file} is not whole ({reason}): the run was killed while it started, or the file was "
-            "changed; put it back, or name another run directory"
-        ) from None
 
 
 def is_done(run_dir: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
-from asyncgrpo.actor.process import load_tokenizer, load_toy_engine, stop_token_ids
+from asyncgrpo.actor.process import load_tokenizer, load_toy_engine, stop_token_ids, vocab_size
 from asyncgrpo.buffer.core import BufferCore, Replies
 from asyncgrpo.buffer.ledger import FILE as LEDGER_FILE
 from asyncgrpo.buffer.ledger import Ledger, put_back
@@ -102,7 +102,7 @@ class Others:
             config,
             engine=load_toy_engine(config, stop_token_ids(config, tokenizer)),
             tokenizer=tokenizer,
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size(config.model.path),
             client=LocalClient(self, "actor-0", lambda: None),
             receiver=self.link,
             judge=InlineJudge(config.rewards),

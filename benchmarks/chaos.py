@@ -23,11 +23,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
+from common import CONFIG, launch_command
 
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
 FAULTS = {  # how often each is drawn
     "kill actor": 8,
     "stop actor": 4,
@@ -35,16 +37,17 @@ FAULTS = {  # how often each is drawn
     "kill buffer": 2,
     "kill launcher": 1,
 }
-SETTINGS = (
-    "checkpoint.every=5",
-    "learner.lr=1e-4",  # the tiny model has learned all after some 60 steps at the usual rate
-    "eval.every=0",
-    "launch.max_restarts=50",
-    "launch.restart_window_seconds=20",  # the back-off begins anew
-    "weights.ready_timeout_seconds=3",
-    "weights.loaded_timeout_seconds=10",
-    "buffer.lease_deadline_seconds=30",
-)
+SETTINGS = {
+    "checkpoint.every": 5,
+    "learner.lr": 1e-4,  # the tiny model has learned all after some 60 steps at the usual rate
+    "eval.every": 0,
+    "launch.max_restarts": 50,
+    "launch.restart_window_seconds": 20,  # the back-off begins anew
+    "weights.ready_timeout_seconds": 3,
+    "weights.loaded_timeout_seconds": 10,
+    "buffer.lease_deadline_seconds": 30,
+}
+TORCHRUN = {"torch.distributed.run", "asyncgrpo.learner.torchrun"}  # its agent is no rank
 PAUSE_SECONDS = (3.0, 8.0)  # between a recovery and the next fault
 STOPPED_SECONDS = (1.0, 15.0)
 PATIENCE_SECONDS = 240.0  # for one recovery
@@ -58,14 +61,11 @@ class Chaos:
         self.faults: Counter[str] = Counter()
         self.recoveries: list[float] = []
         self._log = (run_dir.parent / "chaos.log").open("w", encoding="utf-8")
-        self._launcher = self._launch("--config", str(CONFIG), "--seed", str(seed), steps=100_000)
+        self._launcher = self._launch("--config", CONFIG, "--seed", seed, steps=100_000)
 
-    def _launch(self, *arguments: str, steps: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", *arguments]
-        command += ["--actors", "2", "--learners", "2", "--max-steps", str(steps)]
-        for setting in SETTINGS:
-            command += ["--set", setting]
-        command += ["--run-dir", str(self.run_dir)]
+    def _launch(self, *arguments: object, steps: int) -> subprocess.Popen[bytes]:
+        options = (*arguments, "--max-steps", steps)
+        command = launch_command(self.run_dir, *options, settings=SETTINGS)
         return subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
 
     def steps(self) -> int:
@@ -77,7 +77,7 @@ class Chaos:
 
     def disturb(self, seconds: float) -> None:
         """Draws faults until the time is up, each after the recovery from the last."""
-        self._await_rows(PATIENCE_SECONDS)
+        self._await_rows()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(self._chance.uniform(*PAUSE_SECONDS))
@@ -85,7 +85,7 @@ class Chaos:
             start = time.monotonic()
             if self._inject(fault):
                 self.faults[fault] += 1
-                self._await_rows(PATIENCE_SECONDS)
+                self._await_rows()
                 self.recoveries.append(time.monotonic() - start)
                 print(f"{fault}: {self.recoveries[-1]:.1f} s", file=sys.stderr, flush=True)
 
@@ -97,19 +97,20 @@ class Chaos:
         self._launcher = self._launch("--resume", "auto", steps=steps)
         return self._launcher.wait(PATIENCE_SECONDS)
 
-    def orphans(self) -> list[str]:
-        """Processes of the run that are left."""
-        return [" ".join(process.cmdline()) for process in self._processes()]
-
     def _inject(self, fault: str) -> bool:
         action, _, role = fault.partition(" ")
         if role == "launcher":
             self._launcher.kill()
             self._launcher.wait()
-            psutil.wait_procs(self._processes(), timeout=30)
+            psutil.wait_procs([*self.processes()], timeout=30)
             self._launcher = self._launch("--resume", "auto", steps=100_000)
             return True
-        found = [p for p in self._processes() if self._plays(p, role.partition(" ")[0])]
+        wanted = ["role", role.partition(" ")[0]]
+        found = [
+            process
+            for process, line in self.processes().items()
+            if wanted in map(list, pairwise(line)) and not TORCHRUN & {*line}
+        ]
         if not found:
             return False  # it is being restarted
         process = self._chance.choice(sorted(found, key=lambda p: p.pid))
@@ -117,34 +118,30 @@ class Chaos:
             process.kill()
             return True
         process.suspend()
-        threading.Timer(self._chance.uniform(*STOPPED_SECONDS), _resume, [process]).start()
+        threading.Timer(self._chance.uniform(*STOPPED_SECONDS), self._resume, [process]).start()
         return True
 
-    def _processes(self) -> list[psutil.Process]:
-        found = []
+    def _resume(self, process: psutil.Process) -> None:
+        with suppress(psutil.Error):  # another fault killed it
+            process.resume()
+
+    def processes(self) -> dict[psutil.Process, list[str]]:
+        """Those of the run with their command lines; not the launcher."""
+        found = {}
         for process in psutil.process_iter():
             try:
                 line = process.cmdline()
                 ours = str(self.run_dir) in line and any(w.startswith("asyncgrpo.") for w in line)
                 is_other = process.pid != self._launcher.pid
                 if ours and is_other and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    found[process] = line
             except psutil.Error:
                 continue
         return found
 
-    def _plays(self, process: psutil.Process, role: str) -> bool:
-        try:
-            line = process.cmdline()
-        except psutil.Error:
-            return False
-        is_torchrun = "torch.distributed.run" in line or "asyncgrpo.learner.torchrun" in line
-        return "role" in line and line[line.index("role") + 1] == role and not is_torchrun
-
-    def _await_rows(self, seconds: float) -> None:
+    def _await_rows(self) -> None:
         """Until two more steps are trained than now: the first may have been on its way."""
-        now, end = self.steps(), time.monotonic() + seconds
-        last, grown = now, 0
+        last, grown, end = self.steps(), 0, time.monotonic() + PATIENCE_SECONDS
         while grown < 2:
             if time.monotonic() > end or self._launcher.poll() is not None:
                 raise RuntimeError(f"no recovery; see {self._log.name}")
@@ -152,20 +149,6 @@ class Chaos:
             count = self.steps()
             grown += max(0, count - last)
             last = count
-
-
-def _resume(process: psutil.Process) -> None:
-    try:
-        process.resume()
-    except psutil.Error:
-        return  # another fault killed it
-
-
-def ask(*words: str) -> tuple[int, str]:
-    """Exit code and output of one asyncgrpo command."""
-    command = [sys.executable, "-m", "asyncgrpo.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout
 
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
@@ -180,8 +163,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     chaos.disturb(60 * arguments.minutes)
     code = chaos.finish()
     time.sleep(1.0)
-    audit_code, audit = ask("audit", str(run_dir), "--json")
-    found = json.loads(audit)
+    command = [sys.executable, "-m", "asyncgrpo.cli", "audit", str(run_dir), "--json"]
+    audit = subprocess.run(command, capture_output=True, text=True, check=False)
+    wrong = json.loads(audit.stdout)["wrong"]
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     result = {
         "cores": os.cpu_count(),
@@ -193,10 +177,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         "accuracy_before": summary["before"]["accuracy"],
         "accuracy_after": summary["after"]["accuracy"],
         "exit_code": code,
-        "audit_exit_code": audit_code,
-        "groups_lost": len(found["wrong"].get("nothing lost", [])),
-        "groups_trained_twice": len(found["wrong"].get("trained once", [])),
-        "orphans": chaos.orphans(),
+        "audit_exit_code": audit.returncode,
+        "groups_lost": len(wrong.get("nothing lost", [])),
+        "groups_trained_twice": len(wrong.get("trained once", [])),
+        "orphans": [*chaos.processes().values()],
     }
     print(json.dumps(result, indent=2))
     return result

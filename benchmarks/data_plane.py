@@ -15,12 +15,12 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,18 @@ from typing import Any
 import numpy as np
 import psutil
 import zmq
+from common import made_up_group
 
 import asyncgrpo
 from asyncgrpo.buffer import server
 from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.journal import NoJournal
+from asyncgrpo.buffer.journal import Journal
 from asyncgrpo.buffer.ledger import Ledger
-from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.rundir import Endpoints, RunDir
-from asyncgrpo.types import Completion, Completions, Group, Lease
+from asyncgrpo.types import Group
 from asyncgrpo.wire.codec import Packet, decode, encode, group_packet, lease_from
 from asyncgrpo.wire.sockets import DealerClient
 
@@ -56,7 +57,7 @@ SETTINGS = {
 }
 
 
-class NoLedger(NoJournal):
+class NoLedger(Journal):
     """Nothing is durable."""
 
     def __init__(self, run_dir: Path) -> None: ...
@@ -76,33 +77,32 @@ def prepare(folder: Path) -> RunDir:
     return run
 
 
-def make_group(lease: Lease) -> Group:
-    """A group of full size; its numbers are the same each time."""
-    random = np.random.default_rng(0)
-    completion = Completion(
-        token_ids=random.integers(0, 30_000, TOKENS).astype(np.int32),
-        behavior_logprobs=-random.random(TOKENS, dtype=np.float32),
-        versions=np.zeros(TOKENS, dtype=np.int32),
-        finish_reason="stop",
-        text="word " * TOKENS,
-    )
-    rewards = np.array([1, -1] * (COMPLETIONS // 2), dtype=np.float32)
-    return Group(
-        lease=lease,
-        prompt_token_ids=np.arange(200, dtype=np.int32),
-        completions=Completions.of([completion] * COMPLETIONS),
-        rewards=rewards,
-        reward_parts={"judge": rewards},
-        actor="bench",
-        timings={"generate": 1.0, "judge": 0.1},
-    )
-
-
 def put_for(template: Group, lease: bytes) -> Packet:
     return group_packet("put", [replace(template, lease=lease_from(lease))])
 
 
-# -- processes ----------------------------------------------------------------------------------
+def new_core(journal: Any = None) -> BufferCore:
+    """A buffer that has met one actor, "a"."""
+    config = from_mapping(SETTINGS)
+    core = BufferCore(config, open_prompts(config), lambda step, ended: None, journal)
+    core.handle("a.1", Packet(kind="hello", fields={"actor": "a"}), 0.0)
+    return core
+
+
+def ask(count: int) -> Packet:
+    return Packet(kind="lease", fields={"version": 0, "max": count})
+
+
+def leases_of(core: BufferCore, count: int = CREDIT) -> list[bytes]:
+    ((_, granted),) = core.handle("a.1", ask(count), 0.0)
+    return list(granted.fields["leases"])
+
+
+def make_group() -> Group:
+    """A group of full size, with a lease that a buffer gave."""
+    lengths = [TOKENS] * COMPLETIONS
+    group = made_up_group(0, lengths, vocab=30_000, prompt_tokens=200, newest=0)
+    return replace(group, lease=lease_from(leases_of(new_core(), 1)[0]))
 
 
 def serve(folder: Path, kind: str) -> None:
@@ -138,14 +138,12 @@ def relay(address: str) -> None:
 
 def produce_bare(address: str, index: int, count: Synchronized[int]) -> None:
     socket = dealer(address, f"producer-{index}")
-    frames = encode(group_packet("put", [make_group(any_lease())]))
-    waiting = 0
+    frames = encode(group_packet("put", [make_group()]))
+    for _ in range(CREDIT):
+        socket.send_multipart(frames)
     while True:
-        while waiting < CREDIT:
-            socket.send_multipart(frames)
-            waiting += 1
         socket.recv_multipart()
-        waiting -= 1
+        socket.send_multipart(frames)
         with count.get_lock():
             count.value += 1
 
@@ -169,9 +167,8 @@ def produce(address: str, index: int, count: Synchronized[int]) -> None:
     """An actor that generates in no time."""
     client = DealerClient(address, f"producer-{index}", "the buffer")
     client.post(Packet(kind="hello", fields={"actor": f"producer-{index}"}))
-    ask = Packet(kind="lease", fields={"version": 0, "max": 2 * CREDIT})
-    client.post(ask)
-    template, leases, waiting = make_group(any_lease()), [], 0
+    client.post(ask(2 * CREDIT))
+    template, leases, waiting = make_group(), [], 0
     while True:
         for packet in client.poll(0.1):
             if packet.kind == "leases":
@@ -185,72 +182,52 @@ def produce(address: str, index: int, count: Synchronized[int]) -> None:
             client.post(put_for(template, leases.pop(0)))
             waiting += 1
             if len(leases) == CREDIT:
-                client.post(ask)
+                client.post(ask(2 * CREDIT))
 
 
 def consume(address: str) -> None:
     """A learner that trains in no time; frames are not decoded."""
     socket = dealer(address, "learner-0")
     for step in itertools.count():
-        for packet in (take(step), trained(step)):
+        for packet in taken_and_trained(step):
             socket.send_multipart(encode(packet))
             socket.recv_multipart()
 
 
-def take(step: int) -> Packet:
-    fields = {"step": step, "rank": 0, "world_size": 1}
-    return Packet(kind="take", request_id=2 * step + 1, fields=fields)
-
-
-def trained(step: int) -> Packet:
-    advantages = bytes(4 * BATCH * COMPLETIONS)
-    fields = {"step": step, "world_size": 1, "covered": step, "advantages": advantages}
-    return Packet(kind="trained", request_id=2 * step + 2, fields=fields)
-
-
-def any_lease() -> Lease:
-    config = from_mapping(SETTINGS)
-    core = BufferCore(config, open_prompts(config), lambda step, ended: None)
-    core.handle("a.1", Packet(kind="hello", fields={"actor": "a"}), 0.0)
-    ask = Packet(kind="lease", fields={"version": 0, "max": 1})
-    ((_, granted),) = core.handle("a.1", ask, 0.0)
-    return lease_from(granted.fields["leases"][0])
-
-
-# -- measures -----------------------------------------------------------------------------------
+def taken_and_trained(step: int) -> Iterator[Packet]:
+    """What a learner asks for and tells in one step."""
+    of_step = {"step": step, "world_size": 1}
+    yield Packet(kind="take", request_id=2 * step + 1, fields={**of_step, "rank": 0})
+    told = {**of_step, "covered": step, "advantages": bytes(4 * BATCH * COMPLETIONS)}
+    yield Packet(kind="trained", request_id=2 * step + 2, fields=told)
 
 
 class Plant:
     """A server, its producers and its consumer."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, producers: int = PRODUCERS) -> None:
         folder.mkdir()
-        self.folder, run = folder, prepare(folder)
-        self.address = address = run.endpoints.buffer
+        self.folder, self.address = folder, prepare(folder).endpoints.buffer
         self.count: Synchronized[int] = SPAWN.Value("q", 0)
-        self.server = self._start(serve, folder, kind)
-        bare = kind == "bare"
-        self.others = [
-            self._start(produce_bare if bare else produce, address, index, self.count)
-            for index in range(PRODUCERS)
+        makes, takes = (produce_bare, consume_bare) if kind == "bare" else (produce, consume)
+        jobs = [(serve, folder, kind), (takes, self.address)]
+        jobs += [(makes, self.address, index, self.count) for index in range(producers)]
+        self.processes = [
+            SPAWN.Process(target=job, args=arguments, daemon=True) for job, *arguments in jobs
         ]
-        self.others.append(self._start(consume_bare if bare else consume, address))
-
-    def _start(self, target: Any, *arguments: Any) -> SpawnProcess:
-        process = SPAWN.Process(target=target, args=arguments, daemon=True)
-        process.start()
-        return process
+        for process in self.processes:
+            process.start()
 
     def wait_for(self, count: int) -> None:
         while self.count.value < count:
-            assert self.server.is_alive(), "the server ended"
+            assert self.processes[0].is_alive(), "the server ended"
             time.sleep(0.01)
 
     def measure(self, groups: int) -> dict[str, float]:
         """Rates over `groups` groups, after a warm-up; resident memory early and late."""
         warm = max(1000, groups // 20)
         self.wait_for(warm)
-        process = psutil.Process(self.server.pid)
+        process = psutil.Process(self.processes[0].pid)
         begin, cpu = time.monotonic(), sum(process.cpu_times()[:2])
         first, early = self.count.value, process.memory_info().rss
         self.wait_for(first + groups)
@@ -265,7 +242,7 @@ class Plant:
         }
 
     def close(self) -> None:
-        for process in (self.server, *self.others):
+        for process in self.processes:
             process.kill()
             process.join()
         shutil.rmtree(self.folder)
@@ -273,20 +250,14 @@ class Plant:
 
 def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
     """Milliseconds from asking for one lease to having it; each actor delivers `rate` groups/s."""
-    folder.mkdir()
-    run = prepare(folder)
-    buffer = SPAWN.Process(target=serve, args=(folder, "ledger"), daemon=True)
-    learner = SPAWN.Process(target=consume, args=(run.endpoints.buffer,), daemon=True)
-    buffer.start()
-    learner.start()
-    clients = [DealerClient(run.endpoints.buffer, f"actor-{i}", "buffer") for i in range(ACTORS)]
+    plant = Plant(folder, "ledger", producers=0)
+    clients = [DealerClient(plant.address, f"actor-{i}", "buffer") for i in range(ACTORS)]
     poller = zmq.Poller()
     for client in clients:
         poller.register(client._socket, zmq.POLLIN)
         hello = Packet(kind="hello", fields={"actor": client.identity.partition(".")[0]})
         client.call(hello, 30.0)
-    ask = Packet(kind="lease", fields={"version": 0, "max": 1})
-    template = make_group(any_lease())
+    template = make_group()
     due = [time.monotonic() + i / rate / ACTORS for i in range(ACTORS)]
     asked = [0.0] * ACTORS
     waits: list[float] = []
@@ -296,7 +267,7 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
             if asked[i] == 0.0 and now >= due[i]:
                 due[i] += 1 / rate
                 asked[i] = time.monotonic()
-                client.post(ask)
+                client.post(ask(1))
         ready = dict(poller.poll(2))
         for i, client in enumerate(clients):
             if client._socket in ready:
@@ -306,20 +277,14 @@ def lease_latency(folder: Path, seconds: float, rate: float) -> list[float]:
                         asked[i] = 0.0
                         (lease,) = packet.fields["leases"]
                         client.post(put_for(template, lease))
-    for process in (learner, buffer):
-        process.kill()
-        process.join()
-    shutil.rmtree(folder)
+    plant.close()
     return sorted(waits)
 
 
-def stages(journal: NoJournal | Ledger, groups: int) -> dict[str, float]:
+def stages(journal: Journal | Ledger, groups: int) -> dict[str, float]:
     """Microseconds of CPU per group that each stage takes without sockets; MiB early and late."""
-    config = from_mapping(SETTINGS)
-    core = BufferCore(config, open_prompts(config), lambda step, ended: None, journal)
-    core.handle("a.1", Packet(kind="hello", fields={"actor": "a"}), 0.0)
-    ask = Packet(kind="lease", fields={"version": 0, "max": CREDIT})
-    template, leases, spent, memory = make_group(any_lease()), [], Counter[str](), []
+    core, template, leases = new_core(journal), make_group(), []
+    spent, memory = Counter[str](), []
 
     def timed(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
         start = time.thread_time()
@@ -329,15 +294,14 @@ def stages(journal: NoJournal | Ledger, groups: int) -> dict[str, float]:
 
     for number in range(groups):
         if not leases:
-            ((_, granted),) = timed("leases", core.handle, "a.1", ask, 0.0)
-            leases = list(granted.fields["leases"])
+            leases = timed("leases", leases_of, core)
         frames = [bytes(frame) for frame in encode(put_for(template, leases.pop()))]
         packet = timed("decode", decode, frames)
         ((_, answer),) = timed("check and store", core.handle, "a.1", packet, 0.0)
         timed("answer", encode, answer)
         step, waiting = divmod(number + 1, BATCH)
         if waiting == 0:
-            for packet in (take(step - 1), trained(step - 1)):
+            for packet in taken_and_trained(step - 1):
                 ((_, answer),) = timed("batch", core.handle, "learner-0", packet, 0.0)
                 timed("batch", encode, answer)
         timed("commit", journal.commit)
@@ -351,11 +315,9 @@ def restart(folder: Path, leases: int) -> tuple[float, float]:
     """Seconds to go on with a ledger of so many leases, and its size in MiB."""
     folder.mkdir()
     Ledger(folder).commit()
-    config: Config = from_mapping(SETTINGS)
     fill(folder, leases)
     start = time.perf_counter()
-    prompts = open_prompts(config)
-    core = BufferCore(config, prompts, lambda step, ended: None, Ledger(folder))
+    core = new_core(Ledger(folder))
     seconds = time.perf_counter() - start
     assert core.leases.counts["trained"] == leases // BATCH * BATCH
     size = (folder / "ledger.sqlite").stat().st_size / 2**20
@@ -365,14 +327,12 @@ def restart(folder: Path, leases: int) -> tuple[float, float]:
 
 def fill(folder: Path, leases: int) -> None:
     """Leases that were all trained, as the buffer would have left them."""
-    import sqlite3
-
     leases = leases // BATCH * BATCH
     db = sqlite3.connect(folder / "ledger.sqlite")
     db.execute(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
         " INSERT INTO leases SELECT i, 't' || i, i - 1, NULL, 'task-' || i, 'task/add',"
-        " 'actor-0.1234', i / 64, 1, 'trained', '', (i - 1) / 64, 0, NULL, i, i, i, i, 8, 4096,"
+        " 'actor-0.1234', i / 64, 1, 'trained', '', (i - 1) / 64, 0, i, i, i, i, 8, 4096,"
         " 0.5, i / 64, i / 64 FROM n",
         (leases,),
     )
@@ -383,7 +343,7 @@ def fill(folder: Path, leases: int) -> None:
             (state,),
         )
     db.execute(
-        "INSERT INTO steps SELECT step, 1, 1, 262144, json_group_array(ticket) FROM leases"
+        "INSERT INTO steps SELECT step, 1, 1, json_group_array(ticket), count(*) FROM leases"
         " GROUP BY step"
     )
     db.commit()
@@ -411,19 +371,18 @@ def main() -> None:
         )
         print(f"{'':12}{'groups/s':>12}{'of CPU':>12}{'ratio':>9}{'of CPU':>9}")
         for kind, measured in results.items():
-            row = []
-            for name in ("groups/s", "groups/s of CPU"):
-                pairs = zip(measured, results["bare"], strict=True)
-                row.append(
-                    (
-                        np.median([m[name] for m in measured]),
-                        np.median([m[name] / b[name] for m, b in pairs]),
-                    )
+            rates, of_cpu = (
+                (
+                    np.median([m[name] for m in measured]),
+                    np.median(
+                        [m[name] / b[name] for m, b in zip(measured, results["bare"], strict=True)]
+                    ),
                 )
-            (rate, ratio), (cpu, cpu_ratio) = row
-            print(f"{kind:12}{rate:12.0f}{cpu:12.0f}{ratio:9.2f}{cpu_ratio:9.2f}")
+                for name in ("groups/s", "groups/s of CPU")
+            )
+            print(f"{kind:12}{rates[0]:12.0f}{of_cpu[0]:12.0f}{rates[1]:9.2f}{of_cpu[1]:9.2f}")
         folder.mkdir()
-        for kind, journal in (("no ledger", NoJournal()), ("ledger", Ledger(folder))):
+        for kind, journal in (("no ledger", Journal()), ("ledger", Ledger(folder))):
             found = stages(journal, chosen.compare)
             row = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
             print(f"us of CPU per group without sockets, {kind}: {row}")

@@ -1,6 +1,6 @@
 """Runs the demo for several seeds and prints the README's table of accuracies and times.
 
-    python benchmarks/demo.py [--seeds 0 1 2] [--actors 2] [--learners 2]
+    python benchmarks/demo.py [--seeds 0 1 2]
 
 Seeds choose the embedded model, the prompts and the sampling alike; each model is made anew, so
 that the whole command is what a first-time user waits for. Start-up is the time from the
@@ -15,16 +15,15 @@ import json
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import psutil
+from common import CONFIG, launch, launch_command, table_line
 
-CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
+from asyncgrpo.rows import whole_rows
 
 
 class MemoryWatch(threading.Thread):
@@ -46,37 +45,35 @@ class MemoryWatch(threading.Thread):
             time.sleep(0.5)
 
 
-def run_demo(folder: Path, seed: int, actors: int, learners: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--config", str(CONFIG)]
-    command += ["--actors", str(actors), "--learners", str(learners), "--run-dir", str(folder)]
-    command += ["--seed", str(seed), "--set", f"model.tiny_seed={seed}"]
+def run_demo(folder: Path, seed: int) -> dict[str, float]:
     watch = MemoryWatch(folder)
     watch.start()
     start = time.time()
-    fresh = {**os.environ, "ASYNCGRPO_CACHE": str(folder) + "-cache"}  # the warm start counts
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=fresh)
+    fresh = {**os.environ, "ASYNCGRPO_CACHE": f"{folder}-cache"}  # the warm start counts
+    options = ("--config", CONFIG, "--seed", seed)
+    launch(launch_command(folder, *options, settings={"model.tiny_seed": seed}), env=fresh)
     total = time.time() - start
     watch.done = True
-    if done.returncode:
-        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
+    rows = whole_rows(folder / "metrics.jsonl")
     summary = json.loads((folder / "summary.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "publish/stall_seconds" in row]
-    ready = [
-        float(re.search(r"ready after ([\d.]+) s", log.read_text()).group(1))
-        for log in sorted((folder / "logs").glob("actor-*.log"))
-    ]
+    published = {
+        name: [
+            1000 * row[f"publish/{name}_seconds"]
+            for row in rows
+            if f"publish/{name}_seconds" in row
+        ]
+        for name in ("stall", "copy", "live")
+    }
+    logs = [log.read_text() for log in (folder / "logs").glob("actor-*.log")]
     return {
         "before": 100 * summary["before"]["accuracy"],
         "after": 100 * summary["after"]["accuracy"],
         "training s": summary["seconds"],
         "whole command s": total,
-        "actor ready s": max(ready),
+        "actor ready s": max(float(re.findall(r"ready after ([\d.]+) s", log)[0]) for log in logs),
         "actor GiB": watch.largest / 2**30,
-        "stall ms (median)": 1000 * statistics.median(r["publish/stall_seconds"] for r in steps),
-        "stall ms (max)": 1000 * max(r["publish/stall_seconds"] for r in steps),
-        "copy ms (median)": 1000 * statistics.median(r["publish/copy_seconds"] for r in steps),
-        "live ms (median)": 1000 * statistics.median(r["publish/live_seconds"] for r in steps),
+        **{f"{name} ms (median)": statistics.median(times) for name, times in published.items()},
+        "stall ms (max)": max(published["stall"]),
         "max staleness": summary["staleness_max"],
     }
 
@@ -84,19 +81,16 @@ def run_demo(folder: Path, seed: int, actors: int, learners: int) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--learners", type=int, default=2)
-    chosen = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    print(f"{cores} cores, {chosen.actors} actors, {chosen.learners} learners")
+    seeds = parser.parse_args().seeds
+    print(f"{len(os.sched_getaffinity(0))} cores, 2 actors, 2 learners")
     with tempfile.TemporaryDirectory() as base:
-        for number, seed in enumerate(chosen.seeds):
-            figures = run_demo(Path(base) / str(seed), seed, chosen.actors, chosen.learners)
-            if not number:
-                print("| seed | " + " | ".join(figures) + " |")
-                print("|---" * (len(figures) + 1) + "|")
+        for seed in seeds:
+            figures = run_demo(Path(base) / str(seed), seed)
+            if seed == seeds[0]:
+                print(table_line(["seed", *figures]))
+                print(table_line(["---"] * (len(figures) + 1)))
             cells = [f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in figures.values()]
-            print(f"| {seed} | " + " | ".join(cells) + " |", flush=True)
+            print(table_line([seed, *cells]), flush=True)
 
 
 if __name__ == "__main__":

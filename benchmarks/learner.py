@@ -1,6 +1,6 @@
 """Trained tokens per second: packed rows against padded ones, and two ranks against one.
 
-    python benchmarks/learner.py [--steps 5] [--part packing | ranks]
+    python benchmarks/learner.py [--steps 5]
 
 Prints for each mix of lengths the completion tokens trained per second, padded and packed, and
 which share of this machine's matrix products, timed between the steps, their FLOPs are (those of
@@ -12,30 +12,29 @@ of the longest kind, in the order of arrival, each filled up to its own longest.
 from __future__ import annotations
 
 import argparse
-import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loss import make_shard
+from common import made_up_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from asyncgrpo.buffer.replay import deal
 from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.learner import prepare
 from asyncgrpo.learner.batch import Batch, PackReport, pack
 from asyncgrpo.learner.update import PolicyUpdater
-from asyncgrpo.types import Completions, Group, Shard
+from asyncgrpo.types import Group, Shard
 
 ON_GPU = torch.cuda.is_available()
 SEED = 0
@@ -62,7 +61,7 @@ def make_model(folder: str) -> None:
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-def make_config(folder: str, learners: int) -> Config:
+def make_config(folder: str, learners: int = 1, layout: str = "ddp") -> Config:
     """On a GPU in bfloat16."""
     return from_mapping(
         {
@@ -73,37 +72,22 @@ def make_config(folder: str, learners: int) -> Config:
             "learner": {
                 "max_tokens_per_microbatch": MAX_TOKENS,
                 "dtype": "bfloat16" if ON_GPU else "float32",
+                "parallel": layout,
             },
             "launch": {"learners": learners},
         }
     )
 
 
-def lengths_of(mix: str, count: int) -> np.ndarray:
-    """Completion tokens of each of so many completions."""
-    random = np.random.default_rng(SEED)
+def shard_of_mix(mix: str) -> Shard:
+    """A batch of completions whose lengths are of that mix."""
+    random, count = np.random.default_rng(SEED), 8 * GROUPS
     if mix == "even":
-        return random.integers(8, LONGEST + 1, count)
-    return np.clip(random.lognormal(np.log(LONGEST / 8), 1.0, count), 8, LONGEST).astype(int)
-
-
-def cut(shard: Shard, mix: str) -> Shard:
-    """The same groups with completions of that mix."""
-    lengths = iter(lengths_of(mix, 8 * len(shard.groups)).tolist())
-    groups = tuple(
-        replace(
-            group,
-            completions=Completions.of([_shortened(c, next(lengths)) for c in group.completions]),
-        )
-        for group in shard.groups
-    )
-    total = sum(group.num_tokens for group in groups)
-    return replace(shard, groups=groups, num_loss_tokens_global=total)
-
-
-def _shortened(completion: Any, length: int) -> Any:
-    names = ("token_ids", "behavior_logprobs", "versions")
-    return replace(completion, **{n: getattr(completion, n)[:length] for n in names})
+        lengths = random.integers(8, LONGEST + 1, count)
+    else:
+        drawn = random.lognormal(np.log(LONGEST / 8), 1.0, count)
+        lengths = np.clip(drawn, 8, LONGEST).astype(int)
+    return made_up_shard(lengths.tolist(), VOCAB)
 
 
 def pack_padded(
@@ -140,9 +124,9 @@ def flops(shard: Shard, policy: torch.nn.Module) -> float:
     matrices = sum(w.numel() for n, w in policy.named_parameters() if ".layers." in n)
     total = 0.0
     for group in shard.groups:
-        for completion in group.completions:
-            places = len(group.prompt_token_ids) + len(completion.token_ids) - 1
-            total += 6.0 * (matrices * places + VOCAB * WIDTH * len(completion.token_ids))
+        for length in group.completions.lengths:
+            places = len(group.prompt_token_ids) + length - 1
+            total += 6.0 * (matrices * places + VOCAB * WIDTH * length)
             total += 6.0 * LAYERS * WIDTH * places**2
     return total
 
@@ -166,9 +150,9 @@ def peak_flops() -> float:
 
 def packing(steps: int, folder: str) -> None:
     """Padded and packed steps in turn, so that both meet the same machine."""
-    updater = PolicyUpdater(make_config(folder, 1))
+    updater = PolicyUpdater(make_config(folder))
     for mix in ("even", "long tail"):
-        shard = cut(make_shard(GROUPS * 8 * LONGEST, LONGEST, VOCAB), mix)
+        shard = shard_of_mix(mix)
         took: dict[str, list[float]] = {"padded": [], "packed": []}
         peaks = []
         for _ in range(steps + 1):
@@ -188,13 +172,11 @@ def packing(steps: int, folder: str) -> None:
 
 def ranks(steps: int, folder: str) -> None:
     """The same batch on one rank and dealt to two."""
-    shard = cut(make_shard(GROUPS * 8 * LONGEST, LONGEST, VOCAB), "long tail")
+    shard = shard_of_mix("long tail")
     with tempfile.TemporaryDirectory() as out:
         for layout in ("ddp", "fsdp"):
             for count in (1, 2):
-                with socket.socket() as free:
-                    free.bind(("127.0.0.1", 0))
-                    port = free.getsockname()[1]
+                (port,) = pick_free_ports(1)
                 arguments = (count, port, steps, layout, folder, shard, out)
                 mp.spawn(_rank, args=arguments, nprocs=count)
             one, two = (float(Path(out, f"{layout}_{n}").read_text()) for n in (1, 2))
@@ -211,9 +193,7 @@ def _rank(
         backend = "cpu:gloo,cuda:nccl"
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=count)
-    config = make_config(folder, count)
-    learner = config.learner.model_copy(update={"parallel": layout})
-    updater = PolicyUpdater(config.model_copy(update={"learner": learner}))
+    updater = PolicyUpdater(make_config(folder, count, layout))
     own = replace(shard, groups=deal(shard.groups, count)[rank])
     times = [seconds(partial(updater.update, own)) for _ in range(steps + 1)]
     if rank == 0:
@@ -222,21 +202,13 @@ def _rank(
     dist.destroy_process_group()
 
 
-def parts(chosen: str | None) -> Iterator[Callable[[int, str], None]]:
-    """Two ranks on GPUs need two of them."""
-    if chosen in (None, "packing"):
-        yield packing
-    if chosen in (None, "ranks") and (not ON_GPU or torch.cuda.device_count() > 1):
-        yield ranks
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--part", choices=("packing", "ranks"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as model:
         make_model(model)
-        for part in parts(options.part):
-            part(options.steps, model)
+        packing(options.steps, model)
+        if not ON_GPU or torch.cuda.device_count() > 1:
+            ranks(options.steps, model)

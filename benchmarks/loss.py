@@ -9,17 +9,15 @@ forward and backward of 32k tokens with a vocabulary of 150k. One thread; each i
 
 from __future__ import annotations
 
-import argparse
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from common import made_up_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from asyncgrpo.config import from_mapping
@@ -30,8 +28,8 @@ from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import Preparer
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.settings.algo import AlgoSettings
-from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling, Shard
 
+SPAWN = multiprocessing.get_context("spawn")
 ALGOS = {
     "ppo_clip, decoupled (default)": {},
     "ppo_clip, all masks and tis_sequence": {
@@ -40,52 +38,6 @@ ALGOS = {
     "gspo": {"loss": "gspo", "correction": "bypass", "aggregation": "sequence_mean"},
     "vespo": {"loss": "vespo", "correction": "bypass"},
 }
-
-
-def make_shard(num_tokens: int, length: int, vocab: int) -> Shard:
-    """Groups of 8 completions with random tokens, `num_tokens` completion tokens in all."""
-    random = np.random.default_rng(0)
-    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_completion_tokens=length)
-    groups = []
-    for number in range(num_tokens // (8 * length)):
-        prompt = Prompt(prompt_id=str(number), messages=(), answer=None, data_source="random")
-        lease = Lease(
-            lease_id=f"t{number}",
-            prompt=prompt,
-            group_size=8,
-            sampling=sampling,
-            seed=0,
-            purpose="train",
-            version=0,
-            deadline_seconds=1.0,
-        )
-        completions = tuple(
-            Completion(
-                token_ids=random.integers(3, vocab, length).astype(np.int32),
-                behavior_logprobs=(-5 - random.random(length)).astype(np.float32),
-                versions=np.sort(random.integers(0, 5, length)).astype(np.int32),
-                finish_reason="stop",
-            )
-            for _ in range(8)
-        )
-        rewards = random.normal(size=8).astype(np.float32)
-        groups.append(
-            Group(
-                lease=lease,
-                prompt_token_ids=random.integers(3, vocab, 8).astype(np.int32),
-                completions=Completions.of(completions),
-                rewards=rewards,
-                reward_parts={"task": rewards},
-                actor="a",
-            )
-        )
-    total = sum(group.num_tokens for group in groups)
-    return Shard(
-        step=4,
-        groups=tuple(groups),
-        num_loss_tokens_global=total,
-        num_completions_global=8 * len(groups),
-    )
 
 
 def settings(path: str, algo: dict[str, object], max_tokens: int):
@@ -105,7 +57,7 @@ def cost() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = str(build_untrained(Path(folder) / "tiny", True, 0))
-        shard = make_shard(64 * 1024, 64, 250)
+        shard = made_up_shard([64] * 1024, 250)
         for name, algo in ALGOS.items():
             config = settings(path, algo, 8192)
             updater = PolicyUpdater(config)
@@ -155,7 +107,7 @@ def memory() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         Qwen3ForCausalLM(config).save_pretrained(folder)
-        shard = make_shard(32 * 1024, 512, vocab)
+        shard = made_up_shard([512] * 64, vocab)
         settings_ = settings(folder, {}, 64 * 1024)
         head = PolicyHead(load_policy(folder))
         (ready,) = Preparer(settings_, head, None, "cpu").prepare(4, [shard.groups], 0.0)
@@ -175,11 +127,7 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=("cost", "memory"))
-    part = parser.parse_args().part
-    if part:
-        {"cost": cost, "memory": memory}[part]()
-    else:
-        for name in ("cost", "memory"):
-            subprocess.run([sys.executable, __file__, "--part", name], check=True)
+    for part in (cost, memory):
+        process = SPAWN.Process(target=part)
+        process.start()
+        process.join()

@@ -7,38 +7,35 @@ One sender and one receiver process on this machine, float32 parameters sent as 
 live: until the receiver has checked its own digests, copied all into another model's memory and
 answered. bare: the same bytes from one buffer to another, in the same buckets. Medians; publishes
 and bare broadcasts take turns. extra: peak resident memory of the sender above that before it.
-With --gathered each parameter is copied first, as FSDP's gather does it, and sent by the thread
-that gathers. There malloc is told to give freed tensors back, else `extra` counts them: look at
-the memory then, not at the times, for digests fault in all their intermediate pages anew (4 times
-as slow).
+With --sharded the parameters lie on two learner ranks, as with FSDP on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing as mp
 import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.learner.parallel import Published
 from asyncgrpo.weights.collective import WeightGroup, open_group, open_store
 from asyncgrpo.weights.proof import NUM_CANARIES
 from asyncgrpo.weights.receiver import CollectiveReceiver
 from asyncgrpo.weights.sender import CollectiveSender
 
 SEED, WIDTH, SECONDS, MIB = 0, 1024, 120, 1 << 20
-M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def parameters(count: int) -> list[tuple[str, torch.Tensor]]:
@@ -49,15 +46,31 @@ def parameters(count: int) -> list[tuple[str, torch.Tensor]]:
     return [(f"layer.{i}.weight", torch.randn(size, WIDTH)) for i, size in enumerate(sizes)]
 
 
-class Gathered:
-    """Parameters that are made anew, one at a time, in each pass."""
+class Named:
+    """A model that has parameters and nothing else."""
 
-    def __init__(self, parts: NamedTensors) -> None:
-        self._parts = parts
+    def __init__(self, named: list[tuple[str, torch.Tensor]]) -> None:
+        self._named = named
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, part in self._parts:
-            yield name, part.clone()
+    def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
+        return self._named
+
+
+def sharded(count: int, port: int, rank: int, dtype: torch.dtype) -> Published:
+    """The parameters, of which this learner rank holds half the rows."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    named = [
+        (name, DTensor.from_local(tensor.chunk(2)[rank].clone(), mesh, [Shard(0)]))
+        for name, tensor in parameters(count)
+    ]
+    return Published(Named(named), is_sharded=True, dtype=dtype)
+
+
+def hold(count: int, port: int, dtype: torch.dtype) -> None:
+    """The other learner rank."""
+    torch.set_num_threads(1)
+    sharded(count, port, 1, dtype).help()
 
 
 def bare_group(port: int, rank: int) -> WeightGroup:
@@ -106,14 +119,17 @@ def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
         {
             "model": {"dtype": options.dtype},
             "weights": {"bucket_bytes": options.bucket_mib << 20},
-            "learner": {"parallel": "fsdp" if options.gathered else "ddp"},
+            "learner": {"parallel": "fsdp" if options.sharded else "ddp"},
         }
     )
-    parts, port = parameters(count), free_port()
-    tensors = Gathered(parts) if options.gathered else parts
+    port, context = free_port(), mp.get_context("spawn")
+    tensors: Any = () if options.sharded else parameters(count)
+    if options.sharded:
+        meeting, dtype = free_port(), getattr(torch, options.dtype)
+        context.Process(target=hold, args=(count, meeting, dtype), daemon=True).start()
+        tensors = sharded(count, meeting, 0, dtype)
     address = f"tcp://127.0.0.1:{free_port()}"
     pipe, other = mp.Pipe()
-    context = mp.get_context("spawn")
     actor = context.Process(target=receive, args=(config, address, port, other), daemon=True)
     actor.start()
     group = bare_group(port, 0)
@@ -144,6 +160,9 @@ def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
         pipe.recv()
         bare = time.perf_counter() - began
         rows.append({**metrics, "bare": bare})
+    if options.sharded:
+        tensors.help()
+        dist.destroy_process_group()
     pipe.send(0)
     actor.join(SECONDS)
     sender.close()
@@ -169,11 +188,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--bucket-mib", type=int, default=8)
     parser.add_argument("--transport", choices=("gloo", "disk"), default="gloo")
-    parser.add_argument("--gathered", action="store_true")
+    parser.add_argument("--sharded", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.gathered:
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     with tempfile.TemporaryDirectory() as folder:
         for count in options.parameters:
             measure(int(count), options, Path(folder))

@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from common import table_line
 from staleness_plot import draw
 from staleness_run import MAX_GROUPS_PER_STEP, METHODS, config_of, run_one
 
 from asyncgrpo.config import Config
 from asyncgrpo.data.tiny import ensure_tiny
+from asyncgrpo.launch.environment import machine_report
+from asyncgrpo.rows import replace_file
 
 PANELS = {
     "a weight, or a clip on the ratio": ("none", "decoupled", "tis_sequence", "bypass"),
@@ -55,33 +54,16 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, tuple[float, 
 def markdown(runs: Sequence[dict[str, Any]]) -> str:
     """Mean accuracy in percent, and the range over seeds, by method and lag."""
     table, lags = summary(runs), sorted({run["lag"] for run in runs})
-    lines = ["| method | " + " | ".join(f"lag {lag}" for lag in lags) + " |"]
-    lines.append("|---" * (len(lags) + 1) + "|")
+    lines = [table_line(["method", *(f"lag {lag}" for lag in lags)])]
+    lines.append(table_line(["---"] * (len(lags) + 1)))
     for method in (name for name in METHODS if name in table):
         cells = []
         for lag in lags:
             values = table[method].get(lag)
             shown = [f"{100 * value:.0f}" for value in values or ()]
             cells.append(f"**{shown[0]}** ({shown[1]} to {shown[2]})" if values else "")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append(table_line([method, *cells]))
     return "\n".join(lines)
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return {
-        "cpu": ", ".join(sorted(models)) or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads_per_run": 1,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "numpy")},
-        "commit": commit.stdout.strip(),
-    }
 
 
 class Results:
@@ -91,15 +73,15 @@ class Results:
         self._path = path
         common = config_of("decoupled", 0, steps, lr, "tiny").model_dump(mode="json")
         rooms = ("data", "sampling", "reward", "buffer", "algo", "learner", "eval")
-        self._head = {"steps": steps, "lr": lr, "max_groups_sampled_per_step": MAX_GROUPS_PER_STEP}
-        self._head |= {room: common[room] for room in rooms}
+        settings = {"max_groups_sampled_per_step": MAX_GROUPS_PER_STEP, "steps": steps, "lr": lr}
+        settings |= {room: common[room] for room in rooms}
+        self._head = {"settings": settings, "environment": machine_report()}
         self.runs: list[dict[str, Any]] = []
-        self._environment = environment()
         if path.is_file():
-            known = json.loads(path.read_text())
-            if known["settings"] != self._head:
+            self._head = json.loads(path.read_text())
+            self.runs = self._head.pop("runs")
+            if self._head["settings"] != settings:
                 sys.exit(f"{path} holds runs of other settings; give another --out, or remove it")
-            self.runs, self._environment = known["runs"], known["environment"]
 
     def has(self, method: str, lag: int, seed: int) -> bool:
         """Whether this run is there, made with the method's present settings."""
@@ -109,32 +91,10 @@ class Results:
     def add(self, run: dict[str, Any]) -> None:
         """Adds a run in place of an older one and writes the file."""
         same = ("method", "lag", "seed")
-        others = [r for r in self.runs if any(r[key] != run[key] for key in same)]
-        order = {name: place for place, name in enumerate(METHODS)}
-        self.runs = sorted(
-            [*others, run], key=lambda r: (order.get(r["method"], 99), r["lag"], r["seed"])
-        )
-        lines = ",\n".join(json.dumps(r) for r in self.runs)
-        part = self._path.with_suffix(".part")
-        part.write_text(
-            f'{{"settings": {json.dumps(self._head)},\n'
-            f'"environment": {json.dumps(self._environment)},\n"runs": [\n{lines}\n]}}\n'
-        )
-        part.replace(self._path)
-
-
-def run_all(results: Results, todo: Sequence[tuple[str, int, int]], chosen: Any) -> None:
-    """Runs what is to do, `jobs` at a time, and prints a line for each."""
-    with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_one, *run, chosen.steps, chosen.lr) for run in todo]
-        for number, future in enumerate(as_completed(futures), start=1):
-            run = future.result()
-            results.add(run)
-            print(
-                f"{number} of {len(todo)}: {run['method']}, lag {run['lag']}, seed {run['seed']}: "
-                f"{100 * run['accuracy']:.1f} % in {run['seconds']:.0f} s",
-                flush=True,
-            )
+        self.runs[:] = [r for r in self.runs if any(r[key] != run[key] for key in same)] + [run]
+        self.runs.sort(key=lambda r: (r["method"], r["lag"], r["seed"]))
+        lines = ",\n".join(map(json.dumps, self.runs))
+        replace_file(self._path, f'{json.dumps(self._head)[:-1]},\n"runs": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
@@ -152,7 +112,17 @@ def main() -> None:
         ensure_tiny(Config().data.tasks, seed=seed)
     results = Results(chosen.out, chosen.steps, chosen.lr)
     wanted = [(m, k, s) for m in chosen.methods for k in chosen.lags for s in chosen.seeds]
-    run_all(results, [run for run in wanted if not results.has(*run)], chosen)
+    todo = [run for run in wanted if not results.has(*run)]
+    with ProcessPoolExecutor(chosen.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run_one, *run, chosen.steps, chosen.lr) for run in todo]
+        for number, future in enumerate(as_completed(futures), start=1):
+            run = future.result()
+            results.add(run)
+            print(
+                f"{number} of {len(todo)}: {run['method']}, lag {run['lag']}, seed {run['seed']}: "
+                f"{100 * run['accuracy']:.1f} % in {run['seconds']:.0f} s",
+                flush=True,
+            )
     print(markdown(results.runs))
     if chosen.plot and results.runs:
         start = statistics.mean(run["curve"]["0"] for run in results.runs)

@@ -6,9 +6,7 @@ The batch of step s is sampled by the weights of step s - lag (the first weights
 from __future__ import annotations
 
 import logging
-import math
 import os
-import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: processes side by
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from common import group_of, shard_of
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from asyncgrpo.actor.process import load_tokenizer
@@ -30,7 +29,7 @@ from asyncgrpo.evaluate import is_correct
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.rewards.registry import load_rewards
-from asyncgrpo.types import Completion, Completions, Group, Lease, Prompt, Sampling, Shard
+from asyncgrpo.types import Completion, Group
 
 BYPASS = {"correction": ["bypass"]}
 METHODS: dict[str, dict[str, Any]] = {  # algo settings; tis is decoupled by its other name
@@ -56,86 +55,9 @@ METHODS: dict[str, dict[str, Any]] = {  # algo settings; tis is decoupled by its
 # One optimizer step per batch would make p = pi: none and decoupled's clip could not act.
 MINIBATCHES = 2
 MAX_LOGPROB_ERROR = 1e-4  # nats, sampler against learner on the same weights
-MAX_GROUPS_PER_ROUND = 64
+GROUPS_PER_ROUND = 64
 MAX_GROUPS_PER_STEP = 128  # a policy that answers all alike would be sampled forever
-EVAL_EVERY = 10
-REPORTED = (  # metrics of the learner, averaged over the second half of the run
-    *("ess", "objective/kl", "objective/entropy", "grad_norm"),
-    *("clip_low_share", "clip_high_share", "cap_share", "masked_share"),
-)
-
-
-class Sampler:
-    """A short batched sampler with a KV cache, at temperature 1, on weights handed to it."""
-
-    def __init__(self, folder: str, eos: int, pad: int, limit: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self._eos, self._pad, self._limit = eos, pad, limit
-
-    @torch.no_grad()
-    def load(self, weights: NamedTensors) -> None:
-        own = dict(self.model.named_parameters())
-        for name, tensor in weights:
-            own.pop(name).copy_(tensor)
-        assert not own, f"weights lack {', '.join(own)}"
-
-    @torch.no_grad()
-    def sample(
-        self, prompts: Sequence[list[int]], copies: int, policy_version: int, rng: torch.Generator
-    ) -> list[tuple[Completion, ...]]:
-        """`copies` completions of each prompt."""
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (longest - len(p)) + p for p in prompts])
-        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        count, cache = len(prompts) * copies, DynamicCache(config=self.model.config)
-        places = (seen.cumsum(1) - 1).clamp(min=0)
-        logits = self._forward(ids, seen, places, cache).repeat_interleave(copies, 0)
-        cache.batch_repeat_interleave(copies)
-        seen = seen.repeat_interleave(copies, 0)
-        place = places[:, -1:].repeat_interleave(copies, 0)
-        tokens = torch.full((count, self._limit), self._eos)
-        logprobs = torch.zeros(count, self._limit)
-        lengths, alive = torch.zeros(count, dtype=torch.int64), torch.arange(count)
-        for index in range(self._limit):
-            table = logits.log_softmax(-1)
-            chosen = torch.multinomial(table.exp(), 1, generator=rng)
-            tokens[alive, index] = chosen[:, 0]
-            logprobs[alive, index] = table.gather(1, chosen)[:, 0]
-            lengths[alive] += 1
-            goes_on = (chosen[:, 0] != self._eos).nonzero().flatten()
-            alive = alive[goes_on]
-            if not len(alive) or index == self._limit - 1:
-                break
-            cache.batch_select_indices(goes_on)
-            seen = torch.cat([seen[goes_on], torch.ones(len(alive), 1, dtype=seen.dtype)], 1)
-            place = place[goes_on] + 1
-            logits = self._forward(chosen[goes_on], seen, place, cache)
-        made = [
-            Completion(
-                token_ids=row[:length].astype(np.int32),
-                behavior_logprobs=scores[:length],
-                versions=np.full(length, policy_version, np.int32),
-                finish_reason="stop" if row[length - 1] == self._eos else "length",
-            )
-            for row, scores, length in zip(
-                tokens.numpy(), logprobs.numpy(), lengths.tolist(), strict=True
-            )
-        ]
-        return [tuple(made[first : first + copies]) for first in range(0, count, copies)]
-
-    def _forward(
-        self, ids: torch.Tensor, seen: torch.Tensor, places: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
-        """[rows, V] logits after the last token; the cache grows."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=seen,
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1].float()
+EVAL_EVERY, NUM_EVAL = 10, 318
 
 
 class Experiment:
@@ -145,48 +67,44 @@ class Experiment:
         self._config, self._lag = config, lag
         self._prompts, self._rewards = open_prompts(config), load_rewards(config.reward)
         self._position = 0  # in the prompt stream
-        self._num_generated = self._num_trained = 0  # groups
-        self._share_kept = 1.0  # of the groups sampled last; decides how many are sampled next
-        self._rows: list[dict[str, float]] = []  # metrics of each learner step
-        self._curve: dict[str, float] = {}  # step -> held-out accuracy
-        self._by_kind: dict[str, float] = {}
         self._tokenizer = load_tokenizer(config.model.path)
-        self._sampler = Sampler(
-            config.model.path,
-            self._tokenizer.eos_token_id,
-            self._tokenizer.pad_token_id,
-            config.sampling.max_completion_tokens,
-        )
+        self._sampler = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+        torch.manual_seed(config.run.seed)
 
-    def run(self) -> None:
-        """Trains to the end, or until there is nothing left to learn from."""
+    def run(self) -> dict[str, float]:
+        """Trains while there is anything to learn from: step -> held-out accuracy, to the last."""
         config, updater = self._config, PolicyUpdater(self._config)
-        self._rng = torch.Generator().manual_seed(config.run.seed)
         weights: deque[list[tuple[str, torch.Tensor]]] = deque(maxlen=self._lag + 1)
-        for step in range(config.run.max_steps):
+        curve, step = {}, 0
+        while step < config.run.max_steps:
             weights.append([(name, tensor.clone()) for name, tensor in updater.weights()])
             if step % EVAL_EVERY == 0:
-                self._evaluate(step, weights[-1])
-            self._sampler.load(weights[0])
+                curve[str(step)] = self._accuracy(weights[-1])
+            self._load(weights[0])
             groups = self._batch(step - len(weights) + 1)
             if len(groups) < config.algo.minibatches:
-                break  # nothing left to learn from: all answers to a prompt are alike
-            self._rows.append(updater.update(_shard(step, groups)))
-            self._check(step)
-        self._evaluate(len(self._rows), list(updater.weights()))
+                break  # all answers to a prompt are alike
+            row, lag = updater.update(shard_of(step, groups)), min(step, self._lag)
+            assert row["staleness/mean"] == row["staleness/max"] == lag, row
+            # p is computed before the first optimizer step: on the weights that sampled
+            assert lag or row["logprob_diff_max"] < MAX_LOGPROB_ERROR, row["logprob_diff_max"]
+            step += 1
+        return {**curve, str(step): self._accuracy(updater.weights())}
+
+    @torch.no_grad()
+    def _load(self, weights: NamedTensors) -> None:
+        own = dict(self._sampler.named_parameters())
+        for name, tensor in weights:
+            own.pop(name).copy_(tensor)
+        assert not own, f"weights lack {', '.join(own)}"
 
     def _batch(self, policy_version: int) -> list[Group]:
         """Groups of mixed correctness; uniform ones are replaced, as the buffer does."""
-        size, kept, generated = self._config.buffer.groups_per_step, [], 0
-        while len(kept) < size and generated < MAX_GROUPS_PER_STEP:
-            wanted = math.ceil((size - len(kept)) / max(self._share_kept, 0.1))
-            groups = list(self._groups(min(wanted, MAX_GROUPS_PER_ROUND), policy_version))
-            mixed = [group for group in groups if self._is_mixed(group)]
-            generated += len(groups)
-            kept += mixed
-            self._share_kept = 0.5 * self._share_kept + 0.5 * len(mixed) / len(groups)
-        self._num_generated += generated
-        self._num_trained += len(kept[:size])
+        size, kept = self._config.buffer.groups_per_step, []
+        for _ in range(0, MAX_GROUPS_PER_STEP, GROUPS_PER_ROUND):
+            kept += filter(self._is_mixed, self._groups(GROUPS_PER_ROUND, policy_version))
+            if len(kept) >= size:
+                break
         return kept[:size]
 
     def _groups(self, count: int, policy_version: int) -> Iterator[Group]:
@@ -194,84 +112,61 @@ class Experiment:
         self._position += count
         rows = render(self._tokenizer, [prompt.messages[-1]["content"] for prompt in prompts])
         size = self._config.algo.group_size
-        sampled = self._sampler.sample(rows, size, policy_version, self._rng)
-        for prompt, row, completions in zip(prompts, rows, sampled, strict=True):
+        made = self._sample(rows, size, policy_version)
+        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            completions = made[index * size : (index + 1) * size]
             texts = self._tokenizer.batch_decode(
                 [completion.token_ids for completion in completions], skip_special_tokens=True
             )
             scores = self._rewards.score(prompt, texts)
-            yield Group(
-                lease=self._lease(prompt, policy_version),
-                prompt_token_ids=np.array(row, np.int32),
-                completions=Completions.of(completions),
-                rewards=scores.rewards,
-                reward_parts=scores.parts,
-                actor="benchmark",
-            )
+            yield group_of(prompt, row, completions, scores.parts, scores.rewards)
 
-    def _lease(self, prompt: Prompt, policy_version: int) -> Lease:
-        settings = self._config.sampling
-        return Lease(
-            lease_id=prompt.prompt_id,
-            prompt=prompt,
-            group_size=self._config.algo.group_size,
-            sampling=Sampling(
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                top_k=settings.top_k,
-                max_completion_tokens=settings.max_completion_tokens,
-            ),
-            seed=0,
-            purpose="train",
-            version=policy_version,
-            deadline_seconds=60.0,
+    @torch.no_grad()
+    def _sample(
+        self, prompts: Sequence[list[int]], copies: int, policy_version: int
+    ) -> list[Completion]:
+        """`copies` completions of each prompt, at temperature 1."""
+        end = self._tokenizer.eos_token_id
+        inputs = self._tokenizer.pad(
+            {"input_ids": prompts}, padding_side="left", return_tensors="pt"
         )
+        out = self._sampler.generate(
+            **inputs,
+            **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            max_new_tokens=self._config.sampling.max_completion_tokens,
+            num_return_sequences=copies,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+        table = torch.stack(out.logits, 1).float().log_softmax(-1)
+        logprobs = table.gather(-1, tokens[..., None])[..., 0].numpy()
+        made = []
+        for ids, scores in zip(tokens.tolist(), logprobs, strict=True):
+            length = ids.index(end) + 1 if end in ids else len(ids)
+            made.append(
+                Completion(
+                    token_ids=np.array(ids[:length], np.int32),
+                    behavior_logprobs=scores[:length],
+                    versions=np.full(length, policy_version, np.int32),
+                    finish_reason="stop" if end in ids else "length",
+                )
+            )
+        return made
 
     def _is_mixed(self, group: Group) -> bool:
         scores = [float(score) for score in next(iter(group.reward_parts.values()))]
         return 0 < sum(is_correct(scores, self._config.reward.correct_above)) < len(scores)
 
-    def _check(self, step: int) -> None:
-        """The lag is what it should be; at lag 0 sampler and learner agree on every log-prob."""
-        row, lag = self._rows[-1], min(step, self._lag)
-        assert row["staleness/mean"] == row["staleness/max"] == lag, row
-        # p is computed before the first optimizer step: on the weights that sampled
-        assert lag or row["logprob_diff_max"] < MAX_LOGPROB_ERROR, row["logprob_diff_max"]
-
-    def _evaluate(self, step: int, weights: NamedTensors) -> None:
-        self._sampler.load(weights)
-        held_out = self._prompts.held_out(self._config.eval.num_prompts)
+    def _accuracy(self, weights: NamedTensors) -> float:
+        """Of greedy answers to the held-out prompts."""
+        self._load(weights)
+        held_out = self._prompts.held_out(NUM_EVAL)
         limit = self._config.sampling.max_completion_tokens
-        self._by_kind = greedy_accuracy(self._sampler.model, self._tokenizer, held_out, limit)
+        by_kind = greedy_accuracy(self._sampler, self._tokenizer, held_out, limit)
         counts = Counter(prompt.columns["kind"] for prompt in held_out)
-        right = sum(self._by_kind[kind] * count for kind, count in counts.items())
-        self._curve[str(step)] = round(right / len(held_out), 4)
-
-    def result(self) -> dict[str, Any]:
-        """What the JSON holds of the run; metrics are means over its second half."""
-        later = self._rows[len(self._rows) // 2 :]
-        fresh = self._rows if self._lag == 0 else self._rows[:1]
-        return {
-            "accuracy": self._curve[str(len(self._rows))],
-            "curve": self._curve,
-            "by_kind": {kind: round(share, 3) for kind, share in self._by_kind.items()},
-            "steps": len(self._rows),
-            "max_logprob_error_at_lag_0": max(row["logprob_diff_max"] for row in fresh),
-            "share_of_groups_trained": round(self._num_trained / self._num_generated, 3),
-            "metrics": {
-                name: float(f"{statistics.mean(row[name] for row in later):.4g}")
-                for name in REPORTED
-            },
-        }
-
-
-def _shard(step: int, groups: Sequence[Group]) -> Shard:
-    return Shard(
-        step=step,
-        groups=tuple(groups),
-        num_loss_tokens_global=sum(group.num_tokens for group in groups),
-        num_completions_global=sum(len(group.completions) for group in groups),
-    )
+        right = sum(by_kind[kind] * count for kind, count in counts.items())
+        return round(right / len(held_out), 4)
 
 
 def config_of(method: str, seed: int, steps: int, lr: float, folder: str) -> Config:
@@ -285,7 +180,7 @@ def config_of(method: str, seed: int, steps: int, lr: float, folder: str) -> Con
             "algo": {"group_size": 8, "minibatches": MINIBATCHES, **METHODS[method]},
             "learner": {"lr": lr, "max_tokens_per_microbatch": 8192},
             "launch": {"learners": 1},
-            "eval": {"num_prompts": 318},
+            "eval": {"num_prompts": NUM_EVAL},
         }
     )
 
@@ -297,7 +192,7 @@ def run_one(method: str, lag: int, seed: int, steps: int, lr: float) -> dict[str
     torch.set_num_threads(1)
     start = time.perf_counter()
     folder = str(ensure_tiny(Config().data.tasks, seed=seed, report=lambda line: None))
-    experiment = Experiment(config_of(method, seed, steps, lr, folder), lag)
-    experiment.run()
+    curve = Experiment(config_of(method, seed, steps, lr, folder), lag).run()
+    accuracy, seconds = [*curve.values()][-1], round(time.perf_counter() - start, 1)
     found = {"method": method, "lag": lag, "seed": seed, "algo": METHODS[method]}
-    return found | experiment.result() | {"seconds": round(time.perf_counter() - start, 1)}
+    return {**found, "accuracy": accuracy, "curve": curve, "seconds": seconds}

@@ -1,9 +1,8 @@
-"""Writes the generated parts of docs/*.md: `make docs`. --check only says what is out of date."""
+"""Writes the generated parts of docs/*.md: `make docs`."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -48,14 +47,18 @@ def reference() -> str:
 
 
 def _room(room: str) -> str:
-    mine = [s for s in settings().values() if s.key.partition(".")[0] == room]
-    columns = ("setting", "default", "allowed", "meaning", "elsewhere")
-    rows = []
-    for setting in mine:
-        default = _codes([setting.default] if setting.default else [])
-        words = (_prose(setting.kind), _prose(setting.description))
-        rows.append((_codes([setting.key]), default, *words, _codes(setting.aliases)))
-    return _table(columns, rows)
+    rows = [
+        (
+            _codes([setting.key]),
+            _codes([setting.default] if setting.default else []),
+            _prose(setting.kind),
+            _prose(setting.description),
+            _codes(setting.aliases),
+        )
+        for setting in settings().values()
+        if setting.key.partition(".")[0] == room
+    ]
+    return _table(("setting", "default", "allowed", "meaning", "elsewhere"), rows)
 
 
 def metrics() -> str:
@@ -114,17 +117,9 @@ def _prose(text: str) -> str:
     return text.replace("|", r"\|").replace("<", "&lt;")
 
 
-def main() -> int:
-    """Exit code 1 when --check finds a page out of date."""
-    only_check = "--check" in sys.argv
-    texts = {page: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
-    stale = [page for page, text in texts.items() if renewed(text) != text]
-    for page in stale:
-        print(f"docs/{page.name}: " + ("out of date; run make docs" if only_check else "written"))
-        if not only_check:
-            page.write_text(renewed(texts[page]), encoding="utf-8")
-    return int(only_check and bool(stale))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if renewed(text) != text:
+            page.write_text(renewed(text), encoding="utf-8")
+            print(f"docs/{page.name}: written")

@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bargauge": {"reduceOptions": LAST, "displayMode": "gradient", "orientation": "horizontal"},
     "table": {"showHeader": True, "cellHeight": "sm"},
 }
-HEIGHTS = {"stat": 4, "gauge": 4}
+HEIGHTS, WIDTH = {"stat": 4, "gauge": 4}, 8
 
 
 def expression(text: str, run: str = "") -> str:
@@ -46,10 +46,8 @@ def expression(text: str, run: str = "") -> str:
         matchers = [run, more.removeprefix(",")]
         if not OTHERS.fullmatch(name):
             metric = METRICS.get(name) or FAMILIES[name]
-            if name in METRICS:
-                matchers += [
-                    f'{label}="{value}"' for label, value in metric.labels.items() if value
-                ]
+            labels = metric.labels if name in METRICS else {}
+            matchers += [f'{label}="{value}"' for label, value in labels.items() if value]
             name = metric.prometheus_name
         suffix = f"_{part}" if part not in (None, "run") else ""
         chosen = ",".join(filter(None, matchers))
@@ -103,15 +101,11 @@ def panel(row: dict[str, Any], number: int, x: int, y: int) -> dict[str, Any]:
         "title": row["title"],
         "description": "\n".join([row["says"], "", *meanings(row)]).strip(),
         "datasource": SOURCE,
-        "gridPos": {"x": x, "y": y, "w": width(row), "h": HEIGHTS.get(kind, 8)},
+        "gridPos": {"x": x, "y": y, "w": row.get("width", WIDTH), "h": HEIGHTS.get(kind, 8)},
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": OPTIONS[kind],
         "targets": targets,
     }
-
-
-def width(row: dict[str, Any]) -> int:
-    return int(row.get("width", 8))
 
 
 def placed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -119,10 +113,11 @@ def placed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     panels: list[dict[str, Any]] = []
     x = y = 0
     for number, row in enumerate(rows, start=1):
-        if x + width(row) > 24:
+        width = row.get("width", WIDTH)
+        if x + width > 24:
             x, y = 0, max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels)
         panels.append(panel(row, number, x, y))
-        x += width(row)
+        x += width
     return panels
 
 
@@ -185,6 +180,11 @@ def annotations(name: str, alert: dict[str, str]) -> dict[str, str]:
     return {"summary": alert["says"], "runbook": f"{alert['runbook']} ({page})"}
 
 
+def any_value() -> dict[str, Any]:
+    """The query returns only what holds: whatever comes back is above the threshold."""
+    return {"evaluator": {"type": "gt", "params": [-1e300]}}
+
+
 def grafana_rules(content: dict[str, Any]) -> dict[str, Any]:
     """The same alerts for Grafana's own alerting."""
     rules = [
@@ -194,15 +194,10 @@ def grafana_rules(content: dict[str, Any]) -> dict[str, Any]:
             "condition": "B",
             "data": [
                 query("A", "prometheus", {"expr": condition(alert), "instant": True}),
-                # The query returns only what holds: whatever comes back is above the threshold.
                 query(
                     "B",
                     "__expr__",
-                    {
-                        "type": "threshold",
-                        "expression": "A",
-                        "conditions": [{"evaluator": {"type": "gt", "params": [-1e300]}}],
-                    },
+                    {"type": "threshold", "expression": "A", "conditions": [any_value()]},
                 ),
             ],
             "noDataState": "OK",

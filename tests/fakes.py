@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -134,6 +136,16 @@ def shard_of(groups: Sequence[Group], step: int, whole: Sequence[Group] | None =
         num_loss_tokens_global=sum(group.num_tokens for group in everything),
         num_completions_global=sum(len(group.completions) for group in everything),
     )
+
+
+def load_script(path: Path) -> ModuleType:
+    """A module that stands outside of the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class CountingPrompts:

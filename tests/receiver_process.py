@@ -1,22 +1,27 @@
 """An actor that holds two small matrices instead of a model; run by test_weights.py.
 
-It says "live VERSION" when a version was swapped in, "error ..." when it was refused.
+It says "live VERSION" when a version was swapped in, "error ..." when it was refused, and "asleep"
+or "awake" when the learner takes or leaves the GPU.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.errors import WeightsError
+from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.rundir import RunDir
+from asyncgrpo.settings.learner import WeightSettings
 from asyncgrpo.weights.collective import WeightGroup
+from asyncgrpo.weights.inbox import EngineInbox, Fields, Inbox
 from asyncgrpo.weights.proof import canary_prompts
 from asyncgrpo.weights.receiver import CollectiveReceiver
 from asyncgrpo.wire.keys import Keys, read_keys
@@ -54,6 +59,23 @@ def keys_of_the_environment() -> Keys | None:
     return read_keys(RunDir(path=Path(), config=config, endpoints=None), "client")
 
 
+class BrokenInbox(Inbox):
+    """That of a process of an engine which ends, or of whose bytes some change."""
+
+    def __init__(self, settings: WeightSettings, fault: str) -> None:
+        super().__init__(settings)
+        self._fault, self._count = fault, 0
+
+    def receive(self, go: Fields) -> list[int]:
+        digests = super().receive(go)
+        self._count += 1
+        if self._count > 1 and self._fault == "engine_ends":
+            raise EOFError
+        if self._count > 1 and self._fault == "engine_differs":
+            digests[1] ^= 1
+        return digests
+
+
 def receive(
     name: str, address: str, fault: str, says: Connection, environment: dict[str, str]
 ) -> None:
@@ -63,19 +85,33 @@ def receive(
         WeightGroup.broadcast = lambda group, buckets, then: os.kill(os.getpid(), signal.SIGKILL)
     if fault == "tampered":
         WeightGroup.broadcast = tampered(WeightGroup.broadcast)
-    receiver = CollectiveReceiver(Config(), name, address, keys_of_the_environment())
+    inbox, inboxes = None, []
+    if fault.startswith("engine"):
+        ends = [Pipe(), Pipe()]
+        inboxes = [Inbox(Config().weights), BrokenInbox(Config().weights, fault)]
+        for each, (_, theirs) in zip(inboxes, ends, strict=True):
+            work = (theirs, torch.device("cpu"))
+            threading.Thread(target=each.serve, args=work, daemon=True).start()
+        inbox = EngineInbox([ours for ours, _ in ends], 20)
+    receiver = CollectiveReceiver(Config(), name, address, keys_of_the_environment(), inbox)
     held: dict[str, torch.Tensor] = {}
+    is_asleep = False
     while True:
         try:
             receiver.check()
-        except WeightsError as error:
+        except (EngineError, WeightsError) as error:
             says.send(f"error {error}")
             return
-        staged = receiver.staged()
+        wanted, staged = receiver.wants_sleep(is_asleep), receiver.staged()
+        assert not (is_asleep and staged), "weights came while the engine sleeps"
+        if wanted != is_asleep and staged is None and fault != "sleepless":
+            is_asleep = wanted
+            says.send("asleep" if is_asleep else "awake")
         if staged is None:
             time.sleep(0.001)
             continue
         version, tensors = staged
+        tensors = inboxes[version % 2].tensors if inboxes else tensors
         if fault == "stale_engine" and held:
             list(tensors)  # takes them, and goes on with the old ones
         else:

@@ -27,6 +27,7 @@ class FakeEngine:
     def __init__(self, steps: int = 3) -> None:
         self.version, self._steps = -1, steps
         self.requests: dict[str, tuple[list[int], int, list[int]]] = {}
+        self.is_asleep = False
 
     @property
     def num_requests(self) -> int:
@@ -40,6 +41,7 @@ class FakeEngine:
         self.requests[request_id] = (list(prompt_token_ids), num_completions, [])
 
     def step(self):
+        assert not self.is_asleep
         finished = []
         for name, (prompt, count, versions) in list(self.requests.items()):
             versions.append(self.version)
@@ -61,10 +63,14 @@ class FakeEngine:
         return finished
 
     def load_weights(self, version, tensors):
+        assert not self.is_asleep
         self.version = version
 
-    def close(self):
-        self.requests.clear()
+    def sleep(self):
+        self.is_asleep = True
+
+    def wake(self):
+        self.is_asleep = False
 
 
 class FakeTokenizer:
@@ -108,6 +114,8 @@ class FakeReceiver:
         self.waiting: int | None = None
         self.proofs: list[tuple[int, int]] = []
         self.busy: list[bool] = []
+        self.sleep = False
+        self.heard_asleep = False
 
     def staged(self):
         return None if self.waiting is None else (self.waiting, [])
@@ -118,6 +126,10 @@ class FakeReceiver:
 
     def set_busy(self, busy):
         self.busy.append(busy)
+
+    def wants_sleep(self, is_asleep):
+        self.heard_asleep = is_asleep
+        return self.sleep
 
     def check(self):
         pass
@@ -417,3 +429,57 @@ def test_an_actor_that_stood_still_asks_before_it_gives_up():
     stage.tick()
     stage.time += 3600  # SIGSTOP, a laptop asleep
     stage.tick(100)
+
+
+def test_an_actor_asleep_keeps_its_work_and_delivers_what_is_scored():
+    stage = Stage(steps=3).with_version(0)
+    stage.client.grant(make_lease(1), make_lease(2))
+    stage.tick(2)
+    stage.receiver.sleep = True
+    stage.tick()
+    asked = len(stage.client.of("lease"))
+    before = {name: list(versions) for name, (_, _, versions) in stage.engine.requests.items()}
+    stage.client.grant(make_lease(3))  # was on its way
+    stage.receiver.waiting = 1
+    stage.tick(30)
+    assert stage.engine.is_asleep
+    assert stage.receiver.heard_asleep
+    assert len(stage.client.of("lease")) == asked
+    assert stage.engine.version == 0
+    assert {n: r[2] for n, r in stage.engine.requests.items()} == {**before, "t3": []}
+    assert len(stage.client.of("status")) >= 2
+    stage.receiver.sleep = False
+    stage.tick(5)
+    assert not stage.engine.is_asleep
+    groups = [group for packet in stage.client.of("put") for group in groups_from(packet)]
+    assert {group.lease.lease_id for group in groups} == {"t1", "t2"}  # the credit
+    assert {tuple(group.completions[0].versions) for group in groups} == {(0, 0, 1)}
+
+
+def test_an_engine_sleeps_when_what_it_holds_is_proven():
+    stage = Stage(steps=9).with_version(0)
+    stage.client.grant(make_lease(1))
+    stage.tick(2)
+    stage.receiver.waiting, stage.receiver.sleep = 1, True
+    stage.tick()
+    assert stage.receiver.proofs[1:] == [(1, NUM_CANARIES)]
+    stage.tick()
+    assert stage.engine.is_asleep
+
+
+def test_an_evaluation_goes_on_with_its_version_after_a_sleep():
+    stage = Stage(steps=4).with_version(0)
+    lease = make_lease(1, purpose="eval")
+    fields = {"leases": [pack_lease(lease)]}
+    stage.client.inbox.append(Packet(kind="evaluate", fields=fields))
+    stage.tick(2)
+    stage.receiver.sleep, stage.receiver.waiting = True, 1
+    stage.tick(5)
+    assert stage.receiver.busy == [True]
+    stage.receiver.sleep = False
+    stage.tick(5)
+    assert stage.receiver.busy == [True, False]
+    (packet,) = stage.client.of("put")
+    (group,) = groups_from(packet)
+    assert set(group.completions[0].versions.tolist()) == {0}
+    assert stage.engine.version == 1

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import CountingPrompts, make_group, make_lease
+from fakes import make_group, make_lease
+from test_buffer import Talk
 
 from asyncgrpo.buffer.admission import check_request, is_holder, why_failed
 from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.buffer.leases import OpenLease
-from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import WireError
 from asyncgrpo.observe.metrics import METRICS
 from asyncgrpo.types import Completions
 from asyncgrpo.weights.sender import CollectiveSender
-from asyncgrpo.wire.codec import Packet, decode, encode, group_packet, groups_from, lease_from
+from asyncgrpo.wire.codec import Packet, decode, encode, group_packet, groups_from
 from asyncgrpo.wire.schema import BUFFER_REQUESTS, WEIGHTS_REQUESTS
 
 NEWEST = 5
@@ -144,79 +144,64 @@ def test_every_request_that_is_acted_upon_has_its_fields_checked():
 
 
 @pytest.fixture
-def core() -> BufferCore:
-    """A buffer that knows actor-0.1."""
-    config = from_mapping({"buffer": {"groups_per_step": 2}, "algo": {"group_size": 2}})
-    core = BufferCore(config, CountingPrompts(), lambda step, groups: None)
-    core.handle("actor-0.1", Packet(kind="hello", fields={"actor": "actor-0"}), 0.0)
-    return core
+def talk() -> Talk:
+    """With a buffer that knows actor-0.1."""
+    return Talk(buffer={"groups_per_step": 2}).hello("actor-0.1")
 
 
-def leased(core, peer="actor-0.1", count=2):
-    fields = {"version": 0, "max": count}
-    (_, answer), *_ = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
-    return [lease_from(lease) for lease in answer.fields["leases"]]
-
-
-def put(core, group, peer="actor-0.1"):
-    (_, answer), *_ = core.handle(peer, group_packet("put", [group]), 1.0)
-    return answer.fields["state"]
-
-
-def test_a_changed_prompt_is_never_stored_and_its_lease_fails(core):
-    lease, other = leased(core)
+def test_a_changed_prompt_is_never_stored_and_its_lease_fails(talk):
+    lease, other = talk.lease("actor-0.1", 2)
     changed = replace(lease, prompt=replace(lease.prompt, answer="anything"))
-    assert put(core, make_group(changed)) == "failed"
-    assert put(core, make_group(other)) == "stored"
-    metrics = core.metrics()
+    assert talk.put("actor-0.1", make_group(changed)) == "failed"
+    assert talk.put("actor-0.1", make_group(other)) == "stored"
+    metrics = talk.core.metrics()
     assert (metrics["groups_failed_other_lease"], metrics["leases_failed"]) == (1, 1)
     assert metrics["buffer_groups"] == 1
 
 
-def test_groups_of_others_and_groups_that_come_twice_change_nothing(core):
-    lease, _ = leased(core)
-    assert put(core, make_group(lease), peer="actor-1.1") == "unknown"
-    assert core.metrics()["leases_open"] == 2
-    assert put(core, make_group(lease)) == "stored"
-    assert put(core, make_group(lease)) == "unknown"
-    metrics = core.metrics()
+def test_groups_of_others_and_groups_that_come_twice_change_nothing(talk):
+    lease, _ = talk.lease("actor-0.1", 2)
+    assert talk.put("actor-1.1", make_group(lease)) == "unknown"
+    assert talk.core.metrics()["leases_open"] == 2
+    assert talk.put("actor-0.1", make_group(lease)) == "stored"
+    assert talk.put("actor-0.1", make_group(lease)) == "unknown"
+    metrics = talk.core.metrics()
     assert metrics["groups_ignored_other_actor"] == metrics["groups_ignored_late"] == 1
     assert metrics["groups_arrived"] == metrics["buffer_groups"] == 1
 
 
-def test_a_group_of_an_earlier_life_of_the_actor_is_ignored(core):
-    hello = {"actor": "actor-0"}
-    lease, _ = leased(core)
-    core.handle("actor-0.2", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    assert put(core, make_group(lease), peer="actor-0.1") == "unknown"
-    assert core.metrics()["leases_expired"] == 2
-    assert core.metrics()["buffer_groups"] == 0
+def test_a_group_of_an_earlier_life_of_the_actor_is_ignored(talk):
+    lease, _ = talk.lease("actor-0.1", 2)
+    talk.hello("actor-0.2")
+    assert talk.put("actor-0.1", make_group(lease)) == "unknown"
+    assert talk.core.metrics()["leases_expired"] == 2
+    assert talk.core.metrics()["buffer_groups"] == 0
 
 
-def test_work_of_a_learner_that_went_back_to_a_checkpoint_is_let_in(core):
-    core.step = 6
-    sampled_before, sampled_across = leased(core)  # under way while version 7 is the newest
-    core.step = 2
-    assert put(core, make_group(sampled_before, versions=[[6, 7], [7]])) == "stored"
-    assert put(core, make_group(sampled_across, versions=[[7, 7, 2], [2]])) == "stored"
-    fields = {"version": 7, "max": 2}  # it has not got the older weights yet
-    (_, answer), *_ = core.handle("actor-0.1", Packet(kind="lease", fields=fields), 1.0)
-    assert answer.kind == "leases"
-    (lease, *_) = map(lease_from, answer.fields["leases"])
-    assert put(core, make_group(lease, versions=[[8], [8]])) == "failed"  # there never was any
+def test_work_of_a_learner_that_went_back_to_a_checkpoint_is_let_in(talk):
+    talk.core.step = 6
+    sampled_before, sampled_across = talk.lease(
+        "actor-0.1", 2
+    )  # under way while version 7 is the newest
+    talk.core.step = 2
+    assert talk.put("actor-0.1", make_group(sampled_before, versions=[[6, 7], [7]])) == "stored"
+    assert talk.put("actor-0.1", make_group(sampled_across, versions=[[7, 7, 2], [2]])) == "stored"
+    lease, *_ = talk.lease("actor-0.1", 2, version=7)  # it has not got the older weights yet
+    assert (
+        talk.put("actor-0.1", make_group(lease, versions=[[8], [8]])) == "failed"
+    )  # there never was any
 
 
 @pytest.mark.parametrize("kind", sorted(set(BUFFER_REQUESTS) - {"results", "stop", "summary"}))
-def test_half_a_request_leaves_no_trace(core, kind):
-    before = core.metrics()
-    answers = core.handle("actor-0.1", Packet(kind=kind, request_id=7), 0.0)
+def test_half_a_request_leaves_no_trace(talk, kind):
+    before = talk.core.metrics()
+    answers = talk.replies("actor-0.1", kind)
     assert [(peer, answer.kind) for peer, answer in answers] == [("actor-0.1", "refused")]
-    assert core.tick(1.0) == []
-    assert core.metrics() == before
+    assert talk.core.tick(1.0) == []
+    assert talk.core.metrics() == before
 
 
-def test_a_refusal_is_short_however_long_the_request(core):
-    ((_, answer),) = core.handle("x", Packet(kind="z" * 10_000), 0.0)
-    long = {"actor": "y" * 10_000}
-    ((_, other),) = core.handle("x", Packet(kind="hello", fields=long), 0.0)
-    assert max(len(answer.fields["reason"]), len(other.fields["reason"])) <= 300
+def test_a_refusal_is_short_however_long_the_request(talk):
+    for kind, fields in (("z" * 10_000, {}), ("hello", {"actor": "y" * 10_000})):
+        (answer,) = talk.ask("x", kind, **fields)
+        assert len(answer.fields["reason"]) <= 300

@@ -52,7 +52,7 @@ from asyncgrpo.settings.algo import AlgoSettings, notices
         ({"dual_clip": 0.5}, "algo.dual_clip=0.5 is not allowed"),
         ({"vespo": {"positive": [2, -3]}}, "algo.vespo.positive.1=-3 is not allowed"),
         ({"max_nonfinite": -1}, "algo.max_nonfinite=-1 is not allowed"),
-        ({"minibatches": 9}, r"algo.minibatches=9 must be <= .* = 16 / 2"),
+        ({"minibatches": 9}, r"step=16 must be >= launch.learners=2 x algo.minibatches=9: each"),
         ({"overlong_buffer": 16}, r"algo.overlong_buffer=16 must be < .*max_completion_tokens=16"),
     ],
 )

@@ -48,6 +48,8 @@ FLOORS = {
         "weights.flat",
         "weights.disk",
         "weights.local",
+        "weights.inbox",
+        "weights.outbox",
         "weights.collective",
         "observe.exporter",
         "data.tiny",
@@ -70,8 +72,8 @@ FLOORS = {
         "launch.memory",
         "launch.memory_report",
     ),
-    1: ("config", "settings", "aliases", "algorithms", "hints", "protocols", "observe.metrics"),
-    0: ("errors", "types", "imports", "rows", "settings.room", "staleness"),
+    1: ("config", "settings", "aliases", "algorithms", "protocols", "observe.metrics"),
+    0: ("errors", "types", "hints", "imports", "rows", "settings.room", "staleness"),
 }
 STRANGERS = ("actor", "buffer", "learner")
 HEAVY = {

@@ -71,14 +71,13 @@ LIES = {
         f"INSERT INTO changes (ticket, state, reason, time) VALUES ({SOME}, 'trained', '', 0)",
         {"one state", "trained once"},
     ),
-    "a roll-back that nobody noted": ("DELETE FROM rollbacks", {"one state"}),
-    "a roll-back of fewer groups": (
-        "UPDATE rollbacks SET num_groups = num_groups - 1",
-        {"one state"},
+    "a roll-back that nobody noted": (
+        "DELETE FROM changes WHERE state = 'returned'",
+        {"one state", "trained once"},
     ),
-    "a roll-back to a later step": ("UPDATE rollbacks SET step = step + 1", {"one state"}),
     "in two batches": (
-        f"UPDATE steps SET tickets = json_insert(tickets, '$[#]', {SOME}) WHERE step = 4",
+        f"UPDATE steps SET tickets = json_insert(tickets, '$[#]', {SOME}),"
+        " num_new = num_new + 1 WHERE step = 4",
         {"trained once", "steps"},
     ),
     "a stale token": (
@@ -112,8 +111,8 @@ LIES = {
         "UPDATE leases SET epoch = 20 WHERE ticket = (SELECT max(ticket) FROM leases)",
         {"epochs"},
     ),
-    "a retry of a trained prompt": (
-        f"UPDATE leases SET next_ticket = 2 WHERE ticket = {SOME}",
+    "a prompt that went out again though it had brought a group": (
+        "UPDATE leases SET again = 0 WHERE again = 1",
         {"epochs"},
     ),
     "an unknown row": (
@@ -181,10 +180,9 @@ def ask(folder, *arguments):
     return CliRunner().invoke(app, ["ledger", str(folder), *arguments])
 
 
-def test_any_question_can_be_asked_and_the_answer_has_three_forms(halted):
+def test_any_question_can_be_asked_and_the_answer_has_two_forms(halted):
     sql = "SELECT state, count(*) AS n FROM leases WHERE step = 2 GROUP BY state"
     assert json.loads(ask(halted, "--sql", sql, "--json").output) == [{"state": "trained", "n": 4}]
-    assert ask(halted, "--sql", sql, "--csv").output.split() == ["state,n", "trained,4"]
     assert ask(halted, "--sql", sql).output.split() == ["state", "n", "trained", "4"]
 
 
@@ -197,31 +195,24 @@ def test_without_a_question_the_tables_are_shown_with_their_meaning(halted):
         "changes",
         "steps",
         "payloads",
-        "replays",
         "evaluations",
-        "rollbacks",
         "lives",
     }
     assert all(f"CREATE TABLE {name} (" in shown for name in names)
     assert "-- policy version that the actor held then" in shown
 
 
-ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
-
-
 @pytest.mark.parametrize(
-    ("sql", "error", "message"),
+    ("sql", "message"),
     [
-        ("DELETE FROM leases", ConfigError, "readonly"),
-        ("SELECT colour FROM leases", ConfigError, "no such column: colour: SELECT"),
-        ("SELECT 1; SELECT 2", ConfigError, "one statement"),
-        (ENDLESS, LedgerError, "longer than 0.2 s"),
+        ("DELETE FROM leases", "readonly"),
+        ("SELECT colour FROM leases", "no such column: colour: SELECT"),
+        ("SELECT 1; SELECT 2", "one statement"),
     ],
 )
-def test_what_is_no_question_is_refused_and_an_endless_one_ends(sql, error, message, halted):
-    result = ask(halted, "--sql", sql, "--timeout", "0.2")
-    assert isinstance(result.exception, error)
-    assert message in str(result.exception)
+def test_what_is_no_question_is_refused(sql, message, halted):
+    with pytest.raises(ConfigError, match=message):
+        LedgerReader(halted).query(sql)
 
 
 def test_a_folder_without_a_ledger_is_refused(tmp_path):

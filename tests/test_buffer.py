@@ -13,19 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.gate import Gate, TokenGate
-from asyncgrpo.buffer.leases import STATES, lease_seed
+from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.journal import Journal
+from asyncgrpo.buffer.leases import STATES, LeaseBook, lease_seed
+from asyncgrpo.buffer.queue import PromptQueue
 from asyncgrpo.buffer.replay import Replay, deal, part_metrics
 from asyncgrpo.config import from_mapping
-from asyncgrpo.errors import ConfigError
 from asyncgrpo.observe.metrics import metric_of
 from asyncgrpo.staleness import past_bound
 from asyncgrpo.wire.codec import Packet, group_packet, groups_from, lease_from, shard_from
-
-
-def gate(**changes):
-    values = {"groups_per_step": 4, "max_staleness": 2, "max_steps": 100, "publish_every": 1}
-    return Gate(**{**values, **changes})
 
 
 def config_of(**rooms):
@@ -44,84 +40,72 @@ def config_of(**rooms):
 # -- gate ---------------------------------------------------------------------------------------
 
 
+def open_for(version, trained=0, **rooms):
+    """Of a gate for batches of 4 groups and a bound of 2, with so many groups trained."""
+    config = config_of(**rooms)
+    return Gate(config).open_for(version, Counter(trained=trained), Replay(config), 0)
+
+
 def test_the_gate_lets_s_plus_one_steps_of_work_start_under_the_first_version():
-    assert gate().open_for(0) == (2 + 0 + 1) * 4
+    assert open_for(0) == (2 + 0 + 1) * 4
 
 
 def test_each_new_version_opens_the_gate_for_one_more_step():
-    passed = gate()
-    for _ in range(12):
-        passed.issue(0)
-    assert passed.open_for(0) == 0
-    assert passed.open_for(1) == 4
+    assert open_for(0, trained=12) == 0
+    assert open_for(1, trained=12) == 4
 
 
-def test_a_returned_ticket_can_be_given_again():
-    full = gate(max_staleness=0)
-    for _ in range(4):
-        full.issue(0)
-    full.give_back()
-    assert full.open_for(0) == 1
-
-
-def test_no_ticket_is_given_for_steps_after_the_last():
-    assert gate(max_steps=1).open_for(50) == 4
-
-
-def test_a_publish_interval_that_would_deadlock_is_refused_with_the_numbers():
-    with pytest.raises(ConfigError, match="publish_every=4 must be <= max_staleness"):
-        gate(publish_every=4)
+def test_no_group_may_start_for_steps_after_the_last():
+    assert open_for(50, run={"max_steps": 1}) == 4
 
 
 def group_of(ticket, tokens):
     return make_group(make_lease(ticket), versions=[[0] * (tokens - 1), [0]])
 
 
+def store_of(tokens=None, **buffer):
+    """A store that learners of one rank and two minibatches take from."""
+    rooms = {"launch": {"learners": 1}, "algo": {"group_size": 2, "minibatches": 2}}
+    return Replay(config_of(buffer={"tokens_per_step": tokens, **buffer}, **rooms))
+
+
 @given(st.lists(st.sampled_from(["issue", "arrive", "lose", "form"]), max_size=60))
 def test_a_gate_that_counts_tokens_is_the_gate_of_groups_when_all_are_alike(events):
     """Six groups of ten tokens are sixty tokens: both gates let the same number start."""
-    replay = Replay("arrival")
-    plain = gate(groups_per_step=6)
-    limits = {"groups_per_step": 6, "max_staleness": 2, "max_steps": 100, "publish_every": 1}
-    in_tokens = TokenGate(replay, tokens_per_step=60, min_groups=2, **limits)
-    being_made = ticket = version = 0
+    replay = store_of(60, groups_per_step=6)
+    plain = Gate(config_of(buffer={"groups_per_step": 6}))
+    in_tokens = Gate(replay._config)
+    counts = Counter()
+    ticket = version = 0
     for event in events:
-        if event == "issue" and plain.open_for(version):
-            being_made += 1
-            for each in (plain, in_tokens):
-                each.issue(version)
-        elif event == "arrive" and being_made:
-            being_made, ticket = being_made - 1, ticket + 1
+        if event == "issue" and plain.open_for(version, counts, replay, version):
+            counts["open"] += 1
+        elif event == "arrive" and counts["open"]:
+            counts.update(open=-1, stored=1)
+            ticket += 1
             replay.add(ticket, group_of(ticket, 10))
-        elif event == "lose" and being_made:
-            being_made -= 1
-            for each in (plain, in_tokens):
-                each.give_back()
-        elif event == "form" and len(replay) >= replay.count_for(60, 2):
-            assert len(replay.take(replay.count_for(60, 2))) == 6
+        elif event == "lose" and counts["open"]:
+            counts["open"] -= 1
+        elif event == "form" and (formed := replay.form(version, [])):
+            assert len(formed) == 6
             version += 1
-            for each in (plain, in_tokens):
-                each.formed(6)
+            counts.update(stored=-6, taken=6)
         for asked in range(version + 1):
-            assert in_tokens.open_for(asked) == plain.open_for(asked)
+            both = [gate.open_for(asked, counts, replay, version) for gate in (plain, in_tokens)]
+            assert both[0] == both[1]
 
 
 def test_a_gate_that_counts_tokens_learns_how_long_groups_are():
-    replay = Replay("arrival")
-    limits = {"groups_per_step": 8, "max_staleness": 0, "max_steps": 100, "publish_every": 1}
-    in_tokens = TokenGate(replay, tokens_per_step=80, min_groups=2, **limits)
-    assert in_tokens.open_for(0) == 8  # the guess
-    for _ in range(4):
-        in_tokens.issue(0)
+    replay = store_of(80, groups_per_step=8, max_staleness=0)
+    gate = Gate(replay._config)
+    assert gate.open_for(0, Counter(), replay, 0) == 8  # the guess
     for ticket in range(4):
         replay.add(ticket, group_of(ticket, 40))
-    assert replay.count_for(80, 2) == 2
-    replay.take(2)
-    in_tokens.formed(2)
-    assert in_tokens.open_for(0) == 0
-    replay.take(2)
-    in_tokens.formed(2)
-    assert in_tokens.open_for(2) == 4  # ceil(80 / mean), mean (80 + 160) / (8 + 4) = 20
+    assert len(replay.form(0, [])) == 2
+    assert gate.open_for(0, Counter(stored=2, taken=2), replay, 1) == 0
+    assert len(replay.form(1, [])) == 2
+    # ceil(80 / mean), mean (80 + 160) / (8 + 4) = 20
+    assert gate.open_for(2, Counter(taken=4), replay, 2) == 4
 
 
 # -- staleness ----------------------------------------------------------------------------------
@@ -138,51 +122,86 @@ def test_drop_looks_at_the_oldest_token_and_mask_at_the_newest():
 # -- replay -------------------------------------------------------------------------------------
 
 
+def being_made(*tickets):
+    """Open leases of these tickets."""
+    book = LeaseBook(config_of(), Journal())
+    for ticket in tickets:
+        turn = PromptQueue(CountingPrompts()).next()
+        book.issue(turn.prompt, peer="a.1", version=0, now=0.0, turn=turn, ticket=ticket)
+    return book.being_made()
+
+
+def formed(replay, step=0, open_tickets=(), **more):
+    return [each.ticket for each in replay.form(step, being_made(*open_tickets), **more)]
+
+
 def test_arrival_order_takes_the_oldest_version_first():
-    replay = Replay("arrival")
+    replay = store_of(groups_per_step=3)
     for ticket, version in ((1, 3), (2, 1), (3, 2), (4, 1)):
         replay.add(ticket, make_group(make_lease(ticket), versions=[[version], [version]]))
-    assert [stored.ticket for stored in replay.take(3)] == [2, 4, 3]
+    assert formed(replay, 3, open_tickets=[9]) == [2, 4, 3]
     assert len(replay) == 1
 
 
 def test_ticket_order_waits_for_earlier_open_work():
-    replay = Replay("ticket")
+    replay = store_of(groups_per_step=2, order="ticket")
     for ticket in (2, 3, 5):
         replay.add(ticket, make_group(make_lease(ticket)))
-    assert not replay.ready(2, oldest_open=1)
-    assert replay.ready(2, oldest_open=4)
-    assert [stored.ticket for stored in replay.take(2, oldest_open=4)] == [2, 3]
+    assert formed(replay, open_tickets=[7, 1]) == []
+    assert formed(replay, open_tickets=[4]) == [2, 3]
 
 
-def test_the_fewest_groups_that_hold_so_many_tokens_are_counted_in_the_order_of_the_store():
-    replay = Replay("ticket")
-    for ticket, tokens in ((3, 50), (1, 4), (2, 7)):
-        replay.add(ticket, group_of(ticket, tokens))
-    counted = {(11, 1): 2, (12, 1): 3, (4, 1): 1, (4, 2): 2, (61, 1): 3, (62, 1): 4, (1, 4): 4}
-    for (tokens, groups), count in counted.items():
-        assert replay.count_for(tokens, groups) == count
+def test_a_group_is_at_most_a_window_ahead_of_earlier_work():
+    replay = store_of(groups_per_step=2, order="window", window=3)
+    for ticket in (4, 5, 6):
+        replay.add(ticket, group_of(ticket, 5))
+    assert formed(replay, open_tickets=[2]) == []
+    assert formed(replay, open_tickets=[3]) == [4, 5]
+    replay.add(7, group_of(7, 5))
+    assert formed(replay, 1) == [6, 7]
 
 
-def test_groups_that_are_trained_again_stand_in_the_order_in_which_a_ledger_keeps_them():
-    replay = Replay("arrival")
-    versions = {14: 0, 11: 1, 12: 2}  # the two oldest are taken
-    replay.hold(
-        0, [(t, make_group(make_lease(t), versions=[[v]] * 2)) for t, v in versions.items()]
-    )
-    replay.done(0, keep=True)
-    replay.hold(1, [(20, make_group(make_lease(20)))])
-    replay.add_again(1, count=2, most=1, max_staleness=4)
-    assert [group.lease.lease_id for group in replay.whole(1)] == ["t20", "t11", "t14"]
+@pytest.mark.parametrize(
+    ("tokens", "minibatches", "count"),
+    [(11, 1, 2), (12, 1, 3), (4, 1, 1), (4, 2, 2), (61, 1, 3), (62, 1, 0), (1, 4, 0)],
+)
+def test_a_batch_has_the_fewest_groups_that_hold_so_many_tokens(tokens, minibatches, count):
+    buffer = {"order": "ticket", "tokens_per_step": tokens}
+    algo = {"group_size": 2, "minibatches": minibatches}
+    replay = Replay(config_of(buffer=buffer, algo=algo, launch={"learners": 1}))
+    for ticket, size in ((3, 50), (1, 4), (2, 7)):
+        replay.add(ticket, group_of(ticket, size))
+    assert formed(replay) == [1, 2, 3][:count]
+
+
+def test_groups_that_are_trained_again_are_the_least_used_then_the_oldest():
+    replay = store_of(groups_per_step=4, replay_ratio=1.0, max_staleness=4)
+    for ticket, version in {14: 2, 11: 0, 12: 1, 13: 1}.items():
+        replay.add(ticket, make_group(make_lease(ticket), versions=[[version]] * 2))
+    batches = []
+    for step in range(3):
+        if step == 2:
+            replay.add(20, make_group(make_lease(20)))
+            replay.add(21, make_group(make_lease(21)))
+        formed(replay, step)
+        batches.append(replay.batches[step])
+        replay.done(step)
+    assert [list(batch.tickets) for batch in batches] == [
+        [11, 12],
+        [13, 14, 11, 12],
+        [20, 21, 13, 14],
+    ]
+    assert [batch.num_new for batch in batches] == [2, 2, 2]
+    assert [group.lease.lease_id for group in batches[2].groups] == ["t20", "t21", "t13", "t14"]
 
 
 def test_scores_of_each_function_are_averaged_where_it_applied():
-    store = Replay("arrival", 0)
+    store = store_of(groups_per_step=2)
     parts = [{"right": [1, 0], "tidy": [np.nan, 4]}, {"right": [1, 1], "tidy": [np.nan, np.nan]}]
     for ticket, scores in enumerate(parts):
         named = {name: np.array(part, np.float32) for name, part in scores.items()}
         store.add(ticket, replace(group_of(ticket, 3), reward_parts=named))
-    found = part_metrics(store.take(2, None))
+    found = part_metrics(store.form(0, []))
     assert found == {
         "rewards/right/mean": 0.75,
         "rewards/right/std": pytest.approx(3**0.5 / 4),
@@ -308,10 +327,8 @@ class Simulation:
     def check(self):
         counts = self.core.leases.counts
         assert all(counts[state] >= 0 for state in STATES)
-        live = counts["open"] + counts["stored"] + counts["taken"] + counts["trained"]
-        assert self.core.gate.issued == live
         assert counts["stored"] == len(self.core.replay)
-        assert counts["open"] == len(self.core.leases.open_tickets())
+        assert counts["open"] == len(self.core.leases.being_made())
 
     def act(self):
         self.now += self.random.random()
@@ -431,9 +448,8 @@ def test_any_schedule_ends_with_every_bound_kept(name, seed):
     trained_at = {g.lease.lease_id: step for step, groups in run.trained.items() for g in groups}
     for step, group in run.replayed:
         assert trained_at[group.lease.lease_id] < step <= group.completions.version_span[0] + bound
-    assert run.core.replay.num_tokens == sum(
-        stored.group.num_tokens for stored in run.core.replay.take(len(run.core.replay))
-    )
+    left = run.core.replay
+    assert left.num_tokens == sum(each.group.num_tokens for each in left._stored.values())
     used.update(group.lease.lease_id for group, _, _ in run.dropped)
     assert set(used.values()) == {1}
     reasons = run.core.leases.reasons
@@ -448,16 +464,6 @@ def test_a_buffer_that_waits_never_evicts(seed):
     run = Simulation(seed, buffer={"staleness_action": "wait"})
     run.run()
     assert run.core.leases.counts["evicted"] == 0
-
-
-def test_a_group_is_at_most_a_window_ahead_of_earlier_work():
-    replay = Replay("window", window=3)
-    for ticket in (4, 5, 6):
-        replay.add(ticket, group_of(ticket, 5))
-    assert not replay.ready(1, oldest_open=1)
-    assert not replay.ready(3, oldest_open=3)
-    assert [stored.ticket for stored in replay.take(9, oldest_open=3)] == [4, 5]
-    assert replay.ready(1, oldest_open=None)
 
 
 def assert_batch_size(groups, config):
@@ -477,163 +483,152 @@ def test_ticket_order_never_evicts():
     assert run.core.leases.counts["evicted"] == 0
 
 
+class Talk:
+    """A core, and what its peers say to it and hear."""
+
+    def __init__(self, prompts=None, **rooms):
+        self.config, self.prompts = config_of(**rooms), prompts or CountingPrompts()
+        self.core = BufferCore(self.config, self.prompts, lambda step, ended: None)
+
+    def replies(self, peer, kind, now=0.0, **fields):
+        return self.core.handle(peer, Packet(kind=kind, request_id=1, fields=fields), now)
+
+    def tell(self, peer, packet, now=0.0):
+        return [answer for to, answer in self.core.handle(peer, packet, now) if to == peer]
+
+    def ask(self, peer, kind, now=0.0, **fields):
+        return self.tell(peer, Packet(kind=kind, request_id=1, fields=fields), now)
+
+    def hello(self, *peers):
+        for peer in peers:
+            self.ask(peer, "hello", actor=peer.partition(".")[0])
+        return self
+
+    def lease(self, peer, count, version=0):
+        (granted,) = self.ask(peer, "lease", version=version, max=count)
+        return [lease_from(packed) for packed in granted.fields["leases"]]
+
+    def put(self, peer, group, now=0.0):
+        (answer,) = self.tell(peer, group_packet("put", [group]), now)
+        return answer.fields["state"]
+
+    def take(self, step, rank=0, world_size=1):
+        return self.ask(f"learner-{rank}", "take", step=step, rank=rank, world_size=world_size)
+
+
+def test_groups_of_which_none_can_be_learned_from_are_warned_of_ever_more_rarely(caplog):
+    alone = {"groups_per_step": 1, "max_staleness": 40}
+    talk = Talk(buffer=alone, run={"max_steps": 99}, launch={"learners": 1}).hello("a.1")
+
+    def put(count, scores):
+        for lease in talk.lease("a.1", count):
+            talk.put("a.1", make_group(lease, versions=[[0], [0]], scores=scores))
+
+    for count, warnings in ((9, 0), (1, 1), (9, 1), (1, 2)):
+        put(count, [0.5, 0.6])
+        assert len(caplog.messages) == warnings
+    assert "20 groups in a row teach nothing, the last one was all_correct" in caplog.text
+    put(1, [0.5, -0.5])
+    put(19, [-0.5, -0.6])
+    assert len(caplog.messages) == 2
+
+
+def prompts_of(leases):
+    return [lease.prompt.prompt_id for lease in leases]
+
+
 def test_a_prompt_whose_actor_died_is_handed_out_again():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-
-    def ask(peer, kind, **fields):
-        return core.handle(peer, Packet(kind=kind, request_id=1, fields=fields), 0.0)
-
-    ask("actor-0.1", "hello", actor="actor-0")
-    (_, granted), *_ = ask("actor-0.1", "lease", version=0, max=2)
-    lost = [lease_from(fields).prompt.prompt_id for fields in granted.fields["leases"]]
-    ask("actor-0.2", "hello", actor="actor-0")
-    (_, again), *_ = ask("actor-0.2", "lease", version=0, max=3)
-    ids = [lease_from(fields).prompt.prompt_id for fields in again.fields["leases"]]
-    assert ids == [*lost, "p2"]
-    assert core.leases.reasons["expired/actor_restarted"] == 2
+    talk = Talk().hello("actor-0.1")
+    lost = prompts_of(talk.lease("actor-0.1", 2))
+    talk.hello("actor-0.2")
+    assert prompts_of(talk.lease("actor-0.2", 3)) == [*lost, "p2"]
+    assert talk.core.leases.reasons["expired/actor_restarted"] == 2
 
 
 def test_an_actor_that_says_goodbye_leaves_nothing_open():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, groups: None)
-
-    def tell(kind, **fields):
-        packet = Packet(kind=kind, request_id=1, fields=fields)
-        return [reply for _, reply in core.handle("actor-0.1", packet, 0.0)]
-
-    tell("hello", actor="actor-0")
-    granted, *_ = tell("lease", version=0, max=2)
-    first = lease_from(granted.fields["leases"][0]).lease_id
-    tell("fail", lease_id=first, reason="handed_back", retry=True)
-    assert tell("bye", actor="actor-0") == [Packet(kind="noted", request_id=1)]
-    assert core.leases.counts["open"] == 0
-    assert core.leases.reasons == {"failed/handed_back": 1, "expired/actor_left": 1}
-    tell("hello", actor="actor-1")
-    again, *_ = tell("lease", version=0, max=3)
-    ids = [lease_from(fields).prompt.prompt_id for fields in again.fields["leases"]]
-    assert sorted(ids) == ["p0", "p1", "p2"]
+    talk = Talk().hello("actor-0.1")
+    first, _ = talk.lease("actor-0.1", 2)
+    talk.ask("actor-0.1", "fail", lease_id=first.lease_id, reason="handed_back", retry=True)
+    assert talk.ask("actor-0.1", "bye", actor="actor-0") == [Packet(kind="noted", request_id=1)]
+    assert talk.core.leases.counts["open"] == 0
+    assert talk.core.leases.reasons == {"failed/handed_back": 1, "expired/actor_left": 1}
+    talk.hello("actor-1.1")
+    assert sorted(prompts_of(talk.lease("actor-1.1", 3))) == ["p0", "p1", "p2"]
 
 
 def test_a_stopped_buffer_hands_out_what_is_decided_and_then_says_so_to_every_rank():
-    run = Simulation(3)
-    run.core.handle("rank-0", Packet(kind="stop", request_id=9), 0.0)
-    takes = []
-    for rank in (0, 1):
-        fields = {"step": 0, "rank": rank, "world_size": 2}
-        request = Packet(kind="take", request_id=10, fields=fields)
-        takes += [reply.kind for _, reply in run.core.handle(f"rank-{rank}", request, 1.0)]
-    assert takes == ["stopped", "stopped"]
-    request = Packet(kind="lease", request_id=1, fields={"version": 0, "max": 4})
-    assert run.core.handle("actor-0.0", request, 2.0) == []
-    again = Packet(kind="begin", request_id=11, fields={"step": 0})
-    answers = run.core.handle("rank-0", again, 3.0)  # a new life of the learner
+    talk = Talk().hello("actor-0.0")
+    talk.ask("learner-0", "stop")
+    assert [talk.take(0, rank, 2)[0].kind for rank in (0, 1)] == ["stopped", "stopped"]
+    assert talk.ask("actor-0.0", "lease", version=0, max=4) == []
+    answers = talk.replies("learner-0", "begin", step=0)  # a new life of the learner
     assert [answer.kind for _, answer in answers] == ["noted", "leases"]
 
 
 def test_work_given_to_a_lost_peer_goes_to_the_next_who_asks():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    for peer in ("a.1", "b.1"):
-        core.handle(peer, Packet(kind="hello", fields={"actor": peer[0]}), 0.0)
-        fields = {"version": 0, "max": 12}
-        replies = core.handle(peer, Packet(kind="lease", request_id=1, fields=fields), 0.0)
-    assert replies == []  # the first took all that the gate lets start
-    ((peer, granted),) = core.lost("a.1", 1.0)
+    talk = Talk().hello("a.1", "b.1")
+    assert len(talk.lease("a.1", 12)) == 12  # all that the gate lets start
+    assert talk.ask("b.1", "lease", version=0, max=12) == []
+    ((peer, granted),) = talk.core.lost("a.1", 1.0)
     assert (peer, granted.kind, len(granted.fields["leases"])) == ("b.1", "leases", 12)
-    assert core.leases.reasons["expired/unreachable"] == 12
+    assert talk.core.leases.reasons["expired/unreachable"] == 12
 
 
 def test_a_lease_past_its_deadline_expires_and_a_late_group_is_not_stored():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    core.handle("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}), 0.0)
-    request = Packet(kind="lease", request_id=2, fields={"version": 0, "max": 1})
-    (_, granted), *_ = core.handle("a.1", request, 0.0)
-    lease = lease_from(granted.fields["leases"][0])
-    core.tick(lease.deadline_seconds + 1)
-    assert core.leases.counts["expired"] == 1
-    packet = group_packet("put", [make_group(lease)])
-    (_, answer), *_ = core.handle("a.1", packet, lease.deadline_seconds + 2)
-    assert answer.fields["state"] == "unknown"
-    assert len(core.replay) == 0
+    talk = Talk().hello("a.1")
+    (lease,) = talk.lease("a.1", 1)
+    talk.core.tick(lease.deadline_seconds - 1)
+    assert talk.core.leases.counts["expired"] == 0
+    talk.core.tick(lease.deadline_seconds + 1)
+    assert talk.core.leases.counts["expired"] == 1
+    assert talk.put("a.1", make_group(lease), lease.deadline_seconds + 2) == "unknown"
+    assert len(talk.core.replay) == 0
+
+
+def test_each_lease_expires_at_its_own_deadline():
+    talk = Talk(eval={"timeout_seconds": 50}, buffer={"lease_deadline_seconds": 100}).hello("a.1")
+    (first,) = talk.lease("a.1", 1)
+    talk.ask("learner-0", "evaluate", now=20.0, version=0, blocks=["held-out"])
+    talk.ask("a.1", "lease", now=60.0, version=0, max=1)
+    open_then = {}
+    for now in (69.9, 70.0, 99.9, 100.0, 159.9, 160.0):
+        talk.core.tick(now)
+        open_then[now] = len(talk.core.leases.held_by("a.1"))
+    assert list(open_then.values()) == [7, 2, 2, 1, 1, 0]
+    assert talk.core.leases.get(first.lease_id) is None
 
 
 def test_finite_prompts_end_with_a_smaller_batch_and_then_exhausted():
-    config = config_of(run={"max_steps": 50}, launch={"learners": 1})
-    core = BufferCore(config, CountingPrompts(limit=6), lambda step, ended: None)
-
-    def ask(peer, packet):
-        return [answer for _, answer in core.handle(peer, packet, 0.0)]
-
-    ask("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}))
-    (granted,) = ask("a.1", Packet(kind="lease", request_id=2, fields={"version": 0, "max": 9}))
-    for i, fields in enumerate(granted.fields["leases"]):
-        ask("a.1", group_packet("put", [make_group(lease_from(fields))], request=i))
-    sizes = []
-    for step in range(3):
-        fields = {"step": step, "rank": 0, "world_size": 1}
-        (answer,) = ask("learner-0", Packet(kind="take", request_id=9 + step, fields=fields))
-        sizes.append(len(groups_from(answer)) if answer.kind == "shard" else answer.kind)
-        if answer.kind == "shard":
-            ask("learner-0", trained_packet(step, groups_from(answer), world_size=1))
-    assert sizes == [4, 2, "exhausted"]
+    talk = Talk(CountingPrompts(limit=6), launch={"learners": 1}).hello("a.1")
+    for lease in talk.lease("a.1", 9):
+        talk.put("a.1", make_group(lease))
+    for step, size in enumerate((4, 2)):
+        (answer,) = talk.take(step)
+        assert len(groups_from(answer)) == size
+        talk.tell("learner-0", trained_packet(step, groups_from(answer), world_size=1))
+    assert talk.take(2)[0].kind == "exhausted"
 
 
 def test_a_rank_that_asks_for_the_next_step_early_is_not_told_the_end_before_the_others():
-    core = BufferCore(config_of(), CountingPrompts(limit=6), lambda step, ended: None)
-
-    def ask(peer, packet):
-        return [answer for _, answer in core.handle(peer, packet, 0.0)]
-
-    def take(step, rank):
-        fields = {"step": step, "rank": rank, "world_size": 2}
-        return ask(f"rank-{rank}", Packet(kind="take", request_id=step + 1, fields=fields))
-
-    ask("a.1", Packet(kind="hello", request_id=1, fields={"actor": "a"}))
-    (granted,) = ask("a.1", Packet(kind="lease", request_id=2, fields={"version": 0, "max": 9}))
-    for fields in granted.fields["leases"]:
-        ask("a.1", group_packet("put", [make_group(lease_from(fields))]))
-    shards = [take(0, rank)[0] for rank in (0, 1)]
-    assert take(1, 1) == []  # rank 1 is ahead: rank 0 has not told of step 0 yet
+    talk = Talk(CountingPrompts(limit=6)).hello("a.1")
+    for lease in talk.lease("a.1", 9):
+        talk.put("a.1", make_group(lease))
+    shards = [talk.take(0, rank, 2)[0] for rank in (0, 1)]
+    assert talk.take(1, 1, 2) == []  # rank 1 is ahead: rank 0 has not told of step 0 yet
     groups = [group for shard in shards for group in groups_from(shard)]
-    _, early = ask("rank-0", trained_packet(0, groups))
-    (other,) = take(1, 0)
-    assert [early.kind, other.kind] == ["shard", "shard"]
+    told = talk.core.handle("learner-0", trained_packet(0, groups), 0.0)
+    assert [(peer, answer.kind) for peer, answer in told] == [
+        ("learner-0", "noted"),
+        ("learner-1", "shard"),
+    ]
+    assert talk.take(1, 0, 2)[0].kind == "shard"
 
 
 def test_a_stop_after_a_rank_was_told_the_end_splits_no_ranks():
-    core = BufferCore(config_of(), CountingPrompts(limit=0), lambda step, ended: None)
-    kinds = []
+    talk = Talk(CountingPrompts(limit=0))
     for rank in (0, 1):
-        fields = {"step": 0, "rank": rank, "world_size": 2}
-        request = Packet(kind="take", request_id=1, fields=fields)
-        kinds += [answer.kind for _, answer in core.handle(f"rank-{rank}", request, 0.0)]
-        core.handle(f"rank-{rank}", Packet(kind="stop", request_id=2), 0.0)
-    assert kinds == ["exhausted", "exhausted"]
-
-
-def test_held_out_prompts_are_shared_among_actors_and_reported_once_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    for i in (0, 1):
-        fields = {"actor": f"actor-{i}"}
-        core.handle(f"actor-{i}.1", Packet(kind="hello", request_id=1, fields=fields), 0.0)
-    request = Packet(kind="evaluate", request_id=3, fields={"version": 7, "blocks": ["held-out"]})
-    pushed = core.handle("learner-0", request, 0.0)
-    assert [peer for peer, _ in pushed] == ["actor-0.1", "actor-1.1"]
-    replies = []
-    for peer, packet in pushed:
-        leases = [lease_from(fields) for fields in packet.fields["leases"]]
-        assert all(lease.sampling.temperature == 0 and lease.version == 7 for lease in leases)
-        accepted = {"lease_ids": [lease.lease_id for lease in leases], "refused": []}
-        replies += core.handle(peer, Packet(kind="accept", request_id=5, fields=accepted), 0.0)
-        for lease in leases:
-            score = 1.0 if lease.prompt.columns["number"] % 2 else -1.0
-            group = make_group(lease, versions=[[7, 7]], scores=[score])
-            replies += core.handle(peer, group_packet("put", [group]), 0.0)
-    assert [answer.kind for peer, answer in replies if peer == "learner-0"] == ["evaluating"]
-    wanted = Packet(kind="results", request_id=9)
-    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
-    (report,) = answer.fields["reports"]
-    assert report["accuracy"] == pytest.approx(2 / 5)
-    assert report["num_answered"] == 5
-    assert core.leases.num_training_leases() == 0
+        assert talk.take(0, rank, 2)[0].kind == "exhausted"
+        talk.ask(f"learner-{rank}", "stop")
 
 
 BLOCKS = [
@@ -650,20 +645,16 @@ BLOCKS = [
 ]
 
 
-class Exam:
+class Exam(Talk):
     """A core with two evaluation blocks and two actors that know it."""
 
-    def __init__(self):
-        self.core = BufferCore(config_of(eval=BLOCKS), CountingPrompts(), lambda step, groups: None)
-        self.ids = Counter()
-        self.leases = {}
-        for i in (0, 1):
-            self.ask(f"actor-{i}.1", "hello", actor=f"actor-{i}")
+    def __init__(self, **rooms):
+        super().__init__(**{"eval": BLOCKS, **rooms})
+        self.ids, self.leases = Counter(), {}
+        self.hello("actor-0.1", "actor-1.1")
 
-    def ask(self, peer, kind, now=0.0, **fields):
-        return self.post(peer, Packet(kind=kind, fields=fields), now)
-
-    def post(self, peer, packet, now=0.0):
+    def tell(self, peer, packet, now=0.0):
+        """What the learner hears; actors keep their leases."""
         self.ids[peer] += 1
         numbered = replace(packet, request_id=self.ids[peer])
         answers = []
@@ -686,7 +677,7 @@ class Exam:
         for peer, lease in self.of(block):
             spans = [[lease.version]] * lease.group_size
             packet = group_packet("put", [make_group(lease, versions=spans, scores=scores)])
-            answers += self.post(peer, packet, now)
+            answers += self.tell(peer, packet, now)
         return answers
 
 
@@ -723,7 +714,7 @@ def test_each_block_is_reported_by_its_own_measure_and_results_wait_for_all():
     assert (sampled["num_prompts"], sampled["seconds"], sampled["version"]) == (4, 3.0, 5)
     (noted,) = exam.ask("learner-0", "summary")
     assert [report["name"] for report in noted.fields["evaluations"]] == ["sampled"]
-    assert exam.core.leases.num_training_leases() == 0
+    assert exam.core.leases.counts.total() == 0
 
 
 def test_the_learner_goes_on_when_every_actor_has_accepted_or_is_late():
@@ -757,15 +748,23 @@ def test_results_without_any_evaluation_are_empty_at_once():
     assert answer.fields["reports"] == []
 
 
+def test_correct_answers_are_counted_prompt_by_prompt():
+    exam = Exam(eval={"num_prompts": 5})
+    exam.ask("learner-0", "evaluate", version=7, blocks=["held-out"])
+    for peer, lease in exam.of("held-out"):
+        score = 1.0 if lease.prompt.columns["number"] % 2 else -1.0
+        group = make_group(lease, versions=[[7, 7]], scores=[score])
+        exam.tell(peer, group_packet("put", [group]))
+    (answer,) = exam.ask("learner-0", "results")
+    (report,) = answer.fields["reports"]
+    assert (report["accuracy"], report["num_answered"]) == (pytest.approx(2 / 5), 5)
+
+
 def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    hello = {"actor": "actor-0"}
-    core.handle("actor-0.1", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    asked = {"version": 1, "blocks": ["held-out"]}
-    core.handle("learner-0", Packet(kind="evaluate", request_id=2, fields=asked), 0.0)
-    core.handle("actor-0.2", Packet(kind="hello", request_id=1, fields=hello), 0.0)
-    wanted = Packet(kind="results", request_id=3)
-    (_, answer), *_ = core.handle("learner-0", wanted, 0.0)
+    talk = Talk().hello("actor-0.1")
+    talk.ask("learner-0", "evaluate", version=1, blocks=["held-out"])
+    talk.hello("actor-0.2")
+    (answer,) = talk.ask("learner-0", "results")
     (report,) = answer.fields["reports"]
     assert (report["num_answered"], report["num_prompts"]) == (0, 5)
 
@@ -788,16 +787,13 @@ def test_advantages_that_do_not_fit_the_batch_change_nothing():
     assert (run.core.step, run.core.metrics()["leases_trained"]) == (1, 4)
 
 
-def test_an_unknown_evaluation_block_is_refused():
-    request = Packet(kind="evaluate", request_id=1, fields={"version": 0, "blocks": ["no"]})
-    (_, answer), *_ = Exam().core.handle("learner-0", request, 0.0)
-    assert "no evaluation block is called no" in answer.fields["reason"]
-
-
 def test_a_request_that_makes_no_sense_is_refused_with_its_reason():
-    core = BufferCore(config_of(), CountingPrompts(), lambda step, ended: None)
-    (_, answer) = core.handle("x", Packet(kind="dance", request_id=1), 0.0)[0]
-    assert (answer.kind, answer.fields["reason"]) == ("refused", "unknown kind 'dance'")
-    (_, answer) = core.handle("x", Packet(kind="take", request_id=2), 0.0)[0]
-    assert answer.kind == "refused"
-    assert "step" in answer.fields["reason"]
+    talk = Talk()
+    for kind, fields, why in (
+        ("evaluate", {"version": 0, "blocks": ["no"]}, "no evaluation block is called no"),
+        ("dance", {}, "unknown kind 'dance'"),
+        ("take", {}, "take: step: Field required"),
+    ):
+        (answer,) = talk.ask("x", kind, **fields)
+        assert answer.kind == "refused"
+        assert why in answer.fields["reason"]

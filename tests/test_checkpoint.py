@@ -13,9 +13,11 @@ import learner_case
 import pytest
 import torch
 from learner_case import make_groups, on_ranks, part_of, shard_of, weights_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import CheckpointError
+from asyncgrpo.errors import CheckpointError, ModelError
+from asyncgrpo.launch.model_folder import check_same_model
 from asyncgrpo.learner.saved import find_damage, newest, saved, step_of
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.types import Shard
@@ -181,3 +183,21 @@ def test_a_checkpoint_goes_on_with_other_numbers_of_ranks(folder, shard, tmp_pat
     )
     assert (manifest["step"], manifest["ranks"]) == (6, 3)
     assert {"rng_0.pt", "rng_1.pt", "rng_2.pt"} < set(manifest["files"])
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_size_that_differs(
+    folder, shard, tmp_path
+):
+    updater = PolicyUpdater(settings(folder), run_dir=tmp_path)
+    train(updater, shard, 6, 7)
+    updater.checkpoint(7)
+    updater.save()
+    config = AutoConfig.from_pretrained(folder, hidden_size=64)
+    other = tmp_path / "other"
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    check_same_model(tmp_path, str(folder))
+    width = updater._policy.config.hidden_size
+    with pytest.raises(ModelError, match=rf"step_7 is of .* hidden_size was {width}, .* has 64;"):
+        check_same_model(tmp_path, str(other))
+    with pytest.raises(CheckpointError, match=r"step_7 does not fit this model .*: Size mismatch"):
+        PolicyUpdater(settings(other), run_dir=tmp_path).restore()

@@ -40,6 +40,7 @@ WRONG = {
     "buffer.completions_per_step=30": ["completions_per_step=30", "group_size=8", "24 or 32"],
     "weights.publish_every=6": ["publish_every=6", "max_staleness + 1 = 5", "deadlock"],
     "weights={only_changed=true, transport='disk'}": ["only_changed=true", "set another transport"],
+    "actor.sleep=true": ["actor.sleep=True needs launch.gpus >= 1 (now 0)", "share_gpus = true"],
     "launch.learners=17": ["groups_per_step=16", "launch.learners=17", "at least one group"],
     "learner.max_tokens_per_microbatch=20": ["=20", "256 + 16 = 272"],
     "data.tasks.sequence_min=9": ["sequence_min=9", "sequence_max=6"],
@@ -77,6 +78,37 @@ def test_wrong_settings_are_refused_with_value_limit_and_remedy(override):
         load_config(None, [override])
     for part in WRONG[override]:
         assert part in str(caught.value)
+
+
+ONE_GPU = {"gpus": 1, "share_gpus": True}
+HALF = {"fused_head": True, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("rooms", "message"),
+    [
+        (
+            {"actor": {"sleep": True}, "launch": {"gpus": 2}},
+            r"gpus >= 1 \(now 2\) and .*share_gpus",
+        ),
+        (
+            {"actor": {"sleep": True, "engine": "toy"}, "weights": {"publish_every": 2}},
+            r"actor.sleep=True needs weights.publish_every = 1 \(now 2;",
+        ),
+        ({"learner": HALF}, "learner.fused_head=True needs CUDA, but launch.gpus=0"),
+        ({"learner": {"fused_head": True}, "launch": ONE_GPU}, r"'bfloat16' \(now 'float32'\)"),
+        ({"learner": {**HALF, "float32_head": True}, "launch": ONE_GPU}, "float32_head = false"),
+    ],
+)
+def test_what_an_engine_that_sleeps_and_a_fused_output_layer_need_is_said(rooms, message):
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(rooms)
+
+
+def test_an_engine_may_sleep_on_a_shared_gpu_and_a_toy_anywhere():
+    assert from_mapping({"actor": {"sleep": True}, "launch": ONE_GPU}).actor.sleep
+    assert from_mapping({"actor": {"sleep": True, "engine": "toy"}}).actor.sleep
+    assert from_mapping({"learner": HALF, "launch": ONE_GPU}).learner.fused_head
 
 
 @pytest.mark.parametrize("text", ["learner.lr", "=3", ""])
@@ -143,6 +175,18 @@ def test_broken_toml_is_refused_with_its_line(tmp_path):
     (tmp_path / "bad.toml").write_text("[learner]\nlr = \n")
     with pytest.raises(ConfigError, match="line 2"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_a_wrong_setting_is_named_with_the_file_that_has_it(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[learner]\nlrr = 1\n")
+    for overrides, source in (
+        ([], f"{file}: "),
+        (["run.seed=1"], f"{file} with --set and options: "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(file, overrides)
+        assert str(caught.value).startswith(f"{source}unknown setting learner.lrr; did you mean")
 
 
 def test_the_resolved_dump_gives_the_same_settings_again():

@@ -145,6 +145,7 @@ def test_presets_are_listed_and_explained() -> None:
     [
         ("algo.grup_size", "did you mean algo.group_size"),
         ("num_generation", "did you mean num_generations"),
+        ("nope.x", "see `asyncgrpo config show`"),
         ("qqqqqqqq", "see `asyncgrpo config show`"),
     ],
 )

@@ -8,84 +8,76 @@ from pathlib import Path
 import pytest
 from fakes import write_jsonl
 
+from asyncgrpo.config import from_mapping
 from asyncgrpo.data import gsm8k
 from asyncgrpo.data.check import findings
 from asyncgrpo.data.files import read_rows
 from asyncgrpo.data.records import read_prompts
 from asyncgrpo.settings.data import TemplateSettings
-from asyncgrpo.settings.reward import RewardSettings
 
 SAMPLE = Path(gsm8k.__file__).parent / "gsm8k_sample" / "train.jsonl"
 
 
 GOOD = {"question": "1 + 1?", "answer": "2", "data_source": "sums"}
+JUDGED = {"sums": "integer", "rows": "integer"}  # rows without a source have the file's name
+ONLY_SUMS = ("--set", "reward.routes={sums='integer', rows='integer'}")
 # row 2 of a file -> what validate finds there
 FINDINGS = {
-    '{"question": ': ("bad JSON", "is not JSON: Expecting value"),
-    "[1]": ("bad JSON", "holds [1], not an object"),
-    '{"answer": "2"}': ("prompt", "has no prompt; it has the columns answer"),
-    '{"question": " ", "answer": "2"}': ("prompt", "must be text that is not empty"),
-    '{"question": "a"}': ("answer", "has no answer; it has the columns question"),
-    '{"question": "a", "answer": null}': ("answer", "answer=None must be a number or text"),
-    '{"question": "a", "answer": ""}': ("answer", "answer='' must be a number or text"),
-    '{"question": "a", "answer": "2", "data_source": 3}': ("data_source", "data_source=3 must"),
-    '{"question": "a", "answer": "2", "data_source": "math"}': ("data_source", "'math' is unknown"),
-    '{"question": "1 + 1?", "answer": "3", "data_source": "sums"}': ("duplicate", "rows.jsonl:1"),
+    '{"question": ': "is not JSON: Expecting value",
+    "[1]": "holds [1], not an object",
+    '{"answer": "2"}': "has no prompt; it has the columns answer",
+    '{"question": " ", "answer": "2"}': "must be text that is not empty",
+    '{"question": "a"}': "has no answer; it has the columns question",
+    '{"question": "a", "answer": null}': "answer=None must be a number or text",
+    '{"question": "a", "answer": ""}': "answer='' must be a number or text",
+    '{"question": "a", "answer": "2", "data_source": 3}': "data_source=3 must be text",
+    '{"question": "a", "answer": "2", "data_source": "math"}': "data_source 'math' has no judge",
+    '{"question": "1 + 1?", "answer": "3", "data_source": "sums"}': "the same prompt as ",
 }
 
 
 @pytest.mark.parametrize("row", FINDINGS)
 def test_validate_finds_what_is_wrong_and_where(tmp_path, asyncgrpo, row):
     path = write_jsonl(tmp_path / "rows.jsonl", GOOD, row, {**GOOD, "question": "b"})
-    kind, detail = FINDINGS[row]
-    (finding,) = findings(read_rows(path), "sums", RewardSettings(), known_sources=["sums"])
-    assert finding[:2] == (f"{path}:2", kind)
-    assert detail in finding[2]
-    code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "sums,other")
+    (finding,) = findings(read_rows(path), str(path), from_mapping({"reward": {"routes": JUDGED}}))
+    assert finding[0] == f"{path}:2"
+    assert FINDINGS[row] in finding[1]
+    code, out, _ = asyncgrpo("data", "validate", path, *ONLY_SUMS)
     assert code == 1
-    assert kind in out
+    assert "rows.jsonl:2" in out
     assert f"{path}: 1 problems in 3 records" in out
-
-
-def test_validate_finds_sources_that_no_route_of_the_settings_judges(tmp_path, asyncgrpo):
-    rows = [{**GOOD, "question": n, "data_source": n} for n in ("sums", "words")]
-    path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    code, out, _ = asyncgrpo("data", "validate", path, "--set", "reward.routes={sums='integer'}")
-    assert (code, "1 problems in 2 records" in out) == (1, True)
-    assert "'words' has no judge" in out
-    code, _, _ = asyncgrpo("data", "validate", path, "--set", "reward.routes={default='integer'}")
-    assert code == 0
 
 
 def test_validate_reports_everything_at_once(tmp_path, asyncgrpo):
     path = write_jsonl(tmp_path / "rows.jsonl", GOOD, *FINDINGS)
-    code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "sums")
+    code, out, _ = asyncgrpo("data", "validate", path, *ONLY_SUMS)
     assert code == 1
     assert f"{len(FINDINGS)} problems in {len(FINDINGS) + 1} records" in out
 
 
 def test_validate_says_what_is_wrong_with_many_records_once(tmp_path, asyncgrpo):
-    rows = [{**GOOD, "question": f"{number} + 1?"} for number in range(4)]
+    rows = [{**GOOD, "question": f"{n} + 1?", "data_source": "words"} for n in range(4)]
     path = write_jsonl(tmp_path / "rows.jsonl", *rows)
-    code, out, _ = asyncgrpo("data", "validate", path, "--known-sources", "others")
-    assert (code, out.count("is unknown")) == (1, 1)
+    code, out, _ = asyncgrpo("data", "validate", path, *ONLY_SUMS)
+    assert (code, out.count("has no judge")) == (1, 1)
     assert "and 3 more" in out
     assert "4 problems in 4 records" in out
 
 
 def test_validate_ends_with_0_when_nothing_is_found(asyncgrpo):
-    code, out, _ = asyncgrpo("data", "validate", SAMPLE, "--known-sources", "openai/gsm8k")
+    code, out, _ = asyncgrpo("data", "validate", SAMPLE)
     assert (code, out) == (0, f"{SAMPLE}: 0 problems in 64 records\n")
 
 
 def test_validate_measures_prompts_with_the_model_and_the_template(tmp_path, asyncgrpo):
     path = write_jsonl(tmp_path / "rows.jsonl", GOOD)
-    limit = ("data", "validate", path, "--model", "tiny", "--max-prompt-tokens")
-    assert asyncgrpo(*limit, 20)[0] == 0
-    code, out, _ = asyncgrpo(*limit, 5)
+    limit = ("data", "validate", path, "--model", "tiny", "--set")
+    assert asyncgrpo(*limit, "data.max_prompt_tokens=20")[0] == 0
+    code, out, _ = asyncgrpo(*limit, "data.max_prompt_tokens=5")
     assert code == 1
     assert "data.max_prompt_tokens is 5" in " ".join(out.replace("│", " ").split())
-    assert asyncgrpo(*limit, 20, "--set", f"data.template.system={'a' * 30}")[0] == 1
+    template = ("--set", f"data.template.system={'a' * 30}")
+    assert asyncgrpo(*limit, "data.max_prompt_tokens=20", *template)[0] == 1
 
 
 def test_validate_takes_limit_model_and_template_from_the_config(tmp_path, asyncgrpo):
@@ -100,12 +92,6 @@ def test_validate_takes_limit_model_and_template_from_the_config(tmp_path, async
     for limit, expected in ((20, 0), (4, 1)):
         config.write_text(settings.format(limit=limit, path=path), encoding="utf-8")
         assert asyncgrpo("data", "validate", path, "--config", config)[0] == expected
-
-
-def test_a_limit_without_a_model_is_wrong_usage(asyncgrpo):
-    code, _, err = asyncgrpo("data", "validate", SAMPLE, "--max-prompt-tokens", 5)
-    assert code == 2
-    assert "--max-prompt-tokens needs --model" in err
 
 
 def test_preview_shows_records_raw_rendered_and_tokenised_with_their_lengths(tmp_path, asyncgrpo):

@@ -5,7 +5,6 @@ A page is followed as a reader would: from its first block to its last, in one f
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from fakes import load_script
 from typer.testing import CliRunner
 
 from asyncgrpo.cli import app
@@ -190,11 +190,7 @@ def check_mention(words: list[str], mention: str) -> None:
 
 
 def test_the_generated_parts_of_the_pages_are_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = load_script(ROOT / "docs" / "generate.py")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert generate.renewed(text) == text, f"{page.name} is out of date; run make docs"

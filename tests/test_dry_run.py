@@ -12,9 +12,8 @@ from asyncgrpo.cli import app
 from asyncgrpo.config import from_mapping, load_config, preset_files
 from asyncgrpo.errors import AsyncGRPOError, ConfigError, DataError, ModelError
 from asyncgrpo.hints import unusual
-from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.placement import choose_transport
-from asyncgrpo.launch.plan import Host, make_plan
+from asyncgrpo.launch.plan import Host, make_plan, render_sizes
 from asyncgrpo.rundir import Endpoints
 
 ROOT = Path(__file__).parent.parent
@@ -150,11 +149,25 @@ def test_model_and_data_of_the_command_line_win_over_the_file(elsewhere: Path) -
     row = '{"question": "1 + 1?", "answer": "2"}'
     for name in ('a "b".jsonl', "held.jsonl"):
         (elsewhere / name).write_text(row.replace("1?", f"{len(name)}?"))
-    own = ("--set", 'reward.functions=["exact"]', "--set", "data.train=no.jsonl")
+    (elsewhere / "my.toml").write_text('data.train = "no.jsonl"')
+    own = ("--set", 'reward.functions=["exact"]', "--config", "my.toml")
     output = dry_run("--data", 'a "b".jsonl', "--eval-data", "held.jsonl", *own)
     assert "not checked" not in output
     with pytest.raises(ModelError, match=r"held\.jsonl' is a file; give the folder"):
         dry_run("--model", "held.jsonl", *own)
+
+
+def test_a_setting_that_is_given_by_set_and_by_its_own_option_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_steps=0, but an option .* to 3; keep one"):
+        dry_run("--max-steps", "3", "--set", "run.max_steps=0")
+
+
+def test_targets_that_match_nothing_are_found_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"'q_prj' cannot .* did you mean 'q_proj'\? take 'all"):
+        dry_run("--set", "learner.lora.targets=['q_prj']")
+    assert "not checked: model" in dry_run(
+        "--set", "learner.lora.targets=['q_prj']", "--model", "Qwen/Qwen3-0.6B"
+    )
 
 
 def test_what_is_unusual_for_a_pretrained_model_is_warned_of() -> None:

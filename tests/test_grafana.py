@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from fakes import load_script
 
 from asyncgrpo.observe.metrics import METRICS
 
@@ -25,15 +25,6 @@ KINDS = {"timeseries", "stat", "gauge", "bargauge", "table"}
 SERIES = re.compile(r"((?:asyncgrpo|vllm|process)[\w:]+|\bup)(?:\{([^}]*)\})?")
 MATCHER = re.compile(r'(\w+)(=~|=)"([^"]*)"')
 TARGET_LABELS = {"run", "role", "job"}
-
-
-def load_generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_grafana", GRAFANA / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    return generator
 
 
 def read(path: Path) -> Any:
@@ -65,7 +56,7 @@ def series_names() -> set[str]:
 
 
 def test_generating_anew_gives_the_same_files() -> None:
-    files = load_generator().files()
+    files = load_script(GRAFANA / "generate.py").files()
     stale = [p.name for p, text in files.items() if p.read_text(encoding="utf-8") != text]
     assert stale == [], "run make dashboards"
     assert {path for path in files if path.suffix == ".json"} == set(BOARDS)

@@ -49,14 +49,6 @@ def test_real_records_come_out_of_question_and_answer_to_the_byte(tmp_path, spli
     ).read_bytes()
 
 
-def test_converting_again_changes_nothing_and_doubles_no_instruction(tmp_path):
-    done = convert_folder(SAMPLE, tmp_path)
-    assert done == {split: (len(records(split)), []) for split in LEAST}
-    for split in LEAST:
-        converted = (tmp_path / f"{split}.jsonl").read_text(encoding="utf-8")
-        assert converted == (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("answer", "truth"),
     [

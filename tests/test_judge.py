@@ -112,6 +112,17 @@ def test_a_function_that_hangs_costs_its_group_only(pool):
     assert verdicts["t2"].scores.rewards.tolist() == [1.0]
 
 
+def test_a_function_that_hangs_in_a_serial_run_costs_its_group_only_too():
+    hasty = settings("reward_functions:sleepy", timeout_seconds=0.1, on_error="zero")
+    judge = InlineJudge({"": hasty})
+    judge.submit(job(1, "sleep"))
+    judge.submit(job(2, "fine"))
+    slow, quick = judge.done()
+    assert "the reward gave no score within reward.timeout_seconds=0.1" in slow.error
+    assert slow.scores.rewards.tolist() == [0.0]
+    assert quick.scores.rewards.tolist() == [1.0]
+
+
 def test_a_worker_that_dies_is_replaced_and_its_group_fails_after_a_second_try(pool):
     workers = pool("reward_functions:deadly")
     workers.submit(job(1, "die"))

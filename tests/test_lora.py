@@ -21,9 +21,9 @@ from asyncgrpo.config import Config, from_mapping, load_config
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
+from asyncgrpo.launch.memory_report import check_targets
 from asyncgrpo.launch.preflight import check_resumable, missing_extra, pick_free_ports
 from asyncgrpo.launch.session import Session
-from asyncgrpo.learner.lora import check_targets
 from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.rundir import Endpoints, RunDir
@@ -119,7 +119,9 @@ def merged_canaries(updater: PolicyUpdater) -> np.ndarray:
 
 def test_a_serial_run_refuses_to_publish_an_adapter(folder):
     config = settings(folder, {"publish": "adapter"}, actor={"engine": "vllm"})
-    with pytest.raises(ConfigError, match="needs vLLM, but --serial has the toy engine"):
+    with pytest.raises(
+        ConfigError, match=r"'adapter' needs .*the toy engine, also that of --serial"
+    ):
         Session(config).run_serially()
 
 
@@ -148,7 +150,7 @@ class Here:
         self._sender.close()
 
     def staged(self) -> Any:
-        return self._sender._handshake.newest, self._sender._tensors
+        return self._sender._handshake.newest, self._sender._outbox._tensors
 
 
 @pytest.mark.parametrize("kind", [LocalLink, Here])
@@ -184,9 +186,11 @@ def test_canaries_are_computed_with_the_published_weights(folder, shard, tmp_pat
 
 
 def test_only_the_adapter_has_gradients_and_optimizer_state(folder, shard):
-    updater = trained(settings(folder), shard)
-    for name, weight in updater._policy.named_parameters():
-        assert (weight.grad is not None) == (".lora_" in name), name
+    updater, seen = PolicyUpdater(settings(folder)), set()
+    named = list(updater._policy.named_parameters())
+    updater.update(shard, lambda: seen.update(n for n, w in named if w.grad is not None))
+    assert seen == {name for name, _ in named if ".lora_" in name}
+    assert not any(weight.grad is not None for _, weight in named), "kept to the next update"
     sizes = [p.numel() for group in updater._optimizer.param_groups for p in group["params"]]
     assert sum(sizes) == sum(tensor.numel() for tensor in adapter_of(updater).values())
     assert sum(sizes) < sum(tensor.numel() for tensor in base_of(folder).values()) / 5
@@ -368,16 +372,15 @@ def test_what_cannot_work_is_refused_with_the_reason(rooms, said):
 
 @pytest.mark.parametrize("wrong", ["q_prjo", "lm_head", "embed_tokens"])
 def test_unknown_targets_are_refused_with_the_names_that_exist(folder, wrong):
-    told = (
-        rf"targets: {wrong} cannot .*down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    )
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    told = rf"targets: '{wrong}' cannot .*{names}"
     with pytest.raises(ConfigError, match=told):
         check_targets(str(folder), ["q_proj", wrong])
 
 
 def test_nothing_is_started_for_unknown_targets(folder, tmp_path):
     config = settings(folder, {"targets": ["qkv"]}, run={"dir": str(tmp_path / "run")})
-    with pytest.raises(ConfigError, match="targets: qkv cannot be adapted"):
+    with pytest.raises(ConfigError, match="targets: 'qkv' cannot be adapted"):
         Session(config, Console(quiet=True)).run()
     assert not (tmp_path / "run").exists()
 
@@ -401,7 +404,13 @@ def test_missing_extra_are_named_with_the_extra_that_brings_them(monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     lora = from_mapping({"learner": {"lora": {}}})
     both = from_mapping({"learner": {"lora": {"quantize": "4bit"}}, "launch": {"gpus": 2}})
+    fused = from_mapping(
+        {"learner": {"fused_head": True, "dtype": "bfloat16"}, "launch": {"gpus": 2}}
+    )
     assert missing_extra(Config()) == ""
+    assert missing_extra(fused) == (
+        "learner.fused_head needs liger_kernel and cutlass: pip install 'asyncgrpo[liger]'"
+    )
     assert missing_extra(lora).endswith("needs peft: pip install 'asyncgrpo[lora]'")
     assert missing_extra(both).endswith("peft and bitsandbytes: pip install 'asyncgrpo[qlora]'")
 

@@ -190,7 +190,6 @@ def full_shard(count: int = 4) -> Shard:
 def measured_peak(updater: PolicyUpdater, shard: Shard) -> int:
     """Bytes of tensors at the worst moment of an update, weights and optimizer state included."""
     updater.update(shard)  # makes the optimizer's state
-    updater._optimizer.zero_grad()  # the profiler must not see these end
     held = [*updater._policy.parameters()]
     if updater._reference is not None:
         held += updater._reference.state().values()
@@ -435,8 +434,13 @@ def test_what_fits_ends_with_0_and_what_does_not_with_1(half_b: Path) -> None:
             4,
             (),
             (
-                *("learner.checkpoint_activations", "actor.kv_cache_bytes", "learner.dtype"),
-                *("learner.optimizer", "learner.lora.quantize", "sampling.max_completion_tokens"),
+                *("learner.checkpoint_activations", "actor.kv_cache_bytes", "actor.sleep"),
+                *(
+                    "learner.dtype",
+                    "learner.optimizer",
+                    "learner.lora.quantize",
+                    "sampling.max_completion_tokens",
+                ),
             ),
         ),
         (
@@ -464,6 +468,24 @@ def test_each_remedy_saves_what_is_said(
     for setting, value, saved in found:
         _, after = plan(*arguments, "--set", f"{setting}={value}")
         assert total(after) == pytest.approx(total(text) - float(saved), abs=0.011), setting
+
+
+def test_an_engine_that_sleeps_and_a_learner_are_counted_one_at_a_time(half_b: Path) -> None:
+    arguments = ["--config", "lora-8gb", "--set", f"model.path={half_b}", "--gpu-gib"]
+    _, text = plan(*arguments, 4)
+    (saved,) = re.findall(r"^  actor.sleep = True +saves ([\d.]+) GiB", text, re.MULTILINE)
+    _, after = plan(*arguments, 4, "--set", "actor.sleep=true")
+    assert total(after) == pytest.approx(total(text) - float(saved), abs=0.011)
+    assert plan(*arguments, total(after) + 0.01, "--set", "actor.sleep=true")[0] == 0
+    rows = re.findall(r"^ *(learner|actor)-0 +(\S+(?: \S+)?) +(-?\d+\.\d+) ", after, re.MULTILINE)
+    held = {(role, what): float(size) for role, what, size in rows}
+    stays = {"learner": {"weights", "optimizer", "process"}, "actor": {"CUDA graphs", "process"}}
+    gone = {
+        role: sum(size for (its, what), size in held.items() if its == role and what not in names)
+        for role, names in stays.items()
+    }
+    turns = held["actor", "taking turns"]
+    assert turns == pytest.approx(-min(gone["learner"], gone["actor"] - turns), abs=0.03)
 
 
 @pytest.mark.slow

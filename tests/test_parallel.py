@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import learner_case
@@ -18,12 +20,14 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.errors import ConfigError
+from asyncgrpo.errors import ConfigError, ModelError
 from asyncgrpo.launch import preflight
 from asyncgrpo.learner.batch import pack
-from asyncgrpo.learner.model import packed_row
+from asyncgrpo.learner.lora import Adapter
+from asyncgrpo.learner.model import PolicyHead, load_policy, packed_row
 from asyncgrpo.learner.saved import newest
 from asyncgrpo.learner.update import PolicyUpdater
+from asyncgrpo.settings.learner import LoraSettings
 from asyncgrpo.settings.run import RunSettings
 from asyncgrpo.types import Group
 from asyncgrpo.weights.flat import FlatWeights, Manifest
@@ -270,18 +274,86 @@ def test_a_float32_head_rounds_no_logits(folder, groups, float32_head):
     assert (error < 1e-5) == float32_head
 
 
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function without the rest of its package, which needs Triton; in torch on a CPU."""
+    folder = Path(sys.prefix) / "peers/liger_kernel"
+    if not folder.exists():
+        pytest.skip("make install puts liger-kernel there")
+    for name, place in {"liger_kernel": folder, "liger_kernel.ops": folder / "ops"}.items():
+        package = ModuleType(name)
+        package.__path__ = [str(place)]
+        monkeypatch.setitem(sys.modules, name, package)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_ligers_function_gives_our_scores_and_gradients(folder, liger, temperature):
+    policy = load_policy(str(folder))
+    kernel = PolicyHead(policy, fused=True)._fused
+    head = PolicyHead(policy, temperature=temperature, entropy_gradient=True, chunk_tokens=100)
+    weight, random = policy.lm_head.weight, torch.Generator().manual_seed(0)
+    inputs = torch.randn(1100, weight.shape[1], generator=random, requires_grad=True)
+    targets = torch.randint(0, len(weight), (1100,), generator=random)
+    toll = torch.randn(2, 1100, generator=random)  # what a loss says of each score
+    nll, entropy = kernel(inputs, weight, targets, temperature, return_entropy=True)
+    results = []
+    for scores in ((-nll, entropy), head._score(inputs, targets)):
+        total = (torch.stack(scores) * toll).sum()
+        results.append((*scores, *torch.autograd.grad(total, [inputs, weight])))
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{}, FSDP, {"lora": {"r": 4}}])
+def test_a_fused_output_layer_trains_as_the_chunks_do(folder, groups, how, liger, lone_group):
+    rows, weights = [], []
+    for fused in (False, True):
+        learner = {**how, "dtype": "bfloat16", "fused_head": fused}
+        config = settings(folder, learner)
+        algo = config.algo.model_copy(update={"entropy_coef": 0.01})
+        updater = PolicyUpdater(config.model_copy(update={"algo": algo}))
+        rows.append(updater.update(shard_of(groups, groups, STEP)))
+        weights.append(published(updater))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    ours, theirs = rows
+    assert ours != theirs
+    for name in ("loss", "grad_norm", "objective/entropy", "objective/kl_ref"):
+        assert theirs[name] == pytest.approx(ours[name], rel=0.02, abs=2e-3), name
+    start = load_policy(str(folder)).state_dict()
+    for name, tensor in weights[0].items():
+        moved = float((tensor - start[name]).norm())
+        assert float((weights[1][name] - tensor).norm()) <= 0.02 * moved, name
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_a_fused_output_layer_that_is_more_than_a_matrix_is_refused(folder, liger):
+    policy = load_policy(str(folder))
+    policy.lm_head.bias = torch.nn.Parameter(torch.zeros(policy.vocab_size))
+    with pytest.raises(ModelError, match="fused_head=true knows no output layer Linear"):
+        PolicyHead(policy, fused=True)
+    Adapter(policy, LoraSettings(targets=("lm_head",)))
+    with pytest.raises(ModelError, match="fused_head=true knows no output layer lora"):
+        PolicyHead(policy, fused=True)
+
+
 def test_gradient_norm_and_learning_rate_are_reported_as_they_act(folder, groups):
     learner = {"max_grad_norm": 0.5, "schedule": "cosine", "warmup_ratio": 0.3, "lr": 2e-3}
     config = settings(folder, {**learner, "min_lr_ratio": 0.1})
     config = config.model_copy(update={"run": RunSettings(max_steps=10)})
     updater = PolicyUpdater(config)
+    norms = []
+
+    def note() -> None:
+        weights = updater._policy.parameters()
+        norms.append(math.sqrt(sum(float(weight.grad.square().sum()) for weight in weights)))
+
     for step in range(10):
-        row = updater.update(shard_of(groups, step=step + STEP - 6))
+        row = updater.update(shard_of(groups, step=step + STEP - 6), note)
         progress = (step - 3) / 7
         top = 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
         assert row["lr"] == pytest.approx(2e-3 * ((step + 1) / 3 if step < 3 else top))
-        norm = math.sqrt(sum(float(w.grad.square().sum()) for w in updater._policy.parameters()))
-        assert row["grad_norm_clipped"] == pytest.approx(norm, rel=1e-4)
+        assert row["grad_norm_clipped"] == pytest.approx(norms[-1], rel=1e-4)
         assert row["grad_norm"] > row["grad_norm_clipped"] == 0.5
 
 
@@ -319,11 +391,11 @@ def test_the_padding_share_counts_what_attention_computes_for_nothing(folder, gr
             {"learners": 4},
             "learner.shard_ranks=3 must divide launch.learners=4: use one of 1, 2, 4, or 0",
         ),
-        ({"shard_ranks": 2}, {}, "learner.shard_ranks=2 with learner.parallel='ddp'"),
+        ({"shard_ranks": 2}, {}, "learner.shard_ranks=2 needs learner.parallel = 'fsdp'"),
         (
             {"cpu_offload": True},
             {"gpus": 4},
-            "learner.cpu_offload=True with learner.parallel='ddp'",
+            "learner.cpu_offload=True needs learner.parallel = 'fsdp'",
         ),
         (
             {**FSDP, "cpu_offload": True},
@@ -335,12 +407,12 @@ def test_the_padding_share_counts_what_attention_computes_for_nothing(folder, gr
         (
             {**FSDP, "optimizer": "adamw_8bit"},
             {"gpus": 4},
-            "learner.optimizer='adamw_8bit' with learner.parallel='fsdp', which knows no 8- or",
+            "learner.optimizer='adamw_8bit' needs learner.parallel = 'ddp' (FSDP knows no 8- or",
         ),
         (
             {**FSDP, "lora": {"quantize": "4bit"}},
             {"gpus": 4},
-            "learner.lora.quantize='4bit' with learner.parallel='fsdp', which knows no 8- or 4-bit",
+            "learner.lora.quantize='4bit' needs learner.parallel = 'ddp' (FSDP knows no 8- or",
         ),
         ({"checkpoint_activations": -1}, {}, "checkpoint_activations=-1 is not allowed"),
         ({"checkpoint_activations": "half"}, {}, "checkpoint_activations='half' is not allowed"),

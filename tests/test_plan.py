@@ -74,7 +74,9 @@ def test_an_actor_gets_a_core_per_thread_where_there_are_enough() -> None:
     tight = plan_on(5, settings(actor={"threads": 2}))
     assert tight.endpoints.cores["actor-1"] == (1,)
     assert spec(tight, "actor-1").environment["OMP_NUM_THREADS"] == "1"
-    assert tight.warnings[0].startswith("actor.threads=2 but each actor gets 1 of 5 cores")
+    assert tight.warnings[0].startswith(
+        "actor.threads=2 x actor.tensor_parallel=1, but each actor gets 1 of 5 cores"
+    )
 
 
 def test_more_roles_than_cores_share_and_the_warning_names_who_shares_what() -> None:
@@ -188,6 +190,11 @@ def test_more_gpus_than_present_are_refused_with_both_numbers() -> None:
 def test_more_roles_than_gpus_are_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"one GPU each = 4, but launch.gpus=2"):
         gpu_plan(2, "0", "1")
+
+
+def test_sharing_gpus_that_are_not_used_is_said_to_do_nothing() -> None:
+    launch = {"actors": 1, "learners": 1, "share_gpus": True}
+    assert "share_gpus=true does nothing" in plan_on(4, settings(launch=launch)).warnings[0]
 
 
 def test_the_rendered_plan_shows_cores_logs_command_lines_and_warnings() -> None:

@@ -95,10 +95,14 @@ SHARDS = {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "part-3.saf
     ("file", "content", "message"),
     [
         ("config.json", None, "has no config.json; give the folder that save_pretrained wrote"),
-        ("config.json", b"{", "is not valid JSON"),
-        ("config.json", b"[]", "must hold an object, not list"),
-        ("config.json", b'{"architectures": 5}', "architectures=5 must be a list"),
-        ("config.json", b'{"architectures": "Q"}', "architectures='Q' must be a list"),
+        ("config.json", b"{", "is not a JSON object: Expecting"),
+        ("config.json", b"[]", "is not a JSON object: 'list'"),
+        ("config.json", b'{"architectures": 5}', "architecture 5 (not in a list) is not supported"),
+        (
+            "config.json",
+            b'{"architectures": "Q"}',
+            "architecture 'Q' (not in a list) is not supported",
+        ),
         ("tokenizer.json", None, "has no tokenizer (tokenizer.json, tokenizer.model"),
         ("model.safetensors", None, "has no weights (*.safetensors, *.bin)"),
         (
@@ -137,8 +141,8 @@ def test_an_adapter_a_file_and_another_tokenizer_are_recognised(model: Path) -> 
 def test_an_unsupported_architecture_lists_the_supported_and_the_nearest(model: Path) -> None:
     write_json(model / "config.json", {"architectures": ["Qwen3MoeForCausalLM"]})
     message = refusal(model)
-    assert "Qwen3MoeForCausalLM is not supported; supported are Qwen3ForCausalLM" in message
-    assert "nearest: Qwen3ForCausalLM" in message
+    assert "architecture Qwen3MoeForCausalLM is not supported; did you mean" in message
+    assert "did you mean 'Qwen3ForCausalLM'? supported are Qwen3ForCausalLM, Qwen2" in message
     write_json(model / "config.json", {})
     assert "none named is not supported" in refusal(model)
 
@@ -236,7 +240,7 @@ def test_a_run_of_an_earlier_release_does_not_go_on_and_nothing_is_started(tmp_p
         ledger.execute("PRAGMA user_version = 2")
     before = sorted(tmp_path.iterdir())
     result = CliRunner().invoke(app, ["launch", "--resume", str(tmp_path)])
-    with pytest.raises(ConfigError, match="tables of version 2, not 3: use the release of"):
+    with pytest.raises(ConfigError, match="tables of version 2, not 4: use the release of"):
         raise result.exception or AssertionError(result.output)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -247,9 +251,10 @@ def test_a_dry_run_of_a_serial_run_shows_one_process(tmp_path: Path) -> None:
     assert "serial: one actor with the toy engine, one learner, no sockets" in said
     assert "engines  1," in said
     assert "role learner" not in said
-    refused = CliRunner().invoke(app, [*serial, "--set", "learner.lora.publish=adapter"]).exception
-    assert isinstance(refused, ConfigError)
-    assert "--serial has the toy engine" in str(refused)
+    for setting in ("learner.lora.publish='adapter'", "actor.tensor_parallel=2"):
+        refused = CliRunner().invoke(app, [*serial, "--set", setting]).exception
+        assert isinstance(refused, ConfigError)
+        assert str(refused).startswith(f"{setting} needs actor.engine = 'vllm'")
 
 
 def test_a_run_dir_under_a_file_is_refused(tmp_path: Path) -> None:
@@ -342,7 +347,7 @@ def test_ports_are_looked_for_where_they_will_be_used() -> None:
     with socket.create_server(("127.0.0.2", port)):
         launch = {"buffer_port": port}
         assert choose_endpoints(from_mapping({"launch": launch})).buffer.endswith(f":{port}")
-        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be used"):
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be listened on"):
             choose_endpoints(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
 
 

@@ -72,6 +72,22 @@ def test_a_call_gets_its_own_answer_and_keeps_others_for_later(server, client):
     assert [packet.request_id for packet in client.poll(1.0)] == [first]
 
 
+def test_what_arrives_with_the_answer_to_a_call_is_kept(server, client, monkeypatch):
+    post = client.post
+
+    def post_and_wait(packet):
+        request = post(packet)
+        peer, asked = receive(server)
+        server.answer(peer, echo(asked))
+        server.push(peer, Packet(kind="offer"))
+        time.sleep(0.05)
+        return request
+
+    monkeypatch.setattr(client, "post", post_and_wait)
+    assert client.call(Packet(kind="bye"), 5.0).request_id == 1
+    assert [packet.kind for packet in client.poll(1.0)] == ["offer"]
+
+
 def test_a_repeated_request_is_answered_again_but_handed_out_once(server, client, monkeypatch):
     monkeypatch.setattr(sockets, "RESEND_SECONDS", 0.0)
     client.post(Packet(kind="put"))
@@ -227,14 +243,11 @@ def test_a_peer_that_never_reads_its_answers_counts_as_gone(address, monkeypatch
     opened.close()
 
 
-def test_what_is_remembered_of_peers_and_requests_is_bounded(server, monkeypatch):
-    monkeypatch.setattr(sockets, "REMEMBERED_PEERS", 10)
+def test_what_is_remembered_of_requests_is_bounded_and_the_oldest_is_forgotten(server, monkeypatch):
     monkeypatch.setattr(sockets, "REMEMBERED_ANSWERS", 5)
-    for peer in range(100):
-        for request in range(1, 20):
-            server._answered_before(f"peer-{peer}", Packet(kind="x", request_id=request))
-    assert len(server._answers) == 10
-    assert max(map(len, server._answers.values())) == 5
+    for request in range(1, 20):
+        server._answered_before("peer", Packet(kind="x", request_id=request))
+    assert list(server._answers) == [("peer", request) for request in range(15, 20)]
 
 
 def test_what_the_server_refuses_is_raised_at_the_client(server, client):

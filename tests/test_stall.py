@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from asyncgrpo.buffer.core import BufferCore
-from asyncgrpo.buffer.flow import FlowFile
+from asyncgrpo.buffer.server import FlowFile
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.errors import RunError

@@ -10,7 +10,7 @@ from fakes import make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncgrpo.data.streams import EpochStream, MixedStream, Turns, resample
+from asyncgrpo.data.streams import EpochStream, MixedStream, resample
 
 seeds = st.integers(0, 2**31 - 1)
 weight_lists = st.lists(
@@ -18,11 +18,6 @@ weight_lists = st.lists(
     min_size=1,
     max_size=6,
 )
-
-
-def counts(turns: Turns, num: int) -> list[int]:
-    drawn = Counter(turn[0] for position in range(num) if (turn := turns.get(position)))
-    return [drawn[source] for source in range(6)]
 
 
 def mix(
@@ -41,6 +36,17 @@ def ids(stream: MixedStream, num: int) -> list[str]:
     return [prompt.prompt_id for i in range(num) if (prompt := stream.get(i)) is not None]
 
 
+def endless(weights: list[float], seed: int = 0) -> MixedStream:
+    """Of one prompt each."""
+    return mix([1] * len(weights), seed, None, weights)
+
+
+def counts(stream: MixedStream, num: int) -> list[int]:
+    """How often each source had its turn."""
+    drawn = Counter(int(name.removeprefix("p")) // 100 for name in ids(stream, num))
+    return [drawn[source] for source in range(6)]
+
+
 @pytest.mark.parametrize(
     ("weights", "num", "expected"),
     [
@@ -55,7 +61,7 @@ def ids(stream: MixedStream, num: int) -> list[str]:
     ],
 )
 def test_shares_are_those_of_the_largest_remainder(weights, num, expected):
-    found = counts(Turns(weights, [None] * len(weights)), num)[: len(weights)]
+    found = counts(endless(weights), num)[: len(weights)]
     if weights == [1, 1, 1]:
         found.sort(reverse=True)  # who of three equals goes first depends on the seed
     assert found == expected
@@ -63,7 +69,7 @@ def test_shares_are_those_of_the_largest_remainder(weights, num, expected):
 
 @given(weight_lists, seeds, st.integers(0, 400))
 def test_no_source_is_a_whole_turn_ahead_of_its_share_at_any_position(weights, seed, num):
-    found = counts(Turns(weights, [None] * len(weights), seed), num)
+    found = counts(endless(weights, seed), num)
     exact = [Fraction(str(weight)) for weight in weights]
     for count, weight in zip(found, exact, strict=False):
         assert count - num * weight / sum(exact) < 1
@@ -71,26 +77,15 @@ def test_no_source_is_a_whole_turn_ahead_of_its_share_at_any_position(weights, s
 
 @given(weight_lists, seeds, st.lists(st.integers(0, 300), max_size=20))
 def test_a_position_is_the_same_turn_in_whatever_order_it_is_asked(weights, seed, positions):
-    turns = Turns(weights, [None] * len(weights), seed)
+    stream = endless(weights, seed)
     for position in positions:
-        assert turns.get(position) == Turns(weights, [None] * len(weights), seed).get(position)
-
-
-@given(weight_lists, seeds, st.lists(st.integers(0, 30), min_size=6, max_size=6))
-def test_each_source_gives_its_quota_in_order_and_then_nothing(weights, seed, quotas):
-    quotas = quotas[: len(weights)]
-    turns = Turns(weights, quotas, seed)
-    given = [turns.get(position) for position in range(sum(quotas))]
-    for source, quota in enumerate(quotas):
-        assert [ordinal for who, ordinal in given if who == source] == list(range(quota))
-    assert turns.get(sum(quotas)) is None
-    assert turns.get(10**9) is None
+        assert stream.get(position) == endless(weights, seed).get(position)
 
 
 def test_the_others_keep_their_shares_when_a_source_has_given_all_it_has():
-    turns = Turns([6, 3, 1], [6, None, None])
-    assert counts(turns, 10)[:3] == [6, 3, 1]
-    assert counts(turns, 10 + 400)[:3] == [6, 3 + 300, 1 + 100]
+    stream = mix([2, 100, 100], 0, 3, [6, 3, 1])
+    assert counts(stream, 10)[:3] == [6, 3, 1]
+    assert counts(stream, 10 + 300)[:3] == [6, 3 + 225, 1 + 75]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 5), seeds)

@@ -71,13 +71,15 @@ def test_an_engine_larger_than_all_gpus_is_refused_with_both_numbers() -> None:
             plan_of(config, 2)
 
 
-def test_an_engine_of_several_gpus_takes_weights_from_host_memory() -> None:
+def test_an_engine_of_several_gpus_takes_weights_from_host_memory_or_by_nccl() -> None:
     plan = plan_of(settings(2, gpus=3), 3)
     assert plan.endpoints.transport == "gloo"
     assert "2 GPUs of an actor take their parts" in plan.transport_reason
-    asked = {"weights": {"transport": "nccl"}, "launch": {"gpus": 6}}
-    with pytest.raises(ConfigError, match="'nccl' needs CUDA, and one GPU for each actor"):
-        plan_of(from_mapping({**asked, "actor": {"tensor_parallel": 2}}), 6)
+    asked = {"weights": {"transport": "nccl"}, "actor": {"tensor_parallel": 2}}
+    assert plan_of(from_mapping({**asked, "launch": {"gpus": 6}}), 6).endpoints.transport == "nccl"
+    shared = from_mapping({**asked, "launch": {"gpus": 6, "share_gpus": True}})
+    with pytest.raises(ConfigError, match="'nccl' needs CUDA, and GPUs of their own for each"):
+        plan_of(shared, 6)
 
 
 def test_processes_of_a_cpu_engine_are_bound_to_cores_of_their_own() -> None:
@@ -90,9 +92,9 @@ def test_processes_of_a_cpu_engine_are_bound_to_cores_of_their_own() -> None:
     assert alone.environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,3|5,7"
     tight = plan_of(settings(2), num_cores=2)
     assert tight.specs[-1].environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert tight.warnings == (
-        "actor.tensor_parallel=2 processes want 2 cores, but each actor gets 1 of 2: its processes "
-        "wait for each other; start fewer actors or learners",
+    (warning,) = tight.warnings
+    assert warning.startswith(
+        "actor.threads=1 x actor.tensor_parallel=2, but each actor gets 1 of 2 cores, so"
     )
 
 
@@ -159,7 +161,7 @@ def test_what_cannot_be_dealt_is_refused_before_anything_starts(command, tmp_pat
 
 def test_the_toy_engine_is_one_process() -> None:
     with pytest.raises(
-        ConfigError, match=r"tensor_parallel=2 needs actor.engine = 'vllm': the toy"
+        ConfigError, match=r"tensor_parallel=2 needs actor.engine = 'vllm' \(the toy"
     ):
         from_mapping({"actor": {"engine": "toy", "tensor_parallel": 2}})
 

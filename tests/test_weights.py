@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -452,6 +451,33 @@ def test_every_actor_gets_every_version_and_late_ones_get_the_newest(network):
     assert sender.metrics()["publish/evictions"] == 0
 
 
+def test_all_processes_of_an_engine_are_members_of_a_broadcast_beside_other_actors(network):
+    sender, start = network
+    engine, other = start("actor-0", "engine"), start("actor-1")
+    publish_twice(sender, 2)
+    for actor in (engine, other):
+        assert [actor.next_line() for _ in range(2)] == ["live 0", "live 1"]
+    assert sender.metrics()["publish/proofs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("engine_differs", "did not receive version 1 intact: 1 tensors differ, first head"),
+        ("engine_ends", "error actor-0: a process of the engine is gone"),
+    ],
+)
+def test_a_process_of_an_engine_that_fails_takes_its_actor_along(network, fault, said):
+    sender, start = network
+    engine, other = start("actor-0", fault), start("actor-1")
+    publish(sender, 0)
+    sender.wait_for_actors(2, 30)
+    publish(sender, 1)
+    assert engine.next_line() == "live 0"
+    assert said in engine.next_line()
+    assert [other.next_line() for _ in range(2)] == ["live 0", "live 1"]
+
+
 def test_an_engine_that_keeps_its_old_weights_is_found_in_the_same_round(network):
     sender, start = network
     good, bad = start("actor-0"), start("actor-1", "stale_engine")
@@ -685,6 +711,19 @@ def test_actors_on_the_learners_gpu_copy_out_of_its_buckets(make_network):
     assert network.sender.metrics()["publish/evictions"] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three CUDA devices")
+def test_actors_on_gpus_of_their_own_are_reached_by_nccl(make_network, monkeypatch):
+    network, actors = make_network(transport="nccl"), []
+    for number in range(2):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(number + 1))
+        actors.append(network.start(f"actor-{number}"))
+    publish_twice(network.sender, 2)
+    for actor in actors:
+        assert [actor.next_line() for _ in range(2)] == ["live 0", "live 1"]
+    assert network.sender.metrics()["publish/evictions"] == 0
+
+
 def test_weights_that_change_before_the_next_publish_are_copied(make_network):
     network = make_network(publish_every=2)
     live = [(name, tensor.clone()) for name, tensor in tensors(1)]
@@ -747,24 +786,92 @@ def test_after_a_broken_broadcast_buckets_that_did_not_change_are_sent_too(make_
     assert sender.metrics()["publish/bytes_saved"] == 63 * 65536 + 2048  # all but the first
 
 
+TURNS = {"actor": {"engine": "toy", "sleep": True}}
+
+
+def test_engines_sleep_from_release_to_publish_and_late_ones_sleep_too(make_network):
+    network = make_network(rooms=TURNS)
+    first = network.start("actor-0")
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(1, 30)
+    network.sender.release()
+    assert [first.next_line() for _ in range(2)] == ["live 0", "asleep"]
+    assert 0 < network.sender.metrics()["publish/sleep_seconds"] < 3
+    late = network.start("actor-1")
+    assert late.next_line() == "asleep"  # before it has any weights
+    network.sender.release()  # before each change of the weights; nobody waits again
+    publish(network.sender, 1)
+    network.sender.release()
+    for actor in (first, late):
+        assert [actor.next_line() for _ in range(3)] == ["awake", "live 1", "asleep"]
+    assert network.sender.metrics()["publish/evictions"] == 0
+    assert not any(actor.lines.poll(0.05) for actor in (first, late))
+
+
+def test_engines_prove_what_they_hold_before_they_sleep(make_network):
+    """Else a proof could be overdue when training takes long."""
+    network = make_network(rooms=TURNS)
+    actor = network.start("actor-0")
+    publish(network.sender, 0, size=1 << 20)
+    network.sender.wait_for_actors(1, 30)
+    publish(network.sender, 1, size=1 << 20)
+    network.sender.release()
+    proven = network.sender.metrics()["publish/proofs"]
+    assert [actor.next_line() for _ in range(3)] == ["live 0", "live 1", "asleep"]
+    assert proven == 2
+
+
+def test_actors_that_are_killed_or_do_not_sleep_are_not_waited_for_long(make_network, caplog):
+    network = make_network(rooms=TURNS, ready_timeout_seconds=1.0)
+    actors = [network.start(f"actor-{i}") for i in range(3)]
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(3, 30)
+    actors[0].process.kill()
+    actors[0].process.join()
+    network.sender.release()
+    assert [actors[1].next_line() for _ in range(2)] == ["live 0", "asleep"]
+    assert network.sender.metrics()["publish/sleep_seconds"] < 2
+    actors[1].process.kill()  # asleep
+    actors[1].process.join()
+    sleepless = network.start("actor-1", "sleepless")  # its next life, stuck in a step
+    publish(network.sender, 1)
+    network.sender.wait_for_actors(2, 30)
+    network.sender.release()
+    assert "training goes on beside actor-1, awake after 1 s" in caplog.text
+    assert 1 <= network.sender.metrics()["publish/sleep_seconds"] < 2
+    lines = [actors[2].next_line() for _ in range(5)]
+    assert lines == ["live 0", "asleep", "awake", "live 1", "asleep"]
+    assert sleepless.next_line() == "live 1"
+
+
+@pytest.mark.slow
+def test_engines_that_sleep_wake_up_for_another_life_of_the_learner(make_network):
+    network = make_network(rooms=TURNS)
+    actor = network.start("actor-0")
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(1, 30)
+    network.sender.release()
+    network.sender.close()
+    store = ("127.0.0.1", free_port())
+    network.sender = CollectiveSender(network.config, network.address, store)
+    assert [actor.next_line() for _ in range(3)] == ["live 0", "asleep", "awake"]
+    publish(network.sender, 0)
+    network.sender.wait_for_actors(1, 30)
+    network.sender.release()
+    assert [actor.next_line() for _ in range(2)] == ["live 0", "asleep"]
+
+
 class Sharded(Published):
-    """Matrices of which each rank holds a part; counts how many are gathered at a time."""
+    """Tensors, not all of which divide, of which each rank holds a part."""
 
     def __init__(self, version: int) -> None:
-        super().__init__(torch.nn.Module(), is_sharded=True)
         mesh = init_device_mesh("cpu", (2,))
-        rest = [(f"rest.{i}", torch.ones(1 << 16)) for i in range(16)]
-        whole = [*tensors(version), *rest]
-        self._parts = [(n, distribute_tensor(t, mesh, [Shard(0)])) for n, t in whole]
-        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-        self.most = 0
-
-    def _tensors(self):
-        for name, part in self._parts:
-            tensor = part.full_tensor()
-            self.alive.add(tensor)
-            self.most = max(self.most, len(self.alive))
-            yield name, tensor
+        rest = [(f"rest.{i}", torch.full((3 << 20 | i,), i)) for i in range(3)]
+        named = [
+            (name, distribute_tensor(tensor, mesh, [Shard(0)]))
+            for name, tensor in [*tensors(version), *rest]
+        ]
+        super().__init__(Mock(spec=["named_parameters"], named_parameters=lambda: named), True)
 
 
 def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None:
@@ -788,7 +895,6 @@ def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None
                     sender.serve()
             sender.release()
         weights.help()
-        assert weights.most <= 2
     if sender is not None:
         sender.close()
     dist.destroy_process_group()
@@ -869,3 +975,32 @@ def test_an_actor_that_joins_when_the_prompts_are_used_up_gets_weights_with_fsdp
     assert first.next_line() == "live 0"
     assert network.sender.metrics()["publish/proofs"] == 2
     assert recorder.finish.called
+
+
+def test_an_actor_that_is_late_gets_weights_while_the_learner_waits_for_an_evaluation(make_network):
+    """It may have been busy with the last one, and the next cannot begin without its weights."""
+    network = make_network(rooms={"learner": {"parallel": "fsdp"}, "launch": {"actors": 1}})
+    first, proofs = network.start("actor-0"), []
+
+    class Buffer(NoPrompts):
+        def call(self, packet, timeout_seconds, meanwhile=None) -> Packet:
+            if packet.kind == "evaluate" and not proofs:
+                late, end = network.start("actor-1"), time.monotonic() + 20
+                while not late.lines.poll() and time.monotonic() < end:
+                    meanwhile()
+                    time.sleep(0.01)
+                proofs.append(late.next_line())
+            return super().call(packet, timeout_seconds, meanwhile)
+
+    updater = Untrained(network)
+    updater.save = lambda: None
+    learner = loop.Learner(
+        network.config,
+        updater=updater,
+        client=Buffer(),
+        sender=network.sender,
+        recorder=Mock(),
+        exporter=Mock(),
+    )
+    assert learner.run()
+    assert [first.next_line(), *proofs] == ["live 0", "live 0"]

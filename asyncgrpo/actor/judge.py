@@ -11,17 +11,17 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol
 
 from asyncgrpo.errors import RewardError
-from asyncgrpo.rewards.registry import RewardSet, Scores, load_rewards, lost_scores
+from asyncgrpo.rewards.function import time_limit
+from asyncgrpo.rewards.registry import Scores, load_rewards, lost_scores
 from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
-MAX_TRIES = 2
 Settings = Mapping[str, RewardSettings]  # by block, as in Config.rewards
 
 
@@ -33,6 +33,10 @@ class Job:
     prompt: Prompt
     texts: tuple[str, ...]
     block: str = ""  # the evaluation whose reward scores them; "" = training's
+
+    def lost(self, settings: Settings) -> Scores | None:
+        """What reward.on_error gives it without scores."""
+        return lost_scores(settings[self.block], self.prompt, len(self.texts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,73 +53,59 @@ class Verdict:
     seconds: float = 0.0
 
 
-class Judge(Protocol):
-    """What the actor loop needs of its judge."""
-
-    def submit(self, job: Job) -> None:
-        """Queues a group."""
-
-    def done(self) -> list[Verdict]:
-        """Verdicts since the last call; never waits."""
-
-    def close(self) -> None:
-        """Ends all workers."""
-
-
 class InlineJudge:
-    """Scores in the caller's process: for `--serial` and tests."""
+    """Scores in the caller's process, in its main thread with a time limit: for `--serial`."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._rewards = settings, _load(settings)
+        self._settings = settings
+        self._rewards = {block: load_rewards(its) for block, its in settings.items()}
         self._verdicts: list[Verdict] = []
 
     def submit(self, job: Job) -> None:
-        self._verdicts.append(_score(self._settings, self._rewards, job))
+        """Queues a group."""
+        limit = time_limit("the reward", self._settings[""].timeout_seconds)
+        self._verdicts.append(self.verdict(job, limit))
 
     def done(self) -> list[Verdict]:
+        """Verdicts since the last call; never waits."""
         verdicts, self._verdicts = self._verdicts, []
         return verdicts
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Ends its workers, if it has any."""
 
-
-def _load(settings: Settings) -> dict[str, RewardSet]:
-    return {block: load_rewards(rewards) for block, rewards in settings.items()}
-
-
-def _score(settings: Settings, rewards: Mapping[str, RewardSet], job: Job) -> Verdict:
-    start = time.perf_counter()
-    scores: Scores | None
-    try:
-        scores = rewards[job.block].score(job.prompt, job.texts)
-        error = scores.errors[0] if scores.errors else ""
-    except RewardError as failure:
-        scores, error = _lost(settings, job), str(failure)
-    seconds = time.perf_counter() - start
-    return Verdict(
-        lease_id=job.lease_id, scores=scores, error=error, contract=bool(error), seconds=seconds
-    )
-
-
-def _lost(settings: Settings, job: Job) -> Scores | None:
-    return lost_scores(settings[job.block], job.prompt, len(job.texts))
+    def verdict(self, job: Job, limit: AbstractContextManager[None]) -> Verdict:
+        """Scores a group at once."""
+        start, scores = time.perf_counter(), None
+        try:
+            with limit:
+                scores = self._rewards[job.block].score(job.prompt, job.texts)
+            error = scores.errors[0] if scores.errors else ""
+        except RewardError as failure:
+            scores, error = job.lost(self._settings), str(failure)
+        return Verdict(
+            lease_id=job.lease_id,
+            scores=scores,
+            error=error,
+            contract=bool(error),
+            seconds=time.perf_counter() - start,
+        )
 
 
 def _work(pipe: Connection, settings: Settings) -> None:
     """The worker's main loop; it ends when the actor's end of the pipe is gone."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to the actor's children, too
-    rewards = _load(settings)
+    judge = InlineJudge(settings)
     while True:
         try:
             job = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        pipe.send(_score(settings, rewards, job))
+        pipe.send(judge.verdict(job, nullcontext()))  # the pool keeps the time
 
 
 class _Worker:
-    """One process and the job it works on."""
+    """One process, and the job it works on."""
 
     def __init__(self, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -124,11 +114,12 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: Job | None = None
-        self.since = 0.0
+        self.is_retry, self.since = False, 0.0
 
-    def give(self, job: Job, now: float) -> None:
-        self.job, self.since = job, now
-        self.pipe.send(job)
+    def give(self, job: Job, is_retry: bool) -> None:
+        self.job, self.is_retry, self.since = job, is_retry, time.monotonic()
+        with suppress(OSError):  # it died idle: the pool finds out
+            self.pipe.send(job)
 
     def end(self) -> None:
         self.process.kill()
@@ -137,26 +128,44 @@ class _Worker:
 
 
 class JudgePool:
-    """A Judge over `reward.workers` processes, each with one job at a time."""
+    """As InlineJudge, over `reward.workers` processes, each with one job at a time."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._settings, self._clock = settings, clock
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._timeout_seconds = settings[""].timeout_seconds
         self._workers = [_Worker(settings) for _ in range(settings[""].workers)]
-        self._queue: deque[Job] = deque()
-        self._tries: dict[str, int] = {}
+        self._queue: deque[tuple[Job, bool]] = deque()  # with whether it was tried before
 
     def submit(self, job: Job) -> None:
-        self._queue.append(job)
+        self._queue.append((job, False))
         self._feed()
 
     def done(self) -> list[Verdict]:
         verdicts = []
         for index, worker in enumerate(self._workers):
-            verdict = self._verdict_of(index, worker)
-            if verdict is not None:
-                self._tries.pop(verdict.lease_id, None)
-                verdicts.append(verdict)
+            if (job := worker.job) is None:
+                continue
+            seconds, reason = time.monotonic() - worker.since, ""
+            if seconds > self._timeout_seconds:
+                reason = f"no score within reward.timeout_seconds={self._timeout_seconds:g}"
+            try:
+                if worker.pipe.poll():
+                    verdicts.append(worker.pipe.recv())
+                    worker.job = None
+                    continue
+            except (EOFError, OSError):
+                reason = "the reward worker died"
+            if not reason:
+                continue
+            worker.end()
+            self._workers[index] = _Worker(self._settings)
+            if not worker.is_retry:
+                self._queue.appendleft((job, True))
+                continue
+            lost = job.lost(self._settings)
+            verdicts.append(
+                Verdict(lease_id=job.lease_id, scores=lost, error=reason, seconds=seconds)
+            )
         self._feed()
         return verdicts
 
@@ -167,39 +176,7 @@ class JudgePool:
     def _feed(self) -> None:
         for worker in self._workers:
             if worker.job is None and self._queue:
-                try:
-                    worker.give(self._queue.popleft(), self._clock())
-                except OSError:
-                    worker.since = self._clock()  # it died idle; _verdict_of replaces it
+                worker.give(*self._queue.popleft())
 
-    def _verdict_of(self, index: int, worker: _Worker) -> Verdict | None:
-        if worker.job is None:
-            return None
-        try:
-            if worker.pipe.poll():
-                verdict: Verdict = worker.pipe.recv()
-                worker.job = None
-                return verdict
-        except (EOFError, OSError):
-            return self._replace(index, worker, "the reward worker died")
-        if self._clock() - worker.since > self._timeout_seconds:
-            return self._replace(
-                index,
-                worker,
-                f"no score within reward.timeout_seconds={self._timeout_seconds:g}",
-            )
-        return None
 
-    def _replace(self, index: int, worker: _Worker, reason: str) -> Verdict | None:
-        """Starts a new worker; the job is tried again, or fails when it had its tries."""
-        job = worker.job
-        assert job is not None, "only working workers are replaced"
-        seconds = self._clock() - worker.since
-        worker.end()
-        self._workers[index] = _Worker(self._settings)
-        self._tries[job.lease_id] = self._tries.get(job.lease_id, 0) + 1
-        if self._tries[job.lease_id] < MAX_TRIES:
-            self._queue.appendleft(job)
-            return None
-        scores = _lost(self._settings, job)
-        return Verdict(lease_id=job.lease_id, scores=scores, error=reason, seconds=seconds)
+Judge = InlineJudge | JudgePool

@@ -40,7 +40,7 @@ class Scoring:
 
 
 class ActorLoop:
-    """Drives one engine. `tick` does one turn; `run` repeats it until told to stop."""
+    """Drives one engine. `tick` does one turn."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class ActorLoop:
         self._canaries: dict[str, tuple[int, float]] = {}
         self._proving = False  # the canaries of the last swap are under way
         self._swap_seconds = 0.0
+        self._asleep = False
         self._sampling: dict[str, tuple[Lease, float]] = {}  # in the engine, since when
         self._scoring: dict[str, Scoring] = {}
         self._outbox: list[Group] = []  # scored, waiting for credit
@@ -92,14 +93,10 @@ class ActorLoop:
         self._life = 0  # of the buffer that knows this actor
         self._hello()
 
-    def run(self, stopping: Callable[[], bool]) -> None:
-        """Ticks until stopped."""
-        while not stopping():
-            self.tick(IDLE_SECONDS)
-
     def tick(self, idle_seconds: float) -> None:
         """One turn; waits up to idle_seconds for packets when there is nothing to compute."""
-        working = self._engine.num_requests > 0
+        asleep = self._sleeps()
+        working = self._engine.num_requests > 0 and not asleep
         start = self._clock()
         packets = self._client.poll(0.0 if working else idle_seconds)
         if not working and not packets:
@@ -108,9 +105,10 @@ class ActorLoop:
             self._unheard = 0
         for packet in packets:
             self._receive(packet)
-        self._swap()
-        self._ask()
-        self._generate()
+        if not asleep:
+            self._swap()
+            self._ask()
+            self._generate()
         for verdict in self._judge.done():
             self._judged(verdict)
         self._deliver()
@@ -250,9 +248,18 @@ class ActorLoop:
 
     # -- weights ------------------------------------------------------------------------------
 
+    def _sleeps(self) -> bool:
+        """Gives the engine's memory away, once weights are proven, or takes it back."""
+        self._receiver.check()
+        wanted = self._receiver.wants_sleep(self._asleep)
+        swaps = self._receiver.staged() is not None and not self._eval_open
+        if wanted != self._asleep and not (wanted and (self._proving or swaps)):
+            (self._engine.sleep if wanted else self._engine.wake)()
+            self._asleep = wanted
+        return self._asleep
+
     def _swap(self) -> None:
         """Replaces the weights between two steps; the proof follows with the canaries."""
-        self._receiver.check()
         staged = self._receiver.staged()
         if staged is None or self._proving or self._eval_open:
             return
@@ -321,7 +328,8 @@ class ActorLoop:
 
     def _sampled(self, sampled: Sampled) -> None:
         lease, since = self._sampling.pop(sampled.lease_id)
-        texts = self._texts(sampled)
+        ids = [completion.token_ids.tolist() for completion in sampled.completions]
+        texts: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         completions = tuple(
             replace(completion, text=text)
             for completion, text in zip(sampled.completions, texts, strict=True)
@@ -339,11 +347,6 @@ class ActorLoop:
             lease_id=lease.lease_id, prompt=lease.prompt, texts=tuple(texts), block=lease.block
         )
         self._judge.submit(job)
-
-    def _texts(self, sampled: Sampled) -> Sequence[str]:
-        ids = [completion.token_ids.tolist() for completion in sampled.completions]
-        texts: list[str] = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
 
     def _judged(self, verdict: Verdict) -> None:
         scoring = self._scoring.pop(verdict.lease_id)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from asyncgrpo.actor.judge import JudgePool
 from asyncgrpo.actor.loop import IDLE_SECONDS, ActorLoop
@@ -19,6 +19,9 @@ from asyncgrpo.protocols import Engine
 from asyncgrpo.rundir import RunDir, leave
 from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import DealerClient
+
+if TYPE_CHECKING:
+    from asyncgrpo.actor.vllm_engine import VllmEngine
 
 log = logging.getLogger(__name__)
 SHOW_SECONDS = 1.0
@@ -38,14 +41,17 @@ def run_actor(run: RunDir, index: int, restart: int, stopping: Callable[[], bool
     from asyncgrpo.weights.receiver import CollectiveReceiver  # torch; after the engine's set-up
 
     keys = read_keys(run, "client")
-    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys)
+    inbox = None
+    if run.endpoints.transport == "nccl" and run.config.actor.tensor_parallel > 1:
+        inbox = cast("VllmEngine", engine).open_inbox()  # the toy engine is one process
+    receiver = CollectiveReceiver(run.config, name, run.endpoints.weights, keys, inbox)
     exporter = serve_metrics(run, name)
     loop = ActorLoop(
         name,
         run.config,
         engine=engine,
         tokenizer=tokenizer,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size(run.config.model.path),
         client=DealerClient(run.endpoints.buffer, name, "the buffer", keys),
         receiver=receiver,
         judge=judge,
@@ -71,6 +77,13 @@ def load_tokenizer(model_path: str) -> Any:
 
     transformers_logging.disable_progress_bar()
     return AutoTokenizer.from_pretrained(model_path)
+
+
+def vocab_size(model_path: str) -> int:
+    """Of the model, as the learner counts; a tokenizer may know fewer words."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
 
 
 def stop_token_ids(config: Config, tokenizer: Any) -> list[int]:

@@ -45,6 +45,7 @@ class ToyEngine:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._requests: dict[str, _Request] = {}
         self._version = -1
+        self._asleep = False
 
     @property
     def version(self) -> int:
@@ -79,6 +80,7 @@ class ToyEngine:
 
     @torch.no_grad()
     def step(self) -> list[Sampled]:
+        assert not self._asleep, "an engine that sleeps has no weights"
         rows = [
             (request, sequence)
             for request in self._requests.values()
@@ -101,8 +103,11 @@ class ToyEngine:
             raise WeightsError(f"version {version} lacks {', '.join(own)}")
         self._version = version
 
-    def close(self) -> None:
-        self._requests.clear()
+    def sleep(self) -> None:
+        self._asleep = True
+
+    def wake(self) -> None:
+        self._asleep = False
 
     def _next_logits(self, rows: list[tuple[_Request, _Sequence]]) -> torch.Tensor:
         """float32 [rows, V]; right padding is harmless: attention is causal."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from multiprocessing.connection import Listener
 from typing import Any, get_args
 
 import numpy as np
@@ -18,11 +19,17 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from asyncgrpo.actor.concurrency import EngineLoad
-from asyncgrpo.actor.vllm_worker import ADAPTER_ID, replace_adapter, replace_weights
+from asyncgrpo.actor.vllm_worker import (
+    ADAPTER_ID,
+    open_inbox,
+    replace_adapter,
+    replace_weights,
+)
 from asyncgrpo.config import Config
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Completion, FinishReason, Sampled, Sampling
+from asyncgrpo.weights.inbox import EngineInbox
 
 UNKNOWN = -2  # a version that no engine has; -1 are the weights of the model folder
 SPARE_SEQUENCES = 64  # beside the training groups: evaluations and canaries
@@ -46,6 +53,7 @@ class VllmEngine:
             max_num_seqs=config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES,
             tensor_parallel_size=config.actor.tensor_parallel,
             kv_cache_memory_bytes=config.actor.kv_cache_bytes // config.actor.tensor_parallel,
+            enable_sleep_mode=config.actor.sleep,
             enable_lora=lora is not None,
             max_lora_rank=min(rank for rank in ranks if not lora or rank >= lora.r),
             enforce_eager=not torch.cuda.is_available(),
@@ -61,7 +69,7 @@ class VllmEngine:
         self._llm = LLMEngine.from_engine_args(args)
         self._adapter: LoRARequest | None = None  # that of all requests, once it is there
         self._stop_token_ids = list(stop_token_ids)
-        self._seconds = config.weights.loaded_timeout_seconds
+        self._weights, self._tensor_parallel = config.weights, config.actor.tensor_parallel
         self._kv_on_update = config.actor.kv_on_update
         self._version = -1
         self._llm.engine_core.set_weight_version(str(self._version))
@@ -114,13 +122,22 @@ class VllmEngine:
         self._num_requests -= len(finished)
         return finished
 
+    def open_inbox(self) -> EngineInbox:
+        """Lets weights arrive in each process of the engine."""
+        count = self._tensor_parallel
+        with Listener(backlog=count) as door:  # a socket in a folder of this user alone
+            opened = partial(open_inbox, address=door.address, settings=self._weights)
+            self._llm.collective_rpc(opened, self._weights.loaded_timeout_seconds)
+            pipes = [door.accept() for _ in range(count)]
+        return EngineInbox(pipes, 2 * self._weights.transfer_timeout_seconds)
+
     def load_weights(self, version: int, tensors: NamedTensors) -> None:
         try:
             load = partial(replace_weights, tensors=tensors)
             if self._lora is not None:
                 load = partial(replace_adapter, tensors=tensors, lora=self._lora)
                 self._adapter = LoRARequest("policy", ADAPTER_ID, "in memory")
-            self._llm.collective_rpc(load, self._seconds)
+            self._llm.collective_rpc(load, self._weights.loaded_timeout_seconds)
         except Exception as error:  # the model may be half loaded now: fatal for this actor
             raise WeightsError(f"vLLM could not load version {version}: {error}") from error
         self._llm.engine_core.set_weight_version(str(version))
@@ -128,8 +145,11 @@ class VllmEngine:
         if self._kv_on_update == "recompute":
             self._llm.reset_prefix_cache(reset_running_requests=True)
 
-    def close(self) -> None:
-        self._llm.engine_core.shutdown()
+    def sleep(self) -> None:
+        self._llm.sleep(level=1, mode="keep")  # weights go to the host; requests stay in the queue
+
+    def wake(self) -> None:
+        self._llm.wake_up()  # sequences in flight are computed again up to where they were
 
     def _sampled(self, output: Any) -> Sampled:
         completions = sorted(output.outputs, key=lambda completion: completion.index)

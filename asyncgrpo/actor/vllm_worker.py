@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from multiprocessing.connection import Client
+from threading import Thread
 from typing import Any
 
 import torch
@@ -14,9 +16,16 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from asyncgrpo.protocols import NamedTensors
-from asyncgrpo.settings.learner import LoraSettings
+from asyncgrpo.settings.learner import LoraSettings, WeightSettings
+from asyncgrpo.weights.inbox import Inbox
 
 ADAPTER_ID = 1  # of the only one
+
+
+def open_inbox(worker: Any, address: str, settings: WeightSettings) -> None:
+    """Lets weights arrive in this process, whatever else it does."""
+    work = (Client(address), worker.worker.device)
+    Thread(target=Inbox(settings).serve, args=work, name="weights-inbox", daemon=True).start()
 
 
 def replace_weights(worker: Any, tensors: NamedTensors) -> None:

@@ -1,4 +1,4 @@
-"""What is let into the buffer: requests that make sense, and groups that fit their lease. Pure."""
+"""What is let into the buffer: requests that make sense, groups that fit their lease and teach."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from typing import Literal
 
 from asyncgrpo.buffer.leases import OpenLease
+from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
+from asyncgrpo.evaluate import is_correct
 from asyncgrpo.observe.metrics import METRICS
 from asyncgrpo.types import Group, Lease
 from asyncgrpo.wire.codec import Packet, pack_lease
@@ -63,3 +65,16 @@ def why_failed(group: Group, lease: Lease, newest: int) -> Fault | None:
     # back, too.
     oldest, newest_of_all = tokens.version_span if group.num_tokens else (0, 0)
     return None if oldest >= 0 and newest_of_all <= newest else "versions"
+
+
+def filter_reason(group: Group, config: Config) -> str:
+    """empty_completion, all_correct or all_wrong; "" when the group is good to train on."""
+    if not all(group.completions.lengths):
+        return "empty_completion"
+    if not config.algo.drop_uniform_groups:
+        return ""
+    scores = next(iter(group.reward_parts.values())).tolist()
+    right = is_correct(scores, config.reward.correct_above)
+    if all(right):
+        return "all_correct"
+    return "" if any(right) else "all_wrong"

@@ -15,23 +15,19 @@ from asyncgrpo.rows import whole_rows
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.staleness import bound_of
 
-TIMEOUT_SECONDS = 600.0  # of one question
 # name -> the promise, and SQL for (ticket, what is wrong). `samples` are the trajectories.
 CHECKS = {
     "one state": (
         "each lease is in one state, which its history leads to",
         """
         WITH history AS (
-            SELECT seq, ticket, state, step,
+            SELECT ticket, state,
             lag(state, 1, '') OVER (PARTITION BY ticket ORDER BY seq) AS before FROM changes
         ), last AS (SELECT ticket, state, max(seq) FROM changes GROUP BY ticket)
         SELECT ticket, 'went from ' || before || ' to ' || state FROM history
         WHERE (before, state) NOT IN (VALUES ('', 'open'), ('open', 'stored'), ('open', 'filtered'),
             ('open', 'expired'), ('open', 'failed'), ('stored', 'evicted'), ('stored', 'taken'),
-            ('taken', 'trained'))
-        AND NOT (before = 'trained' AND state = 'taken' AND EXISTS (SELECT * FROM rollbacks r
-            WHERE history.seq BETWEEN r.seq + 1 AND r.seq + r.num_groups
-            AND history.step BETWEEN r.step AND r.former_step - 1))
+            ('taken', 'trained'), ('trained', 'returned'), ('returned', 'taken'))
         UNION ALL SELECT ticket, 'is ' || leases.state || ', and ' || ifnull(last.state, 'nothing')
             || ' in its history' FROM leases LEFT JOIN last USING (ticket)
         WHERE leases.state IS NOT last.state
@@ -43,15 +39,15 @@ CHECKS = {
         "no group is trained twice, but for steps that were rolled back and buffer.replay_ratio",
         """
         SELECT ticket, 'was trained ' || total(state = 'trained') || ' times' FROM changes
-        GROUP BY ticket HAVING total(state = 'trained') > max(1, total(state = 'taken'))
-        UNION ALL SELECT value, 'is in the batches of steps ' || group_concat(step)
-        FROM steps, json_each(tickets) GROUP BY value HAVING count(*) > 1
+        GROUP BY ticket HAVING total(state = 'trained') > 1 + total(state = 'returned')
+        UNION ALL SELECT ticket, 'is in the batches of steps ' || group_concat(step)
+        FROM batches WHERE is_new GROUP BY ticket HAVING count(*) > 1
         UNION ALL SELECT ticket, 'is in the trajectories of steps ' || group_concat(step)
         FROM samples WHERE status = 'trained' GROUP BY lease_id HAVING count(*) > 1
         UNION ALL SELECT ticket, 'is trained again ' || count(*) || ' times, first at step '
-            || min(replays.step) || '; it was trained at step ' || ifnull(leases.step, 'never')
-        FROM replays LEFT JOIN leases USING (ticket) GROUP BY ticket
-        HAVING count(*) > :most_replays OR NOT min(replays.step) > leases.step
+            || min(b.step) || '; it was trained at step ' || ifnull(l.step, 'never')
+        FROM batches b LEFT JOIN leases l USING (ticket) WHERE NOT is_new
+        GROUP BY ticket HAVING count(*) > :most_replays OR NOT min(b.step) > l.step
         """,
     ),
     "staleness": (
@@ -63,21 +59,18 @@ CHECKS = {
         UNION ALL SELECT ticket, 'is trained at step ' || step || ' with tokens ' || staleness
             || ' versions old, say the trajectories' FROM samples
         WHERE status IN ('trained', 'replayed') AND staleness > :max_staleness AND NOT :mask
-        UNION ALL SELECT ticket, 'is trained again at step ' || replays.step
-            || ' with tokens of version ' || oldest_version FROM replays JOIN leases USING (ticket)
-        WHERE replays.step - oldest_version > :max_staleness
+        UNION ALL SELECT ticket, 'is trained again at step ' || b.step
+            || ' with tokens of version ' || oldest_version
+        FROM batches b JOIN leases USING (ticket)
+        WHERE NOT is_new AND b.step - oldest_version > :max_staleness
         """,
     ),
     "epochs": (
         "every prompt of the stream goes out in turn, and again only if it brought no group",
         """
         SELECT max(ticket), 'position ' || position || ' went out for ' || count(DISTINCT prompt_id)
-            || ' prompts and has ' || total(next_ticket IS NULL) || ' last leases' FROM leases
-        GROUP BY position HAVING count(DISTINCT prompt_id) > 1 OR total(next_ticket IS NULL) != 1
-        UNION ALL SELECT a.ticket, 'went out again as t' || a.next_ticket || ', for another prompt '
-            || 'or though it had brought a group'
-        FROM leases a LEFT JOIN leases b ON b.ticket = a.next_ticket
-        WHERE a.next_ticket IS NOT NULL AND (NOT a.again OR b.position IS NOT a.position)
+            || ' prompts, or again though it had brought a group' FROM leases GROUP BY position
+        HAVING count(DISTINCT prompt_id) > 1 OR min(ticket) FILTER (WHERE NOT again) < max(ticket)
         UNION ALL SELECT ticket, 'is at position ' || position || ', the last before it is ' || last
         FROM (SELECT ticket, position, lag(position, 1, -1) OVER (ORDER BY position) AS last
             FROM leases) WHERE position > last + 1
@@ -103,13 +96,13 @@ CHECKS = {
     "steps": (
         "the batches are made of the leases that are taken and trained",
         """
-        WITH batch AS (SELECT step, trained_at, value AS ticket FROM steps, json_each(tickets))
-        SELECT ticket, 'is in the batch of step ' || batch.step || ', but the lease is '
-            || ifnull(state || ' at step ' || ifnull(leases.step, '-'), 'missing')
-        FROM batch LEFT JOIN leases USING (ticket) WHERE leases.step IS NOT batch.step
-        OR state IS NOT iif(trained_at IS NULL, 'taken', 'trained')
+        SELECT ticket, 'is in the batch of step ' || b.step || ', but the lease is '
+            || ifnull(state || ' at step ' || ifnull(l.step, '-'), 'missing')
+        FROM batches b LEFT JOIN leases l USING (ticket) WHERE is_new
+        AND (l.step IS NOT b.step OR state IS NOT iif(trained_at IS NULL, 'taken', 'trained'))
         UNION ALL SELECT ticket, 'is ' || state || ', but in no batch' FROM leases
-        WHERE state IN ('taken', 'trained') AND ticket NOT IN (SELECT ticket FROM batch)
+        WHERE state IN ('taken', 'trained')
+        AND ticket NOT IN (SELECT ticket FROM batches WHERE is_new)
         UNION ALL SELECT NULL, 'step ' || step || ' follows step ' || last
         FROM (SELECT step, lag(step, 1, step - 1) OVER (ORDER BY step) AS last FROM steps)
         WHERE step != last + 1
@@ -156,9 +149,11 @@ def audit(run: RunDir) -> Audit:
     """
     buffer = run.config.buffer
     files = step_files(run.path)
-    reader = LedgerReader(run.path, TIMEOUT_SECONDS)  # after the look at the files
+    reader = LedgerReader(run.path)  # after the look at the files
     _, ((next_step,),) = reader.query("SELECT ifnull(max(step) + 1, 0) FROM steps WHERE trained_at")
-    rollbacks = reader.query("SELECT step, former_step FROM rollbacks ORDER BY seq")[1]
+    _, rollbacks = reader.query(
+        "SELECT min(step), max(step) + 1 FROM changes WHERE state = 'returned' GROUP BY time"
+    )
     reader.add_table(
         "samples (step, ticket, lease_id, status, num_completions, num_tokens, staleness)",
         (row for step in files if step < next_step for row in _samples(step, files[step])),

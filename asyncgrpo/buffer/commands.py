@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, signal
 from typing import Annotated, Any
 
 import typer
@@ -66,21 +65,18 @@ def ledger(
     run: Run,
     sql: Annotated[str | None, typer.Option(help="a question; without: lists the tables")] = None,
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="for spreadsheets")] = False,
-    timeout: Annotated[float, typer.Option(min=0.1, help="seconds for the answer")] = 60.0,
 ) -> None:
     """Answers questions about all leases of a run in SQL (SQLite); changes nothing."""
     from asyncgrpo.buffer.ledger import TABLES, LedgerReader
 
-    reader = LedgerReader(run, timeout)
+    reader = LedgerReader(run)
+    signal(SIGINT, SIG_DFL)  # else Ctrl-C waits for the answer
     if sql is None:
         print(TABLES.strip())
         return
     columns, rows = reader.query(sql)
     if as_json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=repr))
-    elif as_csv:
-        csv.writer(sys.stdout).writerows([columns, *rows])
     else:
         show_table(columns, rows)
 

@@ -28,21 +28,26 @@ outlive the process is noted in a journal, which is to be committed before anyth
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncgrpo.buffer.admission import check_request, is_holder, newest_version, why_failed
+from asyncgrpo.buffer.admission import (
+    check_request,
+    filter_reason,
+    is_holder,
+    newest_version,
+    why_failed,
+)
 from asyncgrpo.buffer.evaluation import Evaluations
-from asyncgrpo.buffer.filters import filter_reason
-from asyncgrpo.buffer.gate import make_gate
-from asyncgrpo.buffer.journal import Batches, Journal, NoJournal
+from asyncgrpo.buffer.gate import Gate
+from asyncgrpo.buffer.journal import Journal
 from asyncgrpo.buffer.leases import STATES, LeaseBook, OpenLease
 from asyncgrpo.buffer.queue import PromptQueue
-from asyncgrpo.buffer.replay import Replay, Seen, lags, part_metrics, tickets, trained
+from asyncgrpo.buffer.replay import Replay, Seen, lags, part_metrics, trained
 from asyncgrpo.config import Config
 from asyncgrpo.errors import WireError
 from asyncgrpo.types import EndedGroup, Group
@@ -51,11 +56,13 @@ from asyncgrpo.wire.codec import Packet, groups_from, shard_packet
 if TYPE_CHECKING:
     from asyncgrpo.data.prompts import PromptSource
 
+log = logging.getLogger(__name__)
 Replies = list[tuple[str, Packet]]
-Action = Callable[[str, Packet, float], Replies]
+Action = Callable[[str, Packet, float], Replies | None]  # None: it is noted
 EVENTS = ("put", "trained", "held", "evaluate", "results")  # others may come from a run that hangs
 Record = Callable[[int, Sequence[EndedGroup]], None]  # of the step at which they ended
 MAX_REASON = 300  # characters
+BARREN_BATCHES = 10  # so much that nothing can be learned from is worth a word
 
 
 class BufferCore:
@@ -75,10 +82,8 @@ class BufferCore:
         rewind: takes back what was recorded of this step and later ones and is no longer true.
         """
         self._config, self._record, self._rewind = config, record, rewind
-        self._journal = journal or NoJournal()
-        buffer = config.buffer
-        self.replay = Replay(buffer.order, buffer.window)
-        self.gate = make_gate(config, self.replay)
+        self._journal = journal or Journal()
+        self.replay, self._gate = Replay(config), Gate(config)
         self.leases = LeaseBook(config, self._journal)
         self.events = 0  # packets that brought the run on; see EVENTS
         self.step = 0  # the next step whose batch will be formed
@@ -94,6 +99,8 @@ class BufferCore:
         self._covered = 0  # the learner's newest checkpoint is of this step
         self._sums = {"reward": 0.0, "tokens": 0.0, "groups": 0.0}  # of all that arrived
         self._of_batch: dict[str, float] = {}  # metrics of the newest
+        self._num_barren = 0  # groups since one was good to train on
+        self._warn_barren = BARREN_BATCHES * config.buffer.groups_per_step
         self.num_replayed = 0  # groups that were added to batches though trained before
         self.num_refused = 0  # messages, as the server counts them
         self._restore(now)
@@ -106,10 +113,11 @@ class BufferCore:
         self._queue.restore(past)
         self.leases.restore(past, self._queue, now)
         self.replay.restore(past)
-        in_batches = past.counts["taken"] + past.counts["trained"]
-        self.gate.restore(self.leases.num_live, past.num_formed, in_batches)
         self._evaluations.restore(past)
         self._rewind(self.step)
+        self._check()
+
+    def _check(self) -> None:
         self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
 
     def handle(self, peer: str, packet: Packet, now: float) -> Replies:
@@ -131,7 +139,8 @@ class BufferCore:
                 return [(peer, _answer(packet, "introduce", life=self._journal.life))]
             self.events += packet.kind in EVENTS
             action: Action = getattr(self, f"_on_{packet.kind}")
-            return action(peer, packet, now)
+            replies = action(peer, packet, now)
+            return [(peer, _answer(packet, "noted"))] if replies is None else replies
         except (KeyError, TypeError, ValueError, WireError) as error:
             reason = str(error) if isinstance(error, WireError) else f"{packet.kind}: {error!r}"
             return [(peer, _answer(packet, "refused", reason=reason[:MAX_REASON]))]
@@ -166,7 +175,7 @@ class BufferCore:
         """Counters and sizes by metric name."""
         counts, reasons = self.leases.counts, self.leases.reasons
         return {
-            "leases": self.leases.num_training_leases(),
+            "leases": counts.total(),
             **{f"leases_{state}": counts[state] for state in STATES},
             **{f"groups_{name.replace('/', '_')}": count for name, count in reasons.items()},
             "buffer_groups": len(self.replay),
@@ -177,7 +186,7 @@ class BufferCore:
             "refused_messages": self.num_refused,
             **({"groups_replayed": self.num_replayed} if self.num_replayed else {}),
             **self._of_batch,
-            "gate_open": self.gate.open_for(max(self._held.values(), default=0)),
+            "gate_open": self._startable(max(self._held.values(), default=0)),
             "actors_waiting": len(self._waiting_actors),
         }
 
@@ -194,11 +203,10 @@ class BufferCore:
         welcome = {"credit": self._config.buffer.credit, "life": self._journal.life}
         return [(peer, _answer(packet, "welcome", **welcome)), *self._evaluations.open(actors, now)]
 
-    def _on_bye(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_bye(self, peer: str, packet: Packet, now: float) -> None:
         if self._actors.get(packet.fields["actor"]) == peer:
             del self._actors[packet.fields["actor"]]
         self._forget_peer(peer, "actor_left")
-        return [(peer, _answer(packet, "noted"))]
 
     def _forget_peer(self, peer: str, reason: str) -> None:
         self._waiting_actors.pop(peer, None)
@@ -210,22 +218,20 @@ class BufferCore:
             if held.lease.lease_id not in besides:
                 self._end_unfinished(held.lease.lease_id, "expired", reason)
 
-    def _on_held(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_held(self, peer: str, packet: Packet, now: float) -> None:
         self._held[peer] = packet.fields["version"]
-        return [(peer, _answer(packet, "noted"))]
 
     def _on_lease(self, peer: str, packet: Packet, now: float) -> Replies:
         self._waiting_actors[peer] = packet
         self._held[peer] = max(self._held.get(peer, -1), packet.fields["version"])
         return []
 
-    def _on_accept(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_accept(self, peer: str, packet: Packet, now: float) -> None:
         self._evaluations.accept(packet.fields["lease_ids"])
         for lease_id in packet.fields["refused"]:
             opened = self.leases.get(lease_id)
             if opened is not None and opened.lease.purpose == "eval":
                 self._end_unfinished(lease_id, "failed", "version_passed")
-        return [(peer, _answer(packet, "noted"))]
 
     def _on_put(self, peer: str, packet: Packet, now: float) -> Replies:
         (group,) = groups_from(packet, self.leases.read)
@@ -255,9 +261,10 @@ class BufferCore:
         self._journal.arrived(group, keep=not reason)
         if reason:
             self.leases.close(group.lease.lease_id, "filtered", reason)
-            self.gate.give_back()
             self._record(self.step, [EndedGroup(group=group, status="filtered", reason=reason)])
+            self._warn_of_barren(reason)
             return "filtered"
+        self._num_barren = 0
         ended = self.leases.close(group.lease.lease_id, "stored")
         seen = None if opened.step is None else Seen(opened.step, self.step, now)
         self.replay.add(ended.ticket, group, seen)
@@ -265,16 +272,28 @@ class BufferCore:
             self._evict()
         return "stored"
 
-    def _on_fail(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _warn_of_barren(self, reason: str) -> None:
+        """Without this a run whose groups are all filtered would stand still without a word."""
+        self._num_barren += 1
+        if self._num_barren == self._warn_barren:
+            self._warn_barren *= 2
+            log.warning(
+                "%d groups in a row teach nothing, the last one was %s: "
+                "reward.correct_above=%g decides what is correct; change it, the reward, the "
+                "prompts or sampling.temperature, or set algo.drop_uniform_groups=false",
+                self._num_barren,
+                reason,
+                self._config.reward.correct_above,
+            )
+
+    def _on_fail(self, peer: str, packet: Packet, now: float) -> None:
         lease_id, reason = packet.fields["lease_id"], packet.fields["reason"]
         if self.leases.get(lease_id) is not None:
             retry = bool(packet.fields.get("retry"))
             self._end_unfinished(lease_id, "failed", reason, again=retry)
-        return [(peer, _answer(packet, "noted"))]
 
-    def _on_status(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_status(self, peer: str, packet: Packet, now: float) -> None:
         self._status[packet.fields["actor"]] = dict(packet.fields)
-        return [(peer, _answer(packet, "noted"))]
 
     def _end_unfinished(
         self, lease_id: str, state: str, reason: str, *, again: bool = True
@@ -283,19 +302,20 @@ class BufferCore:
         ended = self.leases.close(lease_id, state, reason, again=again)
         if ended.turn is None:
             self._evaluations.drop(lease_id)
-            return
-        self.gate.give_back()
-        if again:
-            self._queue.put_back(ended.turn, ended.ticket)
+        elif again:
+            self._queue.put_back(ended.turn)
+
+    def _startable(self, version: int) -> int:
+        num_formed = self.step + len(self.replay.batches)
+        return self._gate.open_for(version, self.leases.counts, self.replay, num_formed)
 
     def _serve_actors(self, now: float) -> Replies:
         replies: Replies = []
         for peer, request in list(self._waiting_actors.items()):
             version = self._held[peer]
-            count = min(request.fields["max"], self.gate.open_for(version)) * (not self._is_stopped)
+            count = min(request.fields["max"], self._startable(version)) * (not self._is_stopped)
             leases: list[bytes] = []
             while len(leases) < count and (turn := self._queue.next()) is not None:
-                self.gate.issue(version)
                 opened = self.leases.issue(
                     turn.prompt, peer=peer, version=version, now=now, turn=turn, step=self.step
                 )
@@ -307,7 +327,7 @@ class BufferCore:
 
     # -- learner --------------------------------------------------------------------------
 
-    def _on_begin(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _on_begin(self, peer: str, packet: Packet, now: float) -> None:
         step = packet.fields["step"]
         if step > self.step:
             raise ValueError(
@@ -315,7 +335,7 @@ class BufferCore:
                 "steps: ledger.sqlite is missing or older than the checkpoint; put it back, or "
                 "start another run with model.path set to the last model"
             )
-        again = self._journal.batches(step) if step < self.step else {}
+        again = self._journal.batches(step, self.step - 1)
         gone = [former for former in range(step, self.step) if former not in again]
         if gone:
             raise ValueError(
@@ -326,22 +346,21 @@ class BufferCore:
         self._is_stopped = self._is_over = False
         self._journal.began(step)
         self._evaluations.forget(step)
-        if again:
-            self._roll_back(step, again)
-        return [(peer, _answer(packet, "noted"))]
-
-    def _roll_back(self, step: int, batches: Batches) -> None:
-        for former, batch in batches.items():
+        for former, batch in again.items():
             self.replay.hold(former, batch)
-            self.leases.move([ticket for ticket, _ in batch], "trained", "taken", step=former)
-        self.replay.hold_again(self._journal.replays(step))
-        self.step = step
-        self._rewind(step)
-        self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
+            self._take_out(former, "trained")
+        if again:
+            self.step = step
+            self._rewind(step)
+            self._check()
 
-    def _on_stop(self, peer: str, packet: Packet, now: float) -> Replies:
+    def _take_out(self, step: int, before: str) -> None:
+        batch = self.replay.batches[step]
+        self.leases.move(batch.new, before, "taken", step=step)
+        self._journal.formed(step, batch)
+
+    def _on_stop(self, peer: str, packet: Packet, now: float) -> None:
         self._is_stopped = not self._is_over  # all ranks end in the same way
-        return [(peer, _answer(packet, "noted"))]
 
     def _on_take(self, peer: str, packet: Packet, now: float) -> Replies:
         if packet.fields["step"] < self.step:
@@ -369,48 +388,15 @@ class BufferCore:
 
     def _form_batch(self, now: float) -> None:
         self._evict()
-        buffer, oldest_open = self._config.buffer, min(self.leases.open_tickets(), default=None)
-        count = self._config.new_groups
-        if buffer.tokens_per_step:
-            fewest = self._config.min_groups
-            count = self.replay.count_for(buffer.tokens_per_step, fewest, oldest_open)
-        if self._exhausted() and len(self.replay) >= self._config.launch.learners:
-            count = min(count, len(self.replay))  # the last, smaller batch
-        if not self.replay.ready(count, oldest_open) or self._waits_for_old_work(
-            count, oldest_open
-        ):
-            return
-        batch = self.replay.batches[self.step] = self.replay.take(count, oldest_open)
-        self.gate.formed(count)
-        self.leases.move(tickets(batch), "stored", "taken", step=self.step)
-        self._of_batch = lags(batch, self.step, now) | part_metrics(batch)
-        if buffer.replay_ratio:
-            more, most = buffer.groups_per_step - count, math.ceil(buffer.replay_ratio)
-            self.replay.add_again(self.step, more, most, buffer.max_staleness)
-            self.num_replayed += len(self.replay.again[self.step])
-            self._journal.replayed(self.step, tickets(self.replay.again[self.step]))
-
-    def _waits_for_old_work(self, count: int, oldest_open: int | None) -> bool:
-        """Whether, with a batch of `count` now, work that is being made would get too old.
-
-        What has version v must be in the batch of step v + max_staleness at the latest, and no step
-        takes more than one batch: the rule of deadline scheduling for what is left over.
-        """
-        buffer, being_made = self._config.buffer, self.leases.open_versions()
-        if buffer.staleness_action != "wait" or not being_made:
-            return False
-        left = sorted([*being_made, *self.replay.versions_left(count, oldest_open)])
-        return any(
-            number > count * (version + buffer.max_staleness - self.step)
-            for number, version in enumerate(left, 1)
-            if version >= min(being_made)  # else waiting would not help
-        )
+        new = self.replay.form(self.step, self.leases.being_made(), is_last=self._exhausted())
+        if new:
+            self._take_out(self.step, "stored")
+            self._of_batch = lags(new, self.step, now) | part_metrics(new)
+            self.num_replayed += len(self.replay.batches[self.step].groups) - len(new)
 
     def _evict(self) -> None:
-        buffer = self._config.buffer
-        for old in self.replay.evict(self.step, buffer.max_staleness, buffer.staleness_action):
+        for old in self.replay.evict(self.step):
             self.leases.move([old.ticket], "stored", "evicted", "stale")
-            self.gate.give_back()
             self._record(self.step, [EndedGroup(group=old.group, status="evicted", reason="stale")])
 
     def _exhausted(self) -> bool:
@@ -422,27 +408,22 @@ class BufferCore:
         batch = self.replay.batches.get(step)
         if batch is not None and step == self.step:
             advantages = np.frombuffer(packet.fields["advantages"], np.float32)
-            ended = trained(self.replay.whole(step), len(batch), world_size, advantages)
-            self.replay.done(step, keep=bool(self._config.buffer.replay_ratio))
-            self.leases.move(tickets(batch), "taken", "trained", step=step)
+            ended = trained(batch, world_size, advantages)
+            self.replay.done(step)
+            self.leases.move(batch.new, "taken", "trained", step=step)
             self._record(step, ended)
             self.step = step + 1
             self._evict()
             if covered > self._covered:
                 self._covered = covered
-                replayed = self._config.buffer.max_staleness * bool(
-                    self._config.buffer.replay_ratio
-                )
-                self._journal.covered(covered - replayed)
-            self.leases.check(stored=len(self.replay), taken=self.replay.num_taken)
-        return [(peer, _answer(packet, "noted", **self._summary()))]
+                buffer = self._config.buffer
+                self._journal.covered(covered - buffer.max_staleness * bool(buffer.replay_ratio))
+            self._check()
+        return self._on_summary(peer, packet, now)
 
     def _on_summary(self, peer: str, packet: Packet, now: float) -> Replies:
-        return [(peer, _answer(packet, "noted", **self._summary()))]
-
-    def _summary(self) -> dict[str, Any]:
-        reports = self._evaluations.news()
-        return {"metrics": self.metrics(), "actors": self._status, "evaluations": reports}
+        fields = {"metrics": self.metrics(), "actors": self._status}
+        return [(peer, _answer(packet, "noted", evaluations=self._evaluations.news(), **fields))]
 
     # -- evaluation -----------------------------------------------------------------------
 

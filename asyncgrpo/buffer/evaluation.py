@@ -7,7 +7,7 @@ version are asked for together: their prompts are dealt over the same actors in 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,7 @@ from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.evaluate import summarise
-from asyncgrpo.settings.reward import EvalSettings
-from asyncgrpo.types import Group, Prompt, Sampling
+from asyncgrpo.types import Group, Prompt
 from asyncgrpo.wire.codec import Packet
 
 HeldOut = Callable[[int, str], Sequence[Prompt]]  # how many, of which block
@@ -27,12 +26,9 @@ ACCEPT_SECONDS = 15.0  # how long the learner waits for actors to start an evalu
 class _Job:
     """One evaluation: its prompts are first accepted by actors, then answered by them."""
 
-    block: EvalSettings
-    version: int
     num_prompts: int
     since: float
-    unaccepted: set[str] = field(default_factory=set)  # lease ids
-    unanswered: set[str] = field(default_factory=set)
+    is_accepted: dict[str, bool] = field(default_factory=dict)  # by lease that is not answered
     groups: list[Group] = field(default_factory=list)
 
 
@@ -73,26 +69,36 @@ class Evaluations:
 
     def open(self, actors: Sequence[str], now: float) -> list[tuple[str, Packet]]:
         """Leases for the actors, if there are any: all prompts of the blocks that are wanted."""
+        if not actors:
+            return []
         pushes: list[tuple[str, Packet]] = []
-        for version in sorted({version for version, _ in self._wanted} if actors else ()):
+        for version in sorted({version for version, _ in self._wanted}):
             hands: dict[str, list[bytes]] = {actor: [] for actor in actors}
             turns = itertools.cycle(hands.items())
             for name, block in self._blocks.items():
-                if (key := (version, name)) in self._wanted:
-                    self._wanted.discard(key)
-                    self._jobs[key] = self._deal(block, version, turns, now)
-                    self._journal.evaluating(version, name, self._leases.last_number)
+                if (version, name) not in self._wanted:
+                    continue
+                prompts = self._held_out(block.num_prompts, name)
+                job = self._jobs[version, name] = _Job(num_prompts=len(prompts), since=now)
+                for prompt, (actor, hand) in zip(prompts, turns, strict=False):
+                    opened = self._leases.issue(
+                        prompt, peer=actor, version=version, now=now, block=name
+                    )
+                    hand.append(opened.packed)
+                    job.is_accepted[opened.lease.lease_id] = False
+                self._journal.evaluating(version, name, self._leases.last_number)
             pushes += [
                 (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
                 for actor, leases in hands.items()
                 if leases
             ]
+        self._wanted.clear()
         return pushes
 
     def forget(self, version: int) -> None:
         """A learner begins at this version: newer ones will be other policies."""
         for key in [key for key in self._jobs if key[0] > version]:
-            for lease_id in self._jobs.pop(key).unanswered:
+            for lease_id in self._jobs.pop(key).is_accepted:
                 self._leases.close(lease_id, "expired")
         self._reports = {key: r for key, r in self._reports.items() if key[0] <= version}
         self._untold = [report for report in self._untold if report["version"] <= version]
@@ -102,16 +108,15 @@ class Evaluations:
         """Keeps a request until `replies` has its answer."""
         self._waiting.append((peer, request))
 
-    def accept(self, lease_ids: Iterable[str]) -> None:
+    def accept(self, lease_ids: Sequence[str]) -> None:
         """Actors hold these leases and keep their weights until they have answered them."""
         for job in self._jobs.values():
-            job.unaccepted.difference_update(lease_ids)
+            job.is_accepted.update(dict.fromkeys(job.is_accepted.keys() & lease_ids, True))
 
     def drop(self, lease_id: str) -> None:
         """A lease that nobody will answer (any more)."""
         for job in self._jobs.values():
-            job.unaccepted.discard(lease_id)
-            job.unanswered.discard(lease_id)
+            job.is_accepted.pop(lease_id, None)
 
     def answer(self, group: Group) -> None:
         """One prompt answered."""
@@ -125,60 +130,34 @@ class Evaluations:
 
     def replies(self, now: float) -> list[tuple[str, Packet]]:
         """Closes what is complete; answers the requests that waited for it."""
-        for key, job in list(self._jobs.items()):
-            if not job.unanswered:
-                self._reports[key] = summarise(
+        for (version, name), job in list(self._jobs.items()):
+            if not job.is_accepted:
+                self._reports[version, name] = summarise(
                     job.groups,
-                    job.block,
-                    version=job.version,
+                    self._blocks[name],
+                    version=version,
                     num_prompts=job.num_prompts,
-                    correct_above=self._config.rewards[job.block.name].correct_above,
+                    correct_above=self._config.rewards[name].correct_above,
                     seconds=now - job.since,
                 )
-                self._untold.append(self._reports[key])
+                self._untold.append(self._reports[version, name])
                 self._journal.evaluated(self._untold[-1])
-                del self._jobs[key]
+                del self._jobs[version, name]
         found = [(peer, request, self._answer(request, now)) for peer, request in self._waiting]
         self._waiting = [(peer, request) for peer, request, answer in found if answer is None]
         return [(peer, answer) for peer, _, answer in found if answer is not None]
 
-    def _deal(
-        self,
-        block: EvalSettings,
-        version: int,
-        turns: Iterator[tuple[str, list[bytes]]],
-        now: float,
-    ) -> _Job:
-        prompts = self._held_out(block.num_prompts, block.name)
-        job = _Job(block=block, version=version, num_prompts=len(prompts), since=now)
-        own = block.sampling.model_dump(exclude_none=True)
-        sampling = Sampling(**{**self._config.sampling.model_dump(), **own})
-        for prompt, (actor, hand) in zip(prompts, turns, strict=False):
-            opened = self._leases.issue(
-                prompt,
-                peer=actor,
-                version=version,
-                group_size=block.num_samples,
-                sampling=sampling,
-                now=now,
-                block=block.name,
-                deadline_seconds=block.timeout_seconds,
-            )
-            hand.append(opened.packed)
-            job.unanswered.add(opened.lease.lease_id)
-        job.unaccepted = set(job.unanswered)
-        return job
-
     def _answer(self, request: Packet, now: float) -> Packet | None:
         if request.kind == "evaluate":
             version = request.fields["version"]
-            jobs = [job for job in self._jobs.values() if job.version == version]
-            waits = version in {wanted for wanted, _ in self._wanted} or any(
-                job.unaccepted and now <= job.since + ACCEPT_SECONDS for job in jobs
+            jobs = [job for (of, _), job in self._jobs.items() if of == version]
+            is_awaited = any(of == version for of, _ in self._wanted) or any(
+                not all(job.is_accepted.values()) and now <= job.since + ACCEPT_SECONDS
+                for job in jobs
             )
-            kind, fields = "evaluating", {}
+            answer = Packet(kind="evaluating", request_id=request.request_id)
         else:
-            waits, kind = bool(self._jobs or self._wanted), "reports"
-            reports = sorted(self._reports.values(), key=lambda report: report["version"])
-            fields = {"reports": reports}
-        return None if waits else Packet(kind=kind, request_id=request.request_id, fields=fields)
+            is_awaited = bool(self._jobs or self._wanted)
+            fields = {"reports": sorted(self._reports.values(), key=lambda r: r["version"])}
+            answer = Packet(kind="reports", request_id=request.request_id, fields=fields)
+        return None if is_awaited else answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from asyncgrpo.types import Group
 
@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from asyncgrpo.buffer.leases import OpenLease
 
 
-Batches = Mapping[int, Sequence[tuple[int, Group]]]  # step -> tickets and groups, in order
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one step trains: first groups that are new, then those that were trained before."""
+
+    tickets: Sequence[int]  # of the groups' leases
+    groups: Sequence[Group]
+    num_new: int
+
+    @property
+    def new(self) -> Sequence[int]:
+        """Tickets of the new groups."""
+        return self.tickets[: self.num_new]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,28 +38,28 @@ class Remembered:
     position: int = 0  # of the next prompt in the stream
     step: int = 0  # the next step to be trained
     last_step: int = 0  # the largest that `step` has ever been: learners go back
-    num_formed: int = 0  # batches
     groups_stored: int = 0  # ever, with their tokens
     tokens_stored: int = 0
     held: Sequence[tuple[int, int, str, str, int]] = ()  # ticket, position, prompt, peer, version
-    again: Sequence[tuple[int, str, int]] = ()  # position, prompt, ticket: to be handed out again
+    again: Sequence[tuple[int, str]] = ()  # position, prompt: to be handed out again
     stored: Sequence[tuple[int, Group]] = ()  # ticket and group, in the order they came
-    batches: Batches = field(default_factory=dict)
-    replays: Batches = field(default_factory=dict)  # what these batches hold besides
+    batches: Mapping[int, Batch] = field(default_factory=dict)  # by step: formed, not trained
     uses: Mapping[int, int] = field(default_factory=dict)  # ticket -> how often it was replayed
     # by version and block; None: not done
     reports: Mapping[tuple[int, str], Mapping[str, Any] | None] = field(default_factory=dict)
 
 
-class Journal(Protocol):
-    """Takes notes, which count once they are committed. Everything here may raise LedgerError."""
+class Journal:
+    """Takes notes, which count once they are committed. This one keeps nothing: see Ledger.
 
-    @property
-    def life(self) -> int:
-        """How many times the run's buffer was started, this time included."""
+    Everything here may raise LedgerError.
+    """
+
+    life = 1  # how many times the run's buffer was started, this time included
 
     def remembered(self) -> Remembered:
         """What former lives noted and committed."""
+        return Remembered()
 
     def leased(self, lease: OpenLease) -> None:
         """A training lease was handed out."""
@@ -61,20 +72,18 @@ class Journal(Protocol):
     ) -> None:
         """Leases changed their state. step: of taken and trained; again: the prompt comes back."""
 
+    def formed(self, step: int, batch: Batch) -> None:
+        """A batch is there to be trained, for the first time or once more."""
+
     def covered(self, step: int) -> None:
         """Groups trained before this step will never be asked for again."""
 
-    def batches(self, step: int) -> Batches:
-        """The batches that were trained at this step and later, as far as their groups are kept."""
+    def batches(self, first: int, last: int) -> Mapping[int, Batch]:
+        """The batches of these steps, `last` included, as far as their groups are kept."""
+        return {}
 
     def began(self, step: int) -> None:
         """A learner begins at this step: what was made of it and later ones will be made again."""
-
-    def replayed(self, step: int, tickets: Sequence[int]) -> None:
-        """Groups that were trained before are added to a batch."""
-
-    def replays(self, step: int) -> Batches:
-        """What was added to the batches of this step and later ones."""
 
     def evaluating(self, version: int, name: str, last_number: int) -> None:
         """An evaluation began; last_number: of the newest lease, those of evaluations included."""
@@ -84,24 +93,7 @@ class Journal(Protocol):
 
     def counts(self) -> Mapping[str, int] | None:
         """Leases noted as open, stored and taken, counted anew; None: nothing is kept."""
+        return None
 
-
-class NoJournal:
-    """Keeps nothing."""
-
-    life = 1
-
-    def remembered(self) -> Remembered:
-        return Remembered()
-
-    def _nothing(self, *notes: Any, **more: Any) -> None: ...
-
-    def batches(self, step: int) -> Batches:
-        return {}
-
-    def replays(self, step: int) -> Batches:
-        return {}
-
-    leased = replayed = arrived = moved = covered = began = evaluating = evaluated = counts = (
-        commit
-    ) = _nothing
+    def commit(self) -> None:
+        """Makes everything noted since the last commit durable, or nothing of it."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.queue import PromptQueue, Turn
@@ -46,22 +46,22 @@ class LeaseBook:
 
     def __init__(self, config: Config, journal: Journal) -> None:
         self._journal, self._run_seed = journal, config.run.seed
-        self._deadline_seconds = config.buffer.lease_deadline_seconds
-        self._group_size = config.algo.group_size
-        self._sampling = Sampling(**config.sampling.model_dump())
+        drawn, seconds = config.sampling.model_dump(), config.buffer.lease_deadline_seconds
+        # by block: completions, sampling, seconds until the deadline; "" is training
+        self._terms = {"": (config.algo.group_size, Sampling(**drawn), seconds)}
+        for block in config.evals:
+            sampling = Sampling(**{**drawn, **block.sampling.model_dump(exclude_none=True)})
+            self._terms[block.name] = (block.num_samples, sampling, block.timeout_seconds)
         self._open: dict[str, OpenLease] = {}
         self._by_bytes: dict[bytes, Lease] = {}  # of the open ones
-        # by seconds until the deadline, so each in the order of the deadlines
-        self._queues: dict[float, dict[str, OpenLease]] = {}
+        self._next_deadline = math.inf  # none is overdue before
         self.counts: Counter[str] = Counter()  # state -> leases in it now
         self.reasons: Counter[str] = Counter()  # "filtered/all_correct" -> how often
         self.last_number = 0  # of any lease
-        self._num_leased = 0  # training leases, ever
 
     def restore(self, past: Remembered, queue: PromptQueue, now: float) -> None:
         """Goes on where a former life of the buffer ended; open leases get a new deadline."""
         self.counts, self.reasons = past.counts.copy(), past.reasons.copy()
-        self._num_leased = past.counts.total()
         for ticket, position, prompt_id, peer, version in past.held:
             turn = queue.at(position, prompt_id)
             self.issue(turn.prompt, peer=peer, version=version, now=now, turn=turn, ticket=ticket)
@@ -74,15 +74,12 @@ class LeaseBook:
         peer: str,
         version: int,
         now: float,
-        group_size: int | None = None,
-        sampling: Sampling | None = None,
         turn: Turn | None = None,
         step: int | None = None,
         ticket: int | None = None,
         block: str = "",
-        deadline_seconds: float | None = None,
     ) -> OpenLease:
-        """A lease for a prompt, with a new deadline; by default as the settings say.
+        """A lease for a prompt, with a new deadline, as the settings say.
 
         turn: of the prompt, if it is to train on. step: whose batch is the next to be formed.
         ticket: of a lease that a former life of the buffer handed out. block: of an evaluation.
@@ -90,13 +87,13 @@ class LeaseBook:
         number = self.last_number + 1 if ticket is None else ticket
         self.last_number = max(self.last_number, number)
         purpose: Purpose = "eval" if block else "train"
-        seconds = deadline_seconds or self._deadline_seconds
+        group_size, sampling, seconds = self._terms[block]
         lease_id = f"{purpose[0]}{number}"
         lease = Lease(
             lease_id=lease_id,
             prompt=prompt,
-            group_size=group_size or self._group_size,
-            sampling=sampling or self._sampling,
+            group_size=group_size,
+            sampling=sampling,
             seed=lease_seed(self._run_seed, lease_id),
             purpose=purpose,
             version=version,
@@ -113,9 +110,9 @@ class LeaseBook:
             step=step,
         )
         self._by_bytes[opened.packed] = lease
-        self._open[lease_id] = self._queues.setdefault(seconds, {})[lease_id] = opened
+        self._open[lease_id] = opened
+        self._next_deadline = min(self._next_deadline, opened.expires_at)
         if purpose == "train" and ticket is None:
-            self._num_leased += 1
             self.counts["open"] += 1
             self._journal.leased(opened)
         return opened
@@ -134,7 +131,6 @@ class LeaseBook:
         """
         ended = self._open.pop(lease_id)
         del self._by_bytes[ended.packed]
-        del self._queues[ended.lease.deadline_seconds][lease_id]
         if ended.turn is not None:
             self.move([ended.ticket], "open", state, reason, again=again)
         return ended
@@ -157,36 +153,32 @@ class LeaseBook:
         self._journal.moved(tickets, after, reason, step, again)
 
     def check(self, *, stored: int, taken: int) -> None:
-        """LedgerError unless every lease that was handed out is in exactly one state.
+        """LedgerError unless every lease on the way is where its state says, and so noted.
 
-        What is open, stored and taken is looked up where it really is, and in the journal.
+        What is open, stored and taken is looked up where it really is.
         """
-        there = {"open": len(self.open_tickets()), "stored": stored, "taken": taken}
+        there = {"open": len(self.being_made()), "stored": stored, "taken": taken}
         noted = self._journal.counts()
-        states = {state: self.counts[state] for state in STATES} | there
-        if sum(states.values()) != self._num_leased or noted not in (None, there):
-            right = " + ".join(f"{count} {state}" for state, count in states.items())
+        if {state: self.counts[state] for state in there} != there or noted not in (None, there):
+            states = " + ".join(f"{self.counts[state]} {state}" for state in STATES)
             raise LedgerError(
-                f"leases do not balance: {self._num_leased} leased, but {right} = "
-                f"{sum(states.values())}; the ledger notes {noted}. This is a fault of the buffer:"
-                " please report it with ledger.sqlite and logs/buffer.log"
+                f"leases do not balance: {self.counts.total()} leased = {states}, but there are "
+                f"{there}, and the ledger notes {noted}. This is a fault of the buffer: please "
+                "report it with ledger.sqlite and logs/buffer.log"
             )
 
-    def open_tickets(self) -> list[int]:
-        """Tickets of the open training leases."""
-        return [o.ticket for o in self._open.values() if o.lease.purpose == "train"]
-
-    def open_versions(self) -> list[int]:
-        """For each open training lease the oldest policy version that may sample its tokens."""
-        return [o.lease.version for o in self._open.values() if o.lease.purpose == "train"]
+    def being_made(self) -> list[OpenLease]:
+        """The open training leases."""
+        return [o for o in self._open.values() if o.turn is not None]
 
     def overdue(self, now: float) -> list[OpenLease]:
         """Open leases past their deadline."""
-        return [
-            late
-            for queue in self._queues.values()
-            for late in takewhile(lambda o: o.expires_at <= now, queue.values())
-        ]
+        if now < self._next_deadline:
+            return []
+        late = [o for o in self._open.values() if o.expires_at <= now]
+        others = (o.expires_at for o in self._open.values() if o.expires_at > now)
+        self._next_deadline = min(others, default=math.inf)
+        return late
 
     def held_by(self, peer: str) -> list[OpenLease]:
         """Open leases of one peer."""
@@ -196,12 +188,3 @@ class LeaseBook:
         """Everyone of that name who holds an open lease: "actor-0.17" is called actor-0."""
         peers = {o.peer for o in self._open.values()}
         return {peer for peer in peers if peer.rpartition(".")[0] == actor}
-
-    def num_training_leases(self) -> int:
-        """All training leases ever handed out: the left side of the conservation law."""
-        return self._num_leased
-
-    @property
-    def num_live(self) -> int:
-        """Training leases that are trained or still may be: the tickets that the gate counts."""
-        return sum(self.counts[state] for state in ("open", "stored", "taken", "trained"))

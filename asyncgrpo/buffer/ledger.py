@@ -19,91 +19,21 @@ from threading import Event, Thread
 from typing import Any
 from urllib.parse import quote
 
-from asyncgrpo.buffer.journal import Batches, Remembered
+from asyncgrpo.buffer.journal import Batch, Journal, Remembered
 from asyncgrpo.buffer.leases import OpenLease
 from asyncgrpo.errors import ConfigError, LedgerError, WireError
 from asyncgrpo.types import Group
 from asyncgrpo.wire.codec import checked, group_from, pack_group
 
 FILE = "ledger.sqlite"
-VERSION = 3  # of the tables and of the frames in them
+VERSION = 4  # of the tables and of the frames in them
 BUSY_SECONDS, CHECKPOINT_SECONDS = 5.0, 0.5
-PROGRESS_STEPS = 100_000  # of SQLite's machine between two looks at the time limit
-TABLES = """
-CREATE TABLE leases (           -- every training lease as it is now
-    ticket INTEGER PRIMARY KEY, -- its number; evaluations use up numbers, too
-    lease_id TEXT NOT NULL,     -- as in trajectories and logs
-    position INTEGER NOT NULL,  -- of its prompt in the training stream
-    epoch INTEGER,              -- of the data; null: generated tasks
-    prompt_id TEXT NOT NULL,
-    data_source TEXT NOT NULL,
-    peer TEXT NOT NULL,         -- who got it: actor.process
-    version INTEGER NOT NULL,   -- policy version that the actor held then
-    life INTEGER NOT NULL,      -- of the buffer, see lives
-    state TEXT NOT NULL,        -- open, stored, taken, trained, filtered, expired, failed, evicted
-    reason TEXT NOT NULL DEFAULT '',
-    step INTEGER,               -- whose batch took it
-    again INTEGER NOT NULL DEFAULT 0, -- 1: it brought no group and its prompt goes out again
-    next_ticket INTEGER,        -- the lease under which it did
-    leased_at REAL NOT NULL,    -- all times in seconds since 1970
-    arrived_at REAL,
-    taken_at REAL,
-    ended_at REAL,
-    num_completions INTEGER,    -- of its group; null: none came
-    num_tokens INTEGER,         -- of all completions
-    reward_mean REAL,
-    oldest_version INTEGER,     -- policy versions that sampled its tokens
-    newest_version INTEGER
-);
-CREATE INDEX leases_on_the_way ON leases (state) WHERE state IN ('open', 'stored', 'taken');
-CREATE INDEX leases_to_repeat ON leases (ended_at) WHERE again = 1 AND next_ticket IS NULL;
-CREATE TABLE changes (          -- every change of a lease's state, in order; never altered
-    seq INTEGER PRIMARY KEY,
-    ticket INTEGER NOT NULL,
-    state TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    step INTEGER,
-    time REAL NOT NULL
-);
-CREATE TABLE steps (            -- every batch
-    step INTEGER PRIMARY KEY,
-    formed_at REAL NOT NULL,
-    trained_at REAL,
-    num_tokens INTEGER NOT NULL,
-    tickets TEXT NOT NULL       -- JSON list in the batch's order; see json_each
-);
-CREATE TABLE replays (          -- groups that were trained before and trained once more
-    step INTEGER NOT NULL,
-    ticket INTEGER NOT NULL,
-    PRIMARY KEY (step, ticket)
-);
-CREATE TABLE payloads (         -- groups that a restart needs
-    arrival INTEGER PRIMARY KEY,
-    ticket INTEGER NOT NULL UNIQUE,
-    frame BLOB NOT NULL,        -- see wire/codec.py
-    checksum INTEGER NOT NULL   -- of the frame
-);
-CREATE TABLE evaluations (
-    version INTEGER NOT NULL,
-    name TEXT NOT NULL,         -- of the block
-    last_number INTEGER NOT NULL, -- of any lease when it began
-    report TEXT,                -- JSON; null: not done
-    is_lost INTEGER NOT NULL DEFAULT 0, -- 1: of a policy that a roll-back took away
-    PRIMARY KEY (version, name)
-);
-CREATE TABLE rollbacks (        -- every time that a learner began at a step before the last
-    seq INTEGER PRIMARY KEY,    -- of the last change before
-    life INTEGER NOT NULL,
-    time REAL NOT NULL,
-    step INTEGER NOT NULL,      -- where it began
-    former_step INTEGER NOT NULL, -- the next step until then
-    num_groups INTEGER NOT NULL -- taken again: the next changes
-);
-CREATE TABLE lives (            -- every start of the buffer process
-    life INTEGER PRIMARY KEY,
-    started_at REAL NOT NULL
-);
-"""
+TABLES = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
+# batches of some steps whose groups are all still there
+KEPT = (
+    "step BETWEEN ?1 AND ?2 AND step NOT IN (SELECT step FROM batches"
+    " LEFT JOIN payloads USING (ticket) WHERE step BETWEEN ?1 AND ?2 AND frame IS NULL)"
+)
 PRAGMAS = (
     "page_size = 16384",  # a group has some 50 KB: with small pages it takes twice as long
     "journal_mode = WAL",
@@ -123,8 +53,8 @@ REMEDIES = {
 }
 
 
-class Ledger:
-    """A journal.Journal in a file, open for writing."""
+class Ledger(Journal):
+    """A journal in a file, open for writing."""
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time) -> None:
         """Opens or begins a run's ledger; LedgerError or, of another release, ConfigError."""
@@ -160,9 +90,6 @@ class Ledger:
             *(prompt.data_source, lease.peer, lease.lease.version, self.life, now),
         )
         self._write(CHANGE, lease.ticket, "open", "", None, now)
-        if turn.former is not None:
-            again = "UPDATE leases SET next_ticket = ? WHERE ticket = ?"
-            self._write(again, lease.ticket, turn.former)
 
     def arrived(self, group: Group, *, keep: bool) -> None:
         lease_id = group.lease.lease_id
@@ -191,16 +118,15 @@ class Ledger:
         if state == "evicted":
             dropped = "DELETE FROM payloads WHERE ticket = ?"
             self._write_all(dropped, [(ticket,) for ticket in tickets])
-        elif state == "taken":
-            batch = json.dumps(tickets)
-            self._write(
-                "INSERT INTO steps (step, formed_at, num_tokens, tickets) SELECT ?, ?,"
-                " sum(num_tokens), ? FROM leases JOIN json_each(?) ON ticket = value WHERE true"
-                " ON CONFLICT (step) DO UPDATE SET trained_at = NULL",
-                *(step, now, batch, batch),
-            )
         elif state == "trained":
             self._write("UPDATE steps SET trained_at = ? WHERE step = ?", now, step)
+
+    def formed(self, step: int, batch: Batch) -> None:
+        self._write(
+            "INSERT INTO steps (step, formed_at, tickets, num_new) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (step) DO UPDATE SET trained_at = NULL",
+            *(step, self._clock(), json.dumps(batch.tickets), batch.num_new),
+        )
 
     def covered(self, step: int) -> None:
         self._write(
@@ -209,30 +135,17 @@ class Ledger:
             step,
         )
 
-    def batches(self, step: int) -> Batches:
+    def batches(self, first: int, last: int) -> dict[int, Batch]:
         with _explained(self._path):
-            return _batches(
-                self._db,
-                "trained_at AND step >= ? AND NOT EXISTS (SELECT * FROM json_each(tickets)"
-                " LEFT JOIN payloads ON ticket = value WHERE frame IS NULL)",
-                step,
-            )
-
-    def replayed(self, step: int, tickets: Sequence[int]) -> None:
-        self._write("DELETE FROM replays WHERE step = ?", step)
-        self._write_all("INSERT INTO replays VALUES (?, ?)", [(step, t) for t in tickets])
-
-    def replays(self, step: int) -> Batches:
-        with _explained(self._path):
-            return _replays(self._db, step)
+            return _batches(self._db, KEPT, first, last)
 
     def began(self, step: int) -> None:
         self._write("UPDATE evaluations SET is_lost = 1 WHERE version > ?", step)
         self._write(
-            "INSERT INTO rollbacks SELECT (SELECT max(seq) FROM changes), ?, ?, ?, former, num FROM"
-            " (SELECT max(step) + 1 AS former, sum(json_array_length(tickets)) AS num FROM steps"
-            " WHERE trained_at AND step >= ?) WHERE num",
-            *(self.life, self._clock(), step, step),
+            "INSERT INTO changes (ticket, state, reason, step, time)"
+            " SELECT ticket, 'returned', '', step, ? FROM batches"
+            " WHERE step >= ? AND trained_at IS NOT NULL AND is_new ORDER BY step, place",
+            *(self._clock(), step),
         )
 
     def evaluating(self, version: int, name: str, last_number: int) -> None:
@@ -259,7 +172,6 @@ class Ledger:
             return {"open": 0, "stored": 0, "taken": 0, **dict(self._db.execute(counted))}
 
     def commit(self) -> None:
-        """Makes everything noted since the last commit durable, or nothing of it."""
         if self._db.in_transaction:
             with _explained(self._path):
                 self._db.execute("COMMIT")
@@ -305,9 +217,9 @@ def put_back(copy: Path, run_dir: Path) -> None:
 class LedgerReader:
     """Questions to one moment of a ledger, also while the buffer writes on. Changes nothing."""
 
-    def __init__(self, run_dir: Path, timeout_seconds: float = 60.0) -> None:
+    def __init__(self, run_dir: Path) -> None:
         """ConfigError: there is no ledger, or one of another release; LedgerError: it is broken."""
-        self._path, self._timeout_seconds = run_dir / FILE, timeout_seconds
+        self._path = run_dir / FILE
         if not self._path.is_file():
             raise ConfigError(f"{run_dir} holds no {FILE}; give the directory of a run")
         with _explained(self._path):
@@ -315,8 +227,6 @@ class LedgerReader:
             self._db = sqlite3.connect(address, uri=True, isolation_level=None)
             self._db.execute("BEGIN")
             _version(self._db, self._path)
-        self._deadline = float("inf")
-        self._db.set_progress_handler(lambda: time.monotonic() > self._deadline, PROGRESS_STEPS)
 
     def add_table(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         """Puts rows beside the ledger's tables, for this reader only; table: "name (columns)"."""
@@ -327,28 +237,17 @@ class LedgerReader:
     def query(
         self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()
     ) -> tuple[list[str], list[tuple[Any, ...]]]:
-        """Column names and rows. ConfigError: not a question; LedgerError: it took too long."""
-        self._deadline = time.monotonic() + self._timeout_seconds
+        """Column names and rows. ConfigError when it is not a question."""
         try:
             found = self._db.execute(sql, values)
             return [column[0] for column in found.description or ()], found.fetchall()
         except (sqlite3.Error, sqlite3.Warning) as error:
-            if str(error) == "interrupted":
-                limit = f"{self._timeout_seconds:g} s"
-                raise LedgerError(f"the question took longer than {limit}: {sql}") from None
             raise ConfigError(f"{error}: {sql}; `asyncgrpo ledger RUN` lists the tables") from None
 
     def batches(self, first: int, last: int) -> dict[int, list[Group]]:
         """Groups of the steps whose groups are all still kept, in the batch's order."""
-        found = _batches(
-            self._db,
-            "step BETWEEN ? AND ? AND NOT EXISTS (SELECT 1 FROM json_each(tickets)"
-            " LEFT JOIN payloads ON ticket = value WHERE frame IS NULL)",
-            *(first, last),
-        )
-        added = _replays(self._db, first)
-        whole = {step: [*batch, *added.get(step, ())] for step, batch in found.items()}
-        return {step: [group for _, group in batch] for step, batch in whole.items()}
+        found = _batches(self._db, KEPT, first, last)
+        return {step: list(batch.groups) for step, batch in found.items()}
 
     def close(self) -> None:
         self._db.close()
@@ -395,9 +294,10 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
         if state not in ("expired", "failed", "filtered"):
             past.update(groups_stored=groups, tokens_stored=tokens)
     evaluations = db.execute("SELECT * FROM evaluations").fetchall()
-    trained = "SELECT coalesce(max(step) + 1, 0) FROM steps WHERE trained_at IS NOT NULL"
-    (step,) = db.execute(trained).fetchone()
-    (former_step,) = db.execute("SELECT coalesce(max(former_step), 0) FROM rollbacks").fetchone()
+    ((step, last_step),) = db.execute(
+        "SELECT coalesce(max(step) FILTER (WHERE trained_at IS NOT NULL) + 1, 0),"
+        " coalesce(max(step) + 1, 0) FROM steps"
+    )
     return Remembered(
         counts=counts,
         reasons=reasons,
@@ -405,8 +305,7 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
         last_number=max([past["number"], *(number for _, _, number, *_ in evaluations)]),
         position=past["position"],
         step=step,
-        last_step=max(step, former_step),
-        num_formed=db.execute("SELECT count(*) FROM steps").fetchone()[0],
+        last_step=last_step,
         groups_stored=past["groups_stored"],
         tokens_stored=int(past["tokens_stored"]),
         held=db.execute(
@@ -414,19 +313,22 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
             " ORDER BY ticket"
         ).fetchall(),
         again=db.execute(
-            "SELECT position, prompt_id, ticket FROM leases WHERE again = 1"
-            " AND next_ticket IS NULL ORDER BY ended_at, ticket"
+            "SELECT position, prompt_id FROM (SELECT *, max(ticket) FROM leases WHERE position IN"
+            " (SELECT position FROM leases WHERE again = 1) GROUP BY position)"
+            " WHERE again = 1 ORDER BY ended_at, ticket"
         ).fetchall(),
-        stored=_groups(
-            db,
-            "SELECT ticket, frame, checksum FROM leases LEFT JOIN payloads USING (ticket)"
-            " WHERE state = 'stored' ORDER BY arrival",
-        ),
+        stored=[
+            (ticket, _group(ticket, *sealed))
+            for ticket, *sealed in db.execute(
+                "SELECT ticket, frame, checksum FROM leases LEFT JOIN payloads USING (ticket)"
+                " WHERE state = 'stored' ORDER BY arrival"
+            )
+        ],
         batches=_batches(db, "trained_at IS NULL"),
-        replays=_replays(db, step),
         uses=dict(
             db.execute(
-                "SELECT ticket, count(*) FROM replays JOIN payloads USING (ticket) GROUP BY ticket"
+                "SELECT ticket, count(*) FROM batches WHERE NOT is_new AND step >="
+                " (SELECT min(step) FROM leases JOIN payloads USING (ticket)) GROUP BY ticket"
             ).fetchall()
         ),
         reports={
@@ -437,30 +339,23 @@ def _remembered(db: sqlite3.Connection) -> Remembered:
     )
 
 
-def _batches(db: sqlite3.Connection, which: str, *values: Any) -> Batches:
-    batch = (
-        "SELECT value, frame, checksum FROM json_each(?) LEFT JOIN payloads ON ticket = value"
-        " ORDER BY key"
-    )
-    rows = db.execute(f"SELECT step, tickets FROM steps WHERE {which} ORDER BY step", values)
-    return {step: _groups(db, batch, tickets) for step, tickets in rows.fetchall()}
+def _batches(db: sqlite3.Connection, which: str, *values: Any) -> dict[int, Batch]:
+    found: dict[int, list[tuple[int, Group, bool]]] = {}
+    for step, ticket, is_new, *sealed in db.execute(
+        "SELECT step, ticket, is_new, frame, checksum FROM batches LEFT JOIN payloads"
+        f" USING (ticket) WHERE {which} ORDER BY step, place",
+        values,
+    ):
+        found.setdefault(step, []).append((ticket, _group(ticket, *sealed), is_new))
+    columns = {step: tuple(zip(*rows, strict=True)) for step, rows in found.items()}
+    return {
+        step: Batch(tickets=tickets, groups=groups, num_new=sum(are_new))
+        for step, (tickets, groups, are_new) in columns.items()
+    }
 
 
-def _replays(db: sqlite3.Connection, step: int) -> Batches:
-    added = (
-        "SELECT ticket, frame, checksum FROM replays LEFT JOIN payloads USING (ticket)"
-        " WHERE step = ? ORDER BY ticket"
-    )
-    steps = db.execute("SELECT DISTINCT step FROM replays WHERE step >= ?", (step,)).fetchall()
-    return {number: _groups(db, added, number) for (number,) in steps}
-
-
-def _groups(db: sqlite3.Connection, sql: str, *values: Any) -> list[tuple[int, Group]]:
-    found = []
-    for ticket, frame, checksum in db.execute(sql, values):
-        try:
-            group = group_from(checked(frame or b"", checksum))
-        except WireError as error:
-            raise sqlite3.DatabaseError(f"malformed group of lease t{ticket}: {error}") from None
-        found.append((ticket, group))
-    return found
+def _group(ticket: int, frame: bytes | None, checksum: int) -> Group:
+    try:
+        return group_from(checked(frame or b"", checksum))
+    except WireError as error:
+        raise sqlite3.DatabaseError(f"malformed group of lease t{ticket}: {error}") from None

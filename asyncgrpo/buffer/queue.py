@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from asyncgrpo.buffer.journal import Remembered
@@ -21,7 +21,6 @@ class Turn:
     position: int  # in the training stream
     epoch: int | None  # None: the stream has no epochs
     prompt: Prompt
-    former: int | None = None  # ticket of the lease that brought no group for it
 
 
 class PromptQueue:
@@ -44,15 +43,14 @@ class PromptQueue:
         self._position += turn is not None
         return turn
 
-    def put_back(self, turn: Turn, ticket: int) -> None:
-        """The lease of that ticket brought no group: its prompt goes out again."""
-        self._again.append(replace(turn, former=ticket))
+    def put_back(self, turn: Turn) -> None:
+        """No group came of it: it goes out again."""
+        self._again.append(turn)
 
     def restore(self, past: Remembered) -> None:
         """Goes on where a former life of the buffer ended; LedgerError when the data changed."""
         self._position = past.position
-        for position, prompt_id, ticket in past.again:
-            self.put_back(self.at(position, prompt_id), ticket)
+        self._again += [self.at(position, prompt_id) for position, prompt_id in past.again]
 
     def at(self, position: int, prompt_id: str) -> Turn:
         """The turn that was handed out earlier; LedgerError when another prompt is there now."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
 from itertools import accumulate
-from typing import Literal
 
 import numpy as np
 
-from asyncgrpo.buffer.journal import Batches, Remembered
-from asyncgrpo.staleness import StalenessAction, past_bound
+from asyncgrpo.buffer.journal import Batch, Remembered
+from asyncgrpo.buffer.leases import OpenLease
+from asyncgrpo.config import Config
+from asyncgrpo.staleness import past_bound
 from asyncgrpo.types import EndedGroup, Float32, Group, Shard
-
-Order = Literal["arrival", "ticket", "window"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,14 @@ class Stored:
 
 
 class Replay:
-    """Groups wait here between arrival and the batch that takes them."""
+    """Groups wait here between arrival and the batch that takes them, and until that is trained."""
 
-    def __init__(self, order: Order, window: int = 0) -> None:
-        """window: how many tickets a group may be ahead of open work, in the order "window"."""
-        self._order, self._window = order, window
+    def __init__(self, config: Config) -> None:
+        self._config, self._buffer = config, config.buffer
+        self._new_groups = config.new_groups
         self._stored: dict[int, Stored] = {}  # by ticket
-        self.batches: dict[int, list[Stored]] = {}  # step -> what was taken, kept until trained
-        self.again: dict[int, list[Stored]] = {}  # step -> what was trained before and is added
-        self._trained: dict[int, Stored] = {}  # by ticket: what may be trained again
+        self.batches: dict[int, Batch] = {}  # by step: formed and not trained
+        self._trained: dict[int, Group] = {}  # by ticket: what may be trained again
         self._uses: Counter[int] = Counter()  # how often each of these was
         self.groups_arrived = self.tokens_arrived = 0  # in all
         self.num_tokens = 0  # completion tokens waiting
@@ -57,60 +56,83 @@ class Replay:
 
     @property
     def num_taken(self) -> int:
-        """Groups in batches that are not trained yet."""
-        return sum(len(batch) for batch in self.batches.values())
+        """New groups in batches that are not trained yet."""
+        return sum(batch.num_new for batch in self.batches.values())
 
     def restore(self, past: Remembered) -> None:
         """Takes up the groups and batches that a former life of the buffer left."""
         for ticket, group in past.stored:
             self.add(ticket, group)
-        for step, batch in past.batches.items():
-            self.hold(step, batch)
-        self.hold_again(past.replays)
+        self.batches.update(past.batches)
         self._uses.update(past.uses)
         self.groups_arrived, self.tokens_arrived = past.groups_stored, past.tokens_stored
 
-    def hold(self, step: int, batch: Iterable[tuple[int, Group]]) -> None:
-        """Keeps a batch of tickets and groups that was formed before."""
-        self.batches[step] = [_stored(ticket, 0, group) for ticket, group in batch]
-        for stored in self.batches[step]:
-            self._trained.pop(stored.ticket, None)
-
-    def hold_again(self, replays: Batches) -> None:
-        """Keeps what was added to batches that were formed before."""
-        for step, groups in replays.items():
-            self.again[step] = [_stored(ticket, 0, group) for ticket, group in groups]
-
-    def add_again(self, step: int, count: int, most: int, max_staleness: int) -> None:
-        """Adds to a batch up to `count` groups that were trained before: the least used, then the
-        oldest, each at most `most` times and none past the bound.
-        """
-        self._trained = {
-            ticket: stored
-            for ticket, stored in self._trained.items()
-            if stored.oldest_version >= step - max_staleness and self._uses[ticket] < most
-        }
-        fit = sorted(
-            self._trained.values(), key=lambda s: (self._uses[s.ticket], s.oldest_version, s.ticket)
+    def add(self, ticket: int, group: Group, seen: Seen | None = None) -> None:
+        """Stores a group under its ticket."""
+        self.groups_arrived += 1
+        self.tokens_arrived += group.num_tokens
+        self.num_tokens += group.num_tokens
+        self._stored[ticket] = Stored(
+            ticket=ticket,
+            arrival=self.groups_arrived,
+            group=group,
+            oldest_version=group.completions.version_span[0],
+            seen=seen,
         )
-        self.again[step] = sorted(fit[:count], key=lambda s: s.ticket)  # as a ledger keeps them
-        self._uses.update(tickets(self.again[step]))
 
-    def whole(self, step: int) -> list[Group]:
-        """All groups of a batch: the new ones, then those that were trained before."""
-        return [stored.group for stored in (*self.batches[step], *self.again.get(step, ()))]
+    def evict(self, step: int) -> list[Stored]:
+        """Removes and returns what can no longer be trained at `step`."""
+        bound, action = self._buffer.max_staleness, self._buffer.staleness_action
+        old = [
+            stored
+            for stored in self._stored.values()
+            if stored.oldest_version < step - bound  # then only the rule needs its tokens
+            and past_bound(stored.group, step, bound, action)
+        ]
+        self._remove(old)
+        return old
 
-    def done(self, step: int, *, keep: bool) -> list[Stored]:
-        """Removes a trained batch and returns its new groups; keep: they may be trained again."""
+    def form(
+        self, step: int, being_made: Collection[OpenLease], *, is_last: bool = False
+    ) -> list[Stored]:
+        """Makes a step's batch and returns its new groups; none while there are not enough.
+
+        is_last: nothing will come any more, so a batch of one group per rank will do.
+        """
+        if len(self) < self._new_groups and not (is_last or self._buffer.tokens_per_step):
+            return []
+        able = self._able(being_made)
+        count = self._count(able)
+        if is_last and len(able) >= self._config.launch.learners:
+            count = min(count, len(able))
+        chosen = able[:count]
+        if len(able) < count or self._must_wait(step, being_made, chosen):
+            return []
+        self._remove(chosen)
+        again = self._to_repeat(step, self._buffer.groups_per_step - count)
+        self._uses.update(list(again))
+        self.batches[step] = Batch(
+            tickets=[*(stored.ticket for stored in chosen), *again],
+            groups=[*(stored.group for stored in chosen), *again.values()],
+            num_new=count,
+        )
+        return chosen
+
+    def hold(self, step: int, batch: Batch) -> None:
+        """Keeps a batch that was trained before and will be once more."""
+        self.batches[step] = batch
+        for ticket in batch.new:
+            self._trained.pop(ticket, None)
+
+    def done(self, step: int) -> None:
+        """Removes a trained batch; its new groups may be trained again, if that is asked for."""
         batch = self.batches.pop(step)
-        self.again.pop(step, None)
-        if keep:
-            self._trained.update((stored.ticket, stored) for stored in batch)
-        return batch
+        if self._buffer.replay_ratio:
+            self._trained.update(zip(batch.new, batch.groups, strict=False))
 
     def shard(self, step: int, rank: int, world_size: int) -> Shard:
         """One rank's part of a batch, with the counts of the whole."""
-        groups = self.whole(step)
+        groups = self.batches[step].groups
         return Shard(
             step=step,
             groups=deal(groups, world_size)[rank],
@@ -118,70 +140,71 @@ class Replay:
             num_completions_global=sum(len(group.completions) for group in groups),
         )
 
-    def add(self, ticket: int, group: Group, seen: Seen | None = None) -> None:
-        """Stores a group under its ticket."""
-        self.groups_arrived += 1
-        self.tokens_arrived += group.num_tokens
-        self.num_tokens += group.num_tokens
-        self._stored[ticket] = _stored(ticket, self.groups_arrived, group, seen)
-
-    def evict(self, step: int, max_staleness: int, action: StalenessAction) -> list[Stored]:
-        """Removes and returns what can no longer be trained at `step`."""
-        old = [
-            stored
-            for stored in self._stored.values()
-            if stored.oldest_version < step - max_staleness  # then only the rule needs its tokens
-            and past_bound(stored.group, step, max_staleness, action)
-        ]
-        return self._remove(old)
-
-    def ready(self, count: int, oldest_open: int | None) -> bool:
-        """Whether `take(count, oldest_open)` finds enough."""
-        return len(self) >= count and len(self._next(oldest_open)) >= count
-
-    def count_for(self, num_tokens: int, min_groups: int, oldest_open: int | None = None) -> int:
-        """The fewest next groups, min_groups or more, that hold so many tokens.
-
-        One more than there are, when all together do not.
-        """
-        sums = accumulate(stored.group.num_tokens for stored in self._next(oldest_open))
-        enough = (n for n, total in enumerate(sums, 1) if total >= num_tokens and n >= min_groups)
-        return next(enough, len(self) + 1)
-
-    def take(self, count: int, oldest_open: int | None = None) -> list[Stored]:
-        """Removes and returns the next `count` groups; oldest_open: earliest ticket being made."""
-        return self._remove(self._next(oldest_open)[:count])
-
-    def versions_left(self, count: int, oldest_open: int | None) -> list[int]:
-        """The oldest version of each group that `take` would leave."""
-        chosen = {stored.ticket for stored in self._next(oldest_open)[:count]}
-        return [s.oldest_version for s in self._stored.values() if s.ticket not in chosen]
-
-    def _remove(self, chosen: list[Stored]) -> list[Stored]:
-        for stored in chosen:
-            del self._stored[stored.ticket]
-            self.num_tokens -= stored.group.num_tokens
-        return chosen
-
-    def _next(self, oldest_open: int | None) -> list[Stored]:
+    def _able(self, being_made: Collection[OpenLease]) -> list[Stored]:
         """What may be taken, in the store's order.
 
         arrival: all, the oldest version first. window: the same, but nothing that is further ahead
         of work that is still being made, so that long completions are not left behind for ever.
         ticket: in the order in which work was handed out, nothing ahead of earlier work.
         """
+        order = self._buffer.order
         stored: Iterable[Stored] = self._stored.values()
-        if self._order != "arrival" and oldest_open is not None:
-            ahead = self._window if self._order == "window" else 0
-            stored = [each for each in stored if each.ticket < oldest_open + ahead]
-        if self._order == "ticket":
+        if order != "arrival" and being_made:
+            end = min(lease.ticket for lease in being_made)
+            end += self._buffer.window if order == "window" else 0
+            stored = [each for each in stored if each.ticket < end]
+        if order == "ticket":
             return sorted(stored, key=lambda each: each.ticket)
         return sorted(stored, key=lambda each: (each.oldest_version, each.arrival))
 
+    def _count(self, able: Sequence[Stored]) -> int:
+        """How many new groups make a batch; more than there are, when these are not enough."""
+        if not (num_tokens := self._buffer.tokens_per_step):
+            return self._new_groups
+        fewest = self._config.min_groups
+        sums = enumerate(accumulate(stored.group.num_tokens for stored in able), 1)
+        enough = (n for n, total in sums if total >= num_tokens and n >= fewest)
+        return next(enough, len(able) + 1)
 
-def _stored(ticket: int, arrival: int, group: Group, seen: Seen | None = None) -> Stored:
-    oldest, _ = group.completions.version_span
-    return Stored(ticket=ticket, arrival=arrival, group=group, oldest_version=oldest, seen=seen)
+    def _must_wait(
+        self, step: int, being_made: Collection[OpenLease], chosen: Sequence[Stored]
+    ) -> bool:
+        """Whether, with this batch now, work that is being made would get too old.
+
+        What has version v must be in the batch of step v + max_staleness at the latest, and no step
+        takes more than one batch: the rule of deadline scheduling for what is left over.
+        """
+        if self._buffer.staleness_action != "wait" or not being_made:
+            return False
+        coming = [lease.lease.version for lease in being_made]
+        taken = {stored.ticket for stored in chosen}
+        left = [s.oldest_version for s in self._stored.values() if s.ticket not in taken]
+        return any(
+            number > len(chosen) * (version + self._buffer.max_staleness - step)
+            for number, version in enumerate(sorted([*coming, *left]), 1)
+            if version >= min(coming)  # else waiting would not help
+        )
+
+    def _to_repeat(self, step: int, count: int) -> dict[int, Group]:
+        """Up to `count` groups that were trained before, by ticket: the least used, then the
+        oldest, none more often than replay_ratio says or past the bound.
+        """
+        most, oldest = math.ceil(self._buffer.replay_ratio), step - self._buffer.max_staleness
+        self._trained = {
+            ticket: group
+            for ticket, group in self._trained.items()
+            if group.completions.version_span[0] >= oldest and self._uses[ticket] < most
+        }
+        fit = sorted(
+            (self._uses[ticket], group.completions.version_span[0], ticket)
+            for ticket, group in self._trained.items()
+        )
+        return {ticket: self._trained[ticket] for *_, ticket in fit[:count]}
+
+    def _remove(self, chosen: Iterable[Stored]) -> None:
+        for stored in chosen:
+            del self._stored[stored.ticket]
+            self.num_tokens -= stored.group.num_tokens
 
 
 def lags(batch: Iterable[Stored], step: int, now: float) -> dict[str, float]:
@@ -219,11 +242,6 @@ def part_metrics(batch: Iterable[Stored]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def tickets(batch: Iterable[Stored]) -> list[int]:
-    """The leases of some groups."""
-    return [stored.ticket for stored in batch]
-
-
 def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
     """Splits a batch over ranks so that their estimated FLOPs are close: largest group first.
 
@@ -239,25 +257,23 @@ def deal(groups: Sequence[Group], world_size: int) -> list[tuple[Group, ...]]:
     return [tuple(groups[i] for i in sorted(hand)) for hand in hands]
 
 
-def trained(
-    groups: Sequence[Group], num_new: int, world_size: int, advantages: Float32
-) -> list[EndedGroup]:
-    """A batch at its end; its first num_new groups were not trained before.
+def trained(batch: Batch, world_size: int, advantages: Float32) -> list[EndedGroup]:
+    """The groups of a batch at its end.
 
     advantages: [C] of its completions, rank by rank as they were dealt.
     ValueError when these are not as many as the batch has completions.
     """
-    dealt = [group.lease.lease_id for hand in deal(groups, world_size) for group in hand]
-    sizes = {group.lease.lease_id: len(group.completions) for group in groups}
-    if advantages.shape != (sum(sizes.values()),):
-        raise ValueError(f"advantages {advantages.shape} of {sum(sizes.values())} completions")
-    pieces = np.split(advantages, np.cumsum([sizes[lease_id] for lease_id in dealt])[:-1])
-    values = dict(zip(dealt, pieces, strict=True))
+    dealt = [group for hand in deal(batch.groups, world_size) for group in hand]
+    ends = np.cumsum([len(group.completions) for group in dealt])
+    if advantages.shape != (ends[-1],):
+        raise ValueError(f"advantages {advantages.shape} of {ends[-1]} completions")
+    pieces = np.split(advantages, ends[:-1])
+    values = {group.lease.lease_id: piece for group, piece in zip(dealt, pieces, strict=True)}
     return [
         EndedGroup(
             group=group,
-            status="trained" if number < num_new else "replayed",
+            status="trained" if number < batch.num_new else "replayed",
             advantages=values[group.lease.lease_id],
         )
-        for number, group in enumerate(groups)
+        for number, group in enumerate(batch.groups)
     ]

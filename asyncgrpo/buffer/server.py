@@ -6,20 +6,22 @@ Whatever a round of packets changes is committed before any of it is answered.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from asyncgrpo.buffer.core import BufferCore, Replies
-from asyncgrpo.buffer.flow import FlowFile
 from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.observe.exporter import serve_metrics
 from asyncgrpo.observe.metrics import counters
 from asyncgrpo.observe.trajectories import TrajectoryWriter
-from asyncgrpo.rundir import RunDir
+from asyncgrpo.rows import replace_file
+from asyncgrpo.rundir import FLOW_FILE, RunDir
 from asyncgrpo.wire.keys import read_keys
 from asyncgrpo.wire.sockets import Server
 
@@ -79,5 +81,21 @@ def send(server: Server, core: BufferCore, ledger: Ledger, replies: Replies) -> 
         reached = server.answer(peer, packet) if packet.request_id else server.push(peer, packet)
         if not reached:
             log.warning("%s is gone; its leases are handed out again", peer)
-            server.forget(peer)
             send(server, core, ledger, core.lost(peer, time.monotonic()))
+
+
+class FlowFile:
+    """Who waits for whom since when, for the launcher to look at; written anew once in a while."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FLOW_FILE
+        self._since: dict[tuple[str, str], float] = {}  # (who, for what) -> first seen
+
+    def write(self, core: BufferCore, now: float) -> None:
+        """Replaces the file; now: on the caller's clock."""
+        waits = {wait: self._since.get(wait, now) for wait in core.waits()}
+        self._since = waits
+        lines = [
+            f"{who} has waited {now - at:.0f} s for {what}" for (who, what), at in waits.items()
+        ]
+        replace_file(self._path, json.dumps({"events": core.events, "waits": lines}))

@@ -3,75 +3,44 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from asyncgrpo.data.files import Located, Row
-from asyncgrpo.data.records import answer_of, messages_of, prompts_from_rows, source_of
-from asyncgrpo.data.templates import AS_IT_IS
+from asyncgrpo.config import Config
+from asyncgrpo.data.files import Located, source_name
+from asyncgrpo.data.records import answer_of, prompts_from_rows
 from asyncgrpo.errors import DataError, RewardError
 from asyncgrpo.rewards.finding import functions_for
-from asyncgrpo.settings.data import DataSettings, TemplateSettings
-from asyncgrpo.settings.reward import RewardSettings
+from asyncgrpo.settings.data import DataSettings
 from asyncgrpo.types import Prompt
 
-Finding = tuple[str, str, str]  # where, what kind, details
+Finding = tuple[str, str]  # where, what
 SAMPLED = 200  # prompts of a set that are measured, unless none of them fits
 TELLING_SHARE = 0.01  # of too long prompts
 
 
 def findings(
     rows: Iterable[Located],
-    name: str,
-    reward: RewardSettings,
-    *,
-    template: TemplateSettings = AS_IT_IS,
-    known_sources: Collection[str] | None = None,
+    file: str,
+    config: Config,
     count_tokens: Callable[[Prompt], int] = lambda prompt: 0,
-    max_prompt_tokens: int = 0,
 ) -> Iterator[Finding]:
-    """Everything wrong with the rows, in their order; `name` is the default data_source.
-
-    known_sources None: any data_source will do that `reward` has a judge for.
-    """
+    """What is wrong with the rows of a file, in their order."""
+    name, template = source_name(file), config.data.template_of(file)
+    limit = config.data.max_prompt_tokens
     seen: dict[str, str] = {}  # question -> where it stood first
     for where, row in rows:
-        errors = (
-            [("bad JSON", row)] if isinstance(row, DataError) else _errors(row, where, template)
-        )
-        for kind, error in errors:  # its text begins with the place
-            yield where, kind, str(error).removeprefix(where).lstrip(": ")
-        if errors:
+        try:
+            (prompt,) = prompts_from_rows([(where, row)], name, template)
+            answer_of(dict(prompt.columns), where, template.answer_field)
+            first = seen.setdefault(repr(prompt.messages), where)
+            if first != where:
+                yield where, f"the same prompt as {first}"
+            functions_for(config.reward, prompt)
+        except (DataError, RewardError) as error:  # the text of most begins with the place
+            yield where, str(error).removeprefix(where).lstrip(": ")
             continue
-        (prompt,) = prompts_from_rows([(where, row)], name, template)
-        first = seen.setdefault(repr(prompt.messages), where)
-        if first != where:
-            yield where, "duplicate", f"the same prompt as {first}"
-        source = prompt.data_source
-        if known_sources is not None and source not in known_sources:
-            known = ", ".join(known_sources)
-            yield where, "data_source", f"{source!r} is unknown; known are: {known}"
-        try:
-            functions_for(reward, prompt)
-        except RewardError as error:
-            yield where, "data_source", str(error)
-        if (num_tokens := count_tokens(prompt)) > max_prompt_tokens:
-            limit = f"data.max_prompt_tokens is {max_prompt_tokens}"
-            yield where, "too long", f"{num_tokens} tokens; {limit}"
-
-
-def _errors(row: Row, where: str, template: TemplateSettings) -> list[tuple[str, DataError]]:
-    readers: dict[str, Callable[[], object]] = {
-        "prompt": lambda: messages_of(row, where, template.user_field),
-        "answer": lambda: answer_of(row, where, template.answer_field),
-        "data_source": lambda: source_of(row, where, "any"),
-    }
-    errors = []
-    for kind, read in readers.items():
-        try:
-            read()
-        except DataError as error:
-            errors.append((kind, error))
-    return errors
+        if (num_tokens := count_tokens(prompt)) > limit:
+            yield where, f"too long: {num_tokens} tokens; data.max_prompt_tokens is {limit}"
 
 
 def length_warning(

@@ -56,38 +56,28 @@ def preview(
 def validate(
     file: File,
     model: Model = None,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="default: the setting")
-    ] = None,
-    known_sources: Annotated[
-        str | None, typer.Option(help="data_source names that have a reward, by commas")
-    ] = None,
     config: ConfigFile = None,
     set_: Overrides = None,
 ) -> None:
     """Finds bad JSON, missing prompts and answers, unknown data_source, duplicates, long prompts.
 
-    Ends with 1 when anything is found. Lengths are checked when there is a --model or --config.
+    Ends with 1 when anything is found. A data_source is unknown when reward.routes has no judge for
+    it. Lengths (data.max_prompt_tokens) are checked when there is a --model or --config.
     """
     from asyncgrpo.config import load_config
     from asyncgrpo.data.check import findings
-    from asyncgrpo.data.files import read_rows, source_name
+    from asyncgrpo.data.files import read_rows
     from asyncgrpo.data.templates import tokenise
 
     settings = load_config(config, set_ or [])
     data, tokenizer = settings.data, _tokenizer(model, settings if config else None)
-    if max_prompt_tokens and tokenizer is None:
-        raise typer.BadParameter("--max-prompt-tokens needs --model, whose tokens are counted")
     rows = read_rows(file)
     found = list(
         findings(
             rows,
-            source_name(file),
-            settings.reward,
-            template=data.template_of(file),
-            known_sources=known_sources.split(",") if known_sources else None,
-            count_tokens=lambda p: len(tokenise(tokenizer, p.messages, data)) if tokenizer else 0,
-            max_prompt_tokens=max_prompt_tokens or data.max_prompt_tokens,
+            file,
+            settings,
+            lambda p: len(tokenise(tokenizer, p.messages, data)) if tokenizer else 0,
         )
     )
     if found:
@@ -160,14 +150,14 @@ def _show(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    places: dict[tuple[str, str], list[str]] = {}
-    for where, kind, what in findings:
-        places.setdefault((kind, what), []).append(where)
-    table = Table("where", "kind", "what")
+    places: dict[str, list[str]] = {}
+    for where, what in findings:
+        places.setdefault(what, []).append(where)
+    table = Table("where", "what")
     for column in table.columns:
         column.overflow = "fold"  # a place that is cut off is of no use
-    for (kind, what), (first, *others) in list(places.items())[:MAX_SHOWN]:
-        table.add_row(first + (f" and {len(others)} more" if others else ""), kind, what)
+    for what, (first, *others) in list(places.items())[:MAX_SHOWN]:
+        table.add_row(first + (f" and {len(others)} more" if others else ""), what)
     if len(places) > MAX_SHOWN:
         table.add_row(f"and {len(places) - MAX_SHOWN} more")
     Console(highlight=False, markup=False).print(table)

@@ -30,7 +30,7 @@ from asyncgrpo.imports import shown
 
 Row = dict[str, Any]
 Located = tuple[str, Row | DataError]  # the place of a row; what is wrong with it, if anything
-PARQUET, FILE_PATTERNS = ".parquet", ("*.jsonl", "*.parquet")
+FILE_PATTERNS = ("*.jsonl", "*.parquet")
 FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt", ".tsv")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes in a folder
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+))?(?::(\w+))?")
@@ -143,10 +143,9 @@ def _cell(value: Any) -> Any:
 
 
 def _file(path: Path) -> Iterator[Located]:
-    return _parquet(path) if path.suffix == PARQUET else _jsonl(path)
-
-
-def _jsonl(path: Path) -> Iterator[Located]:
+    if path.suffix == ".parquet":
+        yield from _table(_parquet(path), str(path))
+        return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -179,13 +178,12 @@ def _parse(line: str, where: str) -> Row | DataError:
     return row
 
 
-def _parquet(path: Path) -> Iterator[Located]:
-    parquet = _need("pyarrow.parquet", path)
+def _parquet(path: Path) -> Any:
+    """Its Arrow table."""
     try:
-        table = parquet.read_table(path)
+        return _need("pyarrow.parquet", path).read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         raise DataError(f"{path} is not a Parquet file: {error}; write it anew") from None
-    return _table(table, str(path))
 
 
 def _table(table: Any, name: str) -> Iterator[Located]:

@@ -43,14 +43,10 @@ def convert_folder(
 def convert_row(
     row: Row | DataError, index: int, split: str, instruction: str = INSTRUCTION
 ) -> Row | None:
-    """One record; None when the answer has no number after "####".
-
-    A record that was converted before gives itself again.
-    """
+    """One record; None when the answer has no number after "####"."""
     if isinstance(row, DataError):
         raise row
-    original = row.get("extra_info") or {**row, "index": index, "split": split}
-    question, answer = original.get("question"), original.get("answer")
+    question, answer = row.get("question"), row.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str):
         raise DataError(
             f"row {index} of {split} has no question or no answer; it has the columns "
@@ -64,12 +60,7 @@ def convert_row(
         "prompt": [{"content": with_suffix(question, instruction), "role": "user"}],
         "ability": "math",
         "reward_model": {"ground_truth": truth, "style": "rule"},
-        "extra_info": {
-            "answer": answer,
-            "index": original["index"],
-            "question": question,
-            "split": original["split"],
-        },
+        "extra_info": {"answer": answer, "index": index, "question": question, "split": split},
     }
 
 

@@ -77,31 +77,24 @@ def held_out_sets(config: Config) -> dict[str, tuple[Prompt, ...]]:
     Of more records, those of a sample by run.seed and the block's name, in their order. A file
     that is a table of data.train has that table's template.
     """
-    sets = {
-        path: _tasks(config).held_out()
-        if path == TASKS
-        else read_prompts(path, config.data.template_of(path))
-        for path in {str(block.data) for block in config.evals}
-    }
-    return {
-        block.name: sets[TASKS][: block.num_prompts]
-        if block.data == TASKS
-        else _sample(
-            sets[str(block.data)], block.num_prompts, f"{config.run.seed}:eval {block.name}"
-        )
-        for block in config.evals
-    }
+    sets: dict[str, tuple[Prompt, ...]] = {}
+    files: dict[str, tuple[Prompt, ...]] = {}  # each is read once
+    for block in config.evals:
+        path = str(block.data)
+        if path == TASKS:
+            sets[block.name] = _tasks(config).held_out()[: block.num_prompts]
+            continue
+        if path not in files:
+            files[path] = read_prompts(path, config.data.template_of(path))
+        prompts, chance = files[path], random.Random(f"{config.run.seed}:eval {block.name}")
+        places = chance.sample(range(len(prompts)), min(block.num_prompts, len(prompts)))
+        sets[block.name] = tuple(prompts[place] for place in sorted(places))
+    return sets
 
 
 def _tasks(config: Config) -> TaskSource:
     data = config.data
     return TaskSource(data.tasks, config.run.seed, config.num_held_out_tasks, data.template)
-
-
-def _sample(prompts: Sequence[Prompt], num: int, seed: str) -> tuple[Prompt, ...]:
-    """At most `num` prompts, in their order."""
-    places = random.Random(seed).sample(range(len(prompts)), min(num, len(prompts)))
-    return tuple(prompts[place] for place in sorted(places))
 
 
 def _mixed(sources: Sequence[SourceSettings], data: DataSettings, seed: int) -> MixedStream:
@@ -121,17 +114,11 @@ def _mixed(sources: Sequence[SourceSettings], data: DataSettings, seed: int) -> 
 
 
 def _warn_of_overlap(train: Iterable[Prompt], held_out: HeldOut) -> None:
-    seen = {_text(prompt) for prompt in train}
+    seen = {repr(prompt.messages) for prompt in train}
     for block, prompts in held_out.items():
-        if shared := sum(_text(prompt) in seen for prompt in prompts):
+        if shared := sum(repr(prompt.messages) in seen for prompt in prompts):
             log.warning(
                 "%s: %d of %d held-out prompts are training prompts too: their accuracy says "
                 "nothing about new prompts; use another file in data.eval",
-                block,
-                shared,
-                len(prompts),
+                *(block, shared, len(prompts)),
             )
-
-
-def _text(prompt: Prompt) -> tuple[tuple[str, str], ...]:
-    return tuple((message["role"], message["content"]) for message in prompt.messages)

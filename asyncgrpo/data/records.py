@@ -110,12 +110,7 @@ def answer_of(row: Row, where: str, field: str = "") -> str:
         )
     name = next((name for name in answers if answers[name] is not None), next(iter(answers)))
     value = answers[name]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, str | int | float)
-        or not str(value).strip()
-        or (isinstance(value, float) and not math.isfinite(value))
-    ):
+    if not (_is_number(value) or (isinstance(value, str) and value.strip())):
         raise DataError(
             f"{where}: {name}={shown(value)} must be a number or text, neither empty nor NaN nor "
             "infinite"
@@ -136,7 +131,7 @@ def _answers(row: Row, field: str) -> dict[str, object]:
 def source_of(row: Row, where: str, default: str) -> str:
     """The row's data_source, or the default; DataError when it is not text."""
     value = row.get("data_source", default)
-    if isinstance(value, Mapping) and value and all(map(_is_weight, value.values())):
+    if isinstance(value, Mapping) and value and all(map(_is_number, value.values())):
         return "+".join(map(str, value))
     if not isinstance(value, str) or not value:
         raise DataError(
@@ -146,7 +141,7 @@ def source_of(row: Row, where: str, default: str) -> str:
     return value
 
 
-def _is_weight(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 from asyncgrpo.types import Prompt
@@ -77,67 +77,51 @@ class MixedStream:
         sizes = [len(stream.prompts()) for stream in streams]
         shares = [size if w is None else w for size, w in zip(sizes, weights, strict=True)]
         quotas = [None if epochs is None else size * epochs for size in sizes]
-        self._turns = Turns(shares, quotas, seed)
+        self._turns = _turns(_whole(shares), quotas, random.Random(f"{seed}:mix"))
+        self._sources, self._ordinals = array("L"), array("Q")  # planned so far, by position
 
     def get(self, position: int) -> Prompt | None:
         """The prompt at a position >= 0; None when every source has given all it has."""
-        turn = self._turns.get(position)
-        return None if turn is None else self._streams[turn[0]].get(turn[1])
+        turn = self._turn(position)
+        return None if turn is None else turn[0].get(turn[1])
 
     def epoch(self, position: int) -> int | None:
         """The pass over the source whose turn it is."""
-        turn = self._turns.get(position)
-        return None if turn is None else self._streams[turn[0]].epoch(turn[1])
+        turn = self._turn(position)
+        return None if turn is None else turn[0].epoch(turn[1])
 
     def prompts(self) -> Iterable[Prompt]:
         """All prompts of every source."""
         return itertools.chain.from_iterable(stream.prompts() for stream in self._streams)
 
-
-class Turns:
-    """Whose turn it is at each position, by largest remainder; ties go by a seeded order."""
-
-    def __init__(
-        self, weights: Sequence[float], quotas: Sequence[int | None], seed: int = 0
-    ) -> None:
-        """weights > 0; quotas: how many turns each source has in all, None = endlessly many."""
-        self._weights, self._quotas = _whole(weights), tuple(quotas)
-        self._rank = list(range(len(weights)))
-        random.Random(f"{seed}:mix").shuffle(self._rank)
-        self._sources, self._ordinals = array("L"), array("Q")  # planned so far, by position
-        self._given = [0] * len(weights)
-        self._start_anew()
-
-    def get(self, position: int) -> tuple[int, int] | None:
-        """(source, how many turns it had before) at a position; None past the last turn."""
-        while position >= len(self._sources) and self._live:
-            self._plan_one()
+    def _turn(self, position: int) -> tuple[EpochStream, int] | None:
+        """Whose turn it is, and how many it had before; None past the last turn."""
+        missing = max(0, position + 1 - len(self._sources))
+        for source, ordinal in itertools.islice(self._turns, missing):
+            self._sources.append(source)
+            self._ordinals.append(ordinal)
         if position >= len(self._sources):
             return None
-        return self._sources[position], self._ordinals[position]
+        return self._streams[self._sources[position]], self._ordinals[position]
 
-    def _plan_one(self) -> None:
-        self._now += 1
-        source = max(
-            self._live,
-            key=lambda i: (
-                self._weights[i] * self._now - self._since[i] * self._total,
-                -self._rank[i],
-            ),
-        )
-        self._sources.append(source)
-        self._ordinals.append(self._given[source])
-        self._given[source] += 1
-        self._since[source] += 1
-        if self._given[source] == self._quotas[source]:
-            self._start_anew()
 
-    def _start_anew(self) -> None:
-        """Shares are counted from here on, among the sources that have turns left."""
-        pairs = enumerate(zip(self._given, self._quotas, strict=True))
-        self._live = [i for i, (given, quota) in pairs if given != quota]
-        self._total = sum(self._weights[i] for i in self._live)
-        self._now, self._since = 0, [0] * len(self._given)
+def _turns(
+    weights: Sequence[int], quotas: Sequence[int | None], chance: random.Random
+) -> Iterator[tuple[int, int]]:
+    """Sources, each with how many turns it had before; a quota is how many it has in all."""
+    live = list(range(len(weights)))
+    rank, given = list(live), [0] * len(weights)
+    chance.shuffle(rank)  # decides ties
+    while live:  # shares are counted anew when a source leaves
+        total, since = sum(weights[i] for i in live), [0] * len(weights)
+        for now in itertools.count(1):
+            source = max(live, key=lambda i: (weights[i] * now - since[i] * total, -rank[i]))
+            yield source, given[source]
+            given[source] += 1
+            since[source] += 1
+            if given[source] == quotas[source]:
+                live.remove(source)
+                break
 
 
 def resample(count: int, ratio: float, seed: int, name: str) -> list[int]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from asyncgrpo.data.templates import AS_IT_IS, with_template
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.imports import nearest
+from asyncgrpo.hints import did_you_mean
 from asyncgrpo.settings.data import TaskSettings, TemplateSettings
 from asyncgrpo.types import Prompt
 
@@ -58,8 +58,8 @@ def draw_task(kind: str, settings: TaskSettings, rng: random.Random) -> Task:
     """Draws one task of a kind; ConfigError for an unknown kind, with the nearest known one."""
     if kind not in KINDS:
         raise ConfigError(
-            f"data.tasks.kinds: there is no task kind {kind!r}; {nearest(kind, KINDS)}kinds are: "
-            f"{', '.join(KINDS)}"
+            f"data.tasks.kinds: there is no task kind {kind!r}; {did_you_mean(kind, KINDS)}kinds "
+            f"are: {', '.join(KINDS)}"
         )
     return KINDS[kind](settings, rng)
 
@@ -198,9 +198,6 @@ def _held_out_tasks(settings: TaskSettings, count: int) -> list[Task]:
 def _task(kind: str, text: str, answer: object, careless: object, worked: str = "") -> Task:
     truth = str(answer)
     return Task(kind=kind, text=text, answer=truth, worked=worked or truth, careless=str(careless))
-
-
-# -- one function per kind; each draws its numbers first and then knows the truth ----------
 
 
 def _of_two(

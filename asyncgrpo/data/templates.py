@@ -16,15 +16,18 @@ AS_IT_IS = TemplateSettings()
 def with_template(prompt: Prompt, template: TemplateSettings) -> Prompt:
     """The prompt as: system prompt, few-shot exchanges, the record's messages with the suffix."""
     has_system = prompt.messages[0]["role"] == "system"
-    system, turns = prompt.messages[:has_system], prompt.messages[has_system:]
+    system, turns = prompt.messages[:has_system], list(prompt.messages[has_system:])
     if template.system:
         system = ({"role": "system", "content": template.system},)
+    if asked := [index for index, turn in enumerate(turns) if turn["role"] == "user"]:
+        last = turns[asked[-1]]
+        turns[asked[-1]] = {**last, "content": with_suffix(last["content"], template.suffix)}
     shots = [
         {"role": role, "content": content}
         for shot in template.few_shot
         for role, content in (("user", shot.user), ("assistant", shot.assistant))
     ]
-    return replace(prompt, messages=(*system, *shots, *_instructed(list(turns), template.suffix)))
+    return replace(prompt, messages=(*system, *shots, *turns))
 
 
 def with_suffix(text: str, suffix: str) -> str:
@@ -78,12 +81,3 @@ def fit(token_ids: list[int], data: DataSettings, prompt_id: str) -> list[int] |
             'data.overlong_prompt to "drop" or "truncate_left"'
         )
     return None
-
-
-def _instructed(turns: list[Message], suffix: str) -> list[Message]:
-    """The turns with the suffix at the end of the last one of the user."""
-    for index in range(len(turns) - 1, -1, -1):
-        if turns[index]["role"] == "user":
-            content = with_suffix(turns[index]["content"], suffix)
-            return [*turns[:index], {**turns[index], "content": content}, *turns[index + 1 :]]
-    return turns

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from asyncgrpo.errors import ConfigError
+
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML settings or preset name")]
 Actors = Annotated[int | None, typer.Option(help="actor processes, one engine each")]
 Learners = Annotated[int | None, typer.Option(help="learner ranks under torchrun")]
@@ -25,6 +27,11 @@ def overridden(
 ) -> list[str]:
     """What --set asks for, then the flags by their settings' names; None is a flag not given."""
     given = {key: str(v) if isinstance(v, Path) else v for key, v in flags.items() if v is not None}
+    for word in asked or ():
+        if (key := word.partition("=")[0].strip()) in given:
+            raise ConfigError(
+                f"--set {word}, but an option of its own sets {key} to {given[key]!r}; keep one"
+            )
     words = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items())
     return [*(asked or ()), *words]
 
@@ -144,8 +151,7 @@ def render(
     if "grace_seconds" not in settings.launch.model_fields_set:  # a last checkpoint takes longer
         settings = load_config(config, [*overrides, "launch.grace_seconds=30"])
     session = Session(settings)
-    absent: list[str] = []
-    session.check(absent)
+    absent = session.check(download=False)
     text = script.render(
         settings,
         session.run_dir,

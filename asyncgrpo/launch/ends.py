@@ -53,12 +53,10 @@ def read_error(path: Path) -> RecordedError | None:
 
 
 def judge_exit(role: str, exit_code: int, restarts: int, max_restarts: int) -> Verdict:
-    """done: the run is complete. early: fine if the learner ends now, too. restart, fail: as said.
+    """done: the run is complete. early: fine if the learner ends now, too. left: an actor was asked
+    to go and has handed back its work. restart, fail: as said; bad input would be met again.
 
-    left: an actor was asked to go (SIGTERM) and has handed back its work.
-
-    restarts: those within launch.restart_window_seconds. Exit code 2 is bad input, which a second
-    life would meet again.
+    restarts: those within launch.restart_window_seconds.
     """
     if exit_code == 0:
         return GOOD_ENDS[role]

@@ -48,7 +48,7 @@ class Supervisor:
         self._children = [new_child(spec, self.run_id) for spec in plan.specs]
         self._log_file = plan.specs[0].log_file.with_name("launcher.log")
         self._settings, self._on_line = settings, on_line
-        self._callback_error: Exception | None = None
+        self._is_stopping = False
         self._signals: list[int] = []
         self._num_heeded = 0  # signals that the stop answers; one more means "kill now"
 
@@ -69,7 +69,6 @@ class Supervisor:
             finally:
                 self._stop()
                 say_goodbye()
-        self._raise_callback_error()
         return code
 
     @property
@@ -82,7 +81,6 @@ class Supervisor:
         while True:
             self._forward_lines()
             on_tick()
-            self._raise_callback_error()
             if self._signals:
                 self._num_heeded = len(self._signals)
                 self.say(f"{signal.Signals(self._signals[0]).name}: stopping; again = kill now")
@@ -150,6 +148,7 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Ends all that is left, in order. Nothing a callback does can keep it from that."""
+        self._is_stopping = True
         for role in STOP_ORDER:
             self._stop_stage([child for child in self._children if child.spec.role == role])
         if strays := kill_strays(self.run_id):
@@ -189,16 +188,12 @@ class Supervisor:
             log.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
     def _call(self, callback: Callable[..., None], *arguments: str) -> None:
-        """Calls back unless a callback has raised before; the error is raised between two turns."""
-        if self._callback_error is None:
-            try:
-                callback(*arguments)
-            except Exception as error:
-                self._callback_error = error
-
-    def _raise_callback_error(self) -> None:
-        if self._callback_error is not None:
-            raise self._callback_error
+        """What it raises ends the run, and is left out once the run is stopping."""
+        try:
+            callback(*arguments)
+        except Exception:
+            if not self._is_stopping:
+                raise
 
     @contextmanager
     def _signals_noted(self) -> Iterator[None]:

@@ -21,6 +21,10 @@ ENGINE_TOKENS = 2048  # of one engine step: vLLM's DEFAULT_MAX_NUM_BATCHED_TOKEN
 SPARE_SEQUENCES = 64  # beside the training groups, as in actor/vllm_engine.py
 NF4_BYTES = 0.5 + 4 / 64  # half a byte per weight, a float32 scale per block of 64
 EIGHT_BIT = 1 + 4 / 256  # bytes of a moment: a float32 scale per block of 256
+STAYS = {  # of a process while the other one works, with actor.sleep
+    "learner": ("weights", "DDP buckets", "optimizer", "reference model", "publishing", "process"),
+    "actor": ("CUDA graphs", "publishing", "process"),
+}
 
 Line = tuple[str, float, str]  # what, bytes, how they are computed
 
@@ -300,7 +304,20 @@ def estimate(config: Config, shape: ModelShape, places: Mapping[str, str]) -> tu
         if role.startswith("learner"):
             lines = learner_lines(config, shape, is_first=role == "learner-0")
         found.setdefault(place, {})[role] = tuple(lines)
+    if config.actor.sleep and config.launch.gpus:
+        for roles in found.values():
+            roles[list(roles)[-1]] += _turns(roles)
     return tuple(Device(name, lines) for name, lines in found.items())
+
+
+def _turns(roles: Mapping[str, tuple[Line, ...]]) -> tuple[Line, ...]:
+    """What the learners and engines of one GPU never hold at the same time."""
+    given = dict.fromkeys(STAYS, 0.0)
+    for role, lines in roles.items():
+        kind = role.partition("-")[0]
+        given[kind] += sum(size for what, size, _ in lines if what not in STAYS[kind])
+    how = " or ".join(f"{size / GIB:.2f} GiB of the {kind}" for kind, size in given.items())
+    return (("taking turns", -min(given.values()), how),) if all(given.values()) else ()
 
 
 def remedies(
@@ -329,6 +346,7 @@ def _candidates(config: Config, shape: ModelShape) -> dict[str, Iterable[object]
     learner, lora, on_gpus = config.learner, config.learner.lora, config.launch.gpus > 0
     every = learner.checkpoint_activations or shape.layers
     may_shard = learner.optimizer != "adamw_8bit" and not (lora and lora.quantize)
+    may_sleep = on_gpus and config.launch.share_gpus and config.weights.publish_every == 1
     half = config.sampling.max_completion_tokens // 2
     return {
         "learner.max_tokens_per_microbatch": _halves(row_tokens(config), longest_sequence(config)),
@@ -337,6 +355,7 @@ def _candidates(config: Config, shape: ModelShape) -> dict[str, Iterable[object]
         "actor.kv_cache_bytes": _halves(
             config.actor.kv_cache_bytes, max(shape.kv_bytes(config), 1 << 20)
         ),
+        "actor.sleep": [True] if may_sleep else [],
         "learner.dtype": ["bfloat16"],
         "model.dtype": ["bfloat16"],
         "weights.transport": ["gloo"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncgrpo.config import Config
-from asyncgrpo.errors import ConfigError
+from asyncgrpo.errors import AbsentModel, ConfigError
+from asyncgrpo.hints import did_you_mean
 from asyncgrpo.launch.memory import GIB, Device, ModelShape, estimate, remedies
 from asyncgrpo.launch.model_folder import EMBEDDED, check_tensor_parallel, config_folder
 from asyncgrpo.launch.placement import choose_transport
@@ -61,6 +62,24 @@ def model_shape(path: str) -> ModelShape:
         },
         chunk_tokens=max(1, LOGITS_PER_CHUNK // vocab),
     )
+
+
+def check_targets(path: str, targets: Sequence[str]) -> None:
+    """ConfigError when learner.lora.targets names what is no linear layer within a model's layers.
+
+    Says nothing of a model whose config.json is not on this machine yet.
+    """
+    try:
+        linears = model_shape(path).linears
+    except AbsentModel:
+        return
+    for name in targets:
+        if name not in linears:
+            raise ConfigError(
+                f"learner.lora.targets: {name!r} cannot be adapted in this model; "
+                f"{did_you_mean(name, linears)}take 'all-linear' or some of "
+                f"{', '.join(sorted(linears))}"
+            )
 
 
 def device_bytes(config: Config) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from asyncgrpo.errors import AbsentModel, ModelError
+from asyncgrpo.hints import did_you_mean, nearest
+from asyncgrpo.learner.saved import FOLDER, read_manifest, saved
 
 EMBEDDED = "tiny"
 SUPPORTED_ARCHITECTURES = (
@@ -34,9 +35,9 @@ LFS_POINTER = b"version https://git-lfs"
 def check_model_folder(path: str, *, download: bool = True) -> Path | None:
     """The local folder of a model that can be loaded; None for the embedded one and hub names.
 
-    ModelError, each with its own message: no such folder, no config.json, no tokenizer, no
-    weights, unsupported architecture; AbsentModel: a hub name that is not here, while the hub
-    cannot be asked or may not be, without `download`.
+    ModelError: no such folder, no config.json, no tokenizer, no weights, unsupported architecture;
+    AbsentModel: a hub name that is not here, while the hub cannot or (without `download`) may not
+    be asked.
     """
     folder = Path(path).expanduser()
     if path == EMBEDDED:
@@ -45,9 +46,11 @@ def check_model_folder(path: str, *, download: bool = True) -> Path | None:
         _check_files(folder)
         return folder
     if not HUB_NAME.fullmatch(path):
+        near = nearest(folder.name, (other.name for other in folder.parent.glob("*/")))
+        hint = f" (did you mean {folder.with_name(near)}?)" if near else ""
         raise ModelError(
-            f"model.path={path!r} does not exist{_near_folder(folder)}; give a folder with "
-            f"config.json, tokenizer and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
+            f"model.path={path!r} does not exist{hint}; give a folder with config.json, tokenizer "
+            "and weights, a hub name such as Qwen/Qwen3-0.6B, or 'tiny'"
         )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     snapshot = _cached_snapshot(path)
@@ -109,6 +112,22 @@ def check_tensor_parallel(path: str, size: int) -> None:
         )
 
 
+def check_same_model(run_dir: Path, path: str) -> None:
+    """ModelError when a run's newest checkpoint is of a model of other sizes."""
+    try:
+        checkpoint = saved(run_dir / FOLDER)[-1]
+        sizes = read_manifest(checkpoint).get("model") or {}
+    except (IndexError, OSError, ValueError):
+        return  # there is none, or its damage is found elsewhere
+    place, config = _config_of(path)
+    for key, size in sizes.items():
+        if size is not None and config.get(key) not in (size, None):
+            raise ModelError(
+                f"{checkpoint} is of another model: {key} was {size}, but {place} has "
+                f"{config[key]}; put the model back that the run began with, or start a new run"
+            )
+
+
 def quick_tokenizer(path: str) -> Any:
     """The model's tokenizer, without torch; None when it is not on this machine in one file.
 
@@ -166,51 +185,34 @@ def _check_config(folder: Path) -> dict[str, Any]:
             remedy = "it holds an adapter: merge it into its base model and give that folder"
         raise ModelError(f"model folder {folder} has no config.json; {remedy}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder}/config.json is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder}/config.json must hold an object, not {type(config).__name__}")
+        config = {**json.loads((folder / "config.json").read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder}/config.json is not a JSON object: {error}") from None
     named = config.get("architectures") or []
-    if not isinstance(named, list):
-        raise ModelError(
-            f"{folder}/config.json: architectures={named!r} must be a list of names, such as "
-            f"[{SUPPORTED_ARCHITECTURES[0]!r}]; copy config.json of its base model there"
-        )
+    named = named if isinstance(named, list) else [f"{named!r} (not in a list)"]
     if any(name in SUPPORTED_ARCHITECTURES for name in named):
         return config
     found = ", ".join(map(str, named)) or "none named"
-    near = difflib.get_close_matches(found, SUPPORTED_ARCHITECTURES, n=1, cutoff=0.6)
     raise ModelError(
-        f"{folder}/config.json: architecture {found} is not supported; supported are "
-        f"{', '.join(SUPPORTED_ARCHITECTURES)}" + (f" (nearest: {near[0]})" if near else "")
+        f"{folder}/config.json: architecture {found} is not supported; "
+        f"{did_you_mean(found, SUPPORTED_ARCHITECTURES)}supported are "
+        f"{', '.join(SUPPORTED_ARCHITECTURES)}"
     )
 
 
 def _check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     shards = _listed_shards(folder)
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in shards if not (folder / name).is_file()]:
         raise ModelError(
             f"model folder {folder} has no weights for {len(missing)} of {len(shards)} shards: "
             f"{', '.join(missing)}; download it again, completely"
         )
-    files = [folder / name for name in shards] or [
-        found for pattern in WEIGHT_PATTERNS for found in sorted(folder.glob(pattern))
-    ]
-    if not files:
-        raise ModelError(
-            f"model folder {folder} has no weights (*.safetensors, *.bin); "
-            "download or copy them there"
-        )
+    names = shards or [file.name for each in WEIGHT_PATTERNS for file in folder.glob(each)]
+    if not names:
+        raise ModelError(f"model folder {folder} has no weights (*.safetensors, *.bin); add them")
     shapes: dict[str, Any] = {}
-    for file in files:
-        shapes |= _check_weight_file(file)
-    _check_shapes(folder, config, shapes)
-
-
-def _check_shapes(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
-    """Refuses a config.json that tells of another model than the weights."""
+    for name in names:
+        shapes |= _check_weight_file(folder / name)
     layers = {int(match[1]) for name in shapes if (match := LAYER.match(name))}
     found = {
         "num_hidden_layers": max(layers) + 1 if layers else None,
@@ -246,10 +248,9 @@ def _check_weight_file(file: Path) -> dict[str, Any]:
 
     with file.open("rb") as opened:
         start = opened.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        raise ModelError(f"{file} is a Git LFS pointer, no weights; run `git lfs pull` there")
-    if not start:
-        raise ModelError(f"{file} is empty; download it again")
+    if start in (LFS_POINTER, b""):
+        what = "a Git LFS pointer, no weights" if start else "empty"
+        raise ModelError(f"{file} is {what}; download it again (`git lfs pull`)")
     if file.suffix != ".safetensors":
         return {}
     try:
@@ -276,12 +277,3 @@ def _cached_snapshot(name: str) -> Path | None:
         return None
     snapshot = folder / "snapshots" / revision
     return snapshot if snapshot.is_dir() else None
-
-
-def _near_folder(folder: Path) -> str:
-    parent = folder.parent
-    if not parent.is_dir():
-        return f" (nor does its parent {parent})"
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    near = difflib.get_close_matches(folder.name, names, n=1)
-    return f" (did you mean {parent / near[0]}?)" if near else ""

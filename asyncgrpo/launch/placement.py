@@ -10,7 +10,7 @@ from asyncgrpo.errors import ConfigError
 
 Cores = tuple[int, ...]
 TRANSPORT_NEEDS = {
-    "nccl": "CUDA, and one GPU for each actor and one for the learner's rank 0",
+    "nccl": "CUDA, and GPUs of their own for each actor and for the learner's rank 0",
     "cuda_ipc": "CUDA, and all actors on the GPU of the learner's rank 0",
 }
 
@@ -56,7 +56,8 @@ def choose_transport(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]
     best, reason = _fastest_transport(config, gpus)
     if asked == "auto":
         return best, reason
-    if asked in TRANSPORT_NEEDS and asked != best:
+    dealt = config.actor.tensor_parallel > 1 and bool(gpus) and not config.launch.share_gpus
+    if asked in TRANSPORT_NEEDS and asked != best and not (asked == "nccl" and dealt):
         raise ConfigError(
             f"weights.transport={asked!r} needs {TRANSPORT_NEEDS[asked]}, but {reason}; set "
             f"weights.transport = {best!r} (or 'auto')"
@@ -75,7 +76,7 @@ def _fastest_transport(config: Config, gpus: Mapping[str, str]) -> tuple[str, st
     if not gpus:
         return "gloo", "launch.gpus=0 is a CPU run"
     if (count := config.actor.tensor_parallel) > 1:
-        return "gloo", f"the {count} GPUs of an actor take their parts from the host's memory"
+        return "gloo", f"the {count} GPUs of an actor take their parts from one copy in host memory"
     ends = [gpus["learner-0"], *(gpus[f"actor-{i}"] for i in range(config.launch.actors))]
     if len(set(ends)) == len(ends):
         return "nccl", "each actor and the learner's rank 0 has a GPU of its own"

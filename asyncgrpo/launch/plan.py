@@ -1,4 +1,4 @@
-"""Turns settings and a host into the processes of a run, which --dry-run prints."""
+"""Turns settings and a host into the processes of a run and its sizes, which --dry-run prints."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def make_plan(
     actors, learners = config.launch.actors, config.launch.learners
     gpus = assign_gpus(config, host) if seats is None else {}
     firsts = {name: ids[0] for name, ids in gpus.items()}
-    transport, reason = choose_transport(config, firsts if seats is None else _own_gpus(config))
+    if seats is not None and config.launch.gpus:  # whoever binds them, each role has its own
+        firsts = {name: f"of {name}" for name in role_names(actors, learners)[1:]}
+    transport, reason = choose_transport(config, firsts)
     cores: Mapping[str, Cores] = {}
     if seats is None and not gpus:
         cores = assign_cores(host.cores, actors, learners, config.actor.cores)
@@ -138,6 +140,41 @@ def render_plan(plan: Plan) -> str:
     )
     warnings = (f"warning: {line}" for line in plan.warnings)
     return "\n\n".join([*map(_render_spec, plan.specs), addresses, *warnings])
+
+
+def render_sizes(config: Config) -> str:
+    """A line for each size, with the settings that make it; each unit is named."""
+    groups, size = config.buffer.groups_per_step, config.algo.group_size
+    completions, length = groups * size, config.sampling.max_completion_tokens
+    minibatches, passes = config.algo.minibatches, config.algo.passes
+    steps, learners = config.run.max_steps, config.launch.learners
+    longest = config.data.max_prompt_tokens + length
+    ahead = config.buffer.max_staleness + 1
+    row = config.learner.max_tokens_per_microbatch
+    tokens = config.buffer.tokens_per_step
+    drawn = config.sampling
+    lines = {
+        "sampling": f"temperature {drawn.temperature:g}, top_p {drawn.top_p:g}, "
+        f"top_k {drawn.top_k}, at most {length} tokens; no penalties, no stop strings; "
+        "each token with its log-prob",
+        "batch": f"{groups} groups x {size} completions = {completions} completions, at most "
+        f"x {length} = {completions * length} completion tokens"
+        if tokens is None
+        else f"the fewest groups, {config.min_groups} or more, with {tokens} completion tokens; "
+        f"where groups are counted here, the guess of {groups}",
+        "updates": f"{minibatches} x {passes} optimizer steps per batch (minibatches x passes), of "
+        f"{completions / minibatches:g} completions each",
+        "ranks": f"{learners}, with {groups / learners:g} groups each; micro-batches of at most "
+        f"{row} tokens, {row // longest} or more sequences",
+        "engines": f"{config.launch.actors}, with {config.actor.concurrency} groups x {size} = "
+        f"{config.actor.concurrency * size} sequences in flight",
+        "ahead": f"at most {ahead} batches = {ahead * groups} groups are started before they "
+        "are trained (buffer.max_staleness + 1)",
+        "run": f"{steps} batches = {steps * groups} groups = {steps * completions} completions "
+        f"= {steps * minibatches * passes} optimizer steps"
+        + (f", or {config.data.epochs} epochs if that is less" if config.data.epochs else ""),
+    }
+    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +282,7 @@ def assign_gpus(config: Config, host: Host) -> dict[str, tuple[str, ...]]:
     if not asked:
         return {}
     if asked > there:
-        raise ConfigError(
-            f"launch.gpus={asked} must be <= {there}, the GPUs visible on this machine; "
-            f"set launch.gpus={there}" + (" (a CPU run)" if not there else "")
-        )
+        raise ConfigError(f"launch.gpus={asked} must be <= {there}, the GPUs of this machine")
     if width > asked:
         raise ConfigError(
             f"actor.tensor_parallel={width} must be <= launch.gpus={asked} (there are {there}): "
@@ -272,12 +306,6 @@ def assign_gpus(config: Config, host: Host) -> dict[str, tuple[str, ...]]:
     return {name: tuple(islice(free, counts[name])) for name in names}
 
 
-def _own_gpus(config: Config) -> dict[str, str]:
-    """Name -> GPU where Slurm or a person gives each role one of its own; {} for a CPU run."""
-    names = role_names(config.launch.actors, config.launch.learners)[1:]
-    return {name: f"of {name}" for name in names} if config.launch.gpus else {}
-
-
 def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterator[str]:
     """Says who shares a core, whose threads do not fit and which door is open, in a line each."""
     launch = config.launch
@@ -287,20 +315,22 @@ def _warnings(config: Config, host: Host, cores: Mapping[str, Cores]) -> Iterato
             f"launch.actors={launch.actors} + launch.learners={launch.learners} "
             f"processes on {len(host.cores)} cores share some ({who}); fewer of them run faster"
         )
-    wanted = {"actor": config.actor.cores, "learner": config.learner.threads}
-    for role, threads in wanted.items():
+    actor, width, rank = config.actor, config.actor.tensor_parallel, config.learner.threads
+    wanted = {
+        f"actor.threads={actor.threads} x actor.tensor_parallel={width}": actor.cores,
+        f"learner.threads={rank}": rank,
+    }
+    for setting, threads in wanted.items():
+        role = setting.partition(".")[0]
         given = min((len(c) for name, c in cores.items() if name.startswith(role)), default=threads)
-        if given < threads and role == "actor" and config.actor.tensor_parallel > 1:
+        if given < threads:
             yield (
-                f"actor.tensor_parallel={config.actor.tensor_parallel} processes want {threads} "
-                f"cores, but each actor gets {given} of {len(host.cores)}: its processes wait for "
-                "each other; start fewer actors or learners"
+                f"{setting}, but each {role} gets {given} of {len(host.cores)} cores, so its "
+                "threads are fewer or its processes wait for each other; lower them, or start "
+                "fewer actors or learners"
             )
-        elif given < threads:
-            yield (
-                f"{role}.threads={threads} but each {role} gets {given} of {len(host.cores)} "
-                f"cores, so it runs {given} OpenMP threads; set {role}.threads={given}"
-            )
+    if launch.share_gpus and not launch.gpus:
+        yield "launch.share_gpus=true does nothing: launch.gpus=0 is a CPU run"
     if not (launch.on_loopback or launch.encrypted):
         yield (
             f"launch.insecure=true: whoever reaches {launch.host} can read prompts, send groups "

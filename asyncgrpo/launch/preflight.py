@@ -66,18 +66,15 @@ def choose_endpoints(config: Config) -> Endpoints:
 
 def _refused(setting: str, host: str, port: int, error: OSError) -> str:
     """Why nobody can listen there, and what to change."""
-    why = os.strerror(error.errno or 0)
-    if error.errno == errno.EADDRNOTAVAIL:
-        host_setting = "observe.metrics_host" if "metrics" in setting else "launch.host"
-        return (
-            f"{host_setting}={host} cannot be listened on ({why}); set it to an address of this "
-            "machine, such as 127.0.0.1"
-        )
-    return (
-        f"{setting}: port {port} on {host} cannot be used ({why}); end the process that listens "
-        f"there, or set another {setting} (0 = any free port); no two doors share one, and "
-        "launch.metrics_port is the first of one per role"
+    why, wanted = os.strerror(error.errno or 0), f"{setting}: port {port} on {host}"
+    remedy = (
+        f"end the process that listens there, or set another {setting} (0 = any free port); no two "
+        "doors share one, and launch.metrics_port is the first of one per role"
     )
+    if error.errno == errno.EADDRNOTAVAIL:
+        wanted = f"{'observe.metrics_host' if 'metrics' in setting else 'launch.host'}={host}"
+        remedy = "set it to an address of this machine, such as 127.0.0.1"
+    return f"{wanted} cannot be listened on ({why}); {remedy}"
 
 
 def check_run_dir(path: Path) -> None:
@@ -111,6 +108,9 @@ def missing_extra(config: Config) -> str:
     lora = config.learner.lora
     if config.learner.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
         return "learner.optimizer='adamw_8bit' needs bitsandbytes: pip install 'asyncgrpo[qlora]'"
+    absent = [name for name in ("liger_kernel", "cutlass") if find_spec(name) is None]
+    if config.learner.fused_head and absent:
+        return f"learner.fused_head needs {' and '.join(absent)}: pip install 'asyncgrpo[liger]'"
     needed = {"peft": lora, "bitsandbytes": lora and lora.quantize}
     missing = [name for name, use in needed.items() if use and find_spec(name) is None]
     install = f"pip install 'asyncgrpo[{'qlora' if lora and lora.quantize else 'lora'}]'"
@@ -183,10 +183,7 @@ def check_resumable(run_dir: Path, config: Config) -> int:
         )
     step = step_of(checkpoint) if checkpoint is not None else 0
     if step >= config.run.max_steps:
-        raise ConfigError(
-            f"run.max_steps={config.run.max_steps}, but {run_dir} has made {step} steps already; "
-            "set a larger run.max_steps"
-        )
+        raise ConfigError(f"{run_dir} has made {step} steps already; set a larger run.max_steps")
     return step
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from subprocess import PIPE, STDOUT, Popen
 
 from rich.console import Console
 
-from asyncgrpo.config import Config
+from asyncgrpo.config import Config, from_mapping
 from asyncgrpo.data.check import length_warning
 from asyncgrpo.data.prompts import open_prompts
 from asyncgrpo.data.templates import tokenise
@@ -26,24 +25,24 @@ from asyncgrpo.errors import (
     EXIT_INTERRUPTED,
     AbsentData,
     AbsentModel,
+    BadInput,
     ConfigError,
     DataError,
     ModelError,
 )
 from asyncgrpo.hints import unusual
-from asyncgrpo.launch.arithmetic import render_sizes
 from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.environment import detect_host, environment_report
-from asyncgrpo.launch.lifeline import RUN_ID
-from asyncgrpo.launch.local import Supervisor, held_lifeline
+from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.model_folder import (
     EMBEDDED,
     check_model_folder,
+    check_same_model,
     check_tensor_parallel,
     quick_tokenizer,
 )
 from asyncgrpo.launch.nodes import Seat
-from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_plan
+from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_plan, render_sizes
 from asyncgrpo.launch.preflight import (
     check_resumable,
     check_run_dir,
@@ -103,10 +102,9 @@ class Session:
 
     def show_plan(self, serial: bool = False) -> None:
         """Prints what would be started (`--dry-run`), the sizes, and what could not be checked."""
-        absent: list[str] = []
         if serial:
             self._make_serial()
-        self.check(absent)
+        absent: list[object] = [*self.check(download=False)]
         host, gpus = detect_host(), self._config.launch.gpus
         if gpus > len(host.gpu_ids):
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
@@ -154,24 +152,22 @@ class Session:
 
     def _make_serial(self) -> None:
         """Settings of one process; ConfigError when they need more."""
-        if self._config.learner.published_adapter:
-            raise ConfigError(
-                "learner.lora.publish='adapter' needs vLLM, but --serial has the toy engine, which "
-                "takes whole weights; set learner.lora.publish = 'merged'"
-            )
-        changes = {"actors": 1, "learners": 1}
-        launch = self._config.launch.model_copy(update=changes)
-        self._config = self._config.model_copy(update={"launch": launch})
+        if self._config.actor.sleep:
+            raise ConfigError("actor.sleep=true is not for --serial; leave one of the two out")
+        rooms = self._config.model_dump(mode="json", exclude_unset=True)
+        rooms["actor"] = {**rooms.get("actor", {}), "engine": "toy"}
+        rooms["launch"] = {**rooms.get("launch", {}), "actors": 1, "learners": 1}
+        self._config = from_mapping(rooms)
 
     def _end_scraping(self) -> None:
         """Takes the run off Prometheus: what is still a target and gone has failed."""
         for target in (self.run_dir / "targets").glob("*.json"):
             target.unlink()
 
-    def check(self, absent: list[str] | None = None) -> None:
-        """Refuses what cannot work. Starts nothing, writes nothing.
+    def check(self, *, download: bool = True) -> list[BadInput]:
+        """Refuses what cannot work; returns what is only not on this machine: models, data, extras.
 
-        With a list `absent`, models and data that are not on this machine are noted there instead.
+        Starts nothing, writes nothing. download: whether a hub model counts as here.
         """
         config = self._config
         check_writers(config)
@@ -185,28 +181,29 @@ class Session:
         if config.algo.kl_coef and config.algo.reference.path:
             models.append(config.algo.reference.path)
         checks: list[Callable[[], object]] = [
-            partial(check_model_folder, model, download=absent is None) for model in models
+            *(partial(check_model_folder, model, download=download) for model in models),
+            partial(check_tensor_parallel, config.model.path, config.actor.tensor_parallel),
+            partial(self._check_prompts, rewards),
         ]
-        width = config.actor.tensor_parallel
-        checks.append(partial(check_tensor_parallel, config.model.path, width))
-        checks.append(partial(self._check_prompts, rewards))
+        if self._resume:
+            checks.append(partial(check_same_model, self.run_dir, config.model.path))
+        absent: list[BadInput] = []
         for check in checks:
             try:
                 check()
             except (AbsentData, AbsentModel) as error:
-                if absent is None:
-                    raise
-                absent.append(str(error))
+                absent.append(error)
         if missing := missing_extra(config):
-            if absent is None:
-                raise ConfigError(missing)
-            absent.append(missing)
+            absent.append(ConfigError(missing))
         if config.algo.custom:
             from asyncgrpo.learner.objective import probe  # torch
 
             probe(config.algo)
-        if absent is None:
-            self._plan(config, detect_host())
+        if config.learner.lora is not None and config.learner.lora.targets != "all-linear":
+            from asyncgrpo.launch.memory_report import check_targets  # torch
+
+            check_targets(config.model.path, config.learner.lora.targets)
+        return absent
 
     def _check_prompts(self, rewards: Mapping[str, RewardSet]) -> None:
         """Also warns of prompts that are too long, where the tokenizer is here."""
@@ -234,16 +231,13 @@ class Session:
     @contextmanager
     def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
         """Checks everything, then writes the run directory and holds it."""
-        self.check()
+        for absent in self.check():
+            raise absent
+        self._plan(self._config, detect_host())  # before the embedded model is made
         config, model = self._config, self._config.model
         if model.path == EMBEDDED:
             model = model.model_copy(update={"path": self._make_tiny()})
             config = config.model_copy(update={"model": model})
-        lora = config.learner.lora
-        if lora is not None and lora.targets != "all-linear":
-            from asyncgrpo.learner.lora import check_targets  # torch
-
-            check_targets(model.path, lora.targets)
         if not self._resume:
             prepare_run_dir(self.run_dir)
         with only_launcher(self.run_dir):
@@ -271,16 +265,11 @@ class Session:
         command += ["--seed", str(self._config.model.tiny_seed)]
         command += ["--num-eval", str(self._config.num_held_out_tasks)]
         lines: deque[str] = deque(maxlen=15)
-        environment = {**os.environ, RUN_ID: (run_id := uuid.uuid4().hex)}
-        with (
-            held_lifeline(run_id, 0.0, Path(os.devnull)) as say_goodbye,
-            Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True) as process,
-        ):
+        with Popen(command, stdout=PIPE, stderr=STDOUT, text=True) as process:
             assert process.stdout is not None, "stdout is piped"
-            for line in process.stdout:
+            for line in process.stdout:  # when nobody reads it any more, it ends at its next line
                 lines.append(line.rstrip())
                 self._console.print(f"[tiny model] {lines[-1]}", markup=False)
-            say_goodbye()
         if process.returncode != 0 or not lines:
             raise ModelError("the embedded model could not be made:\n  " + "\n  ".join(lines))
         return lines[-1]

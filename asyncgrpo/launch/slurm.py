@@ -31,10 +31,7 @@ class Job:
 
     def __init__(self, config: Config, environment: Mapping[str, str] = os.environ) -> None:
         if "SLURM_JOB_ID" not in environment:
-            raise ConfigError(
-                "SLURM_JOB_ID is not set, so this is no job of Slurm; start it with `asyncgrpo "
-                "slurm submit`, or within salloc"
-            )
+            raise ConfigError("SLURM_JOB_ID is not set; start it by `asyncgrpo slurm submit`")
         self._config, self.id = config, environment["SLURM_JOB_ID"]
         self.attempt = f"{self.id}.{environment.get('SLURM_RESTART_COUNT', '0')}"
         if task := environment.get("SLURM_ARRAY_TASK_ID"):  # the first one's id stands for them all

@@ -1,8 +1,8 @@
 """Notices that a run no longer gets anywhere, and says who waits for whom and where each one is.
 
-The buffer, which everybody waits at, writes flow.json once a second (buffer/flow.py): a counter of
-what has happened, and the waits. A counter that stands still for launch.stall_seconds is a stall;
-then stalls/<time>.txt gets the waits and the stack of every thread of every process.
+The buffer, which everybody waits at, writes flow.json once a second: a counter of what has
+happened, and the waits. A counter that stands still for launch.stall_seconds is a stall; then
+stalls/<time>.txt gets the waits and the stack of every thread of every process.
 """
 
 from __future__ import annotations

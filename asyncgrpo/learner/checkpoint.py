@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
 from asyncgrpo.errors import CheckpointError
 from asyncgrpo.learner import ranks
@@ -42,8 +43,11 @@ AddFiles = Callable[[Path], None]  # the folder they go to
 class Checkpoints:
     """The checkpoints of one run. Every rank calls `save`, `load` and `wait` at the same steps."""
 
-    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
-        self._folder, self._settings = folder, settings
+    def __init__(
+        self, folder: Path, settings: CheckpointSettings, sizes: Mapping[str, Any] | None = None
+    ) -> None:
+        """sizes: MODEL_SIZES of the model, to be found again."""
+        self._folder, self._settings, self._sizes = folder, settings, sizes
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None  # what the writer is at
         self.covered = 0  # on rank 0: no learner will begin before this step any more
@@ -93,10 +97,20 @@ class Checkpoints:
         return ranks.from_first(newest(self._folder) if ranks.rank() == 0 else None)
 
     def load(self, path: Path, state: State) -> dict[str, float]:
-        """Fills the tensors of `state` in place, sets random numbers; returns the counters."""
-        state_dict_loader.load(
-            state, checkpoint_id=path, process_group=self._group, no_dist=self._group is None
-        )
+        """Fills the tensors of `state` in place, sets random numbers; returns the counters.
+
+        CheckpointError when they are not those of the checkpoint.
+        """
+        try:
+            state_dict_loader.load(
+                state, checkpoint_id=path, process_group=self._group, no_dist=self._group is None
+            )
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise CheckpointError(
+                f"{path} does not fit this model and its settings: {cause}; train with those that "
+                "it was made with, or start a new run from its RUN/model"
+            ) from error
         own = path / f"rng_{ranks.rank()}.pt"
         if own.exists():  # else there are more ranks than before
             random = torch.load(own, weights_only=True)
@@ -119,6 +133,7 @@ class Checkpoints:
         manifest = {
             "step": step,
             "ranks": ranks.world_size(),
+            "model": self._sizes,
             "counters": counters,
             "torch": torch.__version__,
             "files": files,

@@ -31,15 +31,16 @@ def list_all() -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="a name from `asyncgrpo algo list`")]) -> None:
     """The equation, defaults, when to use it and up to which staleness; what a preset sets."""
-    from asyncgrpo.algorithms import MODULES, PRESETS, catalogue, nearest
+    from asyncgrpo.algorithms import MODULES, PRESETS, catalogue
     from asyncgrpo.errors import ConfigError
+    from asyncgrpo.hints import did_you_mean
     from asyncgrpo.settings.algo import AlgoSettings
 
     entries = [catalogue(kind)[name] for kind in MODULES if name in catalogue(kind)]
     if not entries and name not in PRESETS:
-        near = nearest(name, [*(known for kind in MODULES for known in catalogue(kind)), *PRESETS])
-        hint = f"did you mean {near!r}?" if near else "see `asyncgrpo algo list`"
-        raise ConfigError(f"there is no algorithm {name!r}; {hint}")
+        known = [*(each for kind in MODULES for each in catalogue(kind)), *PRESETS]
+        hint = did_you_mean(name, known)
+        raise ConfigError(f"there is no algorithm {name!r}; {hint}see `asyncgrpo algo list`")
     for entry in entries:
         rows = {"what": entry.summary, "formula": entry.formula, "source": entry.source}
         rows |= {"use": entry.use, "staleness up to": entry.staleness}

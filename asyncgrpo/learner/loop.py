@@ -51,6 +51,7 @@ class Learner:
         self._sender, self._recorder, self._exporter = sender, recorder, exporter
         self._stopping, self._add_to_checkpoint = stopping, add_to_checkpoint
         self._is_sharded = config.learner.parallel == "fsdp"
+        self._sleeps = config.actor.sleep
         self._asked_to_stop = float("-inf")  # when
         self._published = -1
         self._evals = config.evals
@@ -70,6 +71,7 @@ class Learner:
         self._publish(version, is_first=True)
         if version == 0:
             self._evaluate(0, self._evals)
+        self._updater.weights().help()
         publish_every = self._config.weights.publish_every
         for step in range(version, self._config.run.max_steps):
             start = time.perf_counter()
@@ -90,6 +92,7 @@ class Learner:
                 last = version - publish_every
                 due = [b for b in self._evals if b.every and version // b.every > last // b.every]
                 self._evaluate(version, due)
+                self._updater.weights().help()
             row["step_seconds"] = time.perf_counter() - start
             row.update(step=step, version=version)
             self._exporter.observe("token_staleness", shard.staleness)
@@ -117,10 +120,12 @@ class Learner:
         if self._sender is None:  # until rank 0 has its shard; then there is one for every rank
             self._updater.weights().help()
         answer = self._client.call(packet, seconds, meanwhile=self._while_waiting)
-        if self._sender is not None and self._is_sharded:
+        if self._sender is not None and (self._is_sharded or self._sleeps):
             if answer.kind == "shard":  # else they do not change any more
                 self._sender.release()
             self._updater.weights().help()
+        if self._sleeps:
+            ranks.meet()
         return answer
 
     def _while_waiting(self) -> None:
@@ -146,14 +151,16 @@ class Learner:
         return False
 
     def _publish(self, version: int, *, is_first: bool = False) -> None:
+        """Then the other ranks are to `help`."""
         canaries, weights = self._updater.canary_logprobs(), self._updater.weights()
+        if self._sleeps:  # then engines wake
+            ranks.meet()
         if self._sender is not None:
             self._sender.publish(version, weights, canaries)
             if is_first:
                 self._sender.wait_for_actors(
                     self._config.launch.actors, self._config.launch.start_timeout_seconds
                 )
-        weights.help()
         self._published = version
 
     def _release(self) -> None:
@@ -172,12 +179,13 @@ class Learner:
         self._recorder.row({**row, **self._sender.metrics()}, summary)
 
     def _evaluate(self, version: int, blocks: Sequence[EvalSettings]) -> None:
-        """Asks the actors to answer the held-out prompts with this version; does not wait."""
+        """Asks the actors to answer the held-out prompts with this version; waits for a start."""
         names = [block.name for block in blocks]
         if self._sender is None or not names:
             return
         fields = {"version": version, "blocks": names}
-        self._client.call(Packet(kind="evaluate", fields=fields), self._eval_seconds)
+        packet = Packet(kind="evaluate", fields=fields)
+        self._client.call(packet, self._eval_seconds, self._sender.serve)
 
     def _finish(self, version: int) -> None:
         self._updater.save()

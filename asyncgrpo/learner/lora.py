@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from asyncgrpo.errors import ConfigError
 from asyncgrpo.learner import ranks
 from asyncgrpo.settings.learner import LoraSettings
 
@@ -134,21 +133,3 @@ def adapter_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
             yield name.replace(f".{ADAPTER}.", "."), ranks.whole(parameter.detach())
-
-
-def check_targets(path: str, targets: Sequence[str]) -> None:
-    """ConfigError when learner.lora.targets names what is no inner linear layer of a model."""
-    config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
-    with torch.device("meta"):
-        policy = AutoModelForCausalLM.from_config(config)
-    output = policy.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in policy.named_modules()
-        if isinstance(module, nn.Linear) and module is not output
-    }
-    if unknown := {*targets} - linear:
-        raise ConfigError(
-            f"learner.lora.targets: {', '.join(sorted(unknown))} cannot be adapted in this model "
-            f"({type(policy).__name__}); take 'all-linear' or some of {', '.join(sorted(linear))}"
-        )

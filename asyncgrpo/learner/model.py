@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -148,16 +148,19 @@ class PolicyHead(nn.Module):
         chunk_tokens: int | None = None,
         autocast: torch.dtype | None = None,
         float32_head: bool = False,
+        fused: bool = False,
     ) -> None:
         """autocast: what matrix products of float32 weights are computed in.
 
-        float32_head: the output layer's are not.
+        float32_head: the output layer's are not. fused: they are by Liger's kernel, with log-probs
+        and entropies; ModelError when it is more than a matrix.
         """
         super().__init__()
         self._autocast, self._float32_head = autocast, float32_head
         self.policy = policy
         self._entropy_gradient = entropy_gradient
         self._temperature = temperature
+        self._fused = _fused_kernel(policy) if fused else None
         vocab_size = policy.get_output_embeddings().weight.shape[0]
         self._chunk_tokens = chunk_tokens or max(1, LOGITS_PER_CHUNK // vocab_size)
 
@@ -188,6 +191,11 @@ class PolicyHead(nn.Module):
     def _score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, width], targets [n] -> log-probs and entropies, float32 [n]."""
         size = self._chunk_tokens
+        if self._fused is not None and len(hidden):
+            weight = self.policy.get_output_embeddings().weight.bfloat16()
+            scale, own = self._temperature, hidden.bfloat16()
+            nll, entropy = self._fused(own, weight, targets, scale, return_entropy=True)
+            return -nll, (entropy if self._entropy_gradient else entropy.detach()).float()
         if len(hidden) <= size:
             return self._score_chunk(hidden, targets)
         scored = [
@@ -212,3 +220,12 @@ class PolicyHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             bias = None if output.bias is None else output.bias.float()
             return functional.linear(hidden.float(), output.weight.float(), bias)
+
+
+def _fused_kernel(policy: PreTrainedModel) -> Any:
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as liger  # an extra
+
+    output = policy.get_output_embeddings()
+    if type(output) is not nn.Linear or output.bias is not None:
+        raise ModelError(f"learner.fused_head=true knows no output layer {output}; leave it out")
+    return liger.LigerFusedLinearScaledCrossEntropyFunction.apply

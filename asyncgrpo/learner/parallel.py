@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
@@ -26,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from asyncgrpo.learner import ranks
 from asyncgrpo.learner.attention import packed_attention
 from asyncgrpo.learner.model import PolicyHead
+from asyncgrpo.protocols import Parts
 from asyncgrpo.settings.learner import LearnerSettings
 
 
@@ -86,15 +88,23 @@ def make_optimizer(policy: nn.Module, settings: LearnerSettings) -> Optimizer:
 class Published:
     """The policy's weights by their Hugging Face names; a tied output layer does not appear.
 
-    Anew for each iteration: gathered if ranks hold parts, which all of them must take part in
-    though rank 0 alone wants them; with an adapter merged into the one tensor at hand, or alone.
+    Anew for each iteration: with an adapter merged into the one tensor at hand, or the adapter
+    alone. Where ranks hold parts, rank 0 gets them piece by piece; all of them must take part.
     """
 
-    def __init__(self, policy: nn.Module, is_sharded: bool, only_adapter: bool = False) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        is_sharded: bool,
+        only_adapter: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """dtype: in which parts travel between ranks."""
+        self._dtype = dtype
         self._policy, self._is_sharded, self._only_adapter = policy, is_sharded, only_adapter
-        self._pass: Iterator[tuple[str, Tensor]] = iter(())
+        self._pass: Iterator[tuple[str, Tensor | Parts]] = iter(())
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor | Parts]]:
         """On rank 0; the others take part to the end of a pass, so one that is given up goes on."""
         if not self._is_sharded:
             return self._tensors()
@@ -116,14 +126,21 @@ class Published:
         for _ in self._pass:
             pass
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self) -> Iterator[tuple[str, Tensor | Parts]]:
         if hasattr(self._policy, "peft_config"):
             from asyncgrpo.learner import lora  # peft: slow, and an extra
 
             named_of = lora.adapter_parameters if self._only_adapter else lora.merged_parameters
-            return named_of(self._policy)
-        named = self._policy.named_parameters()
-        return ((name, ranks.whole(tensor.detach())) for name, tensor in named)
+            yield from named_of(self._policy)
+            return
+        for name, tensor in self._policy.named_parameters():
+            if not isinstance(tensor, DTensor):
+                yield name, tensor
+                continue
+            flat = ranks.parts(tensor.detach(), self._dtype)
+            yield name, Parts(tensor.shape, flat)
+            for _ in flat:
+                pass  # rank 0 wanted no more of it, or this is another rank
 
 
 def _blocks(policy: nn.Module) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
+PIECE_ELEMENTS = 1 << 20  # of one message between ranks that hold parts of a tensor
 
 
 def world_size() -> int:
@@ -33,6 +34,32 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def parts(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The elements of a sharded tensor in order, in flat pieces, on rank 0; all ranks must ask.
+
+    Each rank sends its own part to rank 0, cast to dtype. A piece is good until the next.
+    """
+    assert isinstance(tensor, DTensor), "only a sharded tensor has parts"
+    mesh, own = tensor.device_mesh, tensor.to_local().reshape(-1)
+    holders = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
+    if 0 not in holders:
+        return  # rank 0 has another copy at hand
+    rows = -(-len(tensor) // len(holders))
+    piece = torch.empty(PIECE_ELEMENTS, dtype=dtype, device=own.device)
+    for number, holder in enumerate(holders):
+        count = max(min(rows, len(tensor) - number * rows), 0) * (tensor.numel() // len(tensor))
+        if holder == 0 == rank():
+            yield own
+        elif rank() == holder:
+            for mine in own.split(PIECE_ELEMENTS):
+                dist.send(mine.to(dtype), 0)
+        elif rank() == 0:
+            for start in range(0, count, PIECE_ELEMENTS):
+                theirs = piece[: count - start]
+                dist.recv(theirs, holder)
+                yield theirs
+
+
 def from_first(value: Value) -> Value:
     """What rank 0 says; the others' own value is not looked at."""
     told = [value]
@@ -44,6 +71,12 @@ def from_first(value: Value) -> Value:
 def largest(value: float, device: str) -> float:
     """The largest of all ranks' values."""
     return summed([value], device, dist.ReduceOp.MAX)[0]
+
+
+def meet() -> None:
+    """Returns when every rank is here and gave its GPU back what torch keeps for later."""
+    torch.cuda.empty_cache()
+    summed([0.0], "cpu")
 
 
 def summed(

@@ -11,6 +11,14 @@ from typing import Any
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"  # of a run
+MODEL_SIZES = (  # of config.json, by which another model is known
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 
 
 def saved(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from asyncgrpo.learner.diagnostics import Sums, finish, measure
 from asyncgrpo.learner.model import PolicyHead, load_policy, write_model
 from asyncgrpo.learner.objective import objective
 from asyncgrpo.learner.prepare import OptimizerBatch, Preparer, Reference
-from asyncgrpo.learner.saved import FOLDER, step_of
+from asyncgrpo.learner.saved import FOLDER, MODEL_SIZES, step_of
 from asyncgrpo.learner.schedule import adapted_coefficient, learning_rate
 from asyncgrpo.observe.token_log import Columns, write_token_log
 from asyncgrpo.types import Float32, Shard
@@ -98,8 +98,14 @@ class PolicyUpdater:
         self.advantages = np.zeros(0, np.float32)
         self._optimizer = parallel.make_optimizer(self._policy, settings)
         self._only_adapter = settings.published_adapter is not None
-        self._published = parallel.Published(self._policy, self._sharded, self._only_adapter)
-        self.checkpoints = Checkpoints((run_dir or Path(os.devnull)) / FOLDER, config.checkpoint)
+        sent_as = getattr(torch, config.model.dtype)
+        self._published = parallel.Published(
+            self._policy, self._sharded, self._only_adapter, sent_as
+        )
+        told = self._policy.config.get_text_config()
+        sizes = {name: getattr(told, name, None) for name in MODEL_SIZES}
+        folder = (run_dir or Path(os.devnull)) / FOLDER
+        self.checkpoints = Checkpoints(folder, config.checkpoint, sizes)
 
     def _make_head(self, policy: PreTrainedModel) -> PolicyHead:
         settings = self._config.learner
@@ -111,6 +117,7 @@ class PolicyUpdater:
             entropy_gradient=self._config.algo.entropy_coef > 0,
             autocast=getattr(torch, settings.dtype) if is_mixed else None,
             float32_head=settings.float32_head,
+            fused=settings.fused_head,
         )
         if self._sharded:
             parallel.shard(head, settings, self._device)
@@ -146,6 +153,7 @@ class PolicyUpdater:
         for index in range(algo.passes):
             for batch in ready:
                 self._step(batch, shard.step, record, is_last=index == algo.passes - 1)
+                self._optimizer.zero_grad(set_to_none=True)  # no gradients stay for the next step
         metrics = self._finish(record)
         self._after(shard, metrics)
         if self._config.observe.token_log and self._run_dir is not None:
@@ -223,7 +231,6 @@ class PolicyUpdater:
         """One optimizer update."""
         config = self._config
         kl_coef = self._counters["kl_coef"] if config.algo.kl_in == "loss" else 0.0
-        self._optimizer.zero_grad(set_to_none=True)
         update, per_token = StepRecord(), []
         for index, row in enumerate(batch.rows):
             with contextlib.ExitStack() as meanwhile:

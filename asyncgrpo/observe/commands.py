@@ -8,11 +8,13 @@ from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from textwrap import indent
 from typing import Annotated
 
 import typer
 
+from asyncgrpo.buffer.commands import show_table
 from asyncgrpo.errors import ConfigError, DataError
 from asyncgrpo.observe import samples as of
 from asyncgrpo.observe.samples import Row, Samples, shown
@@ -21,7 +23,7 @@ SHOWN_GROUPS, SHOWN_CHARACTERS, COMPARED_CHARACTERS = 2, 800, 200
 FORMATS = {"answers": "d", "correct": ".1%", "reward": "+.3f", "std": ".3f", "tokens": ".1f"}
 FORMATS |= {"p95": "d", "truncated": ".1%", "duplicate": ".1%", "stale": ".2f", "max": "d"}
 Status = StrEnum("Status", ["trained", "replayed", "filtered", "evicted", "all"])
-Format = StrEnum("Format", ["jsonl", "csv", "parquet"])
+ENDINGS = ("jsonl", "csv", "parquet")
 Shape = StrEnum("Shape", ["rows", "messages"])
 
 traj_app = typer.Typer(help="Look at what a run's model said.", no_args_is_help=True)
@@ -37,8 +39,7 @@ def show(
     step: Annotated[int | None, typer.Option(min=0, help="default: the last with any")] = None,
     best: Annotated[int | None, typer.Option(min=1, help="so many with high rewards")] = None,
     worst: Annotated[int | None, typer.Option(min=1, help="so many with low rewards")] = None,
-    random: Annotated[int | None, typer.Option(min=1, help="so many, drawn by --seed")] = None,
-    seed: int = 0,
+    random: Annotated[int | None, typer.Option(min=1, help="so many, the same each time")] = None,
     source: Annotated[str | None, typer.Option(help="only this data_source")] = None,
     status: Which = Status.trained,
     full: Full = False,
@@ -49,18 +50,19 @@ def show(
     """
     if sum(count is not None for count in (best, worst, random)) > 1:
         raise typer.BadParameter("give one of --best, --worst and --random")
-    samples = Samples.open(run)
+    samples = Samples(run)
     steps = samples.pick(str(step)) if step is not None else samples.steps[::-1]
-    fitting = (s for s in steps if _matching(samples.rows([s]), status, source))
-    number = next(fitting, steps[0])
-    everything = list(samples.rows([number]))
+    for number in steps:
+        everything = list(samples.rows([number]))
+        if _matching(everything, status, source):
+            break
     rows = _selected(everything, status, source)
     groups = list(of.grouped(rows, of.group_key).values())
     chosen = [row for group in groups[:SHOWN_GROUPS] for row in group]
     if best or worst:
         chosen = of.best_of(rows, best or worst, 1 if best else -1)
     elif random:
-        places = Random(seed).sample(range(len(rows)), min(random, len(rows)))
+        places = Random(0).sample(range(len(rows)), min(random, len(rows)))
         chosen = [rows[place] for place in sorted(places)]
     typer.secho(f"step {number}: {_ends(everything)}", bold=True)
     for _, answers in groupby(chosen, key=of.group_key):
@@ -68,7 +70,6 @@ def show(
     if len(chosen) < len(rows):
         others = f"{len(chosen)} of {len(rows)} answers in {len(groups)} groups"
         typer.echo(f"\n{others}; choose others with --best N, --worst N or --random N")
-    _tell_skipped(samples)
 
 
 @traj_app.command()
@@ -78,22 +79,18 @@ def stats(run: Run, steps: Steps = ":") -> None:
     correct: the first reward function is above reward.correct_above; std: of rewards; p95: of
     tokens; duplicate: the text occurs before in its group; stale: versions of the oldest token.
     """
-    samples = Samples.open(run)
+    samples = Samples(run)
     # Of a whole run's texts only what tells them apart stays in memory.
     rows: list[Row] = [
         {**row, "prompt": (), "completion": hash(row["completion"])}
         for row in samples.rows(samples.pick(steps))
     ]
-    table = [["step", *FORMATS, "ended"]]
+    table = []
     for label, part in [*of.grouped(rows, lambda row: row["step"]).items(), ("all", rows)]:
         found = samples.statistics(_matching(part, Status.trained))
         numbers = [format(found[n], form) if n in found else "-" for n, form in FORMATS.items()]
-        table.append([str(label), *numbers, _ends(part)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for *cells, ends in table:
-        line = [cell.rjust(width) for cell, width in zip(cells, widths, strict=False)]
-        typer.echo("  ".join([*line, ends]))
-    _tell_skipped(samples)
+        table.append((label, *numbers, _ends(part)))
+    show_table(("step", *FORMATS, "ended"), table)
 
 
 @traj_app.command()
@@ -106,35 +103,30 @@ def diff(
 ) -> None:
     """Compares answers to the same prompts, the largest change of mean reward first.
 
-    Ends with 1 when no prompt occurs in both; then it says which steps share prompts.
+    Ends with 1 when no prompt occurs in both.
     """
-    one, two = Samples.open(run), Samples.open(other or run)
+    one, two = Samples(run), Samples(other or run)
     found = of.changes(one.rows(one.pick(before)), two.rows(two.pick(after)))
+    rises = [rise for rise, _, _ in found]
+    better, worse = sum(rise > 0 for rise in rises), sum(rise < 0 for rise in rises)
+    text = f"no prompt occurs both in {before} of {run} and in {after} of {other or run}"
     if found:
-        rises = [rise for rise, _, _ in found]
-        better, worse = sum(rise > 0 for rise in rises), sum(rise < 0 for rise in rises)
         text = f"{len(found)} prompts occur in both: {better} better, {worse} worse, "
-        text += (
-            f"{len(found) - better - worse} the same; mean reward {sum(rises) / len(rises):+.3f}"
-        )
-    else:
-        text = f"no prompt occurs both in {before} of {run} and in {after} of {other or run}; "
-        pairs = [f"{a} and {b} ({count})" for count, a, b in of.shared_steps(one, two)[:10]]
-        text += f"steps that share prompts (how many): {', '.join(pairs) or 'none'}"
+        text += f"{len(found) - better - worse} the same; mean reward {fmean(rises):+.3f}"
     typer.secho(text, bold=True)
     for rise, *sides in found:
         _show_prompt(sides[0][0], f"mean reward {rise:+.3f}", None if full else SHOWN_CHARACTERS)
-        _show_sides((before, after), sides, None if full else COMPARED_CHARACTERS)
-    _tell_skipped(one, two)
+        for which, steps, rows in zip(("left", "right"), (before, after), sides, strict=True):
+            typer.secho(f"{which}  step {steps}: {_ends(rows)}", bold=True)
+            _show_answers(rows, None if full else COMPARED_CHARACTERS)
     raise typer.Exit(0 if found else 1)
 
 
 @traj_app.command()
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option(help="file to write")],
+    out: Annotated[Path, typer.Option(help="file to write: .jsonl, .csv, .parquet")],
     steps: Steps = ":",
-    form: Annotated[Format | None, typer.Option("--format", help="default: by --out")] = None,
     best: Annotated[int | None, typer.Option(min=1, help="so many of each group")] = None,
     shape: Annotated[Shape, typer.Option("--as", help="messages: for fine-tuning")] = Shape.rows,
     status: Which = Status.trained,
@@ -142,26 +134,22 @@ def export(
     """Writes rows of many steps to one file; CSV holds lists and objects as JSON."""
     from asyncgrpo.data.files import write_rows
 
-    samples = Samples.open(run)
+    samples = Samples(run)
     if out.resolve().parent == (run / "trajectories").resolve():
         raise ConfigError(
             f"--out {out} lies in the run's own trajectories/, which it would overwrite; write it "
             "somewhere else"
         )
-    chosen = form or out.suffix[1:] or "jsonl"
-    if chosen not in Format.__members__:
-        raise ConfigError(
-            f"--out {out}: {chosen!r} is not one of {', '.join(Format)}; take one of these "
-            "endings, or give --format"
-        )
+    form = out.suffix[1:] or "jsonl"
+    if form not in ENDINGS:
+        raise ConfigError(f"--out {out}: {form!r} is not one of {', '.join(ENDINGS)}; take one")
     rows = _selected(list(samples.rows(samples.pick(steps))), status)
     if best:
         groups = of.grouped(rows, of.group_key).values()
         rows = [row for group in groups for row in of.best_of(group, best)]
     records = [of.as_messages(row) if shape == Shape.messages else dict(row) for row in rows]
-    write_rows(out, records, chosen)
+    write_rows(out, records, form)
     typer.echo(f"{out}: {len(records)} records")
-    _tell_skipped(samples)
 
 
 def _matching(rows: Iterable[Row], status: Status, source: str | None = None) -> list[Row]:
@@ -216,27 +204,9 @@ def _show_group(rows: Sequence[Row], limit: int | None) -> None:
         typer.echo(indent(shown(row["completion"], limit) or "(empty)", "    "))
 
 
-def _show_sides(steps: Sequence[str], sides: Sequence[list[Row]], limit: int | None) -> None:
-    """Answers beside each other: how often each occurs and its reward, the best first."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table, cells = Table(box=None, show_header=False, expand=True, padding=(0, 2, 0, 0)), []
-    for side, step, rows in zip(("left ", "right"), steps, sides, strict=True):
-        typer.secho(f"{side}  step {step}: {_ends(rows)}", bold=True)
-        table.add_column(ratio=1, overflow="fold")
-        counts = Counter((row["reward"], row["completion"]) for row in of.best_of(rows))
-        lines = [
-            f"{n}x {reward:+.3f} {shown(t, limit) or '(empty)'}"
-            for (reward, t), n in counts.items()
-        ]
-        cells.append("\n".join(lines))
-    table.add_row(*cells)
-    Console(highlight=False, markup=False).print(table)
-
-
-def _tell_skipped(*read: Samples) -> None:
-    for place in dict.fromkeys(place for samples in read for place in samples.skipped):
-        typer.echo(
-            f"warning: {place} is not a whole row (the run goes on, or was killed)", err=True
-        )
+def _show_answers(rows: Iterable[Row], limit: int | None) -> None:
+    """How often each answer occurs and its reward, the best first."""
+    counts = Counter((row["reward"], row["completion"]) for row in of.best_of(rows))
+    for (reward, text), count in counts.items():
+        answer = f"{count}x {reward:+.3f} {shown(text, limit) or '(empty)'}"
+        typer.echo(indent(answer, "    "))

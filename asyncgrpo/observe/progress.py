@@ -121,7 +121,8 @@ class Progress:
         )
         facts = Text(
             f"reward {_number(self._last, 'rewards/mean', '+.2f')} "
-            f"{sparkline(rewards, min(rewards, default=0.0), max(rewards, default=1.0))}   "
+            f"{sparkline(rewards, min(rewards, default=0.0), max(rewards, default=1.0))} "
+            f"{phase(rewards)}   "
             f"{held_out or f'{HELD_OUT} -'}   "
             f"staleness {_number(self._last, 'staleness/mean', '.1f')}"
             f" (max {_number(self._last, 'staleness/max', '.0f')})\n"
@@ -236,6 +237,16 @@ def sparkline(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> s
     return "".join(SPARKS[min(int((mean - low) * scale), len(SPARKS) - 1)] for mean in means)
 
 
+def phase(rewards: Sequence[float]) -> str:
+    """How the mean reward moves now: what its last fifth gained, as a share of all it gained."""
+    fifth = len(rewards) // 5
+    if fifth < 2:
+        return ""
+    first, before, now = (sum(rewards[at:][:fifth]) for at in (0, -2 * fifth, -fifth))
+    share = (now - before) / (now - first) if now > first else 0.0
+    return "rising fast" if share > 0.15 else "rising" if share > 0.05 else "flat"
+
+
 def show_summary(run_dir: Path, console: Console) -> None:
     """The last screen: accuracy before and after, where everything is, what to look at next."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
@@ -252,26 +263,22 @@ def show_summary(run_dir: Path, console: Console) -> None:
     dropped = "".join(f", {n:.0f} {name.replace('_', ' ', 1)}" for name, n in groups.items())
     console.print(f"{arrived:.0f} groups arrived{dropped}", highlight=False)
     rows = whole_rows(run_dir / "metrics.jsonl")
+    facts = {}
     if rewards := [row["rewards/mean"] for row in rows if row.get("rewards/mean") is not None]:
         steps = min(COMPARED_STEPS, -(-len(rewards) // 2))
         first, last = sum(rewards[:steps]) / steps, sum(rewards[-steps:]) / steps
         bars = sparkline(rewards, min(rewards), max(rewards))
-        console.print(f"reward        {first:+.3f} {bars} {last:+.3f} (first, last {steps} steps)")
-    console.print(f"faults        {_faults(run_dir, rows) or 'none'}")
-    if not summary["steps"]:
-        console.print(
-            "nothing was trained, the model is as it was: look at what was dropped; then change "
-            "the prompts, sampling.temperature, or set algo.drop_uniform_groups=false"
-        )
-    console.print(f"model         {summary['model']}")
-    console.print(f"every step    {run_dir / 'metrics.jsonl'}")
-    every = "" if summary["steps"] else " --status all"
-    console.print(f"what it said  asyncgrpo traj show {run_dir}{every}")
-    if summary["steps"]:
-        console.print("next          look at what it said; then change one thing, for example")
-        console.print(
-            "              --set buffer.max_staleness=0, and compare eval/accuracy by seconds"
-        )
+        facts["reward"] = f"{first:+.3f} {bars} {last:+.3f} (first, last {steps} steps)"
+    facts |= {
+        "faults": _faults(run_dir, rows) or "none",
+        "model": summary["model"],
+        "every step": str(run_dir / "metrics.jsonl"),
+        "what it said": f"asyncgrpo traj show {run_dir}",
+        "next": "look at what it said; then change one thing, for example\n"
+        f"{'':14}--set buffer.max_staleness=0, and compare eval/accuracy by seconds",
+    }
+    for name, fact in facts.items():
+        console.print(f"{name:<14}{fact}")
 
 
 def _faults(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,15 +1,15 @@
 """Questions to the trajectories of a run: which rows there are, and what they say. Only reads.
 
 README.md explains the fields of a row. A run may be going on or have been killed: lines that are
-not whole are left out, and `Samples.skipped` names them.
+not whole are left out with a warning.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -20,6 +20,7 @@ from asyncgrpo.observe.trajectories import step_files
 from asyncgrpo.rows import numbered_rows
 from asyncgrpo.rundir import RunDir
 
+log = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 # What a row must have to be shown or counted.
 NEEDED = {
@@ -30,31 +31,19 @@ NEEDED = {
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """The trajectories of one run directory."""
+    """The trajectories of one run directory; steps: those that have a file, in order."""
 
-    run_dir: Path
-    files: Mapping[int, Path]  # by step, in order
-    correct_above: float  # of the run's settings
-    skipped: dict[str, None] = field(default_factory=dict)  # places of lines that were left out
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Those that have a file, in order."""
-        return tuple(self.files)
-
-    @classmethod
-    def open(cls, run_dir: Path) -> Samples:
+    def __init__(self, run_dir: Path) -> None:
         """ConfigError when this is no run directory, DataError when it has no trajectories."""
-        correct_above = RunDir.read(run_dir).config.reward.correct_above
-        files = step_files(run_dir)
-        if not files:
+        self.run_dir, self._files = run_dir, step_files(run_dir)
+        self._correct_above = RunDir.read(run_dir).config.reward.correct_above
+        self.steps = tuple(self._files)
+        if not self.steps:
             raise DataError(
                 f"{run_dir}/trajectories holds no step_<k>.jsonl: no group has ended yet, or "
                 "observe.trajectories is false"
             )
-        return cls(run_dir=run_dir, files=files, correct_above=correct_above)
 
     def pick(self, wanted: str) -> list[int]:
         """The steps of "5", of "0:5" (5 not included), ":5", "5:" or ":".
@@ -80,11 +69,12 @@ class Samples:
     def rows(self, steps: Iterable[int]) -> Iterator[Row]:
         """The rows of some steps, in the order in which they were written."""
         for step in steps:
-            for number, row in numbered_rows(self.files[step]):
+            for number, row in numbered_rows(self._files[step]):
                 if isinstance(row, dict) and row.keys() >= NEEDED:
                     yield row
                 else:
-                    self.skipped[f"{self.files[step]}:{number}"] = None
+                    note = "%s:%d is not a whole row (the run goes on, or was killed)"
+                    log.warning(note, self._files[step], number)
 
     def statistics(self, rows: Sequence[Row]) -> dict[str, float]:
         """Counts, shares and means of some trained completions; only their number if it is 0.
@@ -100,7 +90,7 @@ class Samples:
         )
         texts = {(*group_key(row), row["completion"]) for row in rows}
         first_scores = [next(iter(row["reward_parts"].values())) for row in rows]
-        right = [score is not None and score > self.correct_above for score in first_scores]
+        right = [score is not None and score > self._correct_above for score in first_scores]
         return {
             "answers": count,
             "correct": sum(right) / count,
@@ -124,18 +114,6 @@ def changes(
     means = [[fmean(row["reward"] for row in side) for side in pair] for pair in pairs]
     found = [(new - old, *pair) for (old, new), pair in zip(means, pairs, strict=True)]
     return sorted(found, key=lambda change: -abs(change[0]))
-
-
-def shared_steps(one: Samples, other: Samples) -> list[tuple[int, int, int]]:
-    """(shared prompts, step of one, step of the other), most first; in one run a later step."""
-    mine, theirs = (
-        {step: set(grouped(run.rows([step]), prompt_key)) for step in run.steps}
-        for run in (one, other)
-    )
-    same = one.run_dir == other.run_dir
-    pairs = [(a, b) for a in mine for b in theirs if a < b or not same]
-    shared = [(len(mine[a] & theirs[b]), a, b) for a, b in pairs]
-    return sorted((found for found in shared if found[0]), reverse=True)
 
 
 def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:

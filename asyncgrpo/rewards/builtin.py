@@ -264,17 +264,6 @@ _JUDGES: dict[str, Callable[[str, str], bool]] = {
     "expression": _is_value,
 }
 
-BUILTINS: dict[str, Callable[..., Any]] = {
-    "task": task,
-    "length_penalty": length_penalty,
-    "exact": exact,
-    "gsm8k": gsm8k,
-    "math": math,
-    "tag": tag,
-    "integer": integer,
-    "choice": choice,
-    "json": json_answer,
-    "format": format,
-    "length": length,
-    "http": http,
-}
+_NAMED = (task, length_penalty, exact, gsm8k, math, tag, integer, choice, format, length, http)
+BUILTINS: dict[str, Callable[..., Any]] = {judge.__name__: judge for judge in _NAMED}
+BUILTINS["json"] = json_answer

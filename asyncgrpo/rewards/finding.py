@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from pydantic import ValidationError, create_model
 
 from asyncgrpo.errors import RewardError
-from asyncgrpo.imports import find_function, nearest
+from asyncgrpo.hints import did_you_mean
+from asyncgrpo.imports import find_function
 from asyncgrpo.rewards.builtin import BUILTINS
 from asyncgrpo.rewards.function import BoundFunction, Parameters
 from asyncgrpo.settings.reward import RewardFunction, RewardSettings, Scope
@@ -25,26 +27,24 @@ def functions_for(settings: RewardSettings, prompt: Prompt) -> tuple[RewardFunct
     It can name no import path: data files must not choose what code runs. RewardError when
     reward.routes are set and none of them fits.
     """
+    functions = settings.functions
     named = prompt.columns.get("data_source")
     if isinstance(named, Mapping):
-        judges = [f for name in named for f in _named(settings, name, float(named[name]))]
+        judges = (f for name in named for f in _named(settings, name, float(named[name])))
+        functions = (*judges, *functions)
     elif settings.routes:
-        judges = list(_route(settings, prompt.data_source))
-    else:
-        judges = []
-    functions = (*judges, *settings.functions)
+        functions = (*_route(settings, prompt.data_source), *functions)
     if not functions:
         raise RewardError(
             f"data_source {prompt.data_source!r} has no reward: reward.functions and reward.routes "
             "are empty; set one of them"
         )
-    labels = [function.label for function in functions]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise RewardError(
-                f"data_source {prompt.data_source!r} has two rewards called {label!r}; give one of "
-                "them another `name` in reward.functions or reward.routes"
-            )
+    ((label, count),) = Counter(function.label for function in functions).most_common(1)
+    if count > 1:
+        raise RewardError(
+            f"data_source {prompt.data_source!r} has two rewards called {label!r}; give one of "
+            "them another `name` in reward.functions or reward.routes"
+        )
     return functions
 
 
@@ -52,8 +52,9 @@ def _route(settings: RewardSettings, source: str) -> tuple[RewardFunction, ...]:
     found = settings.routes.get(source) or settings.routes.get(DEFAULT)
     if found is None:
         raise RewardError(
-            f"data_source {source!r} has no judge; {nearest(source, settings.routes)}reward.routes "
-            f"has: {', '.join(settings.routes)}; add it there, or add a route {DEFAULT!r}"
+            f"data_source {source!r} has no judge; {did_you_mean(source, settings.routes)}"
+            f"reward.routes has: {', '.join(settings.routes)}; add it there, or add a route "
+            f"{DEFAULT!r}"
         )
     return found
 
@@ -64,7 +65,7 @@ def _named(settings: RewardSettings, name: str, weight: float) -> list[RewardFun
         known = [*settings.routes, *BUILTINS]
         raise RewardError(
             f"a record's data_source names the judge {name!r}, which is no route and not built in; "
-            f"{nearest(name, known)}add it to reward.routes (there are: {', '.join(known)})"
+            f"{did_you_mean(name, known)}add it to reward.routes (there are: {', '.join(known)})"
         )
     found = settings.routes.get(name) or (RewardFunction(use=name),)
     return [
@@ -87,7 +88,7 @@ def find(function: RewardFunction) -> BoundFunction:
         call = BUILTINS[use]
     else:
         raise RewardError(
-            f"there is no built-in reward {use!r}; {nearest(use, BUILTINS)}built in are: "
+            f"there is no built-in reward {use!r}; {did_you_mean(use, BUILTINS)}built in are: "
             f"{', '.join(BUILTINS)}; write your own as 'package.module:function' or "
             "'file.py:function'"
         )
@@ -140,7 +141,7 @@ def _options(
     for name in given:
         if name not in names:
             raise RewardError(
-                f"reward function {label!r} has no option {name!r}; {nearest(name, names)}"
+                f"reward function {label!r} has no option {name!r}; {did_you_mean(name, names)}"
                 f"options are parameters with a default or after a *: {', '.join(names) or 'none'}"
             )
     if call not in BUILTINS.values():

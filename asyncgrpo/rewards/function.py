@@ -115,17 +115,12 @@ class Call:
 
     def scores(self) -> list[float]:
         """Waits; a finite number per completion, NaN for None. RewardError: a broken contract."""
-        fault = self.outcome.exception()
         try:
-            if fault is not None:
-                raise fault
             returned = self.outcome.result()
             values = [returned] if self.function.scope == "sample" else self._as_list(returned)
             return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
         except BaseException as error:  # also what it returned may raise anything
-            if isinstance(error, RewardError | _TooSlow) or (
-                is_interrupt(error) and error is not fault
-            ):
+            if isinstance(error, RewardError | _TooSlow) or is_interrupt(error):
                 raise
             raise RewardError(
                 f"{self.function} raised {described(error)} at {last_place(error)}; it must score "
@@ -172,10 +167,10 @@ class _TooSlow(BaseException):
 
 
 @contextmanager
-def time_limit(function: BoundFunction, seconds: float) -> Iterator[None]:
+def time_limit(what: object, seconds: float) -> Iterator[None]:
     """RewardError in the block after that time. In other threads than the main one no limit.
 
-    The function stays in the main thread, as in a worker: some keep their own time by SIGALRM.
+    A user's function stays in the main thread, as in a worker: some keep their own time by SIGALRM.
     """
     main = threading.main_thread()
     if threading.current_thread() is not main:
@@ -193,7 +188,7 @@ def time_limit(function: BoundFunction, seconds: float) -> Iterator[None]:
         yield
     except _TooSlow:
         raise RewardError(
-            f"{function} gave no score within reward.timeout_seconds={seconds:g}; let it end "
+            f"{what} gave no score within reward.timeout_seconds={seconds:g}; let it end "
             "sooner, or raise reward.timeout_seconds"
         ) from None
     finally:

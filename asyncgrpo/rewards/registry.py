@@ -50,7 +50,18 @@ class RewardSet:
         Also when no function applies to a completion: then there is nothing to learn from.
         """
         functions = self.functions(prompt)
-        parts, errors = _parts(functions, prompt, completions, self._error_score)
+        # All are started before any is waited for: async ones are under way together.
+        started = [(f.label, call) for f in functions for call in f.start(prompt, completions)]
+        parts: dict[str, list[float]] = {function.label: [] for function in functions}
+        errors: list[str] = []
+        for label, call in started:
+            try:
+                parts[label] += call.scores()
+            except RewardError as error:
+                if self._error_score is None:
+                    raise
+                errors.append(str(error))
+                parts[label] += [self._error_score] * call.count
         return _combine([function.weight for function in functions], parts, errors)
 
     def probe(self, prompt: Prompt) -> None:
@@ -62,7 +73,8 @@ class RewardSet:
         parts: dict[str, list[float]] = {}
         for function in self.functions(prompt):
             with time_limit(function, self._timeout_seconds):
-                parts |= _parts([function], prompt, completions, None)[0]
+                calls = function.start(prompt, completions)
+                parts[function.label] = [score for call in calls for score in call.scores()]
         return parts
 
     def check(self, prompts: Iterable[Prompt]) -> None:
@@ -135,30 +147,6 @@ class RewardHealth:
                 f"reward.max_error_rate={self._limit:g} of reward.error_window={self._size}): "
                 f"{error}"
             )
-
-
-def _parts(
-    functions: Sequence[BoundFunction],
-    prompt: Prompt,
-    completions: Sequence[str],
-    error_score: float | None,
-) -> tuple[dict[str, list[float]], list[str]]:
-    """Scores by label, and the errors that error_score stands for; without one they are raised."""
-    errors: list[str] = []
-    parts: dict[str, list[float]] = {}
-    # All are started before any is waited for: async ones are under way together.
-    calls = {f.label: f.start(prompt, completions) for f in functions}
-    for label, started in calls.items():
-        parts[label] = []
-        for call in started:
-            try:
-                parts[label] += call.scores()
-            except RewardError as error:
-                if error_score is None:
-                    raise
-                errors.append(str(error))
-                parts[label] += [error_score] * call.count
-    return parts, errors
 
 
 def _combine(

@@ -62,7 +62,10 @@ def try_rewards(
     rows: list[Row] = []
     for source, chosen in sorted(_by_source(prompts, count).items()):
         functions = rewards.functions(chosen[0])
-        best = template or _best_template(rewards, functions, chosen[:8])
+        templates = [template] if template else _templates(functions)
+        best = max(
+            templates, key=lambda t: sum(_score(rewards, functions, chosen[:8], t)[TOTAL]["gold"])
+        )
         for place, (label, scores) in enumerate(_score(rewards, functions, chosen, best).items()):
             means = {kind: sum(s) / len(s) if s else math.nan for kind, s in scores.items()}
             flags: list[str] = []
@@ -86,17 +89,10 @@ def _by_source(prompts: Iterable[Prompt], count: int) -> dict[str, list[Prompt]]
     return found
 
 
-def _best_template(
-    rewards: RewardSet, functions: Sequence[BoundFunction], prompts: Sequence[Prompt]
-) -> str:
+def _templates(functions: Sequence[BoundFunction]) -> list[str]:
     options = [function.options for function in functions]
     tags = [f"<{o['tag']}>{HOLE}</{o['tag']}>" for o in options if "tag" in o]
-    keys = [f'{{"{o["key"]}": "{HOLE}"}}' for o in options if o.get("key")]
-
-    def gold(template: str) -> float:
-        return sum(_score(rewards, functions, prompts, template)[TOTAL]["gold"])
-
-    return max((*TEMPLATES, *tags, *keys), key=gold)
+    return [*TEMPLATES, *tags, *(f'{{"{o["key"]}": "{HOLE}"}}' for o in options if o.get("key"))]
 
 
 def _score(

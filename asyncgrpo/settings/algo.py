@@ -185,10 +185,7 @@ def _contradictions(algo: AlgoSettings) -> Iterator[str]:
     yield from _without_effect(algo)
     for name, band in (("icepop", algo.icepop), ("geometric_mask", algo.geometric_mask)):
         if not band.low < 1.0 < band.high:
-            yield (
-                f"{name}.low={band.low} and {name}.high={band.high} must satisfy low < 1 < high: "
-                "the band is around equal policies"
-            )
+            yield f"{name}.low={band.low} and {name}.high={band.high} must hold low < 1 < high"
     if algo.kl_coef and algo.kl == "k1" and algo.kl_in == "loss":
         yield (
             "kl=k1 in the loss has an expected gradient of zero: it would only add noise; set "
@@ -201,10 +198,7 @@ def _contradictions(algo: AlgoSettings) -> Iterator[str]:
             "that of the summed reward; use advantage grpo or dr_grpo"
         )
     if algo.advantage == "pass_at_k" and algo.pass_k > algo.group_size:
-        yield (
-            f"pass_k={algo.pass_k} must be <= algo.group_size={algo.group_size}: "
-            "sets of k completions are drawn from one group"
-        )
+        yield f"pass_k={algo.pass_k} must be <= algo.group_size={algo.group_size}: k of a group"
 
 
 def _correction_problems(algo: AlgoSettings) -> Iterator[str]:

@@ -105,8 +105,5 @@ class DataSettings(Room):
         if not isinstance(self.train, str) and not weights:
             raise ValueError("train=[] holds no table; give at least one with a path")
         if None in weights and any(weight is not None for weight in weights):
-            raise ValueError(
-                f"train: the weights are {weights}; give a weight to every table, or to none "
-                "(then each counts by its number of prompts)"
-            )
+            raise ValueError(f"train: the weights are {weights}; give one to all tables, or none")
         return self

@@ -72,6 +72,9 @@ class LearnerSettings(Room):
     float32_head: bool = Field(
         False, description="with dtype = 'bfloat16': logits in float32 all the same"
     )
+    fused_head: bool = Field(
+        False, description="with dtype = 'bfloat16': log-probs by Liger's kernel; CUDA only"
+    )
     checkpoint_activations: Annotated[int, BeforeValidator(_as_interval)] = Field(
         0, ge=0, description="blocks computed again in the backward pass: none, full, or each nth"
     )

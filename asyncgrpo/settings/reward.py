@@ -31,7 +31,7 @@ class RewardFunction(Room):
         return self.name or self.use.split(":")[-1].split(".")[-1]
 
 
-def _as_functions(route: Any) -> Any:
+def as_functions(route: Any) -> Any:
     """A route as a list of functions: it may be a name, {name: weight}, a table, or a list."""
     if isinstance(route, str):
         return [{"use": route}]
@@ -39,17 +39,17 @@ def _as_functions(route: Any) -> Any:
         is_table = not route or "use" in route
         return [route] if is_table else [{"use": name, "weight": w} for name, w in route.items()]
     if isinstance(route, list | tuple):
-        return [function for part in route for function in _as_functions(part)]
+        return [function for part in route for function in as_functions(part)]
     return [route]
 
 
-Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions), Field(min_length=1)]
+Route = Annotated[tuple[RewardFunction, ...], BeforeValidator(as_functions), Field(min_length=1)]
 
 
 class JudgeSettings(Room):
     """What completions are scored by, and which of them are correct."""
 
-    functions: Annotated[tuple[RewardFunction, ...], BeforeValidator(_as_functions)] = Field(
+    functions: Annotated[tuple[RewardFunction, ...], BeforeValidator(as_functions)] = Field(
         (RewardFunction(use="task"), RewardFunction(use="length_penalty")),
         description="score every record; default: task and length_penalty, or none with routes",
     )

@@ -40,6 +40,9 @@ class ActorSettings(Room):
     kv_on_update: Literal["keep", "recompute"] = Field(
         "keep", description="keep keys and values across a weight update, or compute them anew"
     )
+    sleep: bool = Field(
+        False, description="the engine gives its GPU's memory to the learner while that trains"
+    )
     threads: int = Field(1, ge=1, description="OpenMP threads of one CPU engine")
     tensor_parallel: int = Field(
         1, ge=1, description="GPUs of one machine that share an engine; on CPU processes"

@@ -6,16 +6,16 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
 import torch
 
 from asyncgrpo.errors import WeightsError
-from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.protocols import Parts, SentTensors
 
 ALIGNMENT = 16  # bytes; every tensor starts on a multiple, so that any dtype can view it
 DIGEST_CHUNK = 1 << 17  # elements; their int64 products stay in a core's cache
@@ -30,7 +30,7 @@ class Manifest:
     dtype: str
 
     @classmethod
-    def of(cls, tensors: NamedTensors, dtype: str) -> Manifest:
+    def of(cls, tensors: SentTensors, dtype: str) -> Manifest:
         """The manifest of tensors that will be sent as `dtype`."""
         named = {name: tuple(tensor.shape) for name, tensor in tensors}
         return cls(names=tuple(named), shapes=tuple(named.values()), dtype=dtype)
@@ -69,15 +69,15 @@ class Manifest:
         names = tuple(map(str, range(len(lengths))))
         return Manifest(names=names, shapes=tuple((n,) for n in lengths), dtype="uint8")
 
-    def check(self, tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    def check(self, tensors: SentTensors) -> Iterator[torch.Tensor | Parts]:
         """The tensors as they come; WeightsError when names or shapes differ."""
         expected = zip(self.names, self.shapes, strict=True)
         count = 0
         for name, tensor in tensors:
             wanted, shape = next(expected, ("nothing more", ()))
-            if name != wanted or tensor.shape != shape:
+            if name != wanted or tuple(tensor.shape) != shape:
                 raise WeightsError(f"parameter {name} {tuple(tensor.shape)} came, not {wanted}")
-            yield name, tensor
+            yield tensor
             count += 1
         if count != len(self.names):
             raise WeightsError(f"{count} parameters came, {len(self.names)} are expected")
@@ -85,7 +85,7 @@ class Manifest:
     @torch.no_grad()
     def pieces(
         self,
-        tensors: NamedTensors,
+        tensors: SentTensors,
         staging: Sequence[torch.Tensor],
         wanted: Container[int] | None = None,
     ) -> Iterator[torch.Tensor]:
@@ -97,15 +97,12 @@ class Manifest:
         """
         turns = cycle(staging)
         bucket, used, number, dtype = next(turns), 0, 0, self.torch_dtype
-        for _, tensor in self.check(tensors):
-            rest = tensor.detach().reshape(-1)
+        for rest in chain.from_iterable(map(self._flat, self.check(tensors))):
             while len(rest):
                 count = min(len(rest), (len(bucket) - used) // dtype.itemsize)
-                end = used + count * dtype.itemsize
-                bucket[used:end].view(dtype).copy_(rest[:count])
+                start, used = used, used + count * dtype.itemsize
+                bucket[start:used].view(dtype).copy_(rest[:count])
                 rest = rest[count:]
-                used = -(-end // ALIGNMENT) * ALIGNMENT
-                bucket[end:used] = 0
                 if used == len(bucket):
                     if wanted is None or number in wanted:
                         yield bucket
@@ -113,6 +110,12 @@ class Manifest:
                     used, number = 0, number + 1
         if used and (wanted is None or number in wanted):
             yield bucket[:used]
+
+    def _flat(self, tensor: torch.Tensor | Parts) -> Iterable[torch.Tensor]:
+        """Its elements, and zeros up to where the next tensor starts."""
+        parts = tensor.flat if isinstance(tensor, Parts) else [tensor.detach().reshape(-1)]
+        gap = -math.prod(tensor.shape) % (ALIGNMENT // self.torch_dtype.itemsize)
+        return chain(parts, [torch.zeros(gap)])  # which leaves `flat` open when a pass is given up
 
 
 class FlatWeights:
@@ -162,7 +165,7 @@ class FlatWeights:
         for name, shape, start, end in self.manifest.spans():
             yield name, self.bytes[start:end].view(self.manifest.torch_dtype).view(shape)
 
-    def fill(self, tensors: NamedTensors) -> None:
+    def fill(self, tensors: SentTensors) -> None:
         """Copies tensors in, cast to the manifest's dtype; WeightsError when names differ."""
         for _ in self.manifest.pieces(tensors, [self.bytes]):
             pass

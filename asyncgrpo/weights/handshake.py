@@ -20,6 +20,7 @@ class Member:
 
     name: str
     peer: str  # its socket identity; another life of the actor has another one
+    ranks: int = 1  # processes that take part in a broadcast
     held: int = -1  # newest version it proved; -1 = none
     busy: bool = False  # it asked to keep its weights (an evaluation runs)
     pending: int | None = None  # version sent, not yet proven
@@ -68,10 +69,10 @@ class Handshake:
         waits_for_nobody = self._has_failed or not self._is_readable or not self.behind()
         return self.round is None and waits_for_nobody
 
-    def join(self, name: str, peer: str) -> None:
+    def join(self, name: str, peer: str, ranks: int = 1) -> None:
         """A new actor, or a new life of one; it holds nothing until it proves it."""
         self.evict(name)
-        self.members[name] = Member(name=name, peer=peer)
+        self.members[name] = Member(name=name, peer=peer, ranks=ranks)
 
     def evict(self, name: str) -> Member | None:
         """Forgets a member; None when it was not one."""

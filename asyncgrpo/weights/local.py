@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from asyncgrpo.config import Config
-from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.protocols import NamedTensors, SentTensors
 from asyncgrpo.types import Float32
 from asyncgrpo.weights.flat import FlatWeights, Manifest
 from asyncgrpo.weights.proof import check_proof
@@ -23,7 +23,7 @@ class LocalLink:
         self._busy = False
         self._metrics: dict[str, float] = {}
 
-    def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
+    def publish(self, version: int, tensors: SentTensors, canary_logprobs: Float32) -> None:
         if self._flat is None:
             self._flat = FlatWeights(Manifest.of(tensors, self._config.model.dtype))
         self._flat.fill(tensors)
@@ -81,8 +81,8 @@ class LocalLink:
     def set_busy(self, busy: bool) -> None:
         self._busy = busy
 
+    def wants_sleep(self, is_asleep: bool) -> bool:
+        return False
+
     def check(self) -> None:
         """Faults were raised where they were found."""
-
-    def close(self) -> None:
-        """Nothing is held open."""

@@ -1,46 +1,28 @@
 """The learner's side of publishing: a thread that offers, broadcasts and checks proofs.
 
-Consumes: publish() and release() of the learner loop; join, ready, later, free, loaded of actors.
-Produces: offer, go, sent, reject to the actors; a broadcast over the group, or a file.
+Consumes: calls of the learner loop; join, ready, later, free, loaded, asleep of actors.
+Produces: offer, go, sent, sleep, reject to the actors; a broadcast over the group, or a file.
 Waits for: answers until a deadline; then it goes on without the late ones.
 
-Weights are read from the learner's own parameters while they stand still, from publish to release,
-two buckets at a time: by the thread, or, when ranks hold parts of them, by the learner loop, which
-gathers one parameter after the other while earlier ones are sent. Where they change before the
-next publish there is one copy in host memory.
+The thread sends; where ranks hold parts of the weights the learner loop does, from within its
+calls, with the help of the other ranks.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
-import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from asyncgrpo.config import Config
 from asyncgrpo.errors import PeerTimeout, WeightsError, WireError
-from asyncgrpo.protocols import NamedTensors
+from asyncgrpo.protocols import SentTensors
 from asyncgrpo.types import Float32
-from asyncgrpo.weights.collective import (
-    ON_DEVICE,
-    WeightGroup,
-    open_group,
-    open_store,
-    retire,
-    share_bucket,
-)
-from asyncgrpo.weights.disk import prune, write_version
-from asyncgrpo.weights.flat import ALIGNMENT, Digester, FlatWeights, Manifest, differing
 from asyncgrpo.weights.handshake import Handshake
+from asyncgrpo.weights.outbox import Outbox
 from asyncgrpo.weights.proof import check_proof
 from asyncgrpo.wire.codec import Packet
 from asyncgrpo.wire.keys import Keys
@@ -49,16 +31,6 @@ from asyncgrpo.wire.sockets import Server
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.003
-SEED_BITS = 62
-
-
-@dataclass(slots=True)
-class Proof:
-    """What must come back for a version."""
-
-    seed: int  # what digests are made with
-    canary_logprobs: Float32
-    digests: list[int] = field(default_factory=list)  # known once all bytes were read
 
 
 class CollectiveSender:
@@ -75,34 +47,17 @@ class CollectiveSender:
         folder: Path | None = None,
     ) -> None:
         """transport: weights.transport, "auto" resolved. folder: where "disk" writes versions."""
-        self._config, self._store_address = config, store
-        self._settings = config.weights
+        self._config, self._settings = config, config.weights
         self._server = Server(address, keys)
-        self._transport, self._folder = transport, folder
-        if transport == "disk" and folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)  # versions of an earlier life
-        # Else they are read in `publish`, to a file or a copy.
-        self._reads_later = transport != "disk" and self._settings.publish_every == 1
+        self._outbox = Outbox(config, store, transport, folder)
         # Gathering is for the loop's own thread, which runs all other collectives of the learner.
-        self._loop_sends = config.learner.parallel == "fsdp" and self._reads_later
-        self._bucket_bytes = self._settings.bucket_bytes // ALIGNMENT * ALIGNMENT
-        timeout = self._settings.transfer_timeout_seconds
-        self._store = open_store(*store, is_master=True, timeout_seconds=timeout)
+        self._loop_sends = config.learner.parallel == "fsdp" and self._outbox.reads_later
+        self._asleep, self._sleepers = False, set[str]()  # told to engines; peers who did it
         self._handshake = Handshake(
             ready_timeout_seconds=self._settings.ready_timeout_seconds,
             loaded_timeout_seconds=self._settings.loaded_timeout_seconds,
         )
-        self._manifest = Manifest(names=(), shapes=(), dtype=config.model.dtype)  # not known yet
-        self._staging: list[torch.Tensor] = []
-        self._copy: FlatWeights | None = None
-        self._tensors: NamedTensors = ()
-        self._file = ""
-        self._sent: tuple[int, list[int]] = (-1, [])  # last version tried, digests of its buckets
-        self._proofs: dict[int, Proof] = {}
-        self._group: WeightGroup | None = None
-        self._peers: tuple[str, ...] = ()  # its other members
-        self._generation = 0
-        self._bucket_seed = secrets.randbits(SEED_BITS)
+        self._canary_logprobs: dict[int, Float32] = {}  # by version
         self._life = uuid.uuid4().hex  # actors find out that this is another learner
         self._published_at = 0.0
         self._blocked_seconds = 0.0  # the learner's, in `release` since the last publish
@@ -117,19 +72,16 @@ class CollectiveSender:
 
     # -- called by the learner loop ---------------------------------------------------------
 
-    def publish(self, version: int, tensors: NamedTensors, canary_logprobs: Float32) -> None:
+    def publish(self, version: int, tensors: SentTensors, canary_logprobs: Float32) -> None:
         with self._changed:
             start = time.perf_counter()
             self._wait(lambda: self._handshake.round is None, "end of a broadcast")
-            if not self._manifest.names:
-                self._manifest = Manifest.of(tensors, self._config.model.dtype)
-                device = "cuda" if self._transport in ON_DEVICE else "cpu"
-                size = min(self._bucket_bytes, max(self._manifest.num_bytes, ALIGNMENT))
-                self._staging = [
-                    torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)
-                ]
-            self._remember(version, canary_logprobs)
-            self._take(version, tensors)
+            if self._asleep:
+                self._tell_sleep(False)
+            owed = {m.pending for m in self._handshake.members.values()} | {version}
+            known = {**self._canary_logprobs, version: canary_logprobs}
+            self._canary_logprobs = {v: values for v, values in known.items() if v in owed}
+            self._outbox.take(version, tensors, owed)
             self._handshake.publish(version)
             self._published_at = time.perf_counter()
             if self._loop_sends or not self._settings.overlap:
@@ -137,54 +89,43 @@ class CollectiveSender:
             blocked = self._blocked_seconds + time.perf_counter() - start
             self._metrics["publish/blocked_seconds"], self._blocked_seconds = blocked, 0.0
 
-    def _remember(self, version: int, canary_logprobs: Float32) -> None:
-        self._proofs[version] = Proof(secrets.randbits(SEED_BITS), canary_logprobs)
-        owed = {m.pending for m in self._handshake.members.values()} | {version}
-        self._proofs = {v: proof for v, proof in self._proofs.items() if v in owed}
-
-    def _take(self, version: int, tensors: NamedTensors) -> None:
-        """Makes the weights readable for the thread."""
-        if self._transport == "disk":
-            assert self._folder is not None, "the disk needs a folder"
-            place = self._folder / f"v{version}"
-            pieces = self._manifest.pieces(tensors, self._staging)
-            with self._digesting(version) as add:
-                self._file = str(write_version(place, self._manifest, pieces, add))
-            prune(self._folder, self._proofs)
-        elif self._reads_later:
-            self._tensors = tensors
-        else:
-            self._copy = self._copy or FlatWeights(self._manifest)
-            self._copy.fill(tensors)
-            self._tensors = list(self._copy.views())
-
     def release(self) -> None:
         """Waits until nobody reads the learner's parameters, and lets nobody until `publish`."""
-        if not self._reads_later:
+        sleeps = self._config.actor.sleep and not self._asleep
+        if not self._outbox.reads_later and not sleeps:
             return
         start = time.perf_counter()
         with self._changed:
             self._wait(self._handshake.at_rest, "end of a broadcast")
             self._handshake.hold()
-            self._tensors = ()
+            self._outbox.release()
             self._blocked_seconds += time.perf_counter() - start
+            if sleeps:
+                self._put_to_sleep()
+
+    def _put_to_sleep(self) -> None:
+        """Waits until engines sleep, with their proofs made; who joins is told to sleep, too."""
+        start, members = time.perf_counter(), self._handshake.members.values
+        seconds = self._settings.ready_timeout_seconds
+        self._tell_sleep(True)
+        try:
+            self._wait(lambda: self._sleepers >= {m.peer for m in members()}, "sleep", seconds)
+        except PeerTimeout:
+            awake = [member.name for member in members() if member.peer not in self._sleepers]
+            log.warning("training goes on beside %s, awake after %g s", ", ".join(awake), seconds)
+        self._metrics["publish/sleep_seconds"] = time.perf_counter() - start
+
+    def _tell_sleep(self, asleep: bool) -> None:
+        self._asleep, self._sleepers = asleep, set()
+        for member in list(self._handshake.members.values()):
+            if not self._server.push(member.peer, Packet(kind="sleep", fields={"asleep": asleep})):
+                self._evict(member.name, "its connection is gone")
 
     def serve(self) -> None:
         """Sends to actors that are late or new, if that is for the caller to do."""
         with self._changed:
             if self._loop_sends and self._handshake.decided():
                 self._broadcast()
-
-    @contextmanager
-    def _digesting(self, version: int) -> Iterator[Callable[[torch.Tensor], None]]:
-        """A function that takes each piece; at the end the version's digests are known."""
-        proof = self._proofs[version]
-        digester = Digester(self._manifest, proof.seed)
-        yield digester.add
-        assert proof.digests in ([], digester.values), "weights changed before their release"
-        proof.digests = digester.values
-        self._metrics["publish/digest_seconds"] = digester.seconds
-        self._metrics["publish/bytes"] = float(self._manifest.num_bytes)
 
     def wait_for_actors(self, count: int, timeout_seconds: float) -> None:
         def proven() -> int:
@@ -207,12 +148,12 @@ class CollectiveSender:
         with self._changed:
             refused = {"publish/refused_messages": float(self._server.num_refused)}
             actors = {"publish/actors": float(len(self._handshake.members))}
-            return {**self._metrics, **refused, **actors}
+            return {**self._metrics, **self._outbox.metrics, **refused, **actors}
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join(self._settings.transfer_timeout_seconds)
-        retire(self._group)
+        self._outbox.leave_group()
         self._server.close()
 
     def _wait(self, done: Any, what: str, seconds: float | None = None) -> None:
@@ -276,20 +217,12 @@ class CollectiveSender:
 
     def _welcome(self) -> None:
         """Lets actors in once there is something to hold."""
-        if not self._manifest.names:
+        if not self._outbox.is_filled:
             return
         for peer, packet in self._waiting_joins:
             name = packet.fields["actor"]
-            self._handshake.join(name, peer)
-            fields = {
-                "manifest": self._manifest.as_fields(),
-                "store": list(self._store_address),
-                "transport": self._transport,
-                "life": self._life,
-                "bucket_bytes": self._bucket_bytes,
-            }
-            if self._transport == "cuda_ipc":  # exported anew for each: opening one uses it up
-                fields["shared"] = [share_bucket(bucket) for bucket in self._staging]
+            self._handshake.join(name, peer, packet.fields["ranks"])
+            fields = {**self._outbox.joined(), "life": self._life, "asleep": self._asleep}
             answer = Packet(kind="joined", request_id=packet.request_id, fields=fields)
             self._server.answer(peer, answer)
             log.info("%s joined", name)
@@ -305,10 +238,13 @@ class CollectiveSender:
     def _on_free(self, peer: str, packet: Packet) -> None:
         self._handshake.free(packet.fields["actor"])
 
+    def _on_asleep(self, peer: str, packet: Packet) -> None:
+        self._sleepers.add(peer)
+
     def _on_alive(self, peer: str, packet: Packet) -> None:
         """From who may not know that it was evicted."""
         if packet.fields["actor"] not in self._handshake.members:
-            self._server.push(peer, Packet(kind="rejoin"))
+            self._server.push(peer, Packet(kind="rejoin", fields={"asleep": self._asleep}))
 
     def _on_loaded(self, peer: str, packet: Packet) -> None:
         fields = packet.fields
@@ -324,14 +260,13 @@ class CollectiveSender:
         self._metrics["publish/live_seconds"] = time.perf_counter() - self._published_at
 
     def _check(self, peer: str, packet: Packet) -> None:
-        proof = self._proofs[packet.fields["version"]]
-        wrong = differing(self._manifest, proof.digests, packet.fields["digests"])
+        version = packet.fields["version"]
         try:
             self._metrics["publish/canary_difference"] = check_proof(
                 packet.fields,
-                version=packet.fields["version"],
-                wrong_tensors=wrong,
-                logprobs=proof.canary_logprobs,
+                version=version,
+                wrong_tensors=self._outbox.differing(version, packet.fields["digests"]),
+                logprobs=self._canary_logprobs[version],
                 tolerance=self._config.canary_tolerance,
             )
             self._metrics["publish/proofs"] += 1
@@ -361,83 +296,14 @@ class CollectiveSender:
         if names:
             start = time.perf_counter()
             try:
-                if self._transport != "disk":
-                    self._send(names, version)
-                self._tell_sent(names, version)
+                members = [self._handshake.members[name] for name in names]
+                self._outbox.send(version, members, self._server.push)
+                packet = Packet(kind="sent", fields=self._outbox.sent(version))
+                for member in members:
+                    self._server.push(member.peer, packet)
                 sent = True
                 self._metrics["publish/broadcast_seconds"] = time.perf_counter() - start
                 self._metrics["publish/rounds"] += 1
             except WeightsError as error:
                 log.warning("publish of version %d to %s failed: %s", version, names, error)
-                retire(self._group)
-                self._group, self._peers = None, ()
         self._handshake.close_round(time.monotonic(), sent=sent)
-
-    def _send(self, names: list[str], version: int) -> None:
-        wanted = self._find_changes(names, version) if self._settings.only_changed else None
-        group = self._form_group(names, version, wanted)
-        pieces = self._manifest.pieces(self._tensors, self._staging, wanted)
-        if wanted is None:
-            with self._digesting(version) as add:
-                group.broadcast(pieces, add)
-        else:
-            group.broadcast(pieces, lambda piece: None)
-
-    def _find_changes(self, names: list[str], version: int) -> list[int]:
-        """Numbers of the buckets that these actors lack; digests of all are made on the way.
-
-        Who proved the last version that was sent has its bytes: a later broadcast, even one that
-        failed, would have put another version in its place.
-        """
-        held, former = self._sent
-        buckets = self._manifest.buckets(self._bucket_bytes)
-        digester = Digester(buckets, self._bucket_seed)
-        with self._digesting(version) as add:
-            for piece in self._manifest.pieces(self._tensors, self._staging):
-                add(piece)
-                digester.add(piece)
-        self._sent = version, digester.values
-        wanted = list(range(len(buckets.names)))
-        if former and all(self._handshake.members[name].held == held for name in names):
-            wanted = [n for n in wanted if digester.values[n] != former[n]]
-        sent = sum(buckets.shapes[n][0] for n in wanted)
-        self._metrics["publish/bytes"] = float(sent)
-        self._metrics["publish/bytes_saved"] = float(self._manifest.num_bytes - sent)
-        return wanted
-
-    def _tell_sent(self, names: list[str], version: int) -> None:
-        proof = self._proofs[version]
-        fields = {"version": version, "digests": proof.digests}
-        if self._transport == "disk":
-            fields |= {"seed": proof.seed, "path": self._file}
-        for name in names:
-            peer = self._handshake.members[name].peer
-            self._server.push(peer, Packet(kind="sent", fields=fields))
-
-    def _form_group(self, names: list[str], version: int, wanted: list[int] | None) -> WeightGroup:
-        """Tells the members their ranks, and makes a new group if they are not the last ones."""
-        peers = tuple(self._handshake.members[name].peer for name in names)
-        self._generation += peers != self._peers
-        for rank, peer in enumerate(peers, start=1):
-            fields = {
-                "version": version,
-                "generation": self._generation,
-                "rank": rank,
-                "world_size": len(peers) + 1,
-                "seed": self._proofs[version].seed,
-                "buckets": wanted,
-            }
-            self._server.push(peer, Packet(kind="go", fields=fields))
-        if self._group is None or peers != self._peers:
-            retire(self._group)
-            self._group, self._peers = None, ()
-            self._group = open_group(
-                self._store,
-                transport=self._transport,
-                generation=self._generation,
-                rank=0,
-                world_size=len(peers) + 1,
-                seconds=self._settings.ready_timeout_seconds,
-            )
-            self._peers = peers
-        return self._group

@@ -35,6 +35,7 @@ MAX_REQUEST_FRAME_BYTES, MAX_ANSWER_FRAME_BYTES, MAX_FULL_FRAMES = 256 << 20, 4 
 MAX_FRAMES = 1 << 16
 MAX_ITEMS = 1 << 18  # of one list or mapping in a header; msgpack itself nests 1024 deep at most
 LEASE_FIELDS = [name for name in Lease.__slots__ if name not in ("prompt", "sampling")]
+SHARD_FIELDS = [name for name in Shard.__slots__ if name != "groups"]
 LEASE = attrgetter(*LEASE_FIELDS)
 PROMPT, SAMPLING = attrgetter(*Prompt.__slots__), attrgetter(*Sampling.__slots__)
 INT, FLOAT = np.dtype("<i4"), np.dtype("<f4")
@@ -157,26 +158,15 @@ def groups_from(
 
 def shard_packet(shard: Shard) -> Packet:
     """The answer to a learner rank that asked for its part of a step."""
-    return group_packet(
-        "shard",
-        shard.groups,
-        step=shard.step,
-        num_loss_tokens_global=shard.num_loss_tokens_global,
-        num_completions_global=shard.num_completions_global,
-    )
+    return group_packet("shard", shard.groups, **{n: getattr(shard, n) for n in SHARD_FIELDS})
 
 
 def shard_from(packet: Packet) -> Shard:
     """The shard of a `shard_packet`."""
     try:
-        return Shard(
-            step=packet.fields["step"],
-            groups=groups_from(packet),
-            num_loss_tokens_global=packet.fields["num_loss_tokens_global"],
-            num_completions_global=packet.fields["num_completions_global"],
-        )
-    except KeyError as error:
-        raise WireError(f"packet {packet.kind!r} is not a shard: {error} is missing") from None
+        return Shard(groups=groups_from(packet), **packet.fields)
+    except TypeError as error:
+        raise WireError(f"packet {packet.kind!r} is not a shard: {error}") from None
 
 
 def pack_group(group: Group) -> Sealed:

@@ -9,25 +9,17 @@ import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, create_model
 
 from asyncgrpo.errors import WireError
 from asyncgrpo.types import FinishReason
 
+Version = Annotated[int, Field(ge=-1, lt=1 << 31)]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=256)]
 Names = list[Name]
 Table = Mapping[str, type[BaseModel]]  # by kind
-
-
-class Hello(BaseModel):
-    """Who, which version its engine holds (-1: none yet), and the leases it is at work on."""
-
-    model_config = ConfigDict(strict=True)
-    actor: Name
-    version: Annotated[int, Field(ge=-1, lt=1 << 31)] = -1
-    leases: Names = []
 
 
 class Status(BaseModel):
@@ -42,8 +34,9 @@ STRICT = ConfigDict(strict=True)
 
 
 def _row(config: ConfigDict = STRICT, /, **fields: Any) -> type[BaseModel]:
-    required: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
-    return create_model("Row", __config__=config, **required)
+    """fields: a type, or a type and a default."""
+    kinds: dict[str, Any] = {n: k if isinstance(k, tuple) else (k, ...) for n, k in fields.items()}
+    return create_model("Row", __config__=config, **kinds)
 
 
 GROUP = {
@@ -58,7 +51,8 @@ GROUP = {
     )
 }
 BUFFER_REQUESTS: Table = {
-    "hello": Hello,
+    # version: -1 when its engine holds none yet; leases: what it is at work on
+    "hello": _row(actor=Name, version=(Version, -1), leases=(Names, [])),
     "bye": _row(actor=Name),
     "lease": _row(version=Count, max=Count),
     "accept": _row(lease_ids=Names, refused=Names),
@@ -76,11 +70,12 @@ BUFFER_REQUESTS: Table = {
 }
 PROOF = {"digests": list[int], "canary_tokens": list[Count], "canary_logprobs": list[float]}
 WEIGHTS_REQUESTS: Table = {
-    "join": _row(actor=Name),
+    "join": _row(actor=Name, ranks=PositiveInt),
     "ready": _row(actor=Name, round=Count),
     "later": _row(actor=Name, round=Count),
     "free": _row(actor=Name),
     "alive": _row(actor=Name),
+    "asleep": _row(actor=Name),
     "loaded": _row(actor=Name, version=Count, copy_seconds=Number, stall_seconds=Number, **PROOF),
 }
 

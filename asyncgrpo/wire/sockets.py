@@ -33,7 +33,7 @@ from asyncgrpo.wire.keys import Keys
 log = logging.getLogger(__name__)
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, RECONNECT_MS = 1000, 10_000, 50
 RESEND_SECONDS = 3.0
-REMEMBERED_ANSWERS, REMEMBERED_PEERS = 256, 1024
+REMEMBERED_ANSWERS = 1 << 15  # of all peers
 # then the server's owner has its turn and answers, however much peers send: some 8 groups of 4k
 MESSAGES_PER_TURN, BYTES_PER_TURN = 256, 1 << 19
 UNREAD_REQUESTS, UNREAD_ANSWERS = 64, 4096  # per peer; beyond it waits, or counts as gone
@@ -77,7 +77,8 @@ class Server:
             self._socket.setsockopt(zmq.CURVE_SERVER, 1)
             self._socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN.encode())
             self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without doorkeeper nobody enters
-        self._answers: OrderedDict[str, OrderedDict[int, Packet | None]] = OrderedDict()
+        # by peer and request; None: being worked on
+        self._answers: OrderedDict[tuple[str, int], Packet | None] = OrderedDict()
         self.num_refused = 0  # messages that were no message, or a request that makes no sense
         self._noted_at = 0.0
         try:
@@ -116,11 +117,10 @@ class Server:
 
         False when the peer's connection is gone.
         """
-        answers = self._remembered(peer)
         if packet.frames:  # large; such requests (take) are idempotent in the buffer itself
-            answers.pop(packet.request_id, None)
+            self._answers.pop((peer, packet.request_id), None)
         else:
-            answers[packet.request_id] = packet
+            self._answers[peer, packet.request_id] = packet
         return self.push(peer, packet)
 
     def push(self, peer: str, packet: Packet) -> bool:
@@ -136,10 +136,6 @@ class Server:
                 raise
             return False
         return True
-
-    def forget(self, peer: str) -> None:
-        """Drops what is remembered of a peer that is gone for good."""
-        self._answers.pop(peer, None)
 
     def close(self) -> None:
         """Frees the address."""
@@ -159,25 +155,16 @@ class Server:
         if isinstance(error, SchemaMismatch):
             self.push(peer, Packet(kind="refused", fields={"reason": str(error)}))
 
-    def _remembered(self, peer: str) -> OrderedDict[int, Packet | None]:
-        """The peer's last answers; room for newer ones is made by dropping the oldest."""
-        answers = self._answers.setdefault(peer, OrderedDict())
-        self._answers.move_to_end(peer)
-        while len(answers) >= REMEMBERED_ANSWERS:
-            answers.popitem(last=False)
-        while len(self._answers) > REMEMBERED_PEERS:
-            self._answers.popitem(last=False)
-        return answers
-
     def _answered_before(self, peer: str, packet: Packet) -> bool:
         if packet.request_id == 0:
             return False
-        answers = self._remembered(peer)
-        if packet.request_id not in answers:
-            answers[packet.request_id] = None  # being worked on
+        request = peer, packet.request_id
+        if request not in self._answers:
+            self._answers[request] = None
+            while len(self._answers) > REMEMBERED_ANSWERS:
+                self._answers.popitem(last=False)
             return False
-        known = answers[packet.request_id]
-        if known is not None:
+        if (known := self._answers[request]) is not None:
             self.push(peer, known)
         return True
 
@@ -246,16 +233,20 @@ class DealerClient:
         request = self.post(packet)
         end = self._clock() + timeout_seconds
         others: list[Packet] = []
-        while (left := end - self._clock()) > 0:
-            for answer in self.poll(min(left, 0.5)):
-                if answer.request_id == request:
-                    self._held_back = others + self._held_back
-                    return answer
-                others.append(answer)
-            meanwhile()
-        self._unanswered.pop(request, None)
-        self._held_back = others + self._held_back
-        raise PeerTimeout(self._peer, packet.kind, timeout_seconds)
+        answer: Packet | None = None
+        while answer is None and (left := end - self._clock()) > 0:
+            for arrived in self.poll(min(left, 0.5)):
+                if arrived.request_id == request:
+                    answer = arrived
+                else:
+                    others.append(arrived)
+            if answer is None:
+                meanwhile()
+        self._held_back = others
+        if answer is None:
+            del self._unanswered[request]
+            raise PeerTimeout(self._peer, packet.kind, timeout_seconds)
+        return answer
 
     def close(self) -> None:
         self._socket.close()

@@ -1,8 +1,9 @@
 """Drives one VllmEngine through live weight swaps; run by test_vllm_engine.py.
 
-usage: engine_process.py MODEL_FOLDER OUT.json SETTINGS SEED
+usage: engine_process.py MODEL_FOLDER OUT.json SETTINGS SEED [sleeps]
 MODEL_FOLDER holds versions/<version>.safetensors; SETTINGS are JSON. Sequences of 40 tokens are in
-flight while versions 0, 1, 2 are swapped in.
+flight while versions 0, 1, 2 are swapped in; "sleeps": the engine sleeps after each of these, and
+with actor.sleep its memory must be free meanwhile.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ os.environ.update(
     GLOO_SOCKET_IFNAME="lo",
 )
 
+import torch
 from safetensors.torch import load_file
 
 from asyncgrpo.actor.vllm_engine import VllmEngine
@@ -51,7 +53,24 @@ def described(sampled) -> dict:
     }
 
 
-def main(folder: str, out: str, settings: str, seed: str) -> None:
+def free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+def nap(engine: VllmEngine, least: int) -> None:
+    """Sleeps and wakes up; at least so many bytes must be free in between, and taken again."""
+    before, requests = free_bytes(), engine.num_requests
+    engine.sleep()
+    during = free_bytes()
+    assert during >= before + least, f"only {during - before} bytes were given away"
+    engine.add("asleep", [1, 2, 3], CANARY_SAMPLING, 1, seed=0)  # a lease that was under way
+    engine.wake()
+    assert free_bytes() <= during - least, "it works without its memory"
+    while engine.num_requests > requests:
+        assert [sampled.lease_id for sampled in engine.step()] in ([], ["asleep"])
+
+
+def main(folder: str, out: str, settings: str, seed: str, sleeps: str = "") -> None:
     config = from_mapping(
         {
             "sampling": {"max_completion_tokens": NUM_TOKENS, "temperature": 0.7},
@@ -69,6 +88,8 @@ def main(folder: str, out: str, settings: str, seed: str) -> None:
         weights.fill(named)
         engine.load_weights(version, weights)
         weights.bytes.zero_()  # the next version may arrive at once
+        if sleeps and version:
+            nap(engine, config.actor.kv_cache_bytes * config.actor.sleep)
         for row, prompt in enumerate(canary_prompts(VOCAB)):
             engine.add(f"canary-{version}-{row}", prompt, CANARY_SAMPLING, 1, seed=row)
         if version == 0:

@@ -1,6 +1,7 @@
 """An actor that answers one probe with each version it loads; run by test_published.py.
 
-usage: probe_process.py MODEL_FOLDER WEIGHTS_ADDRESS SETTINGS
+usage: probe_process.py MODEL_FOLDER WEIGHTS_ADDRESS SETTINGS [in-engine]
+in-engine: weights arrive in each process of the engine, as they do with NCCL.
 Prints {"version", "prompt", "token_ids", "logprobs"} as JSON, a line for each version.
 """
 
@@ -45,11 +46,12 @@ def answers(
     return [each.completions[0] for each in sorted(done, key=lambda each: each.lease_id)]
 
 
-def main(folder: str, address: str, settings: str) -> None:
+def main(folder: str, address: str, settings: str, *where: str) -> None:
     lengths = {"sampling": {"max_completion_tokens": NUM_TOKENS}, "data": {"max_prompt_tokens": 24}}
     config = from_mapping({**lengths, **json.loads(settings)})
     engine = VllmEngine(config, folder, 1, stop_token_ids=[])
-    receiver = CollectiveReceiver(config, "actor-0", address)
+    inbox = engine.open_inbox() if where else None
+    receiver = CollectiveReceiver(config, "actor-0", address, inbox=inbox)
     while True:
         receiver.check()
         staged = receiver.staged()

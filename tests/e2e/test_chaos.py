@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from fakes import load_script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
@@ -13,10 +13,11 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 @pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(1200)
-def test_a_run_under_attack_learns_and_loses_nothing_and_counts_nothing_twice(tmp_path):
-    spec = importlib.util.spec_from_file_location("chaos", SCRIPT)
-    chaos = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(chaos)
+def test_a_run_under_attack_learns_and_loses_nothing_and_counts_nothing_twice(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    chaos = load_script(SCRIPT)
     found = chaos.main(["--minutes", "5", "--seed", "0", "--run-dir", str(tmp_path / "run")])
     assert set(found["faults"]) == set(chaos.FAULTS)
     assert sum(found["faults"].values()) >= 15

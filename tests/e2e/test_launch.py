@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asyncgrpo.buffer.audit import audit
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.learner.saved import FOLDER, saved, step_of
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import metric_of
 from asyncgrpo.rundir import RunDir
@@ -331,6 +332,35 @@ def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_engines_that_sleep_in_turn_survive_kills_of_actors_and_the_learner(parallel, launch):
+    turns = ("actor.sleep=true", "launch.max_restarts=9", f"learner.parallel={parallel}")
+    run = launch(
+        "run.max_steps=14",
+        "checkpoint.every=4",
+        "weights.ready_timeout_seconds=2",
+        "eval.every=7",
+        *turns,
+    )
+    until_step(run, 4)
+    for index in "01":
+        doomed, seen = run.find("actor", index), len(run.rows())
+        doomed.send_signal(signal.SIGSTOP)  # asleep or awake, it is not there when it is told
+        run.until(lambda seen=seen: len(run.rows()) > seen, "trained without it")
+        doomed.kill()
+    until_step(run, 9)
+    run.kill_rank(run.processes())
+    started = run.processes()
+    run.finish()
+    run.assert_nothing_left(started)
+    check_made_again(run, 14)
+    rows = [row for row in run.rows() if "loss" in row]
+    assert all(row["publish/sleep_seconds"] > 0 for row in rows)
+    evals = [row["eval/version"] for row in run.rows() if "eval/version" in row]
+    assert {0, 14} <= set(evals)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
     settings = ("run.max_steps=12", "checkpoint.every=4")
@@ -340,13 +370,15 @@ def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
     os.kill(run.process.pid, number)
     run.wait()
     run.assert_nothing_left(started)
+    newest = max(map(step_of, saved(run.run_dir / FOLDER)), default=0)
+    is_ahead = audit(RunDir.read(run.run_dir)).next_step > newest
+    assert not (is_ahead and number == signal.SIGTERM)
     resumed = launch(*settings, resume=True)
     resumed.finish()
-    if number == signal.SIGKILL:
-        check_made_again(resumed, 12)
     found = audit(RunDir.read(run.run_dir))
     assert not any(found.wrong.values()), found.wrong
     assert found.next_step == 12
+    assert bool(found.rollbacks) == is_ahead
     assert [row["step"] for row in resumed.rows() if "loss" in row] == list(range(12))
 
 
@@ -534,6 +566,8 @@ BAD_INPUT = {
     ("--set", 'reward.functions=[{use="reward_functions:nothing"}]'): "nothing",
     ("--set", 'reward.routes={"task/ad"="task"}'): "has no judge; did you mean 'task/ad'?",
     ("--set", 'reward.routes={default={use="gsm8k",options={extrakt="x"}}}'): "'extract'?",
+    ("--serial", "--set", "actor={engine='toy', sleep=true}"): "not for --serial; leave one",
+    ("--set", "actor.sleep=true"): "needs launch.gpus >= 1 (now 0) and launch.share_gpus",
     ("--set", "launch.gpus=64"): "launch.gpus=64",
     ("--set", "weights.publish_every=9"): "deadlock",
     ("--set", "algo.group_size=1"): "algo.group_size=1",

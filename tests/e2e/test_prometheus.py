@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fakes import load_script
 from prometheus_client import CollectorRegistry, generate_latest
-from test_grafana import BOARDS, GRAFANA, load_generator
+from test_grafana import BOARDS, GRAFANA
 from test_launch import TWO_BLOCKS, Launch
 
 from asyncgrpo.data.tiny import build_untrained
@@ -110,7 +111,7 @@ def shown() -> Iterator[tuple[str, str]]:
         for panel in json.loads(board.read_text())["panels"]:
             for target in panel["targets"]:
                 yield f"{board.stem}, {panel['title']}", target["expr"]
-    expression = load_generator().expression
+    expression = load_script(GRAFANA / "generate.py").expression
     rules = tomllib.loads((GRAFANA / "alerts.toml").read_text())
     for name, text in rules["record"].items():
         yield name, expression(text)

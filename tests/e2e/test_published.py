@@ -53,6 +53,8 @@ def free_port() -> int:
         (Qwen2Config, True, {}, False, 2, "disk"),
         (LlamaConfig, False, {}, False, 1, "gloo"),
         (LlamaConfig, False, ADAPTER, False, 2, "gloo"),
+        (LlamaConfig, True, {"lora": {"r": 4, "targets": ["q_proj"]}}, True, 2, "gloo in-engine"),
+        (Qwen3Config, False, ADAPTER, False, 2, "gloo in-engine"),
     ],
     ids=[
         "qwen3-tied",
@@ -62,6 +64,8 @@ def free_port() -> int:
         "qwen2-tied-parallel-disk",
         "llama-untied",
         "llama-untied-adapter-parallel",
+        "llama-tied-lora-only-changed-parallel-in-engine",
+        "qwen3-untied-adapter-parallel-in-engine",
     ],
 )
 def test_the_engine_computes_after_each_publish_as_the_learner_does(
@@ -82,8 +86,9 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(
     updater = PolicyUpdater(config)
     address = f"tcp://127.0.0.1:{free_port()}"
     store, folder = ("127.0.0.1", free_port()), tmp_path / "sent"
+    transport, *where = transport.split()
     sender = CollectiveSender(config, address, store, transport=transport, folder=folder)
-    command = [sys.executable, str(SCRIPT), str(tmp_path), address, json.dumps(settings)]
+    command = [sys.executable, str(SCRIPT), str(tmp_path), address, json.dumps(settings), *where]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as actor:
         try:
             for version in range(VERSIONS):

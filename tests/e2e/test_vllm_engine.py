@@ -57,14 +57,16 @@ def write_model(folder: Path, *, tied: bool, adapted: bool = False) -> None:
 
 @functools.cache
 def run_engine(
-    folder: Path, kv_on_update: str = "keep", seed: int = 1, processes: int = 1
+    folder: Path, kv_on_update: str = "keep", seed: int = 1, processes: int = 1, sleeps: str = ""
 ) -> dict[str, dict]:
-    out = folder / f"out-{kv_on_update}-{seed}-{processes}.json"
+    out = folder / f"out-{kv_on_update}-{seed}-{processes}{sleeps}.json"
     actor = {"concurrency": 8, "kv_on_update": kv_on_update, "tensor_parallel": processes}
+    on_gpu = {"gpus": 1, "share_gpus": True} if torch.cuda.is_available() else {}
+    actor["sleep"] = bool(on_gpu and sleeps)
     lora = {"r": RANK, "alpha": ALPHA, "publish": "adapter"}
     learner = {"lora": lora} if folder.name.startswith("adapter") else {}
-    settings = json.dumps({"actor": actor, "learner": learner})
-    command = [sys.executable, str(SCRIPT), str(folder), str(out), settings, str(seed)]
+    settings = json.dumps({"actor": actor, "learner": learner, "launch": on_gpu})
+    command = [sys.executable, str(SCRIPT), str(folder), str(out), settings, str(seed), sleeps]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {sampled["lease_id"]: sampled for sampled in json.loads(out.read_text())}
@@ -118,17 +120,24 @@ def model_folder(request, tmp_path_factory) -> Path:
     return folder
 
 
-def check_all(folder: Path, kv_on_update: str, processes: int = 1) -> None:
-    sampled = run_engine(folder, kv_on_update, processes=processes)
+def check_all(
+    folder: Path,
+    kv_on_update: str,
+    processes: int = 1,
+    sleeps: str = "",
+    tolerance: float = TOLERANCE,
+) -> None:
+    sampled = run_engine(folder, kv_on_update, processes=processes, sleeps=sleeps)
     models = versions_of(folder)
     mixed = 0
     for name, group in sampled.items():
-        if name.startswith("canary-"):
+        if name.startswith(("canary-", "asleep")):
             continue
         for completion in group["completions"]:
-            expected = replay(models, group["prompt"], completion, keep=kv_on_update == "keep")
+            keep = kv_on_update == "keep" and not sleeps
+            expected = replay(models, group["prompt"], completion, keep=keep)
             found = torch.tensor(completion["logprobs"])
-            assert (found - expected).abs().max() < TOLERANCE
+            assert (found - expected).abs().max() < tolerance
             mixed += len(set(completion["versions"])) == 3
     assert mixed == 24  # all six groups of four crossed all three versions
     for version, model in enumerate(models):
@@ -137,7 +146,7 @@ def check_all(folder: Path, kv_on_update: str, processes: int = 1) -> None:
             with torch.no_grad():
                 logits = model(torch.tensor([prompt])).logits[0, -1].float()
             expected = torch.log_softmax(logits, -1)[canary["token_ids"][0]]
-            assert abs(canary["logprobs"][0] - float(expected)) < TOLERANCE
+            assert abs(canary["logprobs"][0] - float(expected)) < tolerance
 
 
 def test_mixed_sequences_replay_exactly_when_the_kv_cache_is_kept(model_folder):
@@ -146,6 +155,20 @@ def test_mixed_sequences_replay_exactly_when_the_kv_cache_is_kept(model_folder):
 
 def test_mixed_sequences_replay_exactly_when_the_kv_cache_is_recomputed(model_folder):
     check_all(model_folder, "recompute")
+
+
+def test_sequences_in_flight_go_on_where_they_were_when_the_engine_sleeps(model_folder):
+    """On a CPU vLLM gives nothing away, but drops the KV cache and begins them again all the same.
+
+    "asleep" takes a step of its own, in which the others make a token.
+    """
+    check_all(model_folder, "keep", sleeps="sleeps")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_engine_that_sleeps_gives_its_memory_away_and_goes_on_the_same(model_folder):
+    check_all(model_folder, "keep", sleeps="sleeps", tolerance=1e-3)
 
 
 @pytest.mark.parametrize("model_folder", ["tied", "adapter"], indirect=True)
