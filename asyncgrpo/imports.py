@@ -110,13 +110,9 @@ def described(error: BaseException) -> str:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """It is Ctrl-C: it reached the main thread, and no `raise` of the user's code began it."""
+    """It is Ctrl-C, which reaches the main thread alone, and no fault of the user's code."""
     in_main = threading.current_thread() is threading.main_thread()
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    is_raised = place is not None and place.tb_frame.f_code.co_code[place.tb_lasti] == RAISE
-    return isinstance(error, KeyboardInterrupt) and in_main and not is_raised
+    return isinstance(error, KeyboardInterrupt) and in_main
 
 
 def shown(value: object) -> str:

@@ -205,30 +205,17 @@ def test_the_limit_of_a_check_is_that_of_the_settings(module):
         load_rewards(RewardSettings.model_validate(settings)).check([PROMPT])
 
 
-def test_ctrl_c_is_no_error_of_the_function_but_an_interrupt_that_it_raises_is():
+def test_ctrl_c_is_no_error_of_the_function_but_in_the_thread_of_async_ones_it_is():
     def interrupted(completions):
-        signal.raise_signal(signal.SIGINT)
-
-    def passing_on(completions):
-        try:
-            interrupted(completions)
-        except KeyboardInterrupt:
-            raise
-
-    def raising(completions):
         raise KeyboardInterrupt
-
-    def lazily(completions):
-        yield raising(completions)
 
     async def waiting(completions):
         raise KeyboardInterrupt
 
-    for function in (interrupted, passing_on):
-        with pytest.raises(KeyboardInterrupt):
-            RewardSet([bind("f", function)], 0.5).score(PROMPT, ["a"])
-    for function in (raising, lazily, waiting, waiting):  # the loop of async ones lives on
-        error = RewardSet([bind("f", function)], 0.5).score(PROMPT, ["a"]).errors[0]
+    with pytest.raises(KeyboardInterrupt):
+        RewardSet([bind("f", interrupted)]).probe(PROMPT)
+    for _ in range(2):  # their loop lives on
+        error = RewardSet([bind("f", waiting)], 0.5).score(PROMPT, ["a"]).errors[0]
         assert "'f' raised KeyboardInterrupt" in error
 
 
