@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import opcode
 import os
 import pickle
 import sys
@@ -30,7 +29,6 @@ from asyncgrpo.hints import did_you_mean
 
 Function = Callable[..., Any]
 PACKED = ".pkl"
-RAISE = opcode.opmap["RAISE_VARARGS"]
 PATH = "ASYNCGRPO_PATH"  # the launcher's sys.path: its processes import what it can import
 
 

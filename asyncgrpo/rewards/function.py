@@ -115,12 +115,17 @@ class Call:
 
     def scores(self) -> list[float]:
         """Waits; a finite number per completion, NaN for None. RewardError: a broken contract."""
+        fault = self.outcome.exception()
         try:
+            if fault is not None:
+                raise fault
             returned = self.outcome.result()
             values = [returned] if self.function.scope == "sample" else self._as_list(returned)
             return [self._number(value, self.first + offset) for offset, value in enumerate(values)]
         except BaseException as error:  # also what it returned may raise anything
-            if isinstance(error, RewardError | _TooSlow) or is_interrupt(error):
+            if isinstance(error, RewardError | _TooSlow) or (
+                is_interrupt(error) and error is not fault
+            ):
                 raise
             raise RewardError(
                 f"{self.function} raised {described(error)} at {last_place(error)}; it must score "
