@@ -1002,5 +1002,6 @@ def test_an_actor_that_is_late_gets_weights_while_the_learner_waits_for_an_evalu
         recorder=Mock(),
         exporter=Mock(),
     )
-    assert learner.run()
+    with pytest.raises(DataError, match="nothing was trained"):
+        learner.run()
     assert [first.next_line(), *proofs] == ["live 0", "live 0"]

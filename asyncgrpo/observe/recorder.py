@@ -26,6 +26,7 @@ class RunRecorder:
         self._run, self._exporter = run, exporter
         self._start = self._last_time = time.time()
         self._reports: dict[tuple[str, int], Mapping[str, Any]] = {}  # evaluations, oldest first
+        self._owed: set[tuple[str, int]] = set()  # of these, those whose row was taken out
         self._last_actors: Counter[str] = Counter()
         self._last: dict[str, float] = {}
         self._totals = {"tokens_trained": 0.0, "staleness_max": 0.0, "steps": 0.0}
@@ -42,6 +43,12 @@ class RunRecorder:
             self._count(row)
         self._start -= kept[-1]["seconds"] if kept else 0.0
         self._reports = {_key(report): report for report in reports}
+        self._owed = {
+            key
+            for key, report in self._reports.items()
+            if report["version"] == step
+            and not any(eval_metrics(report).items() <= row.items() for row in kept)
+        }
         self._writers = open_writers(self._run, step)
 
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
@@ -101,13 +108,16 @@ class RunRecorder:
 
     def _eval_metrics(self, report: Mapping[str, Any]) -> dict[str, float]:
         """Writes a report into evals.jsonl and returns its metrics; {} when that was done."""
-        if _key(report) in self._reports:
+        key = _key(report)
+        if key not in self._reports:
+            self._reports[key] = report
+            self._evals_file.write(as_line(report))
+            told = "%(name)s accuracy %(share).1f %% at version %(version)d"
+            told += " (%(num_answered)d of %(num_prompts)d prompts)"
+            log.info(told, {**report, "share": 100 * report["accuracy"]})
+        elif key not in self._owed:
             return {}
-        self._reports[_key(report)] = report
-        self._evals_file.write(as_line(report))
-        told = "%(name)s accuracy %(share).1f %% at version %(version)d"
-        told += " (%(num_answered)d of %(num_prompts)d prompts)"
-        log.info(told, {**report, "share": 100 * report["accuracy"]})
+        self._owed.discard(key)
         return eval_metrics(report)
 
     def _actor_metrics(self, actors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

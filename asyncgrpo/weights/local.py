@@ -76,7 +76,7 @@ class LocalLink:
 
     def forget(self) -> None:
         """Another engine takes the place of the one that holds weights."""
-        self._held, self._busy = -1, False
+        self._held, self._busy, self._metrics = -1, False, {}
 
     def set_busy(self, busy: bool) -> None:
         self._busy = busy

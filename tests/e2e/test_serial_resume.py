@@ -27,6 +27,7 @@ SETTINGS = [
     "algo.kl_coef=0.01",
     "actor.concurrency=6",
     "eval.num_prompts=6",
+    "eval.every=2",  # also where a checkpoint is made
 ]
 
 
