@@ -180,6 +180,10 @@ class Config(Room):
         }
         publish = learner.published_adapter and "adapter"
         in_vllm = {"actor.tensor_parallel": width > 1 and width, "learner.lora.publish": publish}
+        only_cuda = {
+            "learner.compile": learner.compile,
+            "algo.reference.on_cpu": self.algo.reference.on_cpu,
+        }
         fused = {"learner.fused_head": learner.fused_head}
         asleep = {"actor.sleep": self.actor.sleep}
         halves = (
@@ -202,7 +206,7 @@ class Config(Room):
         needs: list[tuple[str, bool, dict[str, Any]]] = [
             (fsdp, learner.parallel == "fsdp", {**parts, **offload}),
             (ddp, learner.parallel == "ddp", packed),
-            (cuda, on_gpus, {**packed, **offload, **fused, "learner.compile": learner.compile}),
+            (cuda, on_gpus, {**packed, **offload, **fused, **only_cuda}),
             (halves, learner.dtype == "bfloat16" and not learner.float32_head, fused),
             (vllm, self.actor.engine == "vllm", in_vllm),
             (shared, (on_gpus and self.launch.share_gpus) or self.actor.engine == "toy", asleep),

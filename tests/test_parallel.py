@@ -43,6 +43,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": FSDP,
     "fsdp, recomputed": {**FSDP, "checkpoint_activations": "full"},
     "fsdp, offloaded": {**FSDP, "cpu_offload": True},
+    "reference on the CPU": {"reference": {"on_cpu": True}},
+    "fsdp, reference on the CPU": {**FSDP, "reference": {"on_cpu": True}},
     "fsdp, adapter": {**FSDP, "lora": {"r": 4}},
     "fsdp, bfloat16": {**FSDP, "dtype": "bfloat16", "float32_head": True},
     "fsdp in pairs": {**FSDP, "shard_ranks": 2},
@@ -66,7 +68,9 @@ def lone_group() -> Iterator[None]:
 
 def settings(folder: Path, learner: dict[str, Any], count: int = 1) -> Config:
     """A reference that moves with the policy; with an adapter it is the base."""
-    algo = {"kl_coef": 0.1, "reference": {"sync_every": 0 if "lora" in learner else 2}}
+    learner = dict(learner)
+    reference = {"sync_every": 0 if "lora" in learner else 2, **learner.pop("reference", {})}
+    algo = {"kl_coef": 0.1, "reference": reference}
     return learner_case.settings(
         folder,
         algo=algo,
@@ -443,6 +447,8 @@ def test_an_8bit_optimizer_that_is_not_installed_is_named_with_the_remedy(monkey
         {**FSDP, "dtype": "bfloat16", "compile": True, "checkpoint_activations": "full"},
         {**FSDP, "cpu_offload": True},
         {"dtype": "bfloat16", "compile": True},
+        {"reference": {"on_cpu": True}},
+        {**FSDP, "reference": {"on_cpu": True}},
     ],
     ids=str,
 )

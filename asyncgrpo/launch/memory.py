@@ -21,8 +21,9 @@ ENGINE_TOKENS = 2048  # of one engine step: vLLM's DEFAULT_MAX_NUM_BATCHED_TOKEN
 SPARE_SEQUENCES = 64  # beside the training groups, as in actor/vllm_engine.py
 NF4_BYTES = 0.5 + 4 / 64  # half a byte per weight, a float32 scale per block of 64
 EIGHT_BIT = 1 + 4 / 256  # bytes of a moment: a float32 scale per block of 256
+REFERENCE = "reference model"  # on_cpu: while it computes it takes the place of gradients
 STAYS = {  # of a process while the other one works, with actor.sleep
-    "learner": ("weights", "DDP buckets", "optimizer", "reference model", "publishing", "process"),
+    "learner": ("weights", "DDP buckets", "optimizer", REFERENCE, "publishing", "process"),
     "actor": ("CUDA graphs", "publishing", "process"),
 }
 
@@ -153,7 +154,7 @@ def learner_lines(config: Config, shape: ModelShape, *, is_first: bool) -> Itera
 
     def part(what: str, size: float, how: str) -> Line:
         how += f" / {parts} ranks" if parts > 1 else ""
-        if learner.cpu_offload:
+        if learner.cpu_offload or (what == REFERENCE and algo.reference.on_cpu):
             return what, 0.0, f"{how} = {size / parts / GIB:.2f} GiB of the host"
         return what, size / parts, how
 
@@ -170,7 +171,7 @@ def learner_lines(config: Config, shape: ModelShape, *, is_first: bool) -> Itera
     yield part("optimizer", 2 * each * trained, f"2 moments x {each:.3g} bytes x {trained:.3g}")
     if algo.kl_coef > 0 and (lora is None or algo.reference.path):
         count = shape.reference_parameters
-        yield part("reference model", FLOAT * count, f"4 bytes x {count:.3g}")
+        yield part(REFERENCE, FLOAT * count, f"4 bytes x {count:.3g}")
     moments = _moments(config, shape, parts)
     yield from max(moments, key=lambda lines: sum(size for _, size, _ in lines))
     yield from _process_lines(config, shape, "learner", publishes=is_first)

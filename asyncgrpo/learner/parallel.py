@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,22 +47,35 @@ def set_up_blocks(policy: nn.Module, settings: LearnerSettings) -> None:
         vars(block)["forward"] = forward
 
 
-def shard(head: PolicyHead, settings: LearnerSettings, device: str) -> None:
+def shard(
+    head: PolicyHead, settings: LearnerSettings, device: str, *, cpu_offload: bool = False
+) -> None:
     """Leaves each rank its part of every parameter (FSDP2); a lone rank keeps all in one part.
 
     A block's parameters are gathered when it runs, in settings.dtype; gradients are summed over
     ranks in float32. The rest (embedding, norm, output layer) is gathered with the head.
+    cpu_offload: the parts lie in host memory.
     """
     mesh = _mesh(settings.shard_ranks, device)
     dtype = getattr(torch, settings.dtype)
     offload = CPUOffloadPolicy(pin_memory=device == "cuda")
-    place = offload if settings.cpu_offload else OffloadPolicy()
+    place = offload if cpu_offload else OffloadPolicy()
     for block in _blocks(head.policy):
         fully_shard(block, mesh=mesh, offload_policy=place, mp_policy=_precision(dtype))
     outer = _precision(torch.float32 if settings.float32_head else dtype)
     # The root stays gathered after its forward pass by default, and would be published stale.
     fully_shard(head, mesh=mesh, offload_policy=place, mp_policy=outer, reshard_after_forward=True)
     register_fsdp_forward_method(head, "next_logprobs")
+
+
+@contextmanager
+def brought(model: nn.Module, device: str) -> Iterator[None]:
+    """A model of host memory on the device, for a while."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 def open_lone_group() -> None:

@@ -34,27 +34,31 @@ class Reference:
     """
 
     def __init__(
-        self, head: PolicyHead, off: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        head: PolicyHead,
+        during: Callable[[], AbstractContextManager[None]] = nullcontext,
+        *,
+        is_policy: bool = False,
     ) -> None:
-        """head: of a frozen model; or, with what turns the adapter off, of the policy."""
-        self._head, self._off = head, off
+        """head: of a frozen model, or of the policy. during: what it needs while it computes."""
+        self._head, self._during, self._is_policy = head, during, is_policy
 
     @torch.no_grad()
-    def logprobs(self, row: PackedRow) -> Tensor:
-        """float32 [S] log-probs of the targets, 0 outside the loss."""
-        with self._off():
-            logprobs: Tensor = self._head(row)[0]
-        return logprobs
+    def logprobs(self, rows: Sequence[PackedRow]) -> Logprobs:
+        """Of the targets of each row, 0 outside the loss."""
+        with self._during():
+            return tuple(self._head(row)[0] for row in rows)
 
     def state(self) -> dict[str, Tensor]:
         """Its own weights, to be saved and filled."""
-        return self._head.policy.state_dict() if self._off is nullcontext else {}
+        return {} if self._is_policy else self._head.policy.state_dict()
 
     @torch.no_grad()
     def sync(self, policy: PreTrainedModel, alpha: float) -> None:
         """ref := alpha pi + (1 - alpha) ref (TR-DPO, arXiv 2404.09656 eq. 2); alpha 1 resets."""
         for own, other in zip(self._head.policy.parameters(), policy.parameters(), strict=True):
-            own.lerp_(other.to(own.dtype), alpha)
+            mine = ranks.own_part(own)  # it may be in host memory
+            mine.lerp_(ranks.own_part(other).to(mine), alpha)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -196,7 +200,7 @@ class Preparer:
         """Log-probs of reference and proximal policy, where they are needed; what rewards get."""
         config, algo = self._config, self._config.algo
         if self._reference is not None:
-            batch.ref = tuple(self._reference.logprobs(row) for row in batch.rows)
+            batch.ref = self._reference.logprobs(batch.rows)
         # With one optimizer step p is pi, and log-linear p needs no pass; m2po's cut needs one.
         several = algo.optimizer_steps > 1 and algo.proximal == "recompute"
         if several or "m2po" in algo.correction:

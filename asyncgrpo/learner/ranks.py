@@ -34,13 +34,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, to be read and changed in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def parts(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The elements of a sharded tensor in order, in flat pieces, on rank 0; all ranks must ask.
 
     Each rank sends its own part to rank 0, cast to dtype. A piece is good until the next.
     """
     assert isinstance(tensor, DTensor), "only a sharded tensor has parts"
-    mesh, own = tensor.device_mesh, tensor.to_local().reshape(-1)
+    mesh, own = tensor.device_mesh, own_part(tensor).reshape(-1)
     holders = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
     if 0 not in holders:
         return  # rank 0 has another copy at hand

@@ -88,10 +88,15 @@ class PolicyUpdater:
         self._plain_head = head  # runs without the other ranks, unless they hold parts of it
         self._reference = None
         if algo.kl_coef > 0 and self._adapter is not None and not algo.reference.path:
-            self._reference = Reference(head, self._adapter.off)
+            self._reference = Reference(head, self._adapter.off, is_policy=True)
         elif algo.kl_coef > 0:
-            model = load(algo.reference.path or config.model.path)
-            self._reference = Reference(self._make_head(model.requires_grad_(False)))
+            model = load(algo.reference.path or config.model.path).requires_grad_(False)
+            frozen = self._make_head(model, offload=algo.reference.on_cpu)
+            self._reference = Reference(frozen)
+            if algo.reference.on_cpu and not self._sharded:  # FSDP brings block by block
+                frozen.to("cpu")
+                during = partial(parallel.brought, frozen, self._device)
+                self._reference = Reference(frozen, during)
         self._preparer = Preparer(config, head, self._reference, self._device)
         self._counters: dict[str, float] = {"kl_coef": algo.kl_coef, "skipped": 0, "syncs": 0}
         # [C] of the last update's completions, rank by rank as they were dealt
@@ -107,7 +112,7 @@ class PolicyUpdater:
         folder = (run_dir or Path(os.devnull)) / FOLDER
         self.checkpoints = Checkpoints(folder, config.checkpoint, sizes)
 
-    def _make_head(self, policy: PreTrainedModel) -> PolicyHead:
+    def _make_head(self, policy: PreTrainedModel, *, offload: bool = False) -> PolicyHead:
         settings = self._config.learner
         parallel.set_up_blocks(policy, settings)
         is_mixed = settings.dtype != "float32" and not self._sharded  # FSDP casts by itself
@@ -120,7 +125,8 @@ class PolicyUpdater:
             fused=settings.fused_head,
         )
         if self._sharded:
-            parallel.shard(head, settings, self._device)
+            offload = offload or settings.cpu_offload
+            parallel.shard(head, settings, self._device, cpu_offload=offload)
         return head
 
     @property

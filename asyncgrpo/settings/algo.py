@@ -76,6 +76,9 @@ class M2poSettings(Room):
 
 class ReferenceSettings(Room):
     path: str | None = Field(None, description="folder or hub name; none = the start model")
+    on_cpu: bool = Field(
+        False, description="its weights wait in host memory and come to the GPU to compute"
+    )
     sync_every: int = Field(0, ge=0, description="learner steps between syncs; 0 = frozen")
     mix_alpha: float = Field(
         0.9, gt=0, le=1, description="sync: ref := alpha pi + (1 - alpha) ref; 1 resets"
