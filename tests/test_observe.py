@@ -632,3 +632,16 @@ def test_a_resumed_run_takes_back_rows_that_are_made_again(run, recorder):
     assert rows[3]["seconds"] >= rows[2]["seconds"]
     again.finish([], nothing)
     assert json.loads((run.path / "summary.json").read_text())["tokens_trained"] == 31.0
+
+
+def test_an_evaluation_of_the_version_gone_back_to_is_in_the_first_row_again(run, recorder):
+    for step, version in ((0, 1), (1, None), (2, 2), (3, 4)):
+        told = [] if version is None else [{**REPORT, "version": version}]
+        recorder.row({**ROW, "step": step, "version": step + 1}, summary(evaluations=told))
+    again = begun(run, step=2)  # only the learner is new: the buffer tells no report twice
+    for step in (2, 3):
+        again.row({**ROW, "step": step, "version": step + 1}, summary())
+    again.finish([{**REPORT, "version": v} for v in (1, 2, 4)], summary())
+    rows = rows_of(run.path / "metrics.jsonl")
+    shown = [(row["step"], row.get("eval/version")) for row in rows]
+    assert shown == [(0, 1), (1, None), (2, 2), (3, None), (3, 4)]
