@@ -600,6 +600,15 @@ def test_the_phase_of_a_run_follows_the_bends_of_its_reward_not_the_number_of_st
     assert phase([0.0] * 9) == ""
 
 
+@pytest.mark.parametrize("steps", [20, 200])
+def test_the_phase_takes_no_noise_for_a_rise(steps):
+    chance = np.random.default_rng(0)
+    noise = chance.normal(0, 0.1, (200, steps))
+    assert sum(phase(row.tolist()) != "flat" for row in noise) < 15
+    rise = np.linspace(0, 0.5, steps)
+    assert sum(phase((row + rise).tolist()) == "flat" for row in noise) < 30
+
+
 def test_sparklines_rise_with_the_share():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([-2.0, 0.0, 2.0], -2.0, 2.0) == "▁▅█"
