@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import sqlite3
 
 import pytest
@@ -184,6 +185,7 @@ def test_any_question_can_be_asked_and_the_answer_has_two_forms(halted):
     sql = "SELECT state, count(*) AS n FROM leases WHERE step = 2 GROUP BY state"
     assert json.loads(ask(halted, "--sql", sql, "--json").output) == [{"state": "trained", "n": 4}]
     assert ask(halted, "--sql", sql).output.split() == ["state", "n", "trained", "4"]
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
 
 
 def test_without_a_question_the_tables_are_shown_with_their_meaning(halted):

@@ -520,17 +520,20 @@ def test_groups_of_which_none_can_be_learned_from_are_warned_of_ever_more_rarely
     alone = {"groups_per_step": 1, "max_staleness": 40}
     talk = Talk(buffer=alone, run={"max_steps": 99}, launch={"learners": 1}).hello("a.1")
 
-    def put(count, scores):
+    def put(count, scores, versions=((0,), (0,))):
         for lease in talk.lease("a.1", count):
-            talk.put("a.1", make_group(lease, versions=[[0], [0]], scores=scores))
+            talk.put("a.1", make_group(lease, versions=versions, scores=scores))
 
     for count, warnings in ((9, 0), (1, 1), (9, 1), (1, 2)):
         put(count, [0.5, 0.6])
         assert len(caplog.messages) == warnings
     assert "20 groups in a row teach nothing, the last one was all_correct" in caplog.text
+    assert "algo.drop_uniform_groups" in caplog.messages[-1]
     put(1, [0.5, -0.5])
     put(19, [-0.5, -0.6])
     assert len(caplog.messages) == 2
+    put(21, [-0.5, 0.5], [[0], []])
+    assert "empty_completion: the engine returned nothing" in caplog.messages[-1]
 
 
 def prompts_of(leases):

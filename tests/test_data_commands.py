@@ -20,6 +20,7 @@ SAMPLE = Path(gsm8k.__file__).parent / "gsm8k_sample" / "train.jsonl"
 
 GOOD = {"question": "1 + 1?", "answer": "2", "data_source": "sums"}
 JUDGED = {"sums": "integer", "rows": "integer"}  # rows without a source have the file's name
+UNMEASURED = "; without --model or --config no length is measured"
 ONLY_SUMS = ("--set", "reward.routes={sums='integer', rows='integer'}")
 # row 2 of a file -> what validate finds there
 FINDINGS = {
@@ -66,7 +67,7 @@ def test_validate_says_what_is_wrong_with_many_records_once(tmp_path, asyncgrpo)
 
 def test_validate_ends_with_0_when_nothing_is_found(asyncgrpo):
     code, out, _ = asyncgrpo("data", "validate", SAMPLE)
-    assert (code, out) == (0, f"{SAMPLE}: 0 problems in 64 records\n")
+    assert (code, out) == (0, f"{SAMPLE}: 0 problems in 64 records{UNMEASURED}\n")
 
 
 def test_validate_measures_prompts_with_the_model_and_the_template(tmp_path, asyncgrpo):
@@ -78,6 +79,8 @@ def test_validate_measures_prompts_with_the_model_and_the_template(tmp_path, asy
     assert "data.max_prompt_tokens is 5" in " ".join(out.replace("│", " ").split())
     template = ("--set", f"data.template.system={'a' * 30}")
     assert asyncgrpo(*limit, "data.max_prompt_tokens=20", *template)[0] == 1
+    _, out, _ = asyncgrpo("data", "validate", path, "--set", "data.max_prompt_tokens=5")
+    assert out == f"{path}: 0 problems in 1 records{UNMEASURED}\n"
 
 
 def test_validate_takes_limit_model_and_template_from_the_config(tmp_path, asyncgrpo):

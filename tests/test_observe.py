@@ -600,6 +600,15 @@ def test_the_phase_of_a_run_follows_the_bends_of_its_reward_not_the_number_of_st
     assert phase([0.0] * 9) == ""
 
 
+@pytest.mark.parametrize("steps", [20, 200])
+def test_the_phase_takes_no_noise_for_a_rise(steps):
+    chance = np.random.default_rng(0)
+    noise = chance.normal(0, 0.1, (200, steps))
+    assert sum(phase(row.tolist()) != "flat" for row in noise) < 15
+    rise = np.linspace(0, 0.5, steps)
+    assert sum(phase((row + rise).tolist()) == "flat" for row in noise) < 30
+
+
 def test_sparklines_rise_with_the_share():
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([-2.0, 0.0, 2.0], -2.0, 2.0) == "▁▅█"
@@ -632,3 +641,16 @@ def test_a_resumed_run_takes_back_rows_that_are_made_again(run, recorder):
     assert rows[3]["seconds"] >= rows[2]["seconds"]
     again.finish([], nothing)
     assert json.loads((run.path / "summary.json").read_text())["tokens_trained"] == 31.0
+
+
+def test_an_evaluation_of_the_version_gone_back_to_is_in_the_first_row_again(run, recorder):
+    for step, version in ((0, 1), (1, None), (2, 2), (3, 4)):
+        told = [] if version is None else [{**REPORT, "version": version}]
+        recorder.row({**ROW, "step": step, "version": step + 1}, summary(evaluations=told))
+    again = begun(run, step=2)  # only the learner is new: the buffer tells no report twice
+    for step in (2, 3):
+        again.row({**ROW, "step": step, "version": step + 1}, summary())
+    again.finish([{**REPORT, "version": v} for v in (1, 2, 4)], summary())
+    rows = rows_of(run.path / "metrics.jsonl")
+    shown = [(row["step"], row.get("eval/version")) for row in rows]
+    assert shown == [(0, 1), (1, None), (2, 2), (3, None), (3, 4)]

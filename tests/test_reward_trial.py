@@ -140,6 +140,7 @@ def test_shuffled_answers_are_never_right_and_missing_when_all_are_equal():
 
     rows(RewardSet([bind("look", look)]), template="{answer}")
     assert all(texts[0] == truth and texts[-1] != truth for texts, truth in seen)
+    assert len(seen) == len(PROMPTS)  # a template that is given is not searched for
     same = rows(built_in({"use": "exact"}), [prompt(1, "7"), prompt(2, "7.0")])
     assert same["exact"].means["shuffled"] != same["exact"].means["shuffled"]  # NaN
     assert same["total"].flags == []

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from fakes import make_run, rows_of
+from typer.testing import CliRunner
 
+from asyncgrpo.cli import app
 from asyncgrpo.observe.samples import Samples
 
 
@@ -171,6 +173,11 @@ def test_stats_counts_and_averages_each_step_and_all_of_them(run, traj):
     assert found["all"]["std"] == f"{statistics.pstdev(rewards):.3f}"
     assert found["all"]["stale"] == "1.80"
     assert found["all"]["ended"] == "10 trained, 2 filtered all_wrong, 1 evicted stale"
+
+
+def test_stats_folds_no_number_where_there_is_little_room(run):
+    narrow = CliRunner().invoke(app, ["traj", "stats", str(run)], env={"COLUMNS": "40"})
+    assert table(narrow.output)["0"]["reward"] == "-0.100"
 
 
 def test_stats_takes_a_range_and_the_runs_own_bound_for_correct(tmp_path, traj):

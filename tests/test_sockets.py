@@ -245,9 +245,17 @@ def test_a_peer_that_never_reads_its_answers_counts_as_gone(address, monkeypatch
 
 def test_what_is_remembered_of_requests_is_bounded_and_the_oldest_is_forgotten(server, monkeypatch):
     monkeypatch.setattr(sockets, "REMEMBERED_ANSWERS", 5)
-    for request in range(1, 20):
-        server._answered_before("peer", Packet(kind="x", request_id=request))
-    assert list(server._answers) == [("peer", request) for request in range(15, 20)]
+    monkeypatch.setattr(sockets, "REMEMBERED_OF_ALL", 8)
+
+    def ask(peer, requests):
+        for request in requests:
+            server._answered_before(peer, Packet(kind="x", request_id=request))
+
+    ask("one", range(1, 20))
+    last = [("one", request) for request in range(15, 20)]
+    assert list(server._answers) == last
+    ask("two", range(1, 5))
+    assert list(server._answers) == [*last[1:], *(("two", request) for request in range(1, 5))]
 
 
 def test_what_the_server_refuses_is_raised_at_the_client(server, client):

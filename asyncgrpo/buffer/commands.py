@@ -70,11 +70,12 @@ def ledger(
     from asyncgrpo.buffer.ledger import TABLES, LedgerReader
 
     reader = LedgerReader(run)
-    signal(SIGINT, SIG_DFL)  # else Ctrl-C waits for the answer
     if sql is None:
         print(TABLES.strip())
         return
+    former = signal(SIGINT, SIG_DFL)  # else Ctrl-C waits for the answer
     columns, rows = reader.query(sql)
+    signal(SIGINT, former)
     if as_json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=repr))
     else:

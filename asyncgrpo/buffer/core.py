@@ -277,14 +277,15 @@ class BufferCore:
         self._num_barren += 1
         if self._num_barren == self._warn_barren:
             self._warn_barren *= 2
-            log.warning(
-                "%d groups in a row teach nothing, the last one was %s: "
-                "reward.correct_above=%g decides what is correct; change it, the reward, the "
-                "prompts or sampling.temperature, or set algo.drop_uniform_groups=false",
-                self._num_barren,
-                reason,
-                self._config.reward.correct_above,
+            remedy = (
+                f"reward.correct_above={self._config.reward.correct_above:g} decides what is "
+                "correct; change it, the reward, the prompts or sampling.temperature, or set "
+                "algo.drop_uniform_groups=false"
             )
+            if reason == "empty_completion":
+                remedy = "the engine returned nothing; see logs/ of the actors"
+            note = "%d groups in a row teach nothing, the last one was %s: %s"
+            log.warning(note, self._num_barren, reason, remedy)
 
     def _on_fail(self, peer: str, packet: Packet, now: float) -> None:
         lease_id, reason = packet.fields["lease_id"], packet.fields["reason"]

@@ -37,7 +37,7 @@ class Remembered:
     last_number: int = 0  # of any lease
     position: int = 0  # of the next prompt in the stream
     step: int = 0  # the next step to be trained
-    last_step: int = 0  # the largest that `step` has ever been: learners go back
+    last_step: int = 0  # no smaller than `step` has ever been: learners go back
     groups_stored: int = 0  # ever, with their tokens
     tokens_stored: int = 0
     held: Sequence[tuple[int, int, str, str, int]] = ()  # ticket, position, prompt, peer, version

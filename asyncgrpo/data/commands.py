@@ -82,7 +82,8 @@ def validate(
     )
     if found:
         _show(found)
-    typer.echo(f"{file}: {len(found)} problems in {len(rows)} records")
+    unmeasured = "" if tokenizer else "; without --model or --config no length is measured"
+    typer.echo(f"{file}: {len(found)} problems in {len(rows)} records{unmeasured}")
     raise typer.Exit(1 if found else 0)
 
 

@@ -23,6 +23,7 @@ SHOWN_GROUPS, SHOWN_CHARACTERS, COMPARED_CHARACTERS = 2, 800, 200
 FORMATS = {"answers": "d", "correct": ".1%", "reward": "+.3f", "std": ".3f", "tokens": ".1f"}
 FORMATS |= {"p95": "d", "truncated": ".1%", "duplicate": ".1%", "stale": ".2f", "max": "d"}
 Status = StrEnum("Status", ["trained", "replayed", "filtered", "evicted", "all"])
+WIDTH = 300  # of a table, also on a narrow terminal: it would fold numbers
 ENDINGS = ("jsonl", "csv", "parquet")
 Shape = StrEnum("Shape", ["rows", "messages"])
 
@@ -90,7 +91,7 @@ def stats(run: Run, steps: Steps = ":") -> None:
         found = samples.statistics(_matching(part, Status.trained))
         numbers = [format(found[n], form) if n in found else "-" for n, form in FORMATS.items()]
         table.append((label, *numbers, _ends(part)))
-    show_table(("step", *FORMATS, "ended"), table)
+    show_table(("step", *FORMATS, "ended"), table, WIDTH)
 
 
 @traj_app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console, Group
@@ -238,12 +240,16 @@ def sparkline(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> s
 
 
 def phase(rewards: Sequence[float]) -> str:
-    """How the mean reward moves now: what its last fifth gained, as a share of all it gained."""
+    """How the mean reward moves now: what its last fifth gained, as a share of all it gained.
+
+    Gains within two standard deviations of the noise from step to step are none.
+    """
     fifth = len(rewards) // 5
     if fifth < 2:
         return ""
     first, before, now = (sum(rewards[at:][:fifth]) for at in (0, -2 * fifth, -fifth))
-    share = (now - before) / (now - first) if now > first else 0.0
+    noise = math.sqrt(fifth * fmean((b - a) ** 2 for a, b in pairwise(rewards)))
+    share = (now - before) / (now - first) if now - first > 2 * noise else 0.0
     return "rising fast" if share > 0.15 else "rising" if share > 0.05 else "flat"
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from asyncgrpo.observe.exporter import Exporter
@@ -26,7 +26,7 @@ class RunRecorder:
         self._run, self._exporter = run, exporter
         self._start = self._last_time = time.time()
         self._reports: dict[tuple[str, int], Mapping[str, Any]] = {}  # evaluations, oldest first
-        self._owed: set[tuple[str, int]] = set()  # of these, those whose row was taken out
+        self._owed: list[Mapping[str, Any]] = []  # of these, those whose row was taken out
         self._last_actors: Counter[str] = Counter()
         self._last: dict[str, float] = {}
         self._totals = {"tokens_trained": 0.0, "staleness_max": 0.0, "steps": 0.0}
@@ -43,12 +43,12 @@ class RunRecorder:
             self._count(row)
         self._start -= kept[-1]["seconds"] if kept else 0.0
         self._reports = {_key(report): report for report in reports}
-        self._owed = {
-            key
-            for key, report in self._reports.items()
+        self._owed = [
+            report
+            for report in reports
             if report["version"] == step
             and not any(eval_metrics(report).items() <= row.items() for row in kept)
-        }
+        ]
         self._writers = open_writers(self._run, step)
 
     def row(self, row: Mapping[str, float], summary: Mapping[str, Any]) -> None:
@@ -64,8 +64,8 @@ class RunRecorder:
             full["rewards/generated_mean"] = full["reward_arrived_sum"] / arrived
             completions = arrived * self._run.config.algo.group_size
             full["completions/generated_mean_length"] = full["tokens_arrived"] / completions
-        for report in summary["evaluations"]:
-            full.update(self._eval_metrics(report))
+        for report in self._untold(summary["evaluations"]):
+            full.update(eval_metrics(report))
         self._count(full)
         self._write(full)
 
@@ -78,9 +78,8 @@ class RunRecorder:
     def finish(self, reports: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         """Writes evaluations that came after the last step as rows of their own; the summary."""
         rows: dict[int, dict[str, float]] = {}
-        for report in reports:
-            if found := self._eval_metrics(report):
-                rows.setdefault(report["version"], {}).update(found)
+        for report in self._untold(reports):
+            rows.setdefault(report["version"], {}).update(eval_metrics(report))
         for version, row in sorted(rows.items()):
             now = {"step": self._last.get("step", 0), "seconds": time.time() - self._start}
             self._write({**now, "version": version, **row})
@@ -106,19 +105,17 @@ class RunRecorder:
         }
         replace_file(self._run.path / "summary.json", json.dumps(text, indent=2))
 
-    def _eval_metrics(self, report: Mapping[str, Any]) -> dict[str, float]:
-        """Writes a report into evals.jsonl and returns its metrics; {} when that was done."""
-        key = _key(report)
-        if key not in self._reports:
-            self._reports[key] = report
+    def _untold(self, reports: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Those that no row shows yet; what is new among them is written into evals.jsonl."""
+        new = [report for report in reports if _key(report) not in self._reports]
+        for report in new:
+            self._reports[_key(report)] = report
             self._evals_file.write(as_line(report))
             told = "%(name)s accuracy %(share).1f %% at version %(version)d"
             told += " (%(num_answered)d of %(num_prompts)d prompts)"
             log.info(told, {**report, "share": 100 * report["accuracy"]})
-        elif key not in self._owed:
-            return {}
-        self._owed.discard(key)
-        return eval_metrics(report)
+        untold, self._owed = [*self._owed, *new], []
+        return untold
 
     def _actor_metrics(self, actors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         """Sums of the actors' counters, and their rates since the last row."""

@@ -62,9 +62,9 @@ def try_rewards(
     rows: list[Row] = []
     for source, chosen in sorted(_by_source(prompts, count).items()):
         functions = rewards.functions(chosen[0])
-        templates = [template] if template else _templates(functions)
-        best = max(
-            templates, key=lambda t: sum(_score(rewards, functions, chosen[:8], t)[TOTAL]["gold"])
+        best = template or max(
+            _templates(functions),
+            key=lambda t: sum(_score(rewards, functions, chosen[:8], t)[TOTAL]["gold"]),
         )
         for place, (label, scores) in enumerate(_score(rewards, functions, chosen, best).items()):
             means = {kind: sum(s) / len(s) if s else math.nan for kind, s in scores.items()}

@@ -33,7 +33,7 @@ from asyncgrpo.wire.keys import Keys
 log = logging.getLogger(__name__)
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, RECONNECT_MS = 1000, 10_000, 50
 RESEND_SECONDS = 3.0
-REMEMBERED_ANSWERS = 1 << 15  # of all peers
+REMEMBERED_ANSWERS, REMEMBERED_OF_ALL = 256, 1 << 15  # of a peer, and of all
 # then the server's owner has its turn and answers, however much peers send: some 8 groups of 4k
 MESSAGES_PER_TURN, BYTES_PER_TURN = 256, 1 << 19
 UNREAD_REQUESTS, UNREAD_ANSWERS = 64, 4096  # per peer; beyond it waits, or counts as gone
@@ -161,7 +161,8 @@ class Server:
         request = peer, packet.request_id
         if request not in self._answers:
             self._answers[request] = None
-            while len(self._answers) > REMEMBERED_ANSWERS:
+            self._answers.pop((peer, packet.request_id - REMEMBERED_ANSWERS), None)
+            while len(self._answers) > REMEMBERED_OF_ALL:
                 self._answers.popitem(last=False)
             return False
         if (known := self._answers[request]) is not None:
