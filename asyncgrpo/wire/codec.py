@@ -27,7 +27,7 @@ from asyncgrpo.errors import SchemaMismatch, WireError
 from asyncgrpo.types import Completions, Group, Lease, Prompt, Sampling, Shard
 from asyncgrpo.wire.schema import GROUP, check_fields
 
-MAGIC, SCHEMA = b"AG", 3
+MAGIC, SCHEMA = b"AG", 4
 PREFIX, SIZES = struct.Struct("<2sBI"), struct.Struct("<4I")
 # The largest request is one group: 512 completions of 32k tokens are 192 MiB. The largest answer is
 # a rank's shard, a frame per group. No message is longer than two of the longest frames.
