@@ -440,7 +440,6 @@ def test_an_actor_asleep_keeps_its_work_and_delivers_what_is_scored():
     asked = len(stage.client.of("lease"))
     before = {name: list(versions) for name, (_, _, versions) in stage.engine.requests.items()}
     stage.client.grant(make_lease(3))  # was on its way
-    stage.receiver.waiting = 1
     stage.tick(30)
     assert stage.engine.is_asleep
     assert stage.receiver.heard_asleep
@@ -448,7 +447,7 @@ def test_an_actor_asleep_keeps_its_work_and_delivers_what_is_scored():
     assert stage.engine.version == 0
     assert {n: r[2] for n, r in stage.engine.requests.items()} == {**before, "t3": []}
     assert len(stage.client.of("status")) >= 2
-    stage.receiver.sleep = False
+    stage.receiver.sleep, stage.receiver.waiting = False, 1
     stage.tick(5)
     assert not stage.engine.is_asleep
     groups = [group for packet in stage.client.of("put") for group in groups_from(packet)]
@@ -465,6 +464,21 @@ def test_an_engine_sleeps_when_what_it_holds_is_proven():
     assert stage.receiver.proofs[1:] == [(1, NUM_CANARIES)]
     stage.tick()
     assert stage.engine.is_asleep
+
+
+def test_an_engine_that_slept_through_a_publish_proves_it_before_the_learner_trains_again():
+    """The learner had it wake up and sleep again between two turns of the loop."""
+    stage = Stage().with_version(0)
+    stage.receiver.sleep = True
+    stage.tick(2)
+    assert stage.receiver.heard_asleep
+    stage.receiver.waiting = 1
+    stage.tick()
+    assert not stage.receiver.heard_asleep
+    stage.tick(3)
+    assert stage.receiver.proofs[1:] == [(1, NUM_CANARIES)]
+    assert stage.engine.is_asleep
+    assert stage.receiver.heard_asleep
 
 
 def test_an_evaluation_goes_on_with_its_version_after_a_sleep():

@@ -19,7 +19,8 @@ from asyncgrpo.launch import local
 from asyncgrpo.launch.child import kill_strays
 from asyncgrpo.launch.lifeline import find_run_processes
 from asyncgrpo.launch.local import Supervisor
-from asyncgrpo.launch.plan import Plan, ProcessSpec
+from asyncgrpo.launch.plan import TORCHRUN_MODULE, Plan, ProcessSpec
+from asyncgrpo.launch.preflight import pick_free_ports
 from asyncgrpo.rundir import Endpoints
 from asyncgrpo.settings.run import LaunchSettings
 
@@ -402,13 +403,19 @@ def test_bad_input_passes_through_torchrun_and_no_rank_is_left(tmp_path: Path) -
         "from asyncgrpo.launch.ends import record_error\n"
         "if os.environ['RANK'] == '1':\n"
         "    record_error(ConfigError('lr=-1 must be > 0')); sys.exit(2)\n"
+        "if os.environ['RANK'] == '0':  # fails because of the other\n"
+        "    while not os.path.exists(os.environ['ASYNCGRPO_ERROR_FILE']): time.sleep(0.01)\n"
+        "    time.sleep(0.05); sys.exit(1)\n"
         "time.sleep(600)\n"
     )
-    options = ["--nnodes=1", "--nproc-per-node=2", "--monitor-interval=0.1"]
-    argv = [sys.executable, "-m", "torch.distributed.run", *options, "--standalone", str(rank)]
+    (port,) = pick_free_ports(1)
+    options = ["--nnodes=1", "--nproc-per-node=3", "--monitor-interval=0.2", "--max-restarts=0"]
+    options += ["--rdzv-backend=asyncgrpo", f"--rdzv-endpoint=127.0.0.1:{port}", str(rank)]
+    argv = [sys.executable, "-m", TORCHRUN_MODULE, *options]
     environment = "os.environ['OMP_NUM_THREADS'] = '1'\n"
     learner = f"{environment}os.execv({argv[0]!r}, {argv!r})"
-    run = Run(tmp_path, grace=10.0, buffer=WORK, learner=learner)
+    run = Run(tmp_path, grace=10.0, restarts=1, buffer=WORK, learner=learner)
     with pytest.raises(BadInput, match=r"^lr=-1 must be > 0$"):
         run.supervisor.run()
+    assert not run.said("restart 1 of 1")
     run.assert_nothing_left()

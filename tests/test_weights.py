@@ -862,14 +862,14 @@ def test_engines_that_sleep_wake_up_for_another_life_of_the_learner(make_network
 
 
 class Sharded(Published):
-    """Tensors, not all of which divide, of which each rank holds a part."""
+    """Tensors, not all of which divide, of which each rank holds a part; of the first, nothing."""
 
     def __init__(self, version: int) -> None:
         mesh = init_device_mesh("cpu", (2,))
         rest = [(f"rest.{i}", torch.full((3 << 20 | i,), i)) for i in range(3)]
         named = [
             (name, distribute_tensor(tensor, mesh, [Shard(0)]))
-            for name, tensor in [*tensors(version), *rest]
+            for name, tensor in [("row", torch.ones(1, 4)), *tensors(version), *rest]
         ]
         super().__init__(Mock(spec=["named_parameters"], named_parameters=lambda: named), True)
 

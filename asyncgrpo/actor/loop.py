@@ -249,11 +249,16 @@ class ActorLoop:
     # -- weights ------------------------------------------------------------------------------
 
     def _sleeps(self) -> bool:
-        """Gives the engine's memory away, once weights are proven, or takes it back."""
+        """Gives the engine's memory away, once weights are proven, or takes it back.
+
+        Weights that came while it slept came between two sleeps, the first of which was over
+        unnoticed: they too are proven before the learner hears that it sleeps.
+        """
         self._receiver.check()
-        wanted = self._receiver.wants_sleep(self._asleep)
         swaps = self._receiver.staged() is not None and not self._eval_open
-        if wanted != self._asleep and not (wanted and (self._proving or swaps)):
+        is_due = self._proving or swaps
+        wanted = self._receiver.wants_sleep(self._asleep and not is_due) and not is_due
+        if wanted != self._asleep:
             (self._engine.sleep if wanted else self._engine.wake)()
             self._asleep = wanted
         return self._asleep

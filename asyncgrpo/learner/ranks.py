@@ -56,8 +56,8 @@ def parts(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         if holder == 0 == rank():
             yield own
         elif rank() == holder:
-            for mine in own.split(PIECE_ELEMENTS):
-                dist.send(mine.to(dtype), 0)
+            for start in range(0, len(own), PIECE_ELEMENTS):  # no piece of nothing, as split has
+                dist.send(own[start : start + PIECE_ELEMENTS].to(dtype), 0)
         elif rank() == 0:
             for start in range(0, count, PIECE_ELEMENTS):
                 theirs = piece[: count - start]

@@ -18,6 +18,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import main
 
+from asyncgrpo.errors import EXIT_BAD_INPUT
 from asyncgrpo.weights.collective import open_store
 from asyncgrpo.wire.address import device_of, own_address
 
@@ -50,5 +51,6 @@ if __name__ == "__main__":
     except SignalException as stopped:  # the ranks have ended in order
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as failed:  # by its code the launcher knows what is worth a restart
-        _, first = failed.get_first_failure()
-        sys.exit(max(first.exitcode, 1))
+        codes = [failure.exitcode for failure in failed.failures.values()]
+        # of several: who lost its peers to bad input may seem to have failed first
+        sys.exit(EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else max(1, *codes))
