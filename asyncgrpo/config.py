@@ -180,10 +180,9 @@ class Config(Room):
         }
         publish = learner.published_adapter and "adapter"
         in_vllm = {"actor.tensor_parallel": width > 1 and width, "learner.lora.publish": publish}
-        only_cuda = {
-            "learner.compile": learner.compile,
-            "algo.reference.on_cpu": self.algo.reference.on_cpu,
-        }
+        on_cpu = {"algo.reference.on_cpu": self.algo.reference.on_cpu}
+        only_cuda = {"learner.compile": learner.compile, **on_cpu}
+        own = "algo.reference.path (without it the reference is the policy with its adapter off)"
         fused = {"learner.fused_head": learner.fused_head}
         asleep = {"actor.sleep": self.actor.sleep}
         halves = (
@@ -211,6 +210,7 @@ class Config(Room):
             (vllm, self.actor.engine == "vllm", in_vllm),
             (shared, (on_gpus and self.launch.share_gpus) or self.actor.engine == "toy", asleep),
             (each, every == 1, asleep),
+            (own, lora is None or self.algo.reference.path is not None, on_cpu),
         ]
         for need, is_met, settings in needs:
             for name, value in settings.items():

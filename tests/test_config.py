@@ -81,6 +81,7 @@ def test_wrong_settings_are_refused_with_value_limit_and_remedy(override):
 
 
 ONE_GPU = {"gpus": 1, "share_gpus": True}
+ON_CPU = {"kl_coef": 1e-3, "reference": {"on_cpu": True}}
 HALF = {"fused_head": True, "dtype": "bfloat16"}
 
 
@@ -96,6 +97,11 @@ HALF = {"fused_head": True, "dtype": "bfloat16"}
             r"actor.sleep=True needs weights.publish_every = 1 \(now 2;",
         ),
         ({"learner": HALF}, "learner.fused_head=True needs CUDA, but launch.gpus=0"),
+        ({"algo": ON_CPU}, "algo.reference.on_cpu=True needs CUDA, but launch.gpus=0"),
+        (
+            {"algo": ON_CPU, "learner": {"lora": {}}, "launch": ONE_GPU},
+            r"on_cpu=True needs algo.reference.path \(without it",
+        ),
         ({"learner": {"fused_head": True}, "launch": ONE_GPU}, r"'bfloat16' \(now 'float32'\)"),
         ({"learner": {**HALF, "float32_head": True}, "launch": ONE_GPU}, "float32_head = false"),
     ],

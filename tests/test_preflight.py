@@ -245,6 +245,17 @@ def test_a_run_of_an_earlier_release_does_not_go_on_and_nothing_is_started(tmp_p
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_run_that_made_all_its_steps_goes_on_with_more_only(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(Config().model_dump_json())
+    checkpoint = tmp_path / "checkpoints/step_7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text('{"files": {}}')
+    done = from_mapping({"run": {"max_steps": 7}})
+    with pytest.raises(ConfigError, match=r"run.max_steps=7 must be > 7, .* set a larger one"):
+        check_resumable(tmp_path, done)
+    assert check_resumable(tmp_path, from_mapping({"run": {"max_steps": 8}})) == 7
+
+
 def test_a_dry_run_of_a_serial_run_shows_one_process(tmp_path: Path) -> None:
     serial = ["launch", "--config", "tiny", "--serial", "--dry-run", "--run-dir", str(tmp_path)]
     said = CliRunner().invoke(app, serial).output

@@ -183,7 +183,10 @@ def check_resumable(run_dir: Path, config: Config) -> int:
         )
     step = step_of(checkpoint) if checkpoint is not None else 0
     if step >= config.run.max_steps:
-        raise ConfigError(f"{run_dir} has made {step} steps already; set a larger run.max_steps")
+        raise ConfigError(
+            f"run.max_steps={config.run.max_steps} must be > {step}, the steps that {run_dir} has "
+            "made already; set a larger one"
+        )
     return step
 
 

@@ -65,6 +65,7 @@ class CollectiveSender:
         counted = ("evictions", "rounds", "proofs", "rejections")
         self._metrics = {f"publish/{name}": 0.0 for name in counted}
         self._changed = threading.Condition()
+        self._socket = threading.Lock()  # taken last; ZeroMQ allows one thread at a time
         self._stop = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="weights-sender", daemon=True)
@@ -118,7 +119,7 @@ class CollectiveSender:
     def _tell_sleep(self, asleep: bool) -> None:
         self._asleep, self._sleepers = asleep, set()
         for member in list(self._handshake.members.values()):
-            if not self._server.push(member.peer, Packet(kind="sleep", fields={"asleep": asleep})):
+            if not self._push(member.peer, Packet(kind="sleep", fields={"asleep": asleep})):
                 self._evict(member.name, "its connection is gone")
 
     def serve(self) -> None:
@@ -185,7 +186,8 @@ class CollectiveSender:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                packets = self._server.receive(POLL_SECONDS)
+                with self._socket:
+                    packets = self._server.receive(POLL_SECONDS)
                 with self._changed:
                     self._turn(packets)
                     self._changed.notify_all()
@@ -200,7 +202,7 @@ class CollectiveSender:
             try:
                 check_fields(packet.kind, packet.fields, WEIGHTS_REQUESTS)
             except WireError as error:
-                self._server.push(peer, Packet(kind="refused", fields={"reason": str(error)}))
+                self._push(peer, Packet(kind="refused", fields={"reason": str(error)}))
                 continue
             getattr(self, f"_on_{packet.kind}")(peer, packet)
         for name in self._handshake.overdue(time.monotonic()):
@@ -244,7 +246,7 @@ class CollectiveSender:
     def _on_alive(self, peer: str, packet: Packet) -> None:
         """From who may not know that it was evicted."""
         if packet.fields["actor"] not in self._handshake.members:
-            self._server.push(peer, Packet(kind="rejoin", fields={"asleep": self._asleep}))
+            self._push(peer, Packet(kind="rejoin", fields={"asleep": self._asleep}))
 
     def _on_loaded(self, peer: str, packet: Packet) -> None:
         fields = packet.fields
@@ -272,7 +274,7 @@ class CollectiveSender:
             self._metrics["publish/proofs"] += 1
         except WeightsError as error:
             self._metrics["publish/rejections"] += 1
-            self._server.push(peer, Packet(kind="reject", fields={"reason": str(error)}))
+            self._push(peer, Packet(kind="reject", fields={"reason": str(error)}))
             self._evict(packet.fields["actor"], str(error))
 
     def _evict(self, name: str, reason: str) -> None:
@@ -280,13 +282,18 @@ class CollectiveSender:
             self._metrics["publish/evictions"] += 1
             log.warning("%s is evicted from publishing: %s", name, reason)
 
+    def _push(self, peer: str, packet: Packet) -> bool:
+        """False when the peer's connection is gone."""
+        with self._socket:
+            return self._server.push(peer, packet)
+
     def _offer(self) -> None:
         offered = self._handshake.round
         assert offered is not None, "no round is open"
         fields = {"round": offered.number, "version": offered.version}
         for name in sorted(offered.asked):
             peer = self._handshake.members[name].peer
-            if not self._server.push(peer, Packet(kind="offer", fields=fields)):
+            if not self._push(peer, Packet(kind="offer", fields=fields)):
                 self._evict(name, "its connection is gone")
 
     def _broadcast(self) -> None:
@@ -297,10 +304,10 @@ class CollectiveSender:
             start = time.perf_counter()
             try:
                 members = [self._handshake.members[name] for name in names]
-                self._outbox.send(version, members, self._server.push)
+                self._outbox.send(version, members, self._push)
                 packet = Packet(kind="sent", fields=self._outbox.sent(version))
                 for member in members:
-                    self._server.push(member.peer, packet)
+                    self._push(member.peer, packet)
                 sent = True
                 self._metrics["publish/broadcast_seconds"] = time.perf_counter() - start
                 self._metrics["publish/rounds"] += 1

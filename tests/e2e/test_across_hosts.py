@@ -166,5 +166,5 @@ def test_an_actor_elsewhere_outlives_a_short_cut_and_is_let_in_again_after_a_lon
 
     for process in (learner, near, far, buffer):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0 or process is learner  # torchrun's code says nothing
+        assert process.wait(20) == 0 or process is learner  # torchrun's is its rank's
     assert hosts.start(HEAD, "audit", "audit", str(run_dir)).wait() == 0, hosts.shown("audit")
