@@ -190,8 +190,8 @@ class Config(Room):
             "(its kernel multiplies in bfloat16)"
         )
         shared = (
-            f"launch.gpus >= 1 (now {self.launch.gpus}) and launch.share_gpus = true (engines give "
-            "their memory to a learner on the same GPU)"
+            f"launch.gpus >= 1 (now {self.launch.gpus}) and launch.share_gpus = true (now "
+            f"{self.launch.share_gpus}; engines give their memory to a learner on the same GPU)"
         )
         every = self.weights.publish_every
         each = f"weights.publish_every = 1 (now {every}; engines wake up for each publish)"

@@ -763,13 +763,39 @@ def test_correct_answers_are_counted_prompt_by_prompt():
     assert (report["accuracy"], report["num_answered"]) == (pytest.approx(2 / 5), 5)
 
 
-def test_an_evaluation_whose_actor_dies_is_reported_with_what_was_answered():
-    talk = Talk().hello("actor-0.1")
-    talk.ask("learner-0", "evaluate", version=1, blocks=["held-out"])
-    talk.hello("actor-0.2")
+def answers(talk, peer, packet):
+    for lease in map(lease_from, packet.fields["leases"]):
+        talk.put(peer, make_group(lease, versions=[[1, 1]], scores=[1.0]))
+
+
+@pytest.mark.parametrize("heard_of", ["lost", "restarted"])
+def test_what_an_actor_that_dies_was_to_evaluate_others_do(heard_of):
+    talk = Talk().hello("a.1", "b.1")
+    dealt = dict(talk.replies("learner-0", "evaluate", version=1, blocks=["held-out"]))
+    if heard_of == "lost":
+        again = [packet for peer, packet in talk.core.lost("b.1", 0.0) if peer == "a.1"]
+    else:
+        again = [packet for _, packet in talk.replies("b.2", "hello", actor="b")][1:]
+    assert sum(len(packet.fields["leases"]) for packet in again) == len(
+        dealt["b.1"].fields["leases"]
+    )
+    answers(talk, "a.1", dealt["a.1"])
+    for packet in again:
+        lease = lease_from(packet.fields["leases"][0])
+        answers(talk, talk.core.leases.get(lease.lease_id).peer, packet)
     (answer,) = talk.ask("learner-0", "results")
     (report,) = answer.fields["reports"]
-    assert (report["num_answered"], report["num_prompts"]) == (0, 5)
+    assert (report["num_answered"], report["num_prompts"]) == (5, 5)
+
+
+def test_nothing_is_dealt_to_an_actor_that_is_out_of_reach_until_it_is_heard_again():
+    talk = Talk().hello("a.1", "b.1")
+    talk.core.lost("b.1", 0.0)
+    for heard in (False, True):
+        if heard:
+            talk.ask("b.1", "held", version=1)
+        packets = talk.replies("learner-0", "evaluate", version=1 + heard, blocks=["held-out"])
+        assert {peer for peer, _ in packets if peer != "learner-0"} == {"a.1", *["b.1"] * heard}
 
 
 def test_advantages_that_do_not_fit_the_batch_change_nothing():

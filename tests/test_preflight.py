@@ -250,10 +250,16 @@ def test_a_run_that_made_all_its_steps_goes_on_with_more_only(tmp_path: Path) ->
     checkpoint = tmp_path / "checkpoints/step_7"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text('{"files": {}}')
+    with pytest.raises(ConfigError, match=r"ledger.sqlite is missing or empty: .* put it back"):
+        check_resumable(tmp_path, Config())
+    (checkpoint / "ledger.sqlite").touch()  # of a serial run
     done = from_mapping({"run": {"max_steps": 7}})
     with pytest.raises(ConfigError, match=r"run.max_steps=7 must be > 7, .* set a larger one"):
         check_resumable(tmp_path, done)
-    assert check_resumable(tmp_path, from_mapping({"run": {"max_steps": 8}})) == 7
+    assert check_resumable(tmp_path, from_mapping({"run": {"max_steps": 9}})) == 7
+    (tmp_path / "summary.json").write_text('{"steps": 9.0}')  # its last ones have no checkpoint
+    with pytest.raises(ConfigError, match=r"run.max_steps=9 must be > 9"):
+        check_resumable(tmp_path, from_mapping({"run": {"max_steps": 9}}))
 
 
 def test_a_dry_run_of_a_serial_run_shows_one_process(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ class BufferCore:
         self._newest = 0  # version there can be; a learner that goes back leaves it as it is
         self._queue = PromptQueue(prompts)
         self._actors: dict[str, str] = {}  # actor name -> its present peer identity
+        self._unreachable: set[str] = set()  # of these peers, until they are heard again
         self._status: dict[str, dict[str, Any]] = {}  # actor name -> its last counters
         self._held: dict[str, int] = {}  # peer -> policy version it holds
         self._waiting_actors: dict[str, Packet] = {}  # peer -> lease request that waits
@@ -137,6 +138,7 @@ class BufferCore:
             check_request(packet, newest=self._newest, num_learners=self._config.launch.learners)
             if packet.kind in ("lease", "status") and peer not in self._actors.values():
                 return [(peer, _answer(packet, "introduce", life=self._journal.life))]
+            self._unreachable.discard(peer)
             self.events += packet.kind in EVENTS
             action: Action = getattr(self, f"_on_{packet.kind}")
             replies = action(peer, packet, now)
@@ -153,8 +155,8 @@ class BufferCore:
 
     def lost(self, peer: str, now: float) -> Replies:
         """A peer's connection is gone: its leases end now instead of at their deadlines."""
-        self._forget_peer(peer, "unreachable")
-        return self.tick(now)
+        self._unreachable.add(peer)
+        return [*self._forget_peer(peer, "unreachable", now), *self.tick(now)]
 
     def waits(self) -> Iterator[tuple[str, str]]:
         """(who, for what) of everyone who waits for somebody else now."""
@@ -194,24 +196,33 @@ class BufferCore:
 
     def _on_hello(self, peer: str, packet: Packet, now: float) -> Replies:
         actor, fields = packet.fields["actor"], packet.fields
-        for former in (self.leases.peers_of(actor) | {self._actors.get(actor, peer)}) - {peer}:
-            self._forget_peer(former, "actor_restarted")
+        formers = (self.leases.peers_of(actor) | {self._actors.get(actor, peer)}) - {peer}
         self._actors[actor] = peer
         self._held[peer] = fields.get("version", -1)
         self._expire(peer, "undelivered", besides=fields.get("leases", ()))
-        actors = sorted(self._actors.values())
         welcome = {"credit": self._config.buffer.credit, "life": self._journal.life}
-        return [(peer, _answer(packet, "welcome", **welcome)), *self._evaluations.open(actors, now)]
+        replies = [(peer, _answer(packet, "welcome", **welcome))]
+        for former in formers:
+            replies += self._forget_peer(former, "actor_restarted", now)
+        return replies + self._evaluations.open(self._reachable(), now)
 
-    def _on_bye(self, peer: str, packet: Packet, now: float) -> None:
+    def _on_bye(self, peer: str, packet: Packet, now: float) -> Replies:
         if self._actors.get(packet.fields["actor"]) == peer:
             del self._actors[packet.fields["actor"]]
-        self._forget_peer(peer, "actor_left")
+        noted = (peer, _answer(packet, "noted"))
+        return [noted, *self._forget_peer(peer, "actor_left", now)]
 
-    def _forget_peer(self, peer: str, reason: str) -> None:
+    def _reachable(self) -> list[str]:
+        return sorted(set(self._actors.values()) - self._unreachable)
+
+    def _forget_peer(self, peer: str, reason: str, now: float) -> Replies:
+        """Its leases end; what it was to evaluate, others do."""
         self._waiting_actors.pop(peer, None)
         self._held.pop(peer, None)
+        asked = [held.lease for held in self.leases.held_by(peer) if held.lease.purpose == "eval"]
         self._expire(peer, reason)
+        others = [actor for actor in self._reachable() if actor != peer]
+        return self._evaluations.deal_again(asked, others, now)
 
     def _expire(self, peer: str, reason: str, besides: Sequence[str] = ()) -> None:
         for held in self.leases.held_by(peer):
@@ -429,7 +440,7 @@ class BufferCore:
     # -- evaluation -----------------------------------------------------------------------
 
     def _on_evaluate(self, peer: str, packet: Packet, now: float) -> Replies:
-        return self._evaluations.ask(peer, packet, sorted(self._actors.values()), now)
+        return self._evaluations.ask(peer, packet, self._reachable(), now)
 
     def _on_results(self, peer: str, packet: Packet, now: float) -> Replies:
         self._evaluations.wait(peer, packet)

@@ -15,7 +15,7 @@ from asyncgrpo.buffer.journal import Journal, Remembered
 from asyncgrpo.buffer.leases import LeaseBook
 from asyncgrpo.config import Config
 from asyncgrpo.evaluate import summarise
-from asyncgrpo.types import Group, Prompt
+from asyncgrpo.types import Group, Lease, Prompt
 from asyncgrpo.wire.codec import Packet
 
 HeldOut = Callable[[int, str], Sequence[Prompt]]  # how many, of which block
@@ -94,6 +94,25 @@ class Evaluations:
             ]
         self._wanted.clear()
         return pushes
+
+    def deal_again(
+        self, lost: Sequence[Lease], actors: Sequence[str], now: float
+    ) -> list[tuple[str, Packet]]:
+        """Prompts whose actor is gone go to others; with nobody there they stay unanswered."""
+        hands: dict[tuple[str, int], list[bytes]] = {}
+        for lease, actor in zip(lost, itertools.cycle(actors), strict=False):
+            if (job := self._jobs.get((lease.version, lease.block))) is None:
+                continue
+            opened = self._leases.issue(
+                lease.prompt, peer=actor, version=lease.version, now=now, block=lease.block
+            )
+            job.is_accepted[opened.lease.lease_id] = False
+            self._journal.evaluating(lease.version, lease.block, self._leases.last_number)
+            hands.setdefault((actor, lease.version), []).append(opened.packed)
+        return [
+            (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
+            for (actor, version), leases in hands.items()
+        ]
 
     def forget(self, version: int) -> None:
         """A learner begins at this version: newer ones will be other policies."""

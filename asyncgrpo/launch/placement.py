@@ -57,6 +57,8 @@ def choose_transport(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]
     if asked == "auto":
         return best, reason
     dealt = config.actor.tensor_parallel > 1 and bool(gpus) and not config.launch.share_gpus
+    if asked == "nccl" and config.actor.tensor_parallel > 1 and config.launch.share_gpus:
+        reason = "launch.share_gpus lets them share"
     if asked in TRANSPORT_NEEDS and asked != best and not (asked == "nccl" and dealt):
         raise ConfigError(
             f"weights.transport={asked!r} needs {TRANSPORT_NEEDS[asked]}, but {reason}; set "

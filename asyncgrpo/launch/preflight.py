@@ -182,12 +182,26 @@ def check_resumable(run_dir: Path, config: Config) -> int:
             "model.path set to the last model that you trust"
         )
     step = step_of(checkpoint) if checkpoint is not None else 0
-    if step >= config.run.max_steps:
+    ledger = run_dir / LEDGER_FILE
+    is_empty = not ledger.exists() or not ledger.stat().st_size
+    if checkpoint is not None and is_empty and not (checkpoint / LEDGER_FILE).exists():
         raise ConfigError(
-            f"run.max_steps={config.run.max_steps} must be > {step}, the steps that {run_dir} has "
+            f"{ledger} is missing or empty: without it nobody knows what {step} steps were made "
+            f"of; put it back, or start another run with model.path={run_dir / 'model'}"
+        )
+    made = max(step, _steps_of_finished(run_dir))
+    if made >= config.run.max_steps:
+        raise ConfigError(
+            f"run.max_steps={config.run.max_steps} must be > {made}, the steps that {run_dir} has "
             "made already; set a larger one"
         )
     return step
+
+
+def _steps_of_finished(run_dir: Path) -> int:
+    """0 when the run has not come to its end."""
+    summary = run_dir / "summary.json"
+    return int(json.loads(summary.read_text())["steps"]) if summary.exists() else 0
 
 
 def keep_settings(run_dir: Path) -> None:

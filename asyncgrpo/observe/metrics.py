@@ -154,7 +154,12 @@ def metric_of(name: str) -> tuple[Metric, dict[str, str]]:
 
 
 def eval_metrics(report: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of one evaluation (see summarise); the name of the default block is left out."""
+    """Metrics of one evaluation (see summarise); the name of the default block is left out.
+
+    None of one that nobody answered.
+    """
+    if not report["num_answered"]:
+        return {}
     prefix = "eval/" if report["name"] == HELD_OUT else f"eval/{report['name']}/"
     names = ("accuracy", "version", "reward_mean", "mean_tokens", "truncated_share")
     passes = {f"{prefix}pass@{k}": share for k, share in report["pass_at_k"].items()}

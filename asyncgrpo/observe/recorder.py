@@ -40,7 +40,10 @@ class RunRecorder:
             path.open("a", encoding="utf-8", buffering=1) for path in paths
         )
         for row in kept:
-            self._count(row)
+            if "tokens_trained" in row:  # not one of evaluations alone
+                self._count(row)
+        if kept:  # what arrived since then, nobody knows
+            self._last["tokens_arrived"] = math.nan
         self._start -= kept[-1]["seconds"] if kept else 0.0
         self._reports = {_key(report): report for report in reports}
         self._owed = [
