@@ -417,6 +417,15 @@ def total(text: str) -> float:
     return float(re.search(r"([\d.]+) of", text)[1])
 
 
+def test_advice_that_is_not_enough_says_so() -> None:
+    code, text = plan("--config", "tiny", "--gpu-gib", 1)
+    assert code == 1
+    saved = sum(map(float, re.findall(r"saves ([\d.]+) GiB", text)))
+    (left,) = map(float, re.findall(r"not enough, ([\d.]+) GiB stay", text))
+    assert left == pytest.approx(total(text) - saved, abs=0.1)
+    assert "not enough" not in plan("--config", "tiny", "--gpu-gib", 2.75)[1]
+
+
 def test_what_fits_ends_with_0_and_what_does_not_with_1(half_b: Path) -> None:
     arguments = ("--config", "lora-8gb", "--set", f"model.path={half_b}", "--gpu-gib")
     assert plan(*arguments, 7.76)[0] == 0

@@ -142,6 +142,12 @@ class MemoryReport:
         lines = [f"  {what:<46} saves {saved / GIB:.2f} GiB" for what, saved in found]
         if self._config.launch.gpus and len(device.lines) > 1:
             lines.append("  launch.share_gpus = false, with a GPU for each process")
+        left = device.num_bytes - sum(saved for _, saved in found)
+        if left > room:  # though what two settings save together is less than the sum
+            lines.append(
+                f"  All of that is not enough, {left / GIB:.2f} GiB stay: take fewer processes "
+                "(launch.actors, launch.learners), a smaller model or more memory"
+            )
         return "\n".join(["What to change, mildest first:", *lines])
 
 
