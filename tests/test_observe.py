@@ -35,6 +35,7 @@ from asyncgrpo.observe.progress import (
     phase,
     show_summary,
     sparkline,
+    step_line,
 )
 from asyncgrpo.observe.recorder import RunRecorder
 from asyncgrpo.rundir import RunDir
@@ -373,6 +374,19 @@ def test_tokens_per_second_and_the_total_are_of_what_arrived(run, monkeypatch):
     rows = rows_of(run.path / "metrics.jsonl")
     assert [row["tokens_per_second"] for row in rows] == [80.0, 80.0]
     assert json.loads((run.path / "summary.json").read_text())["tokens_arrived"] == 500
+
+
+def test_the_first_row_after_a_resume_has_no_rate_and_is_shown(run):
+    row = {name: value for name, value in ROW.items() if name != "tokens_per_second"}
+    begun(run).row({**row, "step": 0}, summary({}, tokens_arrived=480))
+    again = begun(run, step=1)
+    for step in (1, 2):
+        again.row({**row, "step": step}, summary({}, tokens_arrived=500 + 20 * step))
+    rates = [row["tokens_per_second"] for row in rows_of(run.path / "metrics.jsonl")]
+    assert rates[1] is None
+    assert rates[0] > 0 < rates[2]
+    shown = {"staleness/mean": 0.0, "staleness/max": 0.0, "wait_seconds": 0.0, "train_seconds": 0.0}
+    assert " - tok/s" in step_line({**row, **shown, "step": 1, "tokens_per_second": None}, 3)
 
 
 def test_the_summary_says_how_many_groups_were_dropped_and_why(run, recorder):

@@ -216,7 +216,7 @@ def step_line(row: Mapping[str, Any], max_steps: int) -> str:
         f"staleness {row['staleness/mean']:.1f}/{row['staleness/max']:.0f}",
         f"wait {row['wait_seconds']:.2f}s",
         f"train {row['train_seconds']:.2f}s",
-        f"{row['tokens_per_second']:.0f} tok/s",
+        f"{_number(row, 'tokens_per_second', '.0f')} tok/s",
     ]
     parts += [f"{name} {share:.1%} at version {of:.0f}" for name, share, of in evaluations(row)]
     return "  ".join(parts)
