@@ -16,6 +16,7 @@ import pytest
 from test_launch import SIX_STEPS, TESTS
 
 from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.rows import whole_rows
 
 READY_SECONDS = 6.0  # then an actor that does not answer is evicted
 HEAD, OTHER = "10.77.0.1", "10.77.0.2"
@@ -131,9 +132,7 @@ def test_an_actor_elsewhere_outlives_a_short_cut_and_is_let_in_again_after_a_lon
     far = hosts.start(OTHER, "far", "actor", *join, "--index", "1")
 
     def rows() -> list[dict]:
-        file = run_dir / "metrics.jsonl"
-        found = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-        return [row for row in found if "loss" in row]
+        return [row for row in whole_rows(run_dir / "metrics.jsonl") if "loss" in row]
 
     def trained_of_far(first: int) -> bool:
         files = (run_dir / f"trajectories/step_{row['step']}.jsonl" for row in rows()[first:])

@@ -29,6 +29,7 @@ from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.saved import FOLDER, saved, step_of
 from asyncgrpo.learner.schedule import learning_rate
 from asyncgrpo.observe.metrics import metric_of
+from asyncgrpo.rows import whole_rows
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.wire.codec import Packet
 from asyncgrpo.wire.sockets import DealerClient
@@ -73,8 +74,7 @@ class Launch:
         assert self.wait() == 0, self.text()[-4000:]
 
     def rows(self) -> list[dict]:
-        path = self.run_dir / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return whole_rows(self.run_dir / "metrics.jsonl")  # the last one may just be written
 
     def targets(self) -> list[str]:
         """Roles that Prometheus is to scrape."""

@@ -15,6 +15,7 @@ from cluster import Cluster, missing
 from small_run import MAX_STALENESS, SMALL
 
 from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.rows import whole_rows
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = [
@@ -45,8 +46,7 @@ class Submitted:
         return "".join(file.read_text() for file in files)
 
     def rows(self, run_dir: Path | None = None) -> list[dict]:
-        path = (run_dir or self.run_dir) / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = whole_rows((run_dir or self.run_dir) / "metrics.jsonl")
         return [row for row in rows if "loss" in row]
 
     def until(self, done: Callable[[], object], what: str, seconds: float = 120) -> None:
