@@ -12,7 +12,7 @@ import zmq
 
 from asyncgrpo.errors import ConfigError, PeerTimeout, WireError
 from asyncgrpo.wire import sockets
-from asyncgrpo.wire.codec import Packet, decode, encode
+from asyncgrpo.wire.codec import SCHEMA, Packet, decode, encode
 from asyncgrpo.wire.sockets import DealerClient, Server
 
 Item = TypeVar("Item")
@@ -169,7 +169,7 @@ def test_another_version_is_told_so_but_a_flood_of_it_is_not_answered(server, st
     while stranger.poll(200):
         answers.append(decode(stranger.recv_multipart()))
     assert [answer.fields["reason"] for answer in answers] == [
-        "schema 9 is not 3; both sides need the same version"
+        f"schema 9 is not {SCHEMA}; both sides need the same version"
     ]
 
 
