@@ -16,7 +16,6 @@ import random
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from common import launch, launch_command
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from asyncgrpo.data.tiny_tokenizer import build_tokenizer
@@ -92,9 +92,9 @@ def _resident_bytes() -> int:
     return total
 
 
-def settings(options: argparse.Namespace, *, on_gpu: bool) -> list[str]:
+def settings(options: argparse.Namespace, *, on_gpu: bool) -> dict[str, object]:
     size = SIZES[options.shape]
-    values = {
+    values: dict[str, object] = {
         "model.dtype": "bfloat16" if on_gpu else "float32",
         "learner.dtype": "bfloat16" if on_gpu else "float32",
         "launch.gpus": int(on_gpu),
@@ -112,7 +112,7 @@ def settings(options: argparse.Namespace, *, on_gpu: bool) -> list[str]:
     }
     if options.sleep:
         values["actor.sleep"] = "true"
-    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+    return values
 
 
 def main() -> None:
@@ -126,15 +126,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base:
         model, run = Path(base) / "model", Path(base) / "run"
         make_model(options.shape, model)
-        command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--model", str(model)]
-        command += ["--actors", "1", "--learners", "1", "--run-dir", str(run)]
-        command += ["--max-steps", str(options.steps), *settings(options, on_gpu=on_gpu)]
+        words = ("--model", model, "--actors", 1, "--learners", 1, "--max-steps", options.steps)
+        command = launch_command(run, *words, settings=settings(options, on_gpu=on_gpu))
         watch = Watch(on_gpu=on_gpu)
         watch.start()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        launch(command)
         watch.done = True
-        if done.returncode:
-            sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
         lines = (run / "metrics.jsonl").read_text().splitlines()
         transport = json.loads((run / "endpoints.json").read_text())["transport"]
     rows = [row for row in map(json.loads, lines) if "train_seconds" in row][WARM_STEPS:]

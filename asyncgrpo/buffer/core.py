@@ -221,8 +221,7 @@ class BufferCore:
         self._held.pop(peer, None)
         asked = [held.lease for held in self.leases.held_by(peer) if held.lease.purpose == "eval"]
         self._expire(peer, reason)
-        others = [actor for actor in self._reachable() if actor != peer]
-        return self._evaluations.deal_again(asked, others, now)
+        return self._evaluations.deal_again(asked, self._reachable(), now)
 
     def _expire(self, peer: str, reason: str, besides: Sequence[str] = ()) -> None:
         for held in self.leases.held_by(peer):

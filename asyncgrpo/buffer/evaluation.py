@@ -81,11 +81,7 @@ class Evaluations:
                 prompts = self._held_out(block.num_prompts, name)
                 job = self._jobs[version, name] = _Job(num_prompts=len(prompts), since=now)
                 for prompt, (actor, hand) in zip(prompts, turns, strict=False):
-                    opened = self._leases.issue(
-                        prompt, peer=actor, version=version, now=now, block=name
-                    )
-                    hand.append(opened.packed)
-                    job.is_accepted[opened.lease.lease_id] = False
+                    hand.append(self._issue(job, prompt, actor, version, name, now))
                 self._journal.evaluating(version, name, self._leases.last_number)
             pushes += [
                 (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
@@ -95,6 +91,13 @@ class Evaluations:
         self._wanted.clear()
         return pushes
 
+    def _issue(
+        self, job: _Job, prompt: Prompt, actor: str, version: int, name: str, now: float
+    ) -> bytes:
+        opened = self._leases.issue(prompt, peer=actor, version=version, now=now, block=name)
+        job.is_accepted[opened.lease.lease_id] = False
+        return opened.packed
+
     def deal_again(
         self, lost: Sequence[Lease], actors: Sequence[str], now: float
     ) -> list[tuple[str, Packet]]:
@@ -103,12 +106,9 @@ class Evaluations:
         for lease, actor in zip(lost, itertools.cycle(actors), strict=False):
             if (job := self._jobs.get((lease.version, lease.block))) is None:
                 continue
-            opened = self._leases.issue(
-                lease.prompt, peer=actor, version=lease.version, now=now, block=lease.block
-            )
-            job.is_accepted[opened.lease.lease_id] = False
+            packed = self._issue(job, lease.prompt, actor, lease.version, lease.block, now)
             self._journal.evaluating(lease.version, lease.block, self._leases.last_number)
-            hands.setdefault((actor, lease.version), []).append(opened.packed)
+            hands.setdefault((actor, lease.version), []).append(packed)
         return [
             (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
             for (actor, version), leases in hands.items()

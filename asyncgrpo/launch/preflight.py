@@ -173,7 +173,8 @@ def check_resumable(run_dir: Path, config: Config) -> int:
                 f"{setting}={new!r} cannot change within a run: it was {old!r}; "
                 "leave it as it was, or start another run"
             )
-    if (run_dir / LEDGER_FILE).exists():  # not yet, when the run was killed at its start
+    ledger = run_dir / LEDGER_FILE
+    if ledger.exists():  # not yet, when the run was killed at its start
         LedgerReader(run_dir).close()
     checkpoint = newest(run_dir / FOLDER)
     if checkpoint is None and saved(run_dir / FOLDER):
@@ -182,7 +183,6 @@ def check_resumable(run_dir: Path, config: Config) -> int:
             "model.path set to the last model that you trust"
         )
     step = step_of(checkpoint) if checkpoint is not None else 0
-    ledger = run_dir / LEDGER_FILE
     is_empty = not ledger.exists() or not ledger.stat().st_size
     if checkpoint is not None and is_empty and not (checkpoint / LEDGER_FILE).exists():
         raise ConfigError(
