@@ -232,7 +232,7 @@ def actor(
 def _become(name: str, join: Path) -> NoReturn:
     """Goes over to the process of a role, whose environment must be there when it begins."""
     from asyncgrpo.launch.plan import hand_started
-    from asyncgrpo.launch.preflight import pick_free_ports
+    from asyncgrpo.launch.preflight import own_port
     from asyncgrpo.rundir import RunDir, is_done
 
     run = RunDir.read(join.absolute())
@@ -241,8 +241,7 @@ def _become(name: str, join: Path) -> NoReturn:
             f"{join} is done, see its summary.json; to train on, start a run with its model: "
             f"--model {join / 'model'}"
         )
-    port = pick_free_ports(1)[0] if name == "learner" else 0
-    spec = hand_started(name, run.config, run.path, port)
+    spec = hand_started(name, run.config, run.path, own_port())
     os.execvpe(spec.argv[0], spec.argv, {**os.environ, **spec.environment})
 
 

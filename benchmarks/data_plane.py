@@ -37,7 +37,7 @@ from asyncgrpo.buffer.journal import Journal
 from asyncgrpo.buffer.ledger import Ledger
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.prompts import open_prompts
-from asyncgrpo.launch.preflight import pick_free_ports
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.types import Group
 from asyncgrpo.wire.codec import Packet, decode, encode, group_packet, lease_from
@@ -70,7 +70,7 @@ class NoLedger(Journal):
 
 
 def prepare(folder: Path) -> RunDir:
-    (port,) = pick_free_ports(1)
+    port = own_port()
     endpoints = Endpoints(buffer=f"tcp://127.0.0.1:{port}", weights="", store=("", 0))
     run = RunDir(path=folder, config=from_mapping(SETTINGS), endpoints=endpoints)
     run.write()

@@ -30,7 +30,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from asyncgrpo.buffer.replay import deal
 from asyncgrpo.config import Config, from_mapping
-from asyncgrpo.launch.preflight import pick_free_ports
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.learner import prepare
 from asyncgrpo.learner.batch import Batch, PackReport, pack
 from asyncgrpo.learner.update import PolicyUpdater
@@ -176,7 +176,7 @@ def ranks(steps: int, folder: str) -> None:
     with tempfile.TemporaryDirectory() as out:
         for layout in ("ddp", "fsdp"):
             for count in (1, 2):
-                (port,) = pick_free_ports(1)
+                port = own_port()
                 arguments = (count, port, steps, layout, folder, shard, out)
                 mp.spawn(_rank, args=arguments, nprocs=count)
             one, two = (float(Path(out, f"{layout}_{n}").read_text()) for n in (1, 2))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing as mp
-import socket
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.learner.parallel import Published
 from asyncgrpo.weights.collective import WeightGroup, open_group, open_store
 from asyncgrpo.weights.proof import NUM_CANARIES
@@ -108,12 +108,6 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     config = from_mapping(
         {
@@ -122,13 +116,13 @@ def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
             "learner": {"parallel": "fsdp" if options.sharded else "ddp"},
         }
     )
-    port, context = free_port(), mp.get_context("spawn")
+    port, context = own_port(), mp.get_context("spawn")
     tensors: Any = () if options.sharded else parameters(count)
     if options.sharded:
-        meeting, dtype = free_port(), getattr(torch, options.dtype)
+        meeting, dtype = own_port(), getattr(torch, options.dtype)
         context.Process(target=hold, args=(count, meeting, dtype), daemon=True).start()
         tensors = sharded(count, meeting, 0, dtype)
-    address = f"tcp://127.0.0.1:{free_port()}"
+    address = f"tcp://127.0.0.1:{own_port()}"
     pipe, other = mp.Pipe()
     actor = context.Process(target=receive, args=(config, address, port, other), daemon=True)
     actor.start()
@@ -138,7 +132,7 @@ def measure(count: int, options: argparse.Namespace, folder: Path) -> None:
     sender = CollectiveSender(
         config,
         address,
-        ("127.0.0.1", free_port()),
+        ("127.0.0.1", own_port()),
         transport=options.transport,
         folder=folder / f"{count}",
     )

@@ -17,6 +17,7 @@ from fakes import CountingPrompts, make_group
 from asyncgrpo.buffer.core import BufferCore
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import PeerTimeout
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.wire import sockets
 from asyncgrpo.wire.codec import Packet, encode, group_packet, groups_from, lease_from
@@ -40,9 +41,7 @@ def run_in(folder, encrypt: bool) -> RunDir:
         "buffer": {"groups_per_step": GROUPS},
         "algo": {"group_size": 2},
     }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{own_port()}"
     endpoints = Endpoints(buffer=address, weights="", store=("127.0.0.1", 1))
     run = RunDir(path=folder, config=from_mapping(rooms), endpoints=endpoints)
     if encrypt:

@@ -22,7 +22,7 @@ from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.errors import ConfigError
 from asyncgrpo.launch import preflight
 from asyncgrpo.launch.memory_report import check_targets
-from asyncgrpo.launch.preflight import check_resumable, missing_extra, pick_free_ports
+from asyncgrpo.launch.preflight import check_resumable, missing_extra, own_port
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.model import PolicyHead
 from asyncgrpo.learner.update import PolicyUpdater
@@ -140,10 +140,8 @@ class Here:
     """The sender of other processes, with nobody there."""
 
     def __init__(self, config: Config) -> None:
-        ports = pick_free_ports(2)
-        self._sender = CollectiveSender(
-            config, f"tcp://127.0.0.1:{ports[0]}", ("127.0.0.1", ports[1])
-        )
+        address, store = f"tcp://127.0.0.1:{own_port()}", ("127.0.0.1", own_port())
+        self._sender = CollectiveSender(config, address, store)
 
     def publish(self, *what: Any) -> None:
         self._sender.publish(*what)

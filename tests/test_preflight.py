@@ -7,6 +7,7 @@ import os
 import socket
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,14 @@ from asyncgrpo.launch.model_folder import check_model_folder, quick_tokenizer
 from asyncgrpo.launch.preflight import (
     check_resumable,
     check_run_dir,
-    choose_endpoints,
-    pick_free_ports,
+    held_endpoints,
+    hold_port,
+    own_port,
     point_latest,
+    port_of,
     prepare_run_dir,
 )
+from asyncgrpo.rundir import Endpoints
 
 
 def safetensors_bytes(num_bytes: int = 8) -> bytes:
@@ -179,44 +183,83 @@ def test_a_port_in_use_is_refused_with_the_setting_to_change() -> None:
         for setting in ("buffer_port", "weights_port", "metrics_port"):
             said = f"launch.{setting}: port {port} on .* in use.* set another launch.{setting} "
             with pytest.raises(ConfigError, match=said):
-                choose_endpoints(from_mapping({"launch": {setting: port}}))
-    assert choose_endpoints(from_mapping({"launch": {"buffer_port": port}})).buffer.endswith(
-        f":{port}"
-    )
+                endpoints_of(from_mapping({"launch": {setting: port}}))
+    assert endpoints_of(from_mapping({"launch": {"buffer_port": port}})).buffer.endswith(f":{port}")
 
 
-def test_picked_ports_are_distinct_and_can_be_listened_on() -> None:
-    ports = pick_free_ports(20)
-    assert len(set(ports)) == 20
-    for port in ports:
-        socket.create_server(("127.0.0.1", port)).close()
+IP_LOCAL_PORT_RANGE = 51  # of Linux 6.3: from which ports one socket takes any
+
+
+def taker(port: int) -> socket.socket:
+    """Somebody who takes any port, and is left this one only."""
+    anybody = socket.socket()
+    room = port | port << 16
+    anybody.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, room.to_bytes(4, sys.byteorder))
+    return anybody
+
+
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (6, 3), reason="needs Linux 6.3"
+)
+def test_a_held_port_goes_to_nobody_who_takes_any_and_to_who_asks_for_it() -> None:
+    with hold_port() as held, socket.create_server(("127.0.0.1", 0)) as other:
+        port = port_of(held)
+        for host in ("127.0.0.1", "0.0.0.0"):
+            with taker(port) as anybody, pytest.raises(OSError, match="in use"):
+                anybody.bind((host, 0))
+        with taker(port) as anybody, pytest.raises(OSError, match="Cannot assign"):
+            anybody.connect(other.getsockname())
+        for _ in range(2):  # two lives of a role
+            with socket.create_server(("127.0.0.1", port)) as server:
+                assert server.getsockname()[1] == port
+    with taker(port) as anybody:  # it was the holding that kept it
+        anybody.bind(("127.0.0.1", 0))
+        assert anybody.getsockname()[1] == port
+
+
+def test_the_ports_of_a_run_are_distinct_and_kept_while_it_is_prepared() -> None:
+    with held_endpoints(Config()) as doors, held_endpoints(Config()) as others:
+        ports = [port for at in (doors, others) for port in ports_of(at)]
+        assert len(set(ports)) == 8
+        for port in ports:
+            socket.create_server(("127.0.0.1", port)).close()
+
+
+def ports_of(doors: Endpoints) -> list[int]:
+    addresses = (doors.buffer, doors.weights)
+    named = [int(address.rpartition(":")[2]) for address in addresses]
+    return [*named, doors.store[1], doors.rendezvous]
+
+
+def endpoints_of(config: Config) -> Endpoints:
+    with held_endpoints(config) as doors:
+        return doors
 
 
 def test_settings_choose_their_ports_and_the_rest_is_free() -> None:
-    wanted = pick_free_ports(1)[0]
+    wanted = own_port()
     launch = {"weights_port": wanted, "host": "127.0.0.2"}
-    doors = choose_endpoints(from_mapping({"launch": launch}))
+    doors = endpoints_of(from_mapping({"launch": launch}))
     assert doors.weights == f"tcp://127.0.0.2:{wanted}"
     assert doors.store[0] == "127.0.0.2"
-    ports = {int(doors.buffer.removeprefix("tcp://127.0.0.2:")), doors.store[1], doors.rendezvous}
-    assert len(ports | {wanted}) == 4
+    assert len({*ports_of(doors), wanted}) == 4
     assert set(doors.metrics.values()) == {0}
 
 
 def test_metrics_ports_count_up_from_the_buffer() -> None:
     launch = {"metrics_port": 19000, "actors": 2, "learners": 2}
     names = ("buffer", "actor-0", "actor-1", "learner-0", "learner-1")
-    found = choose_endpoints(from_mapping({"launch": launch})).metrics
+    found = endpoints_of(from_mapping({"launch": launch})).metrics
     assert found == dict(zip(names, range(19000, 19005), strict=True))
 
 
 def test_ports_that_collide_or_run_out_of_numbers_are_refused() -> None:
-    port = pick_free_ports(1)[0]
+    port = own_port()
     twice = {"launch": {"buffer_port": port, "weights_port": port}}
     with pytest.raises(ConfigError, match=f"weights_port: port {port} .* no two doors share one"):
-        choose_endpoints(from_mapping(twice))
+        endpoints_of(from_mapping(twice))
     with pytest.raises(ConfigError, match="no room for 5 endpoints; it must be <= 65531"):
-        choose_endpoints(from_mapping({"launch": {"metrics_port": 65535}}))
+        endpoints_of(from_mapping({"launch": {"metrics_port": 65535}}))
 
 
 def test_a_run_dir_is_made_with_its_folders_and_checking_it_makes_nothing(tmp_path: Path) -> None:
@@ -356,16 +399,16 @@ def test_an_address_that_is_not_ours_is_refused_with_its_setting(setting: str) -
     room, key = setting.split(".")
     config = from_mapping({room: {key: "192.0.2.77"}})
     with pytest.raises(ConfigError, match=f"{setting}=192.0.2.77 cannot be listened on"):
-        choose_endpoints(config)
+        endpoints_of(config)
 
 
 def test_ports_are_looked_for_where_they_will_be_used() -> None:
-    (port,) = pick_free_ports(1)
+    port = own_port()
     with socket.create_server(("127.0.0.2", port)):
         launch = {"buffer_port": port}
-        assert choose_endpoints(from_mapping({"launch": launch})).buffer.endswith(f":{port}")
+        assert endpoints_of(from_mapping({"launch": launch})).buffer.endswith(f":{port}")
         with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.2 cannot be listened on"):
-            choose_endpoints(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
+            endpoints_of(from_mapping({"launch": {**launch, "host": "127.0.0.2"}}))
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])

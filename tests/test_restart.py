@@ -18,7 +18,7 @@ from asyncgrpo.actor.judge import InlineJudge
 from asyncgrpo.actor.loop import ActorLoop
 from asyncgrpo.buffer.ledger import LedgerReader
 from asyncgrpo.config import from_mapping
-from asyncgrpo.launch.preflight import pick_free_ports
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.rundir import Endpoints, RunDir
 from asyncgrpo.wire import sockets
 from asyncgrpo.wire.codec import Packet, shard_from
@@ -97,7 +97,7 @@ class Stage:
             "reward": {"functions": [{"use": "reward_functions:vowels"}]},
             **rooms,
         }
-        (port,) = pick_free_ports(1)
+        port = own_port()
         address = f"tcp://127.0.0.1:{port}"
         endpoints = Endpoints(buffer=address, weights="", store=("", 0))
         self.run = RunDir(path=folder, config=from_mapping(settings), endpoints=endpoints)

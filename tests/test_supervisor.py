@@ -20,7 +20,7 @@ from asyncgrpo.launch.child import kill_strays
 from asyncgrpo.launch.lifeline import find_run_processes
 from asyncgrpo.launch.local import Supervisor
 from asyncgrpo.launch.plan import TORCHRUN_MODULE, Plan, ProcessSpec
-from asyncgrpo.launch.preflight import pick_free_ports
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.rundir import Endpoints
 from asyncgrpo.settings.run import LaunchSettings
 
@@ -408,7 +408,7 @@ def test_bad_input_passes_through_torchrun_and_no_rank_is_left(tmp_path: Path) -
         "    time.sleep(0.05); sys.exit(1)\n"
         "time.sleep(600)\n"
     )
-    (port,) = pick_free_ports(1)
+    port = own_port()
     options = ["--nnodes=1", "--nproc-per-node=3", "--monitor-interval=0.2", "--max-restarts=0"]
     options += ["--rdzv-backend=asyncgrpo", f"--rdzv-endpoint=127.0.0.1:{port}", str(rank)]
     argv = [sys.executable, "-m", TORCHRUN_MODULE, *options]

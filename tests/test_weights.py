@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import DataError, WeightsError
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.learner import loop
 from asyncgrpo.learner.parallel import Published
 from asyncgrpo.rundir import RunDir
@@ -344,12 +344,6 @@ def test_no_schedule_lets_a_member_hold_what_it_did_not_prove(seed):
 # -- real processes --------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Actor:
     """A receiver process and what it says; forked from one that has imported torch."""
 
@@ -376,13 +370,13 @@ class Network:
 
     def __init__(self, folder: Path, transport: str = "gloo", rooms=None, **weights) -> None:
         settings = {"ready_timeout_seconds": 4.0, "bucket_bytes": 1024, **weights}
-        self.address, self._actors = f"tcp://127.0.0.1:{free_port()}", []
+        self.address, self._actors = f"tcp://127.0.0.1:{own_port()}", []
         rooms = {"weights": settings, "buffer": {"max_staleness": 4}, **(rooms or {})}
         self.config = from_mapping(rooms)
         self.sender = CollectiveSender(
             self.config,
             self.address,
-            ("127.0.0.1", free_port()),
+            ("127.0.0.1", own_port()),
             transport=transport,
             folder=folder,
         )
@@ -526,8 +520,8 @@ def test_with_keys_only_their_holders_take_part(tmp_path, monkeypatch):
     make_keys(tmp_path)
     config = from_mapping({"launch": {"encrypt": True}})
     run = RunDir(path=tmp_path, config=config, endpoints=None)
-    address = f"tcp://127.0.0.1:{free_port()}"
-    sender = CollectiveSender(config, address, ("127.0.0.1", free_port()), read_keys(run, "server"))
+    address = f"tcp://127.0.0.1:{own_port()}"
+    sender = CollectiveSender(config, address, ("127.0.0.1", own_port()), read_keys(run, "server"))
     words = (tmp_path / "keys" / "client.key").read_text()
     stranger = Actor("actor-1", address)
     monkeypatch.setenv("ASYNCGRPO_CLIENT_KEYS", words)
@@ -664,7 +658,7 @@ def test_actors_copy_out_of_two_buckets_that_the_learner_fills_in_turn():
     named = [(str(i), torch.randn(300)) for i in range(20)]
     manifest = Manifest.of(named, "float32")
     staging = [torch.zeros(256, dtype=torch.uint8) for _ in range(2)]
-    port, received = free_port(), [FlatWeights(manifest) for _ in range(2)]
+    port, received = own_port(), [FlatWeights(manifest) for _ in range(2)]
 
     def member(rank: int) -> None:
         store = open_store("127.0.0.1", port, is_master=rank == 0, timeout_seconds=20)
@@ -852,7 +846,7 @@ def test_engines_that_sleep_wake_up_for_another_life_of_the_learner(make_network
     network.sender.wait_for_actors(1, 30)
     network.sender.release()
     network.sender.close()
-    store = ("127.0.0.1", free_port())
+    store = ("127.0.0.1", own_port())
     network.sender = CollectiveSender(network.config, network.address, store)
     assert [actor.next_line() for _ in range(3)] == ["live 0", "asleep", "awake"]
     publish(network.sender, 0)
@@ -881,7 +875,7 @@ def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None
     if rank == 0:
         settings = {"ready_timeout_seconds": 4.0, "bucket_bytes": 65536}
         config = from_mapping({"weights": settings, "learner": {"parallel": "fsdp"}})
-        sender = CollectiveSender(config, address, ("127.0.0.1", free_port()))
+        sender = CollectiveSender(config, address, ("127.0.0.1", own_port()))
         with sender._changed:
             sender._wait(lambda: len(sender._waiting_joins) == 2, "joining", 30)
     for version in range(2):
@@ -902,9 +896,9 @@ def learner_rank(rank: int, address: str, port: int, is_late_there: Any) -> None
 
 @pytest.mark.slow
 def test_ranks_gather_while_rank_0_sends_whoever_dies_or_is_late():
-    address, context = f"tcp://127.0.0.1:{free_port()}", mp.get_context("spawn")
+    address, context = f"tcp://127.0.0.1:{own_port()}", mp.get_context("spawn")
     good, doomed = Actor("actor-1", address), Actor("actor-0", address, "die_in_broadcast")
-    is_late_there, port, late = context.Event(), free_port(), None
+    is_late_there, port, late = context.Event(), own_port(), None
     learners = [
         context.Process(target=learner_rank, args=(rank, address, port, is_late_there))
         for rank in range(2)

@@ -82,7 +82,7 @@ def make_plan(
 ) -> Plan:
     """The processes of one run, their cores or GPUs, and warnings worth reading.
 
-    doors: as of preflight.choose_endpoints.
+    doors: as of preflight.held_endpoints.
     seats: None for one machine, whose cores and GPUs are shared out here; else who is on which
     nodes of a Slurm job, which binds cores and GPUs; {} when nobody does, and roles are started by
     hand. log_dir: default is run_dir/logs.

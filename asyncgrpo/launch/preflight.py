@@ -26,15 +26,38 @@ AUTO = "auto"
 FIXED = ("run.seed", "data", "buffer.groups_per_step", "learner.lora")
 
 
-def pick_free_ports(count: int, host: str = LOOPBACK) -> list[int]:
-    """Distinct ports of an address that nobody uses now."""
-    with ExitStack() as held:  # together, so that no port is picked twice
-        servers = [held.enter_context(socket.create_server((host, 0))) for _ in range(count)]
-        return [server.getsockname()[1] for server in servers]
+def hold_port(host: str = LOOPBACK, port: int = 0) -> socket.socket:
+    """Keeps a port (0: any free one) for those who ask for it by its number, until it is closed.
+
+    Nothing listens here. The system gives the port to no connection and no listener that takes any,
+    as those of gloo, vLLM and srun do, which would be there before a role is, or between two lives.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as listeners do that may share it
+    held.bind((host, port))
+    return held
 
 
-def choose_endpoints(config: Config) -> Endpoints:
-    """Ports that the settings name, proven free, and free ones for the others; no cores yet."""
+def port_of(held: socket.socket) -> int:
+    """The port that it keeps."""
+    return int(held.getsockname()[1])
+
+
+def own_port() -> int:
+    """A free port of loopback, kept until this process ends, or what it becomes by exec."""
+    held = hold_port()
+    port = port_of(held)
+    held.set_inheritable(True)
+    held.detach()  # stays open, though nobody knows it any more
+    return port
+
+
+@contextmanager
+def held_endpoints(config: Config) -> Iterator[Endpoints]:
+    """Ports that the settings name, proven free, and free ones for the others; no cores yet.
+
+    They are kept (`hold_port`) until the end.
+    """
     launch, names = config.launch, role_names(config.launch.actors, config.launch.learners)
     count, host = len(names), launch.host
     first, own = launch.metrics_port, config.observe.metrics_host.replace("auto", host)
@@ -48,20 +71,24 @@ def choose_endpoints(config: Config) -> Endpoints:
         ("launch.weights_port", host, launch.weights_port),
         *(("launch.metrics_port", own, first + place) for place in range(count if first else 1)),
     ]
-    with ExitStack() as held:  # together: no two settings may name one port
+    with ExitStack() as listening:  # together: no two settings may name one port
         for setting, address, port in asked:
             try:
-                held.enter_context(socket.create_server((address, port)))
+                listening.enter_context(socket.create_server((address, port)))
             except OSError as error:
                 raise ConfigError(_refused(setting, address, port, error)) from None
-        free = pick_free_ports(4, host)
-    return Endpoints(
-        buffer=f"tcp://{host}:{launch.buffer_port or free[0]}",
-        weights=f"tcp://{host}:{launch.weights_port or free[1]}",
-        store=(host, free[2]),
-        rendezvous=free[3],
-        metrics={name: first and first + place for place, name in enumerate(names)},
-    )
+    with ExitStack() as held:
+
+        def kept(port: int = 0) -> int:
+            return port_of(held.enter_context(hold_port(host, port)))
+
+        yield Endpoints(
+            buffer=f"tcp://{host}:{kept(launch.buffer_port)}",
+            weights=f"tcp://{host}:{kept(launch.weights_port)}",
+            store=(host, kept()),
+            rendezvous=kept(),
+            metrics={name: first and first + place for place, name in enumerate(names)},
+        )
 
 
 def _refused(setting: str, host: str, port: int, error: OSError) -> str:

@@ -46,7 +46,7 @@ from asyncgrpo.launch.plan import Host, Plan, ProcessSpec, make_plan, render_pla
 from asyncgrpo.launch.preflight import (
     check_resumable,
     check_run_dir,
-    choose_endpoints,
+    held_endpoints,
     keep_settings,
     missing_extra,
     only_launcher,
@@ -97,7 +97,7 @@ class Session:
         self.run_dir = new_run_dir(config)
         self.stopped_by: int | None = None  # the signal that ended the run
         self._log_dir = self.run_dir / "logs"
-        self._doors: Endpoints | None = None  # None: any free ones
+        self._doors: Endpoints | None = None  # while it is prepared
         self._warnings = [*notices(config.algo), *unusual(config)]
 
     def show_plan(self, serial: bool = False) -> None:
@@ -109,7 +109,8 @@ class Session:
         if gpus > len(host.gpu_ids):
             absent.append(f"launch.gpus={gpus}: this machine shows {len(host.gpu_ids)} GPUs")
             host = replace(host, gpu_ids=tuple(map(str, range(gpus))))
-        plan = SERIAL if serial else render_plan(self._plan(self._config, host))
+        with held_endpoints(self._config) as doors:
+            plan = SERIAL if serial else render_plan(self._plan(host, doors))
         notes = [f"warning: {warning}" for warning in self._warnings]
         notes += [f"not checked: {line}" for line in absent]
         blocks = [plan, render_sizes(self._config), "\n".join(notes)]
@@ -223,40 +224,43 @@ class Session:
             )
             self._warnings += [warning] if warning else []
 
-    def _plan(self, config: Config, host: Host) -> Plan:
-        """Ports are chosen late, so that nobody takes one meanwhile."""
-        doors, seats, log_dir = self._doors or choose_endpoints(config), self._seats, self._log_dir
-        return make_plan(config, host, doors, self.run_dir, seats=seats, log_dir=log_dir)
+    def _plan(self, host: Host, doors: Endpoints) -> Plan:
+        seats, log_dir = self._seats, self._log_dir
+        return make_plan(self._config, host, doors, self.run_dir, seats=seats, log_dir=log_dir)
 
     @contextmanager
     def prepared(self) -> Iterator[tuple[RunDir, Plan]]:
-        """Checks everything, then writes the run directory and holds it."""
+        """Checks everything, then writes the run directory and holds it, and its ports."""
         for absent in self.check():
             raise absent
-        self._plan(self._config, detect_host())  # before the embedded model is made
-        config, model = self._config, self._config.model
-        if model.path == EMBEDDED:
-            model = model.model_copy(update={"path": self._make_tiny()})
-            config = config.model_copy(update={"model": model})
-        if not self._resume:
-            prepare_run_dir(self.run_dir)
-        with only_launcher(self.run_dir):
-            if self._resume:
-                keep_settings(self.run_dir)
-                self._end_scraping()  # of a life before that failed, maybe with more actors
-                point_latest(self.run_dir)
-            plan = self._plan(config, detect_host())
-            run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
-            run.write()
-            if config.launch.encrypted:
-                make_keys(self.run_dir)
-            report = json.dumps(environment_report(config), indent=2)
-            (self.run_dir / "env.json").write_text(report, encoding="utf-8")
-            self._console.print(f"run directory {self.run_dir}", markup=False)
-            self._console.print(render_sizes(config), markup=False)
-            for warning in (*plan.warnings, *self._warnings):
-                self._console.print(f"warning: {warning}", style="yellow", markup=False)
-            yield run, plan
+        with held_endpoints(self._config) as self._doors:
+            plan = self._plan(detect_host(), self._doors)  # before the embedded model is made
+            config, model = self._config, self._config.model
+            if model.path == EMBEDDED:
+                model = model.model_copy(update={"path": self._make_tiny()})
+                config = config.model_copy(update={"model": model})
+            if not self._resume:
+                prepare_run_dir(self.run_dir)
+            with only_launcher(self.run_dir):
+                run = RunDir(path=self.run_dir, config=config, endpoints=plan.endpoints)
+                self._write(run)
+                for warning in (*plan.warnings, *self._warnings):
+                    self._console.print(f"warning: {warning}", style="yellow", markup=False)
+                yield run, plan
+
+    def _write(self, run: RunDir) -> None:
+        """What a run directory holds from the start; tells where it is, and the sizes."""
+        if self._resume:
+            keep_settings(self.run_dir)
+            self._end_scraping()  # of a life before that failed, maybe with more actors
+            point_latest(self.run_dir)
+        run.write()
+        if run.config.launch.encrypted:
+            make_keys(self.run_dir)
+        report = json.dumps(environment_report(run.config), indent=2)
+        (self.run_dir / "env.json").write_text(report, encoding="utf-8")
+        self._console.print(f"run directory {self.run_dir}", markup=False)
+        self._console.print(render_sizes(run.config), markup=False)
 
     def _make_tiny(self) -> str:
         """The embedded model's folder; made in a process of its own, for it needs torch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from asyncgrpo.errors import EXIT_INTERRUPTED, EXIT_ROLE_FAILED, ConfigError, Ro
 from asyncgrpo.launch.child import Child
 from asyncgrpo.launch.nodes import Node, find_seat, find_seats, parse_job
 from asyncgrpo.launch.plan import LOOPBACK, Host, ProcessSpec
-from asyncgrpo.launch.preflight import choose_endpoints, pick_free_ports
+from asyncgrpo.launch.preflight import hold_port, port_of
 from asyncgrpo.launch.session import Session
 from asyncgrpo.learner.saved import FOLDER, saved
 from asyncgrpo.rundir import is_done
@@ -113,7 +114,7 @@ class SlurmSession(Session):
         rooms = config.model_dump(mode="json", exclude_unset=True)
         config = from_mapping({**rooms, "launch": {**rooms.get("launch", {}), "host": host}})
         super().__init__(config, resume=resume, seats=find_seats(config, self._nodes))
-        self._doors = choose_endpoints(config)
+        self._meetings: list[socket.socket] = []  # ports of the learner's nodes, in its later lives
         self._log_dir = self.run_dir / "logs" / job.attempt
 
     def run(self) -> int:
@@ -157,9 +158,11 @@ class SlurmSession(Session):
         nodes, others = self._job.nodes(), dict(self._seats or {})
         if not set(others.pop(name).nodes) <= set(nodes):
             self._seats = {**others, name: find_seat(self._config, name, nodes, others)}
-        free = pick_free_ports(1, self._config.launch.host)[0]  # the old one may be taken
-        self._doors = replace(self._doors or choose_endpoints(self._config), rendezvous=free)
-        plan = self._plan(self._config, Host(cores=()))
+        assert self._doors is not None, "it is prepared"
+        # Not where they met before: what is left on a lost node may still go there.
+        self._meetings.append(hold_port(self._config.launch.host))
+        doors = replace(self._doors, rendezvous=port_of(self._meetings[-1]))
+        plan = self._plan(Host(cores=()), doors)
         return next(spec for spec in plan.specs if spec.name == name)
 
 

@@ -22,7 +22,7 @@ from test_grafana import BOARDS, GRAFANA
 from test_launch import TWO_BLOCKS, Launch
 
 from asyncgrpo.data.tiny import build_untrained
-from asyncgrpo.launch.preflight import pick_free_ports
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.observe.exporter import Exporter
 from asyncgrpo.observe.metrics import METRICS
 
@@ -79,7 +79,7 @@ class Prometheus:
             text = text.replace(before, after)
         (folder / "prometheus.yml").write_text(text)
         shutil.copy(GRAFANA / "rules.yml", folder)
-        (port,) = pick_free_ports(1)
+        port = own_port()
         self.api = f"http://127.0.0.1:{port}/api/v1"
         command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}"]
         command += [f"--storage.tsdb.path={folder / 'data'}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from asyncgrpo.config import from_mapping
+from asyncgrpo.launch.preflight import own_port
 from asyncgrpo.learner.update import PolicyUpdater
 from asyncgrpo.weights.sender import CollectiveSender
 
@@ -35,12 +35,6 @@ SIZES = {
     "eos_token_id": None,
 }
 ADAPTER = {"lora": {"r": 4, "publish": "adapter"}}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +78,8 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(
     }
     config = from_mapping(settings)
     updater = PolicyUpdater(config)
-    address = f"tcp://127.0.0.1:{free_port()}"
-    store, folder = ("127.0.0.1", free_port()), tmp_path / "sent"
+    address = f"tcp://127.0.0.1:{own_port()}"
+    store, folder = ("127.0.0.1", own_port()), tmp_path / "sent"
     transport, *where = transport.split()
     sender = CollectiveSender(config, address, store, transport=transport, folder=folder)
     command = [sys.executable, str(SCRIPT), str(tmp_path), address, json.dumps(settings), *where]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from asyncgrpo.launch.preflight import pick_free_ports
+from asyncgrpo.launch.preflight import hold_port, port_of
 from asyncgrpo.wire.address import own_address
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "srun")
@@ -77,7 +77,8 @@ class Cluster:
         key = folder / "munge" / "key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(1024))
-        ports = pick_free_ports(nodes + 1)
+        self._held = [hold_port("0.0.0.0") for _ in range(nodes + 1)]
+        ports = [port_of(held) for held in self._held]
         self.address = outer_address()
         host = socket.gethostname().partition(".")[0]
         lines = [CONF.format(host=host, port=ports[0], folder=folder)]
@@ -133,6 +134,8 @@ class Cluster:
                 os.kill(pid, signal.SIGTERM)
         self.until(lambda: not any(map(is_alive, pids)), "daemons ended")
         shutil.rmtree(self.folder)
+        for held in self._held:
+            held.close()
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(
