@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 
@@ -9,6 +10,12 @@ import time
 def vowels(prompts, completions, **columns):
     """Share of vowels: something that an untrained model can learn at once."""
     return [sum(c in "aeiou" for c in text.lower()) / 16 for text in completions]
+
+
+async def slow_vowels(prompts, completions, **columns):
+    """The same after a while, in which an actor holds what it has generated."""
+    await asyncio.sleep(0.05)
+    return vowels(prompts, completions)
 
 
 def sleepy(prompts, completions, **columns):

@@ -16,7 +16,7 @@ from asyncgrpo.buffer.ledger import FILE as LEDGER_FILE
 from asyncgrpo.buffer.ledger import LedgerReader
 from asyncgrpo.config import Config
 from asyncgrpo.errors import ConfigError
-from asyncgrpo.launch.plan import LOOPBACK, role_names
+from asyncgrpo.launch.plan import role_names
 from asyncgrpo.learner.saved import FOLDER, newest, saved, step_of
 from asyncgrpo.rundir import Endpoints
 
@@ -26,11 +26,12 @@ AUTO = "auto"
 FIXED = ("run.seed", "data", "buffer.groups_per_step", "learner.lora")
 
 
-def hold_port(host: str = LOOPBACK, port: int = 0) -> socket.socket:
+def hold_port(host: str = "", port: int = 0) -> socket.socket:
     """Keeps a port (0: any free one) for those who ask for it by its number, until it is closed.
 
-    Nothing listens here. The system gives the port to no connection and no listener that takes any,
-    as those of gloo, vLLM and srun do, which would be there before a role is, or between two lives.
+    Nothing listens on it. The system gives it to no connection and no listener that takes any port,
+    such as those of gloo, vLLM and srun, which would be there before a role is, or between two
+    lives of it. host: "" keeps it on all addresses.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as listeners do that may share it
@@ -44,7 +45,7 @@ def port_of(held: socket.socket) -> int:
 
 
 def own_port() -> int:
-    """A free port of loopback, kept until this process ends, or what it becomes by exec."""
+    """A free port, kept until this process ends, or what it becomes by exec."""
     held = hold_port()
     port = port_of(held)
     held.set_inheritable(True)
@@ -80,7 +81,7 @@ def held_endpoints(config: Config) -> Iterator[Endpoints]:
     with ExitStack() as held:
 
         def kept(port: int = 0) -> int:
-            return port_of(held.enter_context(hold_port(host, port)))
+            return port_of(held.enter_context(hold_port(host if port else "", port)))
 
         yield Endpoints(
             buffer=f"tcp://{host}:{kept(launch.buffer_port)}",

@@ -160,7 +160,7 @@ class SlurmSession(Session):
             self._seats = {**others, name: find_seat(self._config, name, nodes, others)}
         assert self._doors is not None, "it is prepared"
         # Not where they met before: what is left on a lost node may still go there.
-        self._meetings.append(hold_port(self._config.launch.host))
+        self._meetings.append(hold_port())
         doors = replace(self._doors, rendezvous=port_of(self._meetings[-1]))
         plan = self._plan(Host(cores=()), doors)
         return next(spec for spec in plan.specs if spec.name == name)

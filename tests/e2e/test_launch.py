@@ -230,8 +230,9 @@ def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch,
 
 @pytest.mark.engine
 def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twice(launch):
-    # A wide gate: every actor holds leases at any time.
-    run = launch("run.max_steps=40", "buffer.max_staleness=30", engine="vllm")
+    # A wide gate and a slow judge: every actor holds leases at any time.
+    judge = 'reward.functions=[{use="reward_functions:slow_vowels"}]'
+    run = launch("run.max_steps=40", "buffer.max_staleness=30", judge, engine="vllm")
     run.until_training()
     doomed = run.find("actor", "1")
     family = [doomed, *doomed.children(recursive=True)]

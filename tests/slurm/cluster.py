@@ -77,7 +77,7 @@ class Cluster:
         key = folder / "munge" / "key"
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(1024))
-        self._held = [hold_port("0.0.0.0") for _ in range(nodes + 1)]
+        self._held = [hold_port() for _ in range(nodes + 1)]
         ports = [port_of(held) for held in self._held]
         self.address = outer_address()
         host = socket.gethostname().partition(".")[0]
