@@ -52,17 +52,13 @@ def choose_transport(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]
 
     gpus: role -> GPU, {} for a CPU run. ConfigError: it cannot work where the roles are.
     """
-    asked = config.weights.transport
-    best, reason = _fastest_transport(config, gpus)
+    asked, (possible, reason) = config.weights.transport, _possible_transports(config, gpus)
     if asked == "auto":
-        return best, reason
-    dealt = config.actor.tensor_parallel > 1 and bool(gpus) and not config.launch.share_gpus
-    if asked == "nccl" and config.actor.tensor_parallel > 1 and config.launch.share_gpus:
-        reason = "launch.share_gpus lets them share"
-    if asked in TRANSPORT_NEEDS and asked != best and not (asked == "nccl" and dealt):
+        return possible[0], reason
+    if asked in TRANSPORT_NEEDS and asked not in possible:
         raise ConfigError(
             f"weights.transport={asked!r} needs {TRANSPORT_NEEDS[asked]}, but {reason}; set "
-            f"weights.transport = {best!r} (or 'auto')"
+            f"weights.transport = {possible[0]!r} (or 'auto')"
         )
     return asked, "as weights.transport says"
 
@@ -74,14 +70,18 @@ def _share_cores(cores: Cores, actors: Sequence[str], learners: Sequence[str]) -
     return {name: (core,) for name, core in pairs}
 
 
-def _fastest_transport(config: Config, gpus: Mapping[str, str]) -> tuple[str, str]:
+def _possible_transports(config: Config, gpus: Mapping[str, str]) -> tuple[Sequence[str], str]:
+    """Those that the placement allows beside "disk", the one to take first, and the reason."""
     if not gpus:
-        return "gloo", "launch.gpus=0 is a CPU run"
+        return ["gloo"], "launch.gpus=0 is a CPU run"
     if (count := config.actor.tensor_parallel) > 1:
-        return "gloo", f"the {count} GPUs of an actor take their parts from one copy in host memory"
+        if config.launch.share_gpus:
+            return ["gloo"], f"launch.share_gpus lets actors of {count} GPUs share them"
+        why = f"the {count} GPUs of an actor take their parts from one copy in host memory"
+        return ["gloo", "nccl"], why
     ends = [gpus["learner-0"], *(gpus[f"actor-{i}"] for i in range(config.launch.actors))]
     if len(set(ends)) == len(ends):
-        return "nccl", "each actor and the learner's rank 0 has a GPU of its own"
+        return ["nccl"], "each actor and the learner's rank 0 has a GPU of its own"
     if len(set(ends)) == 1:
-        return "cuda_ipc", f"actors and the learner's rank 0 share GPU {ends[0]}"
-    return "gloo", "some actors share a GPU (NCCL refuses that), others have another one"
+        return ["cuda_ipc"], f"actors and the learner's rank 0 share GPU {ends[0]}"
+    return ["gloo"], "some actors share a GPU (NCCL refuses that), others have another one"
