@@ -352,7 +352,8 @@ def _rooms_in(annotation: Any) -> list[Any]:
 
 def _explain(item: Any) -> str:
     """One pydantic error as: which setting, its value, what is allowed, what to change."""
-    location = tuple(part for part in item["loc"] if part not in (TEXT, TABLE, TABLES))
+    branches = (TEXT, TABLE, TABLES, "literal[", "tuple[")  # of what a setting may be
+    location = tuple(part for part in item["loc"] if not str(part).startswith(branches))
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
         *place, last = map(str, location)
@@ -363,7 +364,12 @@ def _explain(item: Any) -> str:
         hint = f"did you mean {'.'.join(meant)}?" if meant else f"known here: {', '.join(known)}"
         return f"unknown setting {key}; {hint}"
     message = item["msg"].removeprefix("Value error, ")
-    field = _fields_at(location[:-1]).get(location[-1]) if location else None
+    named = location  # without the place in a list
+    while named and isinstance(named[-1], int):
+        named = named[:-1]
+    field = _fields_at(named[:-1]).get(named[-1]) if named else None
+    if item["type"] == "missing" and named != location:
+        key, message = ".".join(map(str, named)), "it has too few values"
     if item["type"] == "tuple_type":
         tables = field is not None and _rooms_in(field.annotation)
         message = "Input should be a list" + " of tables" * bool(tables)

@@ -68,6 +68,8 @@ WRONG = {
     "launch.host=0.0.0.0": ["launch.host: '0.0.0.0'", "that the others reach"],
     "observe.metrics_host=::": ["observe.metrics_host: '::'", "IPv4 address"],
     "launch={host='10.0.0.1', encrypt=false}": ["encrypt=false with host=10.0.0.1", "--insecure"],
+    "learner.betas=[0.9]": ["learner.betas=[0.9] is not allowed: it has too few values"],
+    "learner.lora.targets=foo": ["learner.lora.targets='foo' is not allowed: Input should be a"],
     "launch.encrypt=maybe": ["launch.encrypt='maybe'", "'auto', True or False"],
 }
 
