@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 TASKS = "tasks"
 NOTHING = (None, "", "none")
 MAX_ENGINE_RANK = 512  # of vLLM's MaxLoRARanks
+SPARE_SEQUENCES = 64  # of an engine, beside the training groups: evaluations and canaries
 
 
 class Config(Room):
@@ -256,6 +257,16 @@ class Config(Room):
     def new_groups(self) -> int:
         """Groups of a batch that were not trained before."""
         return math.ceil(self.buffer.groups_per_step / (1 + self.buffer.replay_ratio))
+
+    @property
+    def engine_sequences(self) -> int:
+        """Sequences that an engine works on at once, at most: also of evaluations, and canaries."""
+        return self.actor.concurrency * self.algo.group_size + SPARE_SEQUENCES
+
+    @property
+    def engine_tokens(self) -> int:
+        """Tokens of one engine step, at most: vLLM's default, which may be too few for them."""
+        return max(2048, self.engine_sequences)
 
     @property
     def canary_tolerance(self) -> float:

@@ -74,7 +74,7 @@ def make_config(folder: str, learners: int = 1, layout: str = "ddp") -> Config:
                 "dtype": "bfloat16" if ON_GPU else "float32",
                 "parallel": layout,
             },
-            "launch": {"learners": learners},
+            "launch": {"learners": learners, "gpus": learners * ON_GPU},
         }
     )
 

@@ -21,7 +21,12 @@ typer.main.get_command = cache(typer.main.get_command)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The fast suite draws fewer examples; `make test` draws as many as ever."""
+    """The fast suite draws fewer examples; `make test` draws as many as ever.
+
+    All but `pytest -m gpu` is about CPUs, also where there are GPUs.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     is_fast = "not slow" in config.option.markexpr
     settings.register_profile("asyncgrpo", deadline=None, max_examples=40 if is_fast else 100)
     settings.load_profile("asyncgrpo")

@@ -314,3 +314,10 @@ def test_reward_functions_may_be_names():
 def test_what_bounds_something_may_be_infinite():
     config = load_config(None, ["learner.max_grad_norm=inf", "algo.correction_cap=inf"])
     assert config.learner.max_grad_norm == config.algo.correction_cap == float("inf")
+
+
+def test_an_engine_step_holds_a_token_of_each_sequence() -> None:
+    """vLLM refuses to start otherwise; 2048 is its own default."""
+    assert from_mapping({}).engine_tokens == 2048
+    wide = from_mapping({"actor": {"concurrency": 128}, "algo": {"group_size": 32}})
+    assert wide.engine_tokens == wide.engine_sequences == 128 * 32 + 64

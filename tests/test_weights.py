@@ -8,6 +8,8 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -718,6 +720,39 @@ def test_actors_on_gpus_of_their_own_are_reached_by_nccl(make_network, monkeypat
     assert network.sender.metrics()["publish/evictions"] == 0
 
 
+class FakeNCCL:
+    """What torch's group is given; NCCL's own is on GPUs only."""
+
+    def __init__(self, store, rank, world_size, options):
+        self.waits_raise = os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
+        self.seconds = options._timeout.total_seconds()
+
+    Options = type("Options", (), {})
+
+    def name(self):
+        return "nccl"
+
+    def abort(self):
+        raise RuntimeError("aborted too late")
+
+
+def test_an_nccl_group_waits_for_its_members_before_nccl_does_and_raises_when_one_is_lost(
+    monkeypatch,
+):
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNCCL, raising=False)
+    port = own_port()
+    stores = [open_store("127.0.0.1", port, is_master=m, timeout_seconds=60) for m in (True, False)]
+    form = partial(open_group, transport="nccl", world_size=2)
+    with pytest.raises(WeightsError, match="generation 1 did not form"):
+        form(stores[0], generation=1, rank=0, seconds=0.2)
+    with ThreadPoolExecutor() as ranks:
+        forms = [ranks.submit(form, stores[r], generation=2, rank=r, seconds=30) for r in (0, 1)]
+    for group in [formed.result() for formed in forms]:
+        assert (group.handle.waits_raise, group.handle.seconds) == ("1", 30)
+        group.close()
+    assert "TORCH_NCCL_BLOCKING_WAIT" not in os.environ
+
+
 def test_weights_that_change_before_the_next_publish_are_copied(make_network):
     network = make_network(publish_every=2)
     live = [(name, tensor.clone()) for name, tensor in tensors(1)]
@@ -783,14 +818,15 @@ def test_after_a_broken_broadcast_buckets_that_did_not_change_are_sent_too(make_
 TURNS = {"actor": {"engine": "toy", "sleep": True}}
 
 
-def test_engines_sleep_from_release_to_publish_and_late_ones_sleep_too(make_network):
+def test_engines_sleep_from_release_to_publish_and_late_ones_sleep_too(make_network, caplog):
     network = make_network(rooms=TURNS)
     first = network.start("actor-0")
     publish(network.sender, 0)
     network.sender.wait_for_actors(1, 30)
     network.sender.release()
     assert [first.next_line() for _ in range(2)] == ["live 0", "asleep"]
-    assert 0 < network.sender.metrics()["publish/sleep_seconds"] < 3
+    assert network.sender.metrics()["publish/sleep_seconds"] > 0
+    assert "training goes on beside" not in caplog.text
     late = network.start("actor-1")
     assert late.next_line() == "asleep"  # before it has any weights
     network.sender.release()  # before each change of the weights; nobody waits again
@@ -816,7 +852,7 @@ def test_engines_prove_what_they_hold_before_they_sleep(make_network):
 
 
 def test_actors_that_are_killed_or_do_not_sleep_are_not_waited_for_long(make_network, caplog):
-    network = make_network(rooms=TURNS, ready_timeout_seconds=1.0)
+    network = make_network(rooms=TURNS, loaded_timeout_seconds=3.0)
     actors = [network.start(f"actor-{i}") for i in range(3)]
     publish(network.sender, 0)
     network.sender.wait_for_actors(3, 30)
@@ -824,15 +860,15 @@ def test_actors_that_are_killed_or_do_not_sleep_are_not_waited_for_long(make_net
     actors[0].process.join()
     network.sender.release()
     assert [actors[1].next_line() for _ in range(2)] == ["live 0", "asleep"]
-    assert network.sender.metrics()["publish/sleep_seconds"] < 2
+    assert network.sender.metrics()["publish/sleep_seconds"] < 30
     actors[1].process.kill()  # asleep
     actors[1].process.join()
     sleepless = network.start("actor-1", "sleepless")  # its next life, stuck in a step
     publish(network.sender, 1)
     network.sender.wait_for_actors(2, 30)
     network.sender.release()
-    assert "training goes on beside actor-1, awake after 1 s" in caplog.text
-    assert 1 <= network.sender.metrics()["publish/sleep_seconds"] < 2
+    assert "training goes on beside actor-1, awake after 3 s" in caplog.text
+    assert 3 <= network.sender.metrics()["publish/sleep_seconds"] < 30
     lines = [actors[2].next_line() for _ in range(5)]
     assert lines == ["live 0", "asleep", "awake", "live 1", "asleep"]
     assert sleepless.next_line() == "live 1"

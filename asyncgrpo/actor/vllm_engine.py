@@ -32,7 +32,6 @@ from asyncgrpo.types import Completion, FinishReason, Sampled, Sampling
 from asyncgrpo.weights.inbox import EngineInbox
 
 UNKNOWN = -2  # a version that no engine has; -1 are the weights of the model folder
-SPARE_SEQUENCES = 64  # beside the training groups: evaluations and canaries
 
 
 class VllmEngine:
@@ -50,7 +49,8 @@ class VllmEngine:
             # per-request seeds can kill the CPU engine.
             seed=seed,
             max_model_len=config.max_sequence_tokens,
-            max_num_seqs=config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES,
+            max_num_seqs=config.engine_sequences,
+            max_num_batched_tokens=config.engine_tokens,
             tensor_parallel_size=config.actor.tensor_parallel,
             kv_cache_memory_bytes=config.actor.kv_cache_bytes // config.actor.tensor_parallel,
             enable_sleep_mode=config.actor.sleep,

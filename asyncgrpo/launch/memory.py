@@ -17,8 +17,6 @@ CUDA_CONTEXT = 0.4 * GIB
 ON_CPU = {"learner": 0.35 * GIB, "actor": 0.9 * GIB}
 # 0.21 GiB with 1e9 parameters (vllm pull request 11349), 0.36 in a log of gpustack/runner's 251.
 CUDA_GRAPHS = 0.4 * GIB
-ENGINE_TOKENS = 2048  # of one engine step: vLLM's DEFAULT_MAX_NUM_BATCHED_TOKENS
-SPARE_SEQUENCES = 64  # beside the training groups, as in actor/vllm_engine.py
 NF4_BYTES = 0.5 + 4 / 64  # half a byte per weight, a float32 scale per block of 64
 EIGHT_BIT = 1 + 4 / 256  # bytes of a moment: a float32 scale per block of 256
 REFERENCE = "reference model"  # on_cpu: while it computes it takes the place of gradients
@@ -265,10 +263,10 @@ def actor_lines(config: Config, shape: ModelShape) -> Iterator[Line]:
         how = f"{cache / each:.1f} sequences of {config.max_sequence_tokens} tokens"
         yield "KV cache", cache / parts, f"actor.kv_cache_bytes{dealt}: {how}"
         width = 3 * shape.intermediate // parts + 4 * shape.hidden
-        how = f"{size} bytes x {ENGINE_TOKENS} tokens x {width}"
-        yield "activations", size * ENGINE_TOKENS * width, how
+        tokens, rows = config.engine_tokens, config.engine_sequences
+        how = f"{size} bytes x {tokens} tokens x {width}"
+        yield "activations", size * tokens * width, how
         # vLLM's sampler: logits, these in float32, log-softmax, softmax and noise.
-        rows = config.actor.concurrency * config.algo.group_size + SPARE_SEQUENCES
         width = 4 * FLOAT + size
         how = f"{width} bytes x {shape.vocab} x {rows} sequences"
         yield "logits", width * shape.vocab * rows, how

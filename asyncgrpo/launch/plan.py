@@ -20,6 +20,7 @@ CLI_MODULE, TORCHRUN_MODULE = "asyncgrpo.cli", "asyncgrpo.learner.torchrun"
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor: no child to orphan
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "TRITON_F32_DEFAULT": "ieee",  # its attention in float32 as the learner's, not in TF32
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_PLUGINS": "",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor_parallel: the actor has threads

@@ -73,7 +73,7 @@ class Checkpoints:
                 add(draft)
             if self._group is not None:
                 dist.barrier(group=self._group)
-            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
             random = {"cpu": torch.get_rng_state(), "cuda": cuda}
             torch.save(random, draft / f"rng_{ranks.rank()}.pt")
             future = state_dict_saver.async_save(
@@ -116,7 +116,7 @@ class Checkpoints:
             random = torch.load(own, weights_only=True)
             torch.set_rng_state(random["cpu"])
             if random["cuda"]:
-                torch.cuda.set_rng_state_all(random["cuda"])
+                torch.cuda.set_rng_state(random["cuda"][0])
         counters: dict[str, float] = read_manifest(path)["counters"]
         return counters
 

@@ -64,7 +64,7 @@ class PolicyUpdater:
         """run_dir: for the model, checkpoints and token logs; None: nothing is written."""
         self._config, self._run_dir = config, run_dir
         self._world_size = ranks.world_size()
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if config.launch.gpus and torch.cuda.is_available() else "cpu"
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
         lora = config.learner.lora

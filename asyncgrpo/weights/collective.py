@@ -9,11 +9,12 @@ of this: what came is compared with what the learner says over its own, protecte
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,6 +30,7 @@ NUM_POSTED = 8  # buckets that an actor is ready to take while it looks at an ea
 RETIRED_SECONDS = 60.0
 CLOSING_TAG = 1
 LISTEN_BACKLOG = 1024
+BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 _retired: deque[tuple[float, object]] = deque()
 
 
@@ -89,10 +91,11 @@ class WeightGroup:
 
     def close(self) -> None:
         """Closes the connections: whoever still waits for this member fails at once."""
-        if self.handle.name() == "nccl":
-            self.handle.abort()
-            return
-        with suppress(RuntimeError):  # gloo has no other way than an operation that times out
+        with suppress(RuntimeError):
+            if self.handle.name() == "nccl":
+                self.handle.abort()
+                return
+            # gloo has no other way than an operation that times out
             nothing = self.handle.recv_anysource([torch.zeros(1)], CLOSING_TAG)
             nothing.wait(timedelta(milliseconds=1))
 
@@ -125,7 +128,31 @@ class SharedGroup(WeightGroup):
 
 def _wait_for_copies() -> None:
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
+
+
+class SideStream:
+    """On a GPU: what is sent waits for what was queued before `mark`, not for training after it."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._marked: torch.cuda.Event | None = None
+
+    def mark(self) -> None:
+        """Here the weights are complete."""
+        if torch.cuda.is_initialized():
+            self._marked = torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """For all work of this thread; nothing on a CPU."""
+        if self._marked is None:
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_event(self._marked)
+        with torch.cuda.stream(self._stream):
+            yield
 
 
 def share_bucket(bucket: torch.Tensor) -> list[Any]:
@@ -160,7 +187,11 @@ def open_group(
         if transport == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            handle: Any = dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
+            # NCCL itself has no limit for members that do not come to its first operation.
+            prefixed.set(str(rank), "here")
+            prefixed.wait([str(member) for member in range(world_size)], timeout)
+            with _raising_waits():
+                handle: Any = dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._timeout = timeout
@@ -172,6 +203,24 @@ def open_group(
     if transport == "cuda_ipc":
         return SharedGroup(generation=generation, handle=handle, opened=opened)
     return WeightGroup(generation=generation, handle=handle)
+
+
+@contextmanager
+def _raising_waits() -> Iterator[None]:
+    """NCCL groups made here wait in `work.wait()` and raise there when a member is lost.
+
+    Other groups only queue the wait on the GPU, and their watchdog ends the process (torch's
+    ProcessGroupNCCL.cpp), which is right for the learner's own ranks.
+    """
+    former = os.environ.get(BLOCKING_WAIT)
+    os.environ[BLOCKING_WAIT] = "1"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[BLOCKING_WAIT]
+        else:
+            os.environ[BLOCKING_WAIT] = former
 
 
 def retire(group: WeightGroup | None) -> None:

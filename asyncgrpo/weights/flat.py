@@ -195,8 +195,13 @@ class Digester:
         self._factors = torch.from_numpy(raw.view(np.int64))
         self._products = torch.empty_like(self._factors)
         self._outer = self._place = self._tensor = 0
-        self.values = [0] * len(self._spans)  # complete once all bytes were added
+        self._sums = torch.zeros(len(self._spans), dtype=torch.int64)  # which wraps
         self.seconds = 0.0
+
+    @property
+    def values(self) -> list[int]:
+        """Complete once all bytes were added. A GPU is waited for here alone."""
+        return [value % (1 << 64) for value in self._sums.tolist()]
 
     def add(self, piece: torch.Tensor) -> None:
         """The next bytes of the buffer, uint8; a multiple of ALIGNMENT of them."""
@@ -204,6 +209,7 @@ class Digester:
         if self._factors.device != piece.device:
             self._factors = self._factors.to(piece.device)
             self._products = self._products.to(piece.device)
+            self._sums = self._sums.to(piece.device)
         first, last = self._place, self._place + len(piece)
         while self._tensor < len(self._spans) and self._spans[self._tensor][0] < last:
             start, end = self._spans[self._tensor]
@@ -221,12 +227,11 @@ class Digester:
         while len(words):
             inside = place % len(self._factors)
             if not inside:
-                self._outer = self._bits.random_raw() | 1
+                self._outer = int(self._bits.random_raw(1).view(np.int64)[0]) | 1
             part = words[: len(self._factors) - inside]
             factors = self._factors[inside : inside + len(part)]
             products = torch.mul(part, factors, out=self._products[: len(part)])
-            value = self.values[self._tensor] + int(products.sum()) * self._outer  # int64 wraps
-            self.values[self._tensor] = value % (1 << 64)
+            self._sums[self._tensor].add_(products.sum(), alpha=self._outer)
             words, place = words[len(part) :], place + len(part)
 
 

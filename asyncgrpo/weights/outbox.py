@@ -20,6 +20,7 @@ from asyncgrpo.errors import WeightsError
 from asyncgrpo.protocols import SentTensors
 from asyncgrpo.weights.collective import (
     ON_DEVICE,
+    SideStream,
     WeightGroup,
     open_group,
     open_store,
@@ -55,6 +56,7 @@ class Outbox:
         self._staging: list[torch.Tensor] = []
         self._copy: FlatWeights | None = None
         self._tensors: SentTensors = ()
+        self._stream = SideStream()
         self._file = ""
         self._seeds: dict[int, int] = {}  # version -> what its digests are made with
         self._digests: dict[int, list[int]] = {}  # known once all bytes were read
@@ -72,6 +74,7 @@ class Outbox:
 
     def take(self, version: int, tensors: SentTensors, owed: Collection[int | None]) -> None:
         """Makes the weights of a version readable. owed: versions that are still to be proven."""
+        self._stream.mark()
         if not self.is_filled:
             self._manifest = Manifest.of(tensors, self._dtype)
             device = "cuda" if self._transport in ON_DEVICE else "cpu"
@@ -116,18 +119,19 @@ class Outbox:
         """Broadcasts to members; WeightsError when one was lost. push: tells a peer to come."""
         if self._transport == "disk":
             return
-        wanted = self._find_changes(version, members) if self._settings.only_changed else None
-        try:
-            group = self._form_group(version, members, push, wanted)
-            pieces = self._manifest.pieces(self._tensors, self._staging, wanted)
-            if wanted is None:
-                with self._digesting(version) as add:
-                    group.broadcast(pieces, add)
-            else:
-                group.broadcast(pieces, lambda piece: None)
-        except WeightsError:
-            self.leave_group()
-            raise
+        with self._stream.used():
+            wanted = self._find_changes(version, members) if self._settings.only_changed else None
+            try:
+                group = self._form_group(version, members, push, wanted)
+                pieces = self._manifest.pieces(self._tensors, self._staging, wanted)
+                if wanted is None:
+                    with self._digesting(version) as add:
+                        group.broadcast(pieces, add)
+                else:
+                    group.broadcast(pieces, lambda piece: None)
+            except WeightsError:
+                self.leave_group()
+                raise
 
     def sent(self, version: int) -> dict[str, Any]:
         """What members compare with what came, or where it lies."""

@@ -107,7 +107,7 @@ class CollectiveSender:
     def _put_to_sleep(self) -> None:
         """Waits until engines sleep, with their proofs made; who joins is told to sleep, too."""
         start, members = time.perf_counter(), self._handshake.members.values
-        seconds = self._settings.ready_timeout_seconds
+        seconds = self._settings.loaded_timeout_seconds  # the first time it pins host memory
         self._tell_sleep(True)
         try:
             self._wait(lambda: self._sleepers >= {m.peer for m in members()}, "sleep", seconds)

@@ -13,17 +13,18 @@ import os
 import sys
 from pathlib import Path
 
+from asyncgrpo.launch.plan import VLLM_ENVIRONMENT
+
 os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    TORCHDYNAMO_DISABLE="1",
+    VLLM_ENVIRONMENT,
     OMP_NUM_THREADS="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_PLUGINS="",
     HF_HUB_OFFLINE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     GLOO_SOCKET_IFNAME="lo",
 )
+
+if not json.loads(sys.argv[3])["launch"]:  # a CPU run, as launch/plan.py does
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 from safetensors.torch import load_file

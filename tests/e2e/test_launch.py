@@ -340,6 +340,7 @@ def test_engines_that_sleep_in_turn_survive_kills_of_actors_and_the_learner(para
         "run.max_steps=14",
         "checkpoint.every=4",
         "weights.ready_timeout_seconds=2",
+        "weights.loaded_timeout_seconds=4",
         "eval.every=7",
         *turns,
     )

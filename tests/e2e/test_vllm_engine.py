@@ -171,6 +171,7 @@ def test_an_engine_that_sleeps_gives_its_memory_away_and_goes_on_the_same(model_
     check_all(model_folder, "keep", sleeps="sleeps", tolerance=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
 @pytest.mark.parametrize("model_folder", ["tied", "adapter"], indirect=True)
 def test_mixed_sequences_replay_exactly_on_an_engine_of_two_processes(model_folder):
     check_all(model_folder, "keep", processes=2)
