@@ -4,8 +4,9 @@
 
 The tiny model with real engines: two actors, two learner ranks, a buffer, a launcher. Faults are
 drawn by the seed: kill -9 of an actor, a learner rank, the buffer or the launcher (which is then
-started again with --resume auto), SIGSTOP of an actor for some seconds. After the time is up the
-run is asked to stop (SIGTERM), goes on for a few steps without faults and ends by itself.
+started again with --resume auto), SIGSTOP of an actor for some seconds. When the time is up, there
+were 15 faults and each kind came (or a quarter of an hour is over), the run is asked to stop
+(SIGTERM), goes on for a few steps without faults and ends by itself.
 Recovery is the time from a fault until the next step is trained. Prints the figures as JSON.
 """
 
@@ -51,6 +52,7 @@ TORCHRUN = {"torch.distributed.run", "asyncgrpo.learner.torchrun"}  # its agent 
 PAUSE_SECONDS = (3.0, 8.0)  # between a recovery and the next fault
 STOPPED_SECONDS = (1.0, 15.0)
 PATIENCE_SECONDS = 240.0  # for one recovery
+LEAST_FAULTS, LONGEST_SECONDS = 15, 900.0
 
 
 class Chaos:
@@ -76,12 +78,17 @@ class Chaos:
             return 0
 
     def disturb(self, seconds: float) -> None:
-        """Draws faults until the time is up, each after the recovery from the last."""
+        """Draws faults, each after the recovery from the last; at the end, of missing kinds."""
         self._await_rows()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        end, kinds = time.monotonic() + seconds, FAULTS
+        hard_end = max(end, time.monotonic() + LONGEST_SECONDS)
+        while time.monotonic() < hard_end:
+            if time.monotonic() >= end and self.faults.total() >= LEAST_FAULTS:
+                kinds = {kind: FAULTS[kind] for kind in FAULTS if not self.faults[kind]}
+                if not kinds:
+                    break
             time.sleep(self._chance.uniform(*PAUSE_SECONDS))
-            (fault,) = self._chance.choices(list(FAULTS), list(FAULTS.values()))
+            (fault,) = self._chance.choices(list(kinds), list(kinds.values()))
             start = time.monotonic()
             if self._inject(fault):
                 self.faults[fault] += 1
@@ -92,7 +99,7 @@ class Chaos:
     def finish(self) -> int:
         """Stops the run as Slurm would, lets it make ten more steps, and returns its exit code."""
         self._launcher.send_signal(signal.SIGTERM)
-        self._launcher.wait(60)
+        self._launcher.wait(PATIENCE_SECONDS)
         steps = max(int(p.name[5:]) for p in (self.run_dir / "checkpoints").glob("step_*")) + 10
         self._launcher = self._launch("--resume", "auto", steps=steps)
         return self._launcher.wait(PATIENCE_SECONDS)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from asyncgrpo.config import Config, from_mapping
+from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.rundir import RunDir
 from asyncgrpo.settings.learner import WeightSettings
@@ -27,6 +27,7 @@ from asyncgrpo.weights.receiver import CollectiveReceiver
 from asyncgrpo.wire.keys import Keys, read_keys
 
 VOCAB = 32
+TRANSFER_SECONDS = 600.0  # no test waits for a broadcast to be given up
 
 
 def logprobs(weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,15 +86,16 @@ def receive(
         WeightGroup.broadcast = lambda group, buckets, then: os.kill(os.getpid(), signal.SIGKILL)
     if fault == "tampered":
         WeightGroup.broadcast = tampered(WeightGroup.broadcast)
+    config = from_mapping({"weights": {"transfer_timeout_seconds": TRANSFER_SECONDS}})
     inbox, inboxes = None, []
     if fault.startswith("engine"):
         ends = [Pipe(), Pipe()]
-        inboxes = [Inbox(Config().weights), BrokenInbox(Config().weights, fault)]
+        inboxes = [Inbox(config.weights), BrokenInbox(config.weights, fault)]
         for each, (_, theirs) in zip(inboxes, ends, strict=True):
             work = (theirs, torch.device("cpu"))
             threading.Thread(target=each.serve, args=work, daemon=True).start()
-        inbox = EngineInbox([ours for ours, _ in ends], 20)
-    receiver = CollectiveReceiver(Config(), name, address, keys_of_the_environment(), inbox)
+        inbox = EngineInbox([ours for ours, _ in ends], 120)
+    receiver = CollectiveReceiver(config, name, address, keys_of_the_environment(), inbox)
     held: dict[str, torch.Tensor] = {}
     is_asleep = False
     while True:
@@ -102,11 +104,13 @@ def receive(
         except (EngineError, WeightsError) as error:
             says.send(f"error {error}")
             return
-        wanted, staged = receiver.wants_sleep(is_asleep), receiver.staged()
-        assert not (is_asleep and staged), "weights came while the engine sleeps"
-        if wanted != is_asleep and staged is None and fault != "sleepless":
+        staged = receiver.staged()  # first: it came after the word to wake up
+        wanted = receiver.wants_sleep(is_asleep)
+        may_change = fault != "sleepless" and (staged is None or not wanted)
+        if wanted != is_asleep and may_change:
             is_asleep = wanted
             says.send("asleep" if is_asleep else "awake")
+        assert not (is_asleep and staged), "weights came while the engine sleeps"
         if staged is None:
             time.sleep(0.001)
             continue

@@ -14,7 +14,7 @@ def vowels(prompts, completions, **columns):
 
 async def slow_vowels(prompts, completions, **columns):
     """The same after a while, in which an actor holds what it has generated."""
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.1)
     return vowels(prompts, completions)
 
 

@@ -443,7 +443,7 @@ FUZZED = {
     "integer": {},
     "choice": {"choices": ["YES", "NO"]},
     "json": {"key": "answer", "format_score": 0.1},
-    "math": {"timeout_seconds": 1},
+    "math": {"timeout_seconds": 30},
 }
 
 

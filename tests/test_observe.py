@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from asyncgrpo.cli import app
 from asyncgrpo.config import from_mapping
 from asyncgrpo.errors import ConfigError
+from asyncgrpo.launch.preflight import hold_port, port_of
 from asyncgrpo.observe.exporter import Exporter, serve_metrics
 from asyncgrpo.observe.metrics import BUCKETS, METRICS, eval_metrics, metric_of
 from asyncgrpo.observe.progress import (
@@ -316,12 +317,13 @@ def test_only_endpoints_that_prometheus_reaches_beside_the_launcher_are_targets(
 
 
 def test_the_endpoint_can_be_bound_and_announced_elsewhere(run):
-    Exporter("actor-0", 0, run.path, "127.0.0.2").show({"swaps": 3})
-    host, port = target_of(run, "actor-0")["targets"][0].split(":")
-    assert host == "127.0.0.2"
-    assert "asyncgrpo_actor_swaps_total" in scrape(run, "actor-0")
-    with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+    with hold_port("127.0.0.1") as held:  # else somebody may listen there
+        Exporter("actor-0", port_of(held), run.path, "127.0.0.2").show({"swaps": 3})
+        host, port = target_of(run, "actor-0")["targets"][0].split(":")
+        assert host == "127.0.0.2"
+        assert "asyncgrpo_actor_swaps_total" in scrape(run, "actor-0")
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
 
 
 def test_a_name_outside_the_table_is_refused(run, recorder):

@@ -151,7 +151,7 @@ class Stage:
         if self.ranks.step != before:
             self.publish(self.ranks.step)
 
-    def until(self, done, seconds: float = 30.0) -> None:
+    def until(self, done, seconds: float = 120.0) -> None:
         end = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < end, (self.run.path / "buffer.log").read_text()
@@ -165,7 +165,7 @@ class Stage:
 
     def close(self) -> int:
         self.buffer.terminate()
-        code = self.buffer.wait(10)
+        code = self.buffer.wait(60)
         for client in [*self.ranks.clients, *(actor._client for actor in self.actors)]:
             client.close()
         self.log.close()
@@ -178,7 +178,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 

@@ -399,13 +399,19 @@ def test_bad_input_passes_through_torchrun_and_no_rank_is_left(tmp_path: Path) -
     rank = tmp_path / "rank.py"
     rank.write_text(
         "import os, sys, time\n"
+        "from contextlib import suppress\n"
+        "from pathlib import Path\n"
         "from asyncgrpo.errors import ConfigError\n"
         "from asyncgrpo.launch.ends import record_error\n"
+        "other = Path(__file__).with_name('other')\n"
         "if os.environ['RANK'] == '1':\n"
+        "    other.symlink_to(f'/proc/{os.getpid()}/stat')\n"
         "    record_error(ConfigError('lr=-1 must be > 0')); sys.exit(2)\n"
-        "if os.environ['RANK'] == '0':  # fails because of the other\n"
-        "    while not os.path.exists(os.environ['ASYNCGRPO_ERROR_FILE']): time.sleep(0.01)\n"
-        "    time.sleep(0.05); sys.exit(1)\n"
+        "if os.environ['RANK'] == '0':  # fails because of the other, after its end\n"
+        "    while not other.is_symlink(): time.sleep(0.01)\n"
+        "    with suppress(OSError):\n"
+        "        while ') Z ' not in other.read_text(): time.sleep(0.01)\n"
+        "    sys.exit(1)\n"
         "time.sleep(600)\n"
     )
     port = own_port()

@@ -295,7 +295,7 @@ def command_line(folder: Path, model: str) -> Path:
     command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--serial"]
     command += ["--config", "by_cli.json", "--run-dir", "by_cli"]
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
-    subprocess.run(command, cwd=folder, env={**os.environ, **paths}, check=True, timeout=200)
+    subprocess.run(command, cwd=folder, env={**os.environ, **paths}, check=True, timeout=600)
     return folder / "by_cli"
 
 
@@ -396,7 +396,7 @@ def script(folder: Path, model: str, max_steps: int, *arguments: str) -> subproc
 @pytest.mark.slow
 def test_a_script_trains_with_processes_and_its_own_reward_without_a_main_guard(tmp_path, model):
     process = script(tmp_path, model, 3)
-    shown, _ = process.communicate(timeout=240)
+    shown, _ = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     assert "ended with None 3" in shown
     assert "step 2 (3/3)" in shown
@@ -424,7 +424,7 @@ def test_ctrl_c_ends_all_processes_and_then_raises_keyboard_interrupt(tmp_path, 
         time.sleep(0.05)
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    shown, _ = process.communicate(timeout=60)
+    shown, _ = process.communicate(timeout=600)
     assert "SIGINT: stopping" in shown
     assert shown.splitlines()[-1] == "interrupted", shown
     assert [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []

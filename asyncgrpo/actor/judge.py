@@ -23,6 +23,7 @@ from asyncgrpo.settings.reward import RewardSettings
 from asyncgrpo.types import Prompt
 
 Settings = Mapping[str, RewardSettings]  # by block, as in Config.rewards
+START_SECONDS = 60.0  # more for the first score of a worker: its imports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,8 @@ def _work(pipe: Connection, settings: Settings) -> None:
     """The worker's main loop; it ends when the actor's end of the pipe is gone."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to the actor's children, too
     judge = InlineJudge(settings)
+    with suppress(OSError):
+        pipe.send(None)  # ready: the time of a score counts from here
     while True:
         try:
             job = pipe.recv()
@@ -114,12 +117,21 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: Job | None = None
-        self.is_retry, self.since = False, 0.0
+        self.is_ready, self.is_retry, self.since = False, False, 0.0
 
     def give(self, job: Job, is_retry: bool) -> None:
         self.job, self.is_retry, self.since = job, is_retry, time.monotonic()
         with suppress(OSError):  # it died idle: the pool finds out
             self.pipe.send(job)
+
+    def said(self) -> Verdict | None:
+        """What it has to say about its job, if anything; OSError or EOFError when it is dead."""
+        if not self.pipe.poll():
+            return None
+        verdict: Verdict | None = self.pipe.recv()
+        if verdict is None:
+            self.is_ready, self.since = True, time.monotonic()
+        return verdict
 
     def end(self) -> None:
         self.process.kill()
@@ -145,16 +157,21 @@ class JudgePool:
         for index, worker in enumerate(self._workers):
             if (job := worker.job) is None:
                 continue
-            seconds, reason = time.monotonic() - worker.since, ""
-            if seconds > self._timeout_seconds:
-                reason = f"no score within reward.timeout_seconds={self._timeout_seconds:g}"
+            reason = ""
             try:
-                if worker.pipe.poll():
-                    verdicts.append(worker.pipe.recv())
+                if verdict := worker.said():
+                    verdicts.append(verdict)
                     worker.job = None
                     continue
             except (EOFError, OSError):
                 reason = "the reward worker died"
+            seconds, limit = time.monotonic() - worker.since, self._timeout_seconds
+            late = f"no score within reward.timeout_seconds={limit:g}"
+            if not worker.is_ready:
+                limit += START_SECONDS
+                late = f"the reward worker was not ready within {limit:g} s"
+            if seconds > limit:
+                reason = reason or late
             if not reason:
                 continue
             worker.end()

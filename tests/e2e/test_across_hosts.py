@@ -18,7 +18,7 @@ from test_launch import SIX_STEPS, TESTS
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.rows import whole_rows
 
-READY_SECONDS = 6.0  # then an actor that does not answer is evicted
+READY_SECONDS = 15.0  # then an actor that does not answer is evicted
 HEAD, OTHER = "10.77.0.1", "10.77.0.2"
 SETTINGS = [
     f"launch.host={HEAD}",
@@ -26,9 +26,9 @@ SETTINGS = [
     "actor.engine=toy",
     "run.max_steps=100000",
     f"weights.ready_timeout_seconds={READY_SECONDS}",
-    "weights.transfer_timeout_seconds=8.0",
-    "weights.loaded_timeout_seconds=8.0",
-    "buffer.lease_deadline_seconds=8.0",
+    "weights.transfer_timeout_seconds=20.0",
+    "weights.loaded_timeout_seconds=20.0",
+    "buffer.lease_deadline_seconds=20.0",
 ]
 
 
@@ -96,11 +96,13 @@ class Hosts:
         for name in self._names.values():
             _ip("netns", "del", name)
 
-    def until(self, done: Callable[[], object], what: str, seconds: float = 60) -> None:
+    def until(self, done: Callable[[], object], what: str, seconds: float = 200) -> None:
         end = time.monotonic() + seconds
         while not done():
             ended = [p.args for p in self._running if p.poll() is not None]
-            shown = "\n".join(file.read_text()[-2000:] for file in self._folder.glob("*.log"))
+            shown = "\n".join(
+                file.read_text(errors="replace")[-2000:] for file in self._folder.glob("*.log")
+            )
             assert not ended, f"{ended}\n{shown}"
             assert time.monotonic() < end, f"not within {seconds:g} s: {what}\n{shown}"
             time.sleep(0.1)
@@ -136,7 +138,9 @@ def test_an_actor_elsewhere_outlives_a_short_cut_and_is_let_in_again_after_a_lon
 
     def trained_of_far(first: int) -> bool:
         files = (run_dir / f"trajectories/step_{row['step']}.jsonl" for row in rows()[first:])
-        return any('"actor-1' in file.read_text() for file in files if file.exists())
+        return any(
+            '"actor-1' in file.read_text(errors="replace") for file in files if file.exists()
+        )
 
     def takes_part() -> bool:
         last = rows()[-1:]
@@ -165,5 +169,5 @@ def test_an_actor_elsewhere_outlives_a_short_cut_and_is_let_in_again_after_a_lon
 
     for process in (learner, near, far, buffer):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0 or process is learner  # torchrun's is its rank's
+        assert process.wait(120) == 0 or process is learner  # torchrun's is its rank's
     assert hosts.start(HEAD, "audit", "audit", str(run_dir)).wait() == 0, hosts.shown("audit")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_launch import SIX_STEPS, TESTS
+from test_launch import SIX_STEPS, TESTS, assert_all_end
 
 from asyncgrpo.data.tiny import build_untrained
 
@@ -27,6 +27,7 @@ def test_buffer_learner_and_actors_find_each_other_on_the_given_address(tmp_path
     model = build_untrained(tmp_path / "untrained", True, 5)
     run_dir = str(tmp_path / "run")
     settings = [f'launch.host="{OTHER}"', "actor.engine=toy", f"model.path={model}", *SIX_STEPS]
+    settings.append("launch.grace_seconds=10")
     own = [word for setting in settings for word in ("--set", setting)]
     buffer = start("buffer", "--run-dir", run_dir, *own)
     others = []
@@ -38,10 +39,10 @@ def test_buffer_learner_and_actors_find_each_other_on_the_given_address(tmp_path
         others = [start("actor", "--join", run_dir, "--index", index) for index in ("0", "1")]
         learner = start("learner", "--join", run_dir)
         others.append(learner)
-        said, _ = learner.communicate(timeout=120)
+        said, _ = learner.communicate(timeout=240)
         assert learner.returncode == 0, said
         for process in (*others[:2], buffer):  # nobody stops them: they end with the run
-            said, _ = process.communicate(timeout=20)
+            said, _ = process.communicate(timeout=60)
             assert process.returncode == 0, said
             assert "without goodbye" not in said
     finally:
@@ -69,6 +70,6 @@ def test_ranks_end_when_their_torchrun_is_killed(tmp_path: Path) -> None:
         ranks = psutil.Process(torchrun.pid).children(recursive=True)
         torchrun.kill()
         assert len(ranks) >= 2
-        assert psutil.wait_procs(ranks, timeout=10)[1] == []
+        assert_all_end(ranks)
     finally:
         buffer.kill()

@@ -1,4 +1,4 @@
-"""Five minutes of kills and stops across all roles of a run with real engines."""
+"""At least five minutes of kills and stops across all roles of a run with real engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 @pytest.mark.slow
 @pytest.mark.engine
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_run_under_attack_learns_and_loses_nothing_and_counts_nothing_twice(
     tmp_path, monkeypatch
 ):

@@ -17,7 +17,7 @@ def completions(folder: Path, engine: str, *options: str) -> dict[tuple[str, int
     command = [sys.executable, "-m", "asyncgrpo.cli", "eval", "--model", str(folder)]
     command += ["--data", "tasks", "--num-prompts", "24", "--engine", engine, "--out", str(out)]
     command += ["--set", "data.max_prompt_tokens=32", "--max-tokens", "12", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "24 prompts" in done.stdout
     assert done.stderr == ""

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ from small_run import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncgrpo.buffer.audit import audit
+from asyncgrpo.buffer.ledger import LedgerReader
 from asyncgrpo.config import from_mapping
 from asyncgrpo.data.tiny import build_untrained
 from asyncgrpo.learner.saved import FOLDER, saved, step_of
@@ -35,12 +37,32 @@ from asyncgrpo.wire.codec import Packet
 from asyncgrpo.wire.sockets import DealerClient
 
 TESTS = Path(__file__).parent.parent
-SECONDS = 240
+SECONDS = 600
 SIX_STEPS = [*SMALL, "run.max_steps=6", "launch.grace_seconds=3"]
 TWO_BLOCKS = (
     "[{num_prompts=12, every=3}, {name='sampled', num_prompts=6, every=2, num_samples=4, k=4, "
     "sampling={temperature=1.0, max_completion_tokens=12}}]"
 )
+
+
+def words(process: psutil.Process) -> list[str]:
+    """Its command line; nothing of one that is gone."""
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def assert_all_end(processes: list[psutil.Process]) -> None:
+    end = time.monotonic() + 120
+    while alive := [words(process) for process in processes if is_alive(process)]:
+        assert time.monotonic() < end, alive
+        time.sleep(0.05)
 
 
 class Launch:
@@ -78,15 +100,23 @@ class Launch:
 
     def targets(self) -> list[str]:
         """Roles that Prometheus is to scrape."""
-        return sorted(path.stem for path in (self.run_dir / "targets").glob("*.json"))
+        return sorted(self.told())
+
+    def told(self) -> dict[str, str]:
+        """What they tell it."""
+        found = {}
+        for path in (self.run_dir / "targets").glob("*.json"):
+            with suppress(FileNotFoundError):  # a role that ends takes its own away
+                found[path.stem] = path.read_text()
+        return found
 
     def healthy(self) -> list[str]:
         """Those of them that answer as themselves where they are said to listen."""
         found = []
-        for path in sorted((self.run_dir / "targets").glob("*.json")):
-            (address,) = json.loads(path.read_text())[0]["targets"]
-            url = f"http://{address}/healthz"
-            with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        for _, text in sorted(self.told().items()):
+            (address,) = json.loads(text)[0]["targets"]
+            url, lost = f"http://{address}/healthz", (OSError, HTTPException)
+            with suppress(*lost), urllib.request.urlopen(url, timeout=5) as answer:
                 found += [json.load(answer)["role"]]
         return found
 
@@ -102,34 +132,47 @@ class Launch:
                 continue
         return list(dict.fromkeys(found))
 
-    def find(self, *words: str) -> psutil.Process:
+    def find(self, *wanted: str) -> psutil.Process:
         """The one process whose command line holds all the words."""
         for process in self.processes():
-            line = process.cmdline()
-            if process.is_running() and all(word in line for word in words):
+            if set(wanted) <= set(words(process)):
                 return process
-        raise AssertionError(f"no process {words} in {[p.cmdline() for p in self.processes()]}")
+        raise AssertionError(f"no process {wanted} in {[*map(words, self.processes())]}")
 
     def until(self, done: Callable[[], object], what: str) -> None:
-        end = time.monotonic() + SECONDS
+        end, has_ended = time.monotonic() + SECONDS, False
         while not done():
-            assert self.process.poll() is None, f"ended before {what}:\n{self.text()[-4000:]}"
+            assert not has_ended, f"ended before {what}:\n{self.text()[-4000:]}"
             assert time.monotonic() < end, f"never {what}:\n{self.text()[-4000:]}"
+            has_ended = self.process.poll() is not None  # done() has one look after the end
             time.sleep(0.05)
 
     def until_training(self) -> list[psutil.Process]:
         self.until(lambda: len(self.rows()) >= 2, "trained")
         return self.processes()
 
-    def kill_rank(self, started: list[psutil.Process]) -> None:
-        """Kills one of the learner's two ranks."""
-        ranks = [p for p in started if p.cmdline()[-3:-2] == ["learner"] and "-u" in p.cmdline()]
-        assert len(ranks) == 2
-        ranks[-1].kill()
+    def ranks(self) -> list[psutil.Process]:
+        """The learner's two ranks."""
+        lines = [(process, words(process)) for process in self.processes()]
+        found = [p for p, line in lines if line[-3:-2] == ["learner"] and "-u" in line]
+        assert len(found) == 2
+        return found
 
-    def assert_nothing_left(self, started: list[psutil.Process]) -> None:
-        _, alive = psutil.wait_procs(started, timeout=20)
-        assert [p.cmdline() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    def stop_after(self, step: int, rank: psutil.Process) -> int:
+        """Stops a rank when it has trained that step; returns the first that is not saved."""
+        last = -1
+
+        def stopped() -> bool:
+            nonlocal last
+            rank.suspend()  # the other one can end one step more, which is not a fourth
+            last = max((row["step"] for row in self.rows() if "loss" in row), default=-1)
+            if last >= step and last % 4 < 2:
+                return True
+            rank.resume()
+            return False
+
+        self.until(stopped, f"step {step}")
+        return last // 4 * 4
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +196,7 @@ def launch(tmp_path, model):
 
 
 def trained_rows(run_dir: Path, step: int) -> list[dict]:
-    text = (run_dir / f"trajectories/step_{step}.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]  # text may hold other separators
+    rows = whole_rows(run_dir / f"trajectories/step_{step}.jsonl")
     return [row for row in rows if row["status"] == "trained"]
 
 
@@ -210,7 +252,7 @@ def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch,
     roles = ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
     assert run.targets() == roles
     run.finish()
-    run.assert_nothing_left(started)
+    assert_all_end(started)
     assert run.targets() == []
     check_run_directory(run.run_dir, steps=6, max_staleness=2)
     check_model(run.run_dir / "model", model)
@@ -230,18 +272,30 @@ def test_a_run_with_the_real_engine_writes_everything_and_leaves_nothing(launch,
 
 @pytest.mark.engine
 def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twice(launch):
-    # A wide gate and a slow judge: every actor holds leases at any time.
+    # A wide gate and a slow judge: an actor holds leases at nearly any time.
     judge = 'reward.functions=[{use="reward_functions:slow_vowels"}]'
     run = launch("run.max_steps=40", "buffer.max_staleness=30", judge, engine="vllm")
     run.until_training()
     doomed = run.find("actor", "1")
     family = [doomed, *doomed.children(recursive=True)]
+
+    def stopped_with_leases() -> bool:
+        doomed.suspend()
+        time.sleep(1)  # what it has sent has come
+        held = "SELECT count(*) FROM leases WHERE state = 'open' AND peer LIKE 'actor-1.%'"
+        _, [(count,)] = LedgerReader(run.run_dir).query(held)
+        if count == 0:
+            doomed.resume()
+            time.sleep(0.5)
+        return count > 0
+
+    run.until(stopped_with_leases, "with leases")
     doomed.kill()
-    run.assert_nothing_left(family)
+    assert_all_end(family)
     run.until(lambda: run.text().count("joined") >= 3 or len(run.rows()) >= 40, "joined again")
     started = run.processes()
     run.finish()
-    run.assert_nothing_left(started)
+    assert_all_end(started)
     leases = [row["lease_id"] for step in range(40) for row in trained_rows(run.run_dir, step)]
     assert len(leases) == 40 * 16
     assert len(set(leases)) == 40 * 4
@@ -253,14 +307,14 @@ def test_an_actor_killed_while_training_is_restarted_and_nothing_is_lost_or_twic
 @pytest.mark.slow
 def test_the_only_actor_of_a_sharded_learner_is_killed_and_gets_its_weights_while_all_wait(launch):
     """No batch can be complete without it, and no rank may gather weights without the others."""
-    settings = ("run.max_steps=8", "learner.parallel=fsdp", "launch.actors=1", "eval=[]")
+    settings = ("run.max_steps=30", "learner.parallel=fsdp", "launch.actors=1", "eval=[]")
     run = launch(*settings, "launch.learners=2", "buffer.max_staleness=0")
     run.until_training()
     run.find("actor", "0").kill()
     assert run.wait() == 0, run.text()[-4000:]
-    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(8))
+    assert [row["step"] for row in run.rows() if "loss" in row] == list(range(30))
     last = [row for row in run.rows() if "publish/proofs" in row][-1]
-    assert last["publish/proofs"] >= 8
+    assert last["publish/proofs"] >= 30
     assert last["publish/rejections"] == 0
     assert not any(audit(RunDir.read(run.run_dir)).wrong.values())
 
@@ -272,7 +326,7 @@ def test_nothing_is_left_when_the_launcher_is_killed(launch):
     assert len(started) >= 5
     run.process.kill()
     run.process.wait()
-    run.assert_nothing_left(started)
+    assert_all_end(started)
 
 
 @pytest.mark.slow
@@ -280,21 +334,21 @@ def test_the_embedded_model_is_not_made_on_when_the_launcher_is_killed(tmp_path,
     monkeypatch.setenv("ASYNCGRPO_CACHE", str(tmp_path))
     run = Launch(tmp_path, Path("tiny"))
     children = psutil.Process(run.process.pid).children
-    run.until(lambda: any("asyncgrpo.data.tiny" in p.cmdline() for p in children()), "begun")
+    run.until(lambda: any("asyncgrpo.data.tiny" in words(p) for p in children()), "begun")
     started = children()
     run.process.kill()
     run.process.wait()
-    run.assert_nothing_left(started)
+    assert_all_end(started)
 
 
 @pytest.mark.slow
 def test_a_learner_rank_killed_ends_the_run_with_its_last_log_lines(launch):
     run = launch("run.max_steps=5000", "launch.max_restarts=0")
     started = run.until_training()
-    run.kill_rank(started)
+    run.ranks()[-1].kill()
     assert run.wait() == 3
     assert "learner-1" in run.targets()
-    run.assert_nothing_left(started)
+    assert_all_end(started)
     assert re.search(r"error: learner .*last lines of .*learner\.log", run.text())
 
 
@@ -304,7 +358,7 @@ def check_made_again(run: Launch, steps: int) -> None:
     assert not any(found.wrong.values()), found.wrong
     assert found.next_step == steps
     assert found.rollbacks
-    assert all(step in (0, 4, 8) and step < former for step, former in found.rollbacks)
+    assert all(step % 4 == 0 and step < former for step, former in found.rollbacks)
     assert [row["step"] for row in run.rows() if "loss" in row] == list(range(steps))
     rows = [row for step in range(steps) for row in trained_rows(run.run_dir, step)]
     names = [(row["lease_id"], row["sample"]) for row in rows]
@@ -320,16 +374,17 @@ def until_step(run: Launch, step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches(parallel, launch):
-    run = launch("run.max_steps=12", "checkpoint.every=4", f"learner.parallel={parallel}")
-    until_step(run, 5)
-    started = run.processes()
-    before = {step: trained_rows(run.run_dir, step) for step in range(5)}
-    run.kill_rank(started)
+    run = launch("run.max_steps=40", "checkpoint.every=4", f"learner.parallel={parallel}")
+    started, doomed = run.until_training(), run.ranks()[-1]
+    first = run.stop_after(5, doomed)
+    run.until(lambda: len(trained_rows(run.run_dir, first)) == 16, "written")
+    before = trained_rows(run.run_dir, first)
+    doomed.kill()
     run.finish()
-    run.assert_nothing_left(started)
-    check_made_again(run, 12)
-    again = [row["lease_id"] for row in trained_rows(run.run_dir, 4)]
-    assert again == [row["lease_id"] for row in before[4]]
+    assert_all_end(started)
+    check_made_again(run, 40)
+    again = [row["lease_id"] for row in trained_rows(run.run_dir, first)]
+    assert again == [row["lease_id"] for row in before]
 
 
 @pytest.mark.slow
@@ -337,7 +392,7 @@ def test_a_killed_learner_rank_goes_on_from_the_checkpoint_with_the_same_batches
 def test_engines_that_sleep_in_turn_survive_kills_of_actors_and_the_learner(parallel, launch):
     turns = ("actor.sleep=true", "launch.max_restarts=9", f"learner.parallel={parallel}")
     run = launch(
-        "run.max_steps=14",
+        "run.max_steps=40",
         "checkpoint.every=4",
         "weights.ready_timeout_seconds=2",
         "weights.loaded_timeout_seconds=4",
@@ -345,51 +400,53 @@ def test_engines_that_sleep_in_turn_survive_kills_of_actors_and_the_learner(para
         *turns,
     )
     until_step(run, 4)
+    rank = run.ranks()[-1]
     for index in "01":
         doomed, seen = run.find("actor", index), len(run.rows())
         doomed.send_signal(signal.SIGSTOP)  # asleep or awake, it is not there when it is told
         run.until(lambda seen=seen: len(run.rows()) > seen, "trained without it")
         doomed.kill()
-    until_step(run, 9)
-    run.kill_rank(run.processes())
+    run.stop_after(9, rank)
+    rank.kill()
     started = run.processes()
     run.finish()
-    run.assert_nothing_left(started)
-    check_made_again(run, 14)
+    assert_all_end(started)
+    check_made_again(run, 40)
     rows = [row for row in run.rows() if "loss" in row]
     assert all(row["publish/sleep_seconds"] > 0 for row in rows)
     evals = [row["eval/version"] for row in run.rows() if "eval/version" in row]
-    assert {0, 14} <= set(evals)
+    assert {0, 40} <= set(evals)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_was_ended_is_resumed_with_its_ledger(number, launch):
-    settings = ("run.max_steps=12", "checkpoint.every=4")
-    run = launch(*settings)
+    grace = 60 if number == signal.SIGTERM else 3  # for its last checkpoint
+    settings = ("checkpoint.every=4", f"launch.grace_seconds={grace}")
+    run = launch("run.max_steps=5000", *settings)
     until_step(run, 5)
     started = run.processes()
     os.kill(run.process.pid, number)
     run.wait()
-    run.assert_nothing_left(started)
+    assert_all_end(started)
     newest = max(map(step_of, saved(run.run_dir / FOLDER)), default=0)
-    num_ahead = audit(RunDir.read(run.run_dir)).next_step - newest  # the last may be formed only
+    ended = audit(RunDir.read(run.run_dir)).next_step
+    num_ahead = ended - newest  # the last may be formed only
     assert num_ahead <= 1 or number == signal.SIGKILL
-    resumed = launch(*settings, resume=True)
+    resumed = launch(f"run.max_steps={ended + 4}", *settings, resume=True)
     resumed.finish()
     found = audit(RunDir.read(run.run_dir))
     assert not any(found.wrong.values()), found.wrong
-    assert found.next_step == 12
+    assert found.next_step == ended + 4
     assert bool(found.rollbacks) == bool(num_ahead) or num_ahead == 1
-    assert [row["step"] for row in resumed.rows() if "loss" in row] == list(range(12))
+    assert [row["step"] for row in resumed.rows() if "loss" in row] == list(range(ended + 4))
 
 
 @pytest.mark.slow
 def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(launch):
-    run = launch("run.max_steps=30", "launch.stall_seconds=3")
+    run = launch("run.max_steps=100", "launch.stall_seconds=3")
     run.until_training()
-    ranks = [p for p in run.processes() if "learner" in p.cmdline() and not p.children()]
-    doomed = ranks[0]
+    doomed = run.ranks()[0]
 
     def reports() -> list[str]:  # the start may have been slow enough for one, too
         texts = [path.read_text() for path in sorted(run.run_dir.glob("stalls/*.txt"))]
@@ -403,7 +460,7 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
         doomed.resume()
     text = reports()[known]
     assert f"(pid {doomed.pid}, stopped by a signal)\nno answer" in text
-    assert re.search(r"-- actor-0 \(pid \d+, runs or sleeps\)\nThread", text)
+    assert re.search(r"-- actor-0 \(pid \d+, [^)]*\)\nThread", text)
     run.finish()
     assert "the run goes on after" in run.text()
 
@@ -411,18 +468,19 @@ def test_a_stopped_learner_is_named_by_the_stall_report_and_the_run_goes_on(laun
 @pytest.mark.slow
 def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path, model):
     (tmp_path / "runs").mkdir()
-    settings = ["run.max_steps=5000", "checkpoint.every=1"]
+    settings = ["run.max_steps=5000", "checkpoint.every=1", "launch.grace_seconds=60"]
     run = Launch(tmp_path / "runs", model, *settings)
     try:
         run.until_training()
-        before = {path: path.read_text() for path in (run.run_dir / "targets").glob("*.json")}
-        assert run.healthy() == ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+        roles = ["actor-0", "actor-1", "buffer", "learner-0", "learner-1"]
+        run.until(lambda: run.healthy() == roles, "healthy")
+        before = run.told()
         run.find("actor", "1").kill()
         run.find("learner", "-u").kill()
         moved = ["actor-1", "learner-0", "learner-1"]
         run.until(
             lambda: (
-                sorted(p.stem for p in before if p.read_text() != before[p]) == moved
+                sorted(role for role, text in run.told().items() if text != before[role]) == moved
                 and len(run.healthy()) == 5
             ),
             "listened elsewhere",
@@ -430,8 +488,8 @@ def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path,
         os.kill(run.process.pid, signal.SIGINT)
         assert run.wait() == 130
         assert run.targets() == []
-        for path, text in before.items():  # as if that life had failed
-            path.write_text(text)
+        for role, text in before.items():  # as if that life had failed
+            (run.run_dir / "targets" / f"{role}.json").write_text(text)
         steps = len(run.rows())
         command = [sys.executable, "-m", "asyncgrpo.cli", "launch", "--dry-run", "--resume"]
         command.append(str(tmp_path / "runs" / "latest"))
@@ -439,7 +497,8 @@ def test_targets_follow_restarted_roles_and_a_resume_with_fewer_actors(tmp_path,
         assert f"going on with {run.run_dir} at" in said
         run = Launch(tmp_path / "runs", model, *settings, "launch.actors=1", resume=True)
         run.until(lambda: len(run.rows()) > steps, "went on")
-        assert run.healthy() == run.targets() == ["actor-0", "buffer", "learner-0", "learner-1"]
+        roles.remove("actor-1")
+        run.until(lambda: run.healthy() == run.targets() == roles, "healthy")
     finally:
         if run.process.poll() is None:
             run.process.send_signal(signal.SIGTERM)
@@ -458,21 +517,22 @@ def test_engines_load_the_weights_from_disk(engine, parallel, launch):
     run = launch(*settings, "run.max_steps=4", engine=engine)
     run.finish()
     check_run_directory(run.run_dir, steps=4, max_staleness=2)
-    folders = (run.run_dir / "weights").iterdir()
-    assert sorted(folder.name for folder in folders) == ["v3", "v4"]
+    names = {folder.name for folder in (run.run_dir / "weights").iterdir()}
+    assert {"v3", "v4"} <= names  # and what an actor may still be reading
+    assert len(names) < 5
     last = [row for row in run.rows() if "publish/proofs" in row][-1]
-    assert last["publish/proofs"] >= 8  # two actors
+    assert last["publish/proofs"] > 2
     assert last["publish/rejections"] == last["publish/evictions"] == 0
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_everything_in_order(launch):
-    run = launch("run.max_steps=5000")
+    run = launch("run.max_steps=5000", "launch.grace_seconds=60")
     started = run.until_training()
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait() == 130
     assert run.targets() == []
-    run.assert_nothing_left(started)
+    assert_all_end(started)
     assert "Traceback" not in run.text()
     steps = [row["step"] for row in run.rows() if "loss" in row]
     assert steps == list(range(len(steps)))
@@ -498,7 +558,10 @@ def test_a_run_with_one_learner_and_strict_ticket_order_at_staleness_zero(launch
 
 def listening(processes: list[psutil.Process]) -> set[str]:
     """Addresses on which these processes can be reached."""
-    sockets = [c for p in processes if p.is_running() for c in p.net_connections("inet")]
+    sockets = []
+    for process in processes:
+        with suppress(psutil.Error):  # it has ended
+            sockets += process.net_connections("inet")
     return {c.laddr.ip for c in sockets if c.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)}
 
 
@@ -512,7 +575,7 @@ def attack(run_dir: Path, seconds: float) -> None:
     clients = [DealerClient(address, "actor-0", "somebody") for address in addresses]
     while time.monotonic() < end:
         for door in doors:
-            with socket.create_connection(door, timeout=5) as bare:
+            with socket.create_connection(door, timeout=60) as bare:
                 bare.sendall(rng.randbytes(rng.randint(1, 500)))
         for client in clients:
             client.post(Packet(kind="hello", fields={"actor": "actor-0"}))
@@ -527,7 +590,7 @@ def scraped(run_dir: Path) -> str:
     targets = [json.loads(path.read_text()) for path in (run_dir / "targets").glob("*.json")]
     urls = [f"http://{target['targets'][0]}/metrics" for (target,) in targets]
     assert all(url.startswith("http://127.0.0.1:") for url in urls)
-    return "".join(urllib.request.urlopen(url, timeout=5).read().decode() for url in urls)
+    return "".join(urllib.request.urlopen(url, timeout=60).read().decode() for url in urls)
 
 
 @pytest.mark.engine
@@ -535,11 +598,13 @@ def test_an_encrypted_run_shows_nothing_to_strangers_and_does_not_mind_them(laun
     run = launch("run.max_steps=120", "launch.encrypt=true", engine="vllm")
     started = run.until_training()
     assert listening([psutil.Process(run.process.pid), *started]) == {"127.0.0.1"}
-    shown = " ".join(" ".join([*p.cmdline(), *p.environ().values()]) for p in started)
+    shown = " ".join(
+        " ".join([*words(p), *p.environ().values()]) for p in filter(is_alive, started)
+    )
     metrics = scraped(run.run_dir)
     attack(run.run_dir, 2.0)
     run.finish()
-    run.assert_nothing_left(started)
+    assert_all_end(started)
     check_run_directory(run.run_dir, steps=120, max_staleness=2)
     assert {row.get("publish/evictions", 0) for row in run.rows()} == {0}
     written = [p for p in run.run_dir.rglob("*") if p.is_file() and p.parent.name != "keys"]

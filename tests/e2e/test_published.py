@@ -93,7 +93,7 @@ def test_the_engine_computes_after_each_publish_as_the_learner_does(
                             part = weight.to_local() if isinstance(weight, DTensor) else weight
                             part.add_(torch.randn_like(part) * 0.1)
                 sender.publish(version, updater.weights(), updater.canary_logprobs())
-                sender.wait_for_actors(1, 60)
+                sender.wait_for_actors(1, 240)
                 row = json.loads(actor.stdout.readline())
                 assert row["version"] == version
                 whole = row["prompt"] + row["token_ids"]

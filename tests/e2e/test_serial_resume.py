@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from small_run import BY_THE_CLOCK, SMALL
 
 from asyncgrpo.data.tiny import build_untrained
+from asyncgrpo.rows import whole_rows
 
 pytestmark = pytest.mark.slow
-STEPS, SECONDS = 12, 200
+STEPS, SECONDS = 12, 600
 SETTINGS = [
     *SMALL,
     f"run.max_steps={STEPS}",
@@ -39,8 +40,7 @@ def launch(run_dir: Path, model: Path, *arguments: str) -> subprocess.Popen:
 
 
 def rows(run_dir: Path, name: str) -> list[dict]:
-    path = run_dir / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return whole_rows(run_dir / name)
 
 
 def end_after(step: int, run_dir: Path, model: Path, number: signal.Signals) -> int:

@@ -67,7 +67,7 @@ def run_engine(
     learner = {"lora": lora} if folder.name.startswith("adapter") else {}
     settings = json.dumps({"actor": actor, "learner": learner, "launch": on_gpu})
     command = [sys.executable, str(SCRIPT), str(folder), str(out), settings, str(seed), sleeps]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {sampled["lease_id"]: sampled for sampled in json.loads(out.read_text())}
 

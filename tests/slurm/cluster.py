@@ -19,7 +19,7 @@ from asyncgrpo.launch.preflight import hold_port, port_of
 from asyncgrpo.wire.address import own_address
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "srun")
-SECONDS = 30.0
+SECONDS = 120.0
 CONF = """
 ClusterName=ci
 SlurmctldHost={host}(127.0.0.1)
@@ -47,8 +47,8 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=5
-SlurmdTimeout=5
+KillWait=60
+SlurmdTimeout=300
 GresTypes=gpu
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=10
 PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=9 PreemptMode=off
@@ -120,7 +120,7 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """As a crash of its slurmd: what runs there goes on, unknown to Slurm, which is told so."""
         os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
-        down = (f"nodename={node}", "state=down", "reason=crashed")  # else it takes half a minute
+        down = (f"nodename={node}", "state=down", "reason=crashed")  # else it takes SlurmdTimeout
         self.call("scontrol", "update", *down)
 
     def stop(self) -> None:
@@ -181,6 +181,17 @@ class Cluster:
         for part in self._parts(job):
             self.call("scontrol", "update", f"jobid={part}", "starttime=now")
         self.until(lambda: self.state(job) == "RUNNING", "started again")
+
+    def limit_time(self, job: str, minutes: int) -> None:
+        """Sets how long the job may run, from its start, in all its parts."""
+        for part in self._parts(job):
+            self.call("scontrol", "update", f"jobid={part}", f"timelimit={minutes}")
+
+    def seconds(self, job: str) -> int:
+        """How long it has run."""
+        *days, clock = self.job(job)["RunTime"].split("-")
+        hours, minutes, seconds = map(int, clock.split(":"))
+        return ((sum(map(int, days)) * 24 + hours) * 60 + minutes) * 60 + seconds
 
     def _parts(self, job: str) -> list[str]:
         text = self.call("scontrol", "-o", "show", "job", job)

@@ -49,7 +49,7 @@ class Submitted:
         rows = whole_rows((run_dir or self.run_dir) / "metrics.jsonl")
         return [row for row in rows if "loss" in row]
 
-    def until(self, done: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def until(self, done: Callable[[], object], what: str, seconds: float = 400) -> None:
         try:
             self.cluster.until(done, what, seconds)
         except AssertionError as error:
@@ -77,7 +77,7 @@ class Submitted:
         return found
 
     def assert_nothing_left(self) -> None:
-        self.until(lambda: not self.processes(), "all processes ended", 20)
+        self.until(lambda: not self.processes(), "all processes ended", 120)
 
     def end(self) -> None:
         """Cancels what still runs; then nothing is left, and every group is accounted for."""
@@ -138,7 +138,7 @@ def test_a_run_over_two_nodes_with_the_real_engine_is_done_and_leaves_nothing(su
     }
     assert set(targets) == {"buffer", "learner-0", "learner-1", "actor-0", "actor-1"}
     assert all(target.startswith(f"{run.cluster.address}:") for target in targets.values())
-    with urlopen(f"http://{targets['actor-1']}/metrics", timeout=10) as page:
+    with urlopen(f"http://{targets['actor-1']}/metrics", timeout=60) as page:
         assert b'role="actor-1"' in page.read()
     keys = {path.name: oct(path.stat().st_mode) for path in run.run_dir.glob("keys/*")}
     if run.cluster.address != "127.0.0.1":
@@ -157,7 +157,7 @@ def test_a_run_over_two_nodes_with_the_real_engine_is_done_and_leaves_nothing(su
 
 
 def test_before_its_time_is_up_a_job_is_saved_requeued_and_goes_on(submit):
-    run = submit("--set", "run.max_steps=50")
+    run = submit("--set", "run.max_steps=150")
     run.until_trained(3)
     steps = run.cluster.steps(run.job)
     assert {"learner"} <= set(steps)
@@ -165,7 +165,7 @@ def test_before_its_time_is_up_a_job_is_saved_requeued_and_goes_on(submit):
     run.until_state("PENDING")
     run.assert_nothing_left()
     saved = run.checkpoints()[-1]
-    assert 3 <= saved < 50
+    assert 3 <= saved < 150
     run.cluster.start_now(run.job)
     run.until_state("COMPLETED")
     assert f"at step {saved}" in run.shown()
@@ -173,19 +173,21 @@ def test_before_its_time_is_up_a_job_is_saved_requeued_and_goes_on(submit):
         f"{run.job}.0",
         f"{run.job}.1",
     }
-    run.assert_sound(50)
+    run.assert_sound(150)
     run.assert_nothing_left()
 
 
 def test_slurms_own_time_limit_requeues_both_parts_of_a_job_and_loses_no_step(submit):
-    # The least limit is a minute; Slurm looks every 30 s.
-    limit = ("--time=1", "--sbatch", "signal=B:USR2@30")
+    limit = ("--time=30", "--sbatch", "signal=B:USR2@30")
     run = submit("--set", "run.max_steps=100000", *limit, "--nodes", "1", "--actor-nodes", "1")
     run.until_trained(1)
     assert run.cluster.job(run.job)["NodeList"] != run.cluster.job(f"{run.job}+1")["NodeList"]
+    # Limits are in minutes; at least half a one is left. Slurm looks every 30 s.
+    run.cluster.limit_time(run.job, (run.cluster.seconds(run.job) + 30) // 60 + 1)
     run.until_state("PENDING")
     saved = run.checkpoints()[-1]
     assert len(run.rows()) == saved
+    run.cluster.limit_time(run.job, 30)
     run.cluster.start_now(run.job)
     run.until_trained(saved + 2)
     assert f"at step {saved}" in run.shown()
@@ -204,7 +206,7 @@ def test_a_job_without_time_for_a_step_is_not_requeued_for_ever(submit):
 def test_a_cancelled_job_is_saved_ends_and_leaves_other_jobs_alone(submit, tmp_path):
     run = submit("--set", "run.max_steps=100000")
     run.until_trained(3)
-    sleep = ("sbatch", "--parsable", "--output=/dev/null", "--wrap", "srun sleep 60")
+    sleep = ("sbatch", "--parsable", "--output=/dev/null", "--wrap", "srun sleep 600")
     other = run.cluster.call(*sleep)
     run.until(lambda: run.cluster.steps(other), "the other job")
     run.cluster.call("scancel", run.job)
@@ -216,13 +218,13 @@ def test_a_cancelled_job_is_saved_ends_and_leaves_other_jobs_alone(submit, tmp_p
 
 
 def test_a_killed_step_is_started_again_and_nothing_is_lost_or_twice(submit):
-    run = submit("--set", "run.max_steps=40", "--set", "buffer.max_staleness=2")
+    run = submit("--set", "run.max_steps=150", "--set", "buffer.max_staleness=2")
     run.until_trained(3)
     step = run.cluster.steps(run.job)["actor-1"]
     run.cluster.call("scancel", "--signal=KILL", step)
     run.until(lambda: "restarted actor-1" in run.shown(), "restarted")
     run.until_state("COMPLETED")
-    run.assert_sound(40)
+    run.assert_sound(150)
     run.assert_nothing_left()
 
 
@@ -231,7 +233,7 @@ def test_when_a_node_is_lost_its_actors_move_to_what_remains(submit):
     run.until_trained(3)
     assert run.cluster.job(run.job)["NodeList"] == "n[0-1]"
     run.cluster.kill_node("n1")
-    run.until(lambda: run.shown().count("restarted actor-") == 2, "restarted")
+    run.until(lambda: run.shown().count("restarted actor-") >= 2, "restarted")
     assert run.cluster.job(run.job)["NodeList"] == "n0"
     steps = len(run.rows())
     run.until_trained(steps + 5)
@@ -251,7 +253,7 @@ def test_when_what_remains_is_too_small_the_job_is_requeued(submit):
 
 
 def test_a_preempted_job_is_saved_and_goes_on_afterwards(submit, tmp_path):
-    run = submit("--set", "run.max_steps=100000", "--set", "launch.grace_seconds=4")
+    run = submit("--set", "run.max_steps=100000", "--set", "launch.grace_seconds=30")
     run.until_trained(3)
     urgent = ("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive")
     other = run.cluster.call(*urgent, "--output=/dev/null", "--wrap", "sleep 2")
