@@ -241,7 +241,7 @@ def _become(name: str, join: Path) -> NoReturn:
             f"{join} is done, see its summary.json; to train on, start a run with its model: "
             f"--model {join / 'model'}"
         )
-    spec = hand_started(name, run.config, run.path, own_port())
+    spec = hand_started(name, run.config, run.path, own_port() if name == "learner" else 0)
     os.execvpe(spec.argv[0], spec.argv, {**os.environ, **spec.environment})
 
 

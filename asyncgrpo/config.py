@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 TASKS = "tasks"
 NOTHING = (None, "", "none")
 MAX_ENGINE_RANK = 512  # of vLLM's MaxLoRARanks
+ENGINE_TOKENS = 2048  # of one engine step: vLLM's default
 SPARE_SEQUENCES = 64  # of an engine, beside the training groups: evaluations and canaries
 
 
@@ -266,7 +267,7 @@ class Config(Room):
     @property
     def engine_tokens(self) -> int:
         """Tokens of one engine step, at most: vLLM's default, which may be too few for them."""
-        return max(2048, self.engine_sequences)
+        return max(ENGINE_TOKENS, self.engine_sequences)
 
     @property
     def canary_tolerance(self) -> float:
@@ -391,5 +392,5 @@ def _explain(item: Any) -> str:
     if item["type"] == "value_error":
         return f"{key}: {message}"
     described = getattr(field, "description", None)
-    about = f" ({key} is: {described})" if described else ""
+    about = f" ({'.'.join(map(str, named))} is: {described})" if described else ""
     return f"{key}={item['input']!r} is not allowed: {message}{about}"

@@ -5,7 +5,7 @@
 The tiny model with real engines: two actors, two learner ranks, a buffer, a launcher. Faults are
 drawn by the seed: kill -9 of an actor, a learner rank, the buffer or the launcher (which is then
 started again with --resume auto), SIGSTOP of an actor for some seconds. When the time is up, there
-were 15 faults and each kind came (or a quarter of an hour is over), the run is asked to stop
+were 15 faults and each kind came (or a quarter of an hour more is over), the run is asked to stop
 (SIGTERM), goes on for a few steps without faults and ends by itself.
 Recovery is the time from a fault until the next step is trained. Prints the figures as JSON.
 """
@@ -81,7 +81,7 @@ class Chaos:
         """Draws faults, each after the recovery from the last; at the end, of missing kinds."""
         self._await_rows()
         end, kinds = time.monotonic() + seconds, FAULTS
-        hard_end = max(end, time.monotonic() + LONGEST_SECONDS)
+        hard_end = end + LONGEST_SECONDS
         while time.monotonic() < hard_end:
             if time.monotonic() >= end and self.faults.total() >= LEAST_FAULTS:
                 kinds = {kind: FAULTS[kind] for kind in FAULTS if not self.faults[kind]}

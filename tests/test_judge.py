@@ -138,7 +138,7 @@ def test_a_worker_that_is_never_ready_costs_a_group_and_is_named(pool, slow_star
     workers = pool(slow_start(600), timeout_seconds=0.5)
     workers.submit(job(1))
     (verdict,) = collect(workers, 1).values()
-    assert verdict.error == "the reward worker was not ready within 1 s"
+    assert verdict.error == "the reward worker was not ready within 1 s: the imports hang"
 
 
 def test_a_function_that_hangs_in_a_serial_run_costs_its_group_only_too():

@@ -231,6 +231,15 @@ def ports_of(doors: Endpoints) -> list[int]:
     return [*named, doors.store[1], doors.rendezvous]
 
 
+def test_ports_that_settings_name_are_kept_too_and_free_ones_are_others() -> None:
+    launch = {"weights_port": 19010, "metrics_port": 19000}
+    with held_endpoints(from_mapping({"launch": launch})) as doors:
+        assert len(set(ports_of(doors))) == 4
+        for port in (19010, *doors.metrics.values()):
+            with socket.socket() as anybody, pytest.raises(OSError, match="in use"):
+                anybody.bind(("127.0.0.1", port))  # without SO_REUSEADDR, as who takes any
+
+
 def endpoints_of(config: Config) -> Endpoints:
     with held_endpoints(config) as doors:
         return doors

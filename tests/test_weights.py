@@ -729,6 +729,7 @@ class FakeNCCL:
     """What torch's group is given; NCCL's own is on GPUs only."""
 
     def __init__(self, store, rank, world_size, options):
+        assert not store.check([str(rank)])  # where NCCL puts its own keys
         self.waits_raise = os.environ.get("TORCH_NCCL_BLOCKING_WAIT")
         self.seconds = options._timeout.total_seconds()
 

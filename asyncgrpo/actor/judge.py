@@ -169,7 +169,7 @@ class JudgePool:
             late = f"no score within reward.timeout_seconds={limit:g}"
             if not worker.is_ready:
                 limit += START_SECONDS
-                late = f"the reward worker was not ready within {limit:g} s"
+                late = f"the reward worker was not ready within {limit:g} s: the imports hang"
             if seconds > limit:
                 reason = reason or late
             if not reason:

@@ -25,7 +25,7 @@ from asyncgrpo.actor.vllm_worker import (
     replace_adapter,
     replace_weights,
 )
-from asyncgrpo.config import Config
+from asyncgrpo.config import ENGINE_TOKENS, Config
 from asyncgrpo.errors import EngineError, WeightsError
 from asyncgrpo.protocols import NamedTensors
 from asyncgrpo.types import Completion, FinishReason, Sampled, Sampling
@@ -42,6 +42,7 @@ class VllmEngine:
     ) -> None:
         self._lora = lora = config.learner.published_adapter
         ranks = get_args(MaxLoRARanks)
+        is_wide = config.engine_tokens > ENGINE_TOKENS
         args = EngineArgs(
             model=model_path,
             dtype=config.model.dtype,
@@ -50,7 +51,8 @@ class VllmEngine:
             seed=seed,
             max_model_len=config.max_sequence_tokens,
             max_num_seqs=config.engine_sequences,
-            max_num_batched_tokens=config.engine_tokens,
+            # None: vLLM's default, which it fits to the model.
+            max_num_batched_tokens=config.engine_tokens if is_wide else None,
             tensor_parallel_size=config.actor.tensor_parallel,
             kv_cache_memory_bytes=config.actor.kv_cache_bytes // config.actor.tensor_parallel,
             enable_sleep_mode=config.actor.sleep,

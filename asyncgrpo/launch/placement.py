@@ -71,7 +71,7 @@ def _share_cores(cores: Cores, actors: Sequence[str], learners: Sequence[str]) -
 
 
 def _possible_transports(config: Config, gpus: Mapping[str, str]) -> tuple[Sequence[str], str]:
-    """Those that the placement allows beside "disk", the one to take first, and the reason."""
+    """Those that the placement allows beside gloo and disk, the best one first, and the reason."""
     if not gpus:
         return ["gloo"], "launch.gpus=0 is a CPU run"
     if (count := config.actor.tensor_parallel) > 1:

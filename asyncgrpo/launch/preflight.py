@@ -57,7 +57,7 @@ def own_port() -> int:
 def held_endpoints(config: Config) -> Iterator[Endpoints]:
     """Ports that the settings name, proven free, and free ones for the others; no cores yet.
 
-    They are kept (`hold_port`) until the end.
+    They are kept (`hold_port`) until the end; those of other machines cannot be.
     """
     launch, names = config.launch, role_names(config.launch.actors, config.launch.learners)
     count, host = len(names), launch.host
@@ -72,22 +72,22 @@ def held_endpoints(config: Config) -> Iterator[Endpoints]:
         ("launch.weights_port", host, launch.weights_port),
         *(("launch.metrics_port", own, first + place) for place in range(count if first else 1)),
     ]
-    with ExitStack() as listening:  # together: no two settings may name one port
-        for setting, address, port in asked:
-            try:
-                listening.enter_context(socket.create_server((address, port)))
-            except OSError as error:
-                raise ConfigError(_refused(setting, address, port, error)) from None
     with ExitStack() as held:
-
-        def kept(port: int = 0) -> int:
-            return port_of(held.enter_context(hold_port(host if port else "", port)))
-
+        with ExitStack() as listening:  # together: no two settings may name one port
+            for setting, address, port in asked:
+                try:
+                    listening.enter_context(socket.create_server((address, port)))
+                except OSError as error:
+                    raise ConfigError(_refused(setting, address, port, error)) from None
+            free = [port_of(held.enter_context(hold_port())) for _ in range(4)]
+        for _, address, port in asked:
+            if port:
+                held.enter_context(hold_port(address, port))
         yield Endpoints(
-            buffer=f"tcp://{host}:{kept(launch.buffer_port)}",
-            weights=f"tcp://{host}:{kept(launch.weights_port)}",
-            store=(host, kept()),
-            rendezvous=kept(),
+            buffer=f"tcp://{host}:{launch.buffer_port or free[0]}",
+            weights=f"tcp://{host}:{launch.weights_port or free[1]}",
+            store=(host, free[2]),
+            rendezvous=free[3],
             metrics={name: first and first + place for place, name in enumerate(names)},
         )
 

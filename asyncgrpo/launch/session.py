@@ -97,7 +97,7 @@ class Session:
         self.run_dir = new_run_dir(config)
         self.stopped_by: int | None = None  # the signal that ended the run
         self._log_dir = self.run_dir / "logs"
-        self._doors: Endpoints | None = None  # while it is prepared
+        self._doors: Endpoints | None = None  # once it is prepared
         self._warnings = [*notices(config.algo), *unusual(config)]
 
     def show_plan(self, serial: bool = False) -> None:

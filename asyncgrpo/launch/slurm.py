@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -114,7 +113,7 @@ class SlurmSession(Session):
         rooms = config.model_dump(mode="json", exclude_unset=True)
         config = from_mapping({**rooms, "launch": {**rooms.get("launch", {}), "host": host}})
         super().__init__(config, resume=resume, seats=find_seats(config, self._nodes))
-        self._meetings: list[socket.socket] = []  # ports of the learner's nodes, in its later lives
+        self._meeting = hold_port()  # of the learner's nodes, in its later lives
         self._log_dir = self.run_dir / "logs" / job.attempt
 
     def run(self) -> int:
@@ -159,9 +158,11 @@ class SlurmSession(Session):
         if not set(others.pop(name).nodes) <= set(nodes):
             self._seats = {**others, name: find_seat(self._config, name, nodes, others)}
         assert self._doors is not None, "it is prepared"
-        # Not where they met before: what is left on a lost node may still go there.
-        self._meetings.append(hold_port())
-        doors = replace(self._doors, rendezvous=port_of(self._meetings[-1]))
+        doors = self._doors
+        if name == "learner":  # not where it met before: what is left on a lost node may go there
+            former, self._meeting = self._meeting, hold_port()
+            former.close()
+            doors = replace(doors, rendezvous=port_of(self._meeting))
         plan = self._plan(Host(cores=()), doors)
         return next(spec for spec in plan.specs if spec.name == name)
 

@@ -73,7 +73,7 @@ class Checkpoints:
                 add(draft)
             if self._group is not None:
                 dist.barrier(group=self._group)
-            cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+            cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
             random = {"cpu": torch.get_rng_state(), "cuda": cuda}
             torch.save(random, draft / f"rng_{ranks.rank()}.pt")
             future = state_dict_saver.async_save(

@@ -84,7 +84,11 @@ class JudgeSettings(Room):
 
 class RewardSettings(JudgeSettings):
     workers: int = Field(1, ge=1, description="scoring processes beside each actor")
-    timeout_seconds: float = Field(30.0, gt=0, description="per group; then the worker is replaced")
+    timeout_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="per group; then the worker is replaced. Its start and imports have 60 s more",
+    )
     on_error: Literal["drop_group", "zero", "value"] = Field(
         "drop_group",
         description="when a function raises, returns junk, hangs or dies: drop the group, or let "

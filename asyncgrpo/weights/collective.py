@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ RETIRED_SECONDS = 60.0
 CLOSING_TAG = 1
 LISTEN_BACKLOG = 1024
 BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
+_making_groups = threading.Lock()
 _retired: deque[tuple[float, object]] = deque()
 
 
@@ -188,9 +190,10 @@ def open_group(
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             # NCCL itself has no limit for members that do not come to its first operation.
-            prefixed.set(str(rank), "here")
-            prefixed.wait([str(member) for member in range(world_size)], timeout)
-            with _raising_waits():
+            met = dist.PrefixStore("met", prefixed)  # type: ignore[attr-defined]
+            met.set(str(rank), "here")
+            met.wait([str(member) for member in range(world_size)], timeout)
+            with _making_groups, _raising_waits():
                 handle: Any = dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]

@@ -74,7 +74,6 @@ class Outbox:
 
     def take(self, version: int, tensors: SentTensors, owed: Collection[int | None]) -> None:
         """Makes the weights of a version readable. owed: versions that are still to be proven."""
-        self._stream.mark()
         if not self.is_filled:
             self._manifest = Manifest.of(tensors, self._dtype)
             device = "cuda" if self._transport in ON_DEVICE else "cpu"
@@ -96,6 +95,7 @@ class Outbox:
             self._copy = self._copy or FlatWeights(self._manifest)
             self._copy.fill(tensors)
             self._tensors = list(self._copy.views())
+        self._stream.mark()
 
     def release(self) -> None:
         """The learner's parameters are not read any more."""
