@@ -29,7 +29,7 @@ def none(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     weight = 1, the loss's ratio is pi / p: mu is ignored
     Source: the baseline that asynchronous training fails with (AReaL, arXiv 2505.24298)
     Use: only to compare, or with max_staleness 0. Stands alone.
-    Staleness: 2; 85 % at 4, 70 % at 16 where corrected runs keep 84 to 91 %
+    Staleness: 2; 88 % at 4, 63 % at 16 where corrected runs keep 85 to 92 %
     """
     return Correction()
 
@@ -53,7 +53,7 @@ def decoupled(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     Source: Hilton et al., arXiv 2110.00641; asynchronous use: AReaL, arXiv 2505.24298
     Settings: correction_cap proximal
     Use: the default; holds at high learning rates and at long lag.
-    Staleness: 4 (92 %), 8 (89 %); AReaL: 42.2 at 4, 41.0 at 8, 38.7 at 16
+    Staleness: 4 (89 %), 8 (90 %); AReaL: 42.2 at 4, 41.0 at 8, 38.7 at 16
     """
     return _capped(safe_exp(inputs.log_weight), algo.correction_cap)
 
@@ -77,7 +77,7 @@ def tis_sequence(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     Source: Ionides 2008; sequence form in verl's rollout correction
     Settings: tis_sequence.cap proximal
     Use: large batches with learner.ess_scaled_lr: the product spreads with the length.
-    Staleness: 4 (90 %), 8 (89 %); 128 in its source with large batches and an ESS-scaled rate
+    Staleness: 4 (90 %), 8 (88 %); 128 in its source with large batches and an ESS-scaled rate
     """
     log_weight = inputs.on_tokens(inputs.sequence_sum(inputs.log_weight))
     return _capped(safe_exp(log_weight), algo.tis_sequence.cap)
@@ -90,7 +90,7 @@ def icepop(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     Source: Ring-1T, arXiv 2510.18855 (IcePop)
     Settings: icepop.low icepop.high
     Use: mixture-of-experts models, low-precision engines.
-    Staleness: 4 (91 %), 8 (86 %)
+    Staleness: 4 (92 %), 8 (88 %)
     """
     weight = safe_exp(inputs.log_weight)
     keep = (weight >= algo.icepop.low) & (weight <= algo.icepop.high)
@@ -105,7 +105,7 @@ def geometric_mask(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     Settings: geometric_mask.low geometric_mask.high
     Use: only calibrated: look at masked/geometric_mask/decile_*; the band is a length filter
         or does nothing. Combine with decoupled for weights.
-    Staleness: 0 with the default band, which is for engine mismatch; 8 (90 %) with 0.5 to 2
+    Staleness: 0 with the default band, which is for engine mismatch; 8 (89 %) with 0.5 to 2
     """
     mean = inputs.on_tokens(safe_exp(inputs.sequence_mean(inputs.log_weight)))
     return Correction(keep=(mean >= algo.geometric_mask.low) & (mean <= algo.geometric_mask.high))
@@ -118,7 +118,7 @@ def opsm(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     Source: DeepSeek-V3.2, arXiv 2512.02556 eq. 9 (with the present pi, as here)
     Settings: opsm.threshold
     Use: an add-on to decoupled where negative samples destabilise.
-    Staleness: 16 (91 %) with decoupled
+    Staleness: 16 (90 %) with decoupled
     """
     distance = inputs.sequence_mean((inputs.behavior_logprobs - inputs.logprobs).detach())
     is_far = inputs.on_tokens(distance) > algo.opsm.threshold
@@ -133,7 +133,7 @@ def m2po(inputs: LossInputs, algo: AlgoSettings) -> Correction:
     Source: M2PO, arXiv 2510.01161 section 5.2 and algorithm 1 (there with pi / mu)
     Settings: m2po.threshold
     Use: very long lag. Costs one more forward pass: the cut is one number for the whole batch.
-    Staleness: 16 (90 %) with decoupled; 256 in its source
+    Staleness: 16 (91 %) with decoupled; 256 in its source
     """
     log_weight = inputs.log_weight
     is_small = log_weight.square() <= inputs.totals.second_moment_cut

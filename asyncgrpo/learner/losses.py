@@ -48,7 +48,7 @@ def cispo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786 (cap 4 to 8, no floor)
     Settings: cispo.cap cispo.floor
     Use: long completions whose rare tokens a clip would silence. Needs correction bypass.
-    Staleness: 4 (91 %), 8 (89 %)
+    Staleness: 4 (91 %), 8 (84 %)
     """
     ratio, cap, floor = inputs.behavior_ratio, algo.cispo.cap, algo.cispo.floor
     weight = ratio.clamp(min=floor, max=cap)
@@ -67,7 +67,7 @@ def gspo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Settings: gspo.clip_low gspo.clip_high
     Use: mixture-of-experts models. With correction bypass, or several optimizer steps per batch.
         Meant for aggregation sequence_mean; token_mean weighs long sequences more.
-    Staleness: 16 (91 %); starves when most sequences are clipped
+    Staleness: 16 (92 %); starves when most sequences are clipped
     """
     ratio = inputs.on_tokens(safe_exp(inputs.sequence_mean(inputs.logprobs - inputs.old_logprobs)))
     return _clipped(ratio, inputs, algo.gspo.clip_low, algo.gspo.clip_high)
@@ -95,7 +95,7 @@ def sapo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: SAPO, arXiv 2511.20347
     Settings: sapo.tau_positive sapo.tau_negative
     Use: where hard clips make training jumpy. With bypass, or several optimizer steps per batch.
-    Staleness: 2 (93 %), 4 (89 %); 73 % at 16: the gate still pulls far from r = 1
+    Staleness: 2 (93 %), 4 (88 %); 76 % at 16: the gate still pulls far from r = 1
     """
     positive, negative = algo.sapo.tau_positive, algo.sapo.tau_negative
     tau = torch.where(inputs.advantages > 0, positive, negative)
@@ -111,7 +111,7 @@ def dppo_tv(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: DPPO, arXiv 2602.04879 (binary total variation; section 5.4 for the cap)
     Settings: dppo_tv.delta dppo_tv.cap
     Use: large vocabularies with many rare tokens. Needs correction bypass.
-    Staleness: 16 (91 %)
+    Staleness: 16 (90 %)
     """
     ratio = inputs.behavior_ratio
     moved = (inputs.logprobs.exp() - inputs.behavior_logprobs.exp()).detach()
@@ -131,7 +131,7 @@ def vespo(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Settings: vespo.positive vespo.negative
     Use: long lag with short or medium completions: W spreads with the square root of the length.
         Needs correction bypass.
-    Staleness: 16 (90 %); 64 in its source; look at masks by length decile
+    Staleness: 16 (91 %); 64 in its source; look at masks by length decile
     """
     log_ratio = (inputs.logprobs - inputs.behavior_logprobs).detach()
     total = inputs.sequence_sum(log_ratio).clamp(MIN_LOG_SEQUENCE_RATIO, MAX_LOG_RATIO)
@@ -151,7 +151,7 @@ def topr(inputs: LossInputs, algo: AlgoSettings) -> TokenLoss:
     Source: TOPR, arXiv 2503.14286 eq. 8 (there by the sign of the reward)
     Settings: topr.level
     Use: data of any age, no trust region at all. Needs correction bypass.
-    Staleness: 16 (91 %); unbounded in its source, with small learning rates
+    Staleness: 16 (92 %); unbounded in its source, with small learning rates
     """
     log_ratio = (inputs.logprobs - inputs.behavior_logprobs).detach()
     if algo.topr.level == "sequence":
