@@ -379,9 +379,10 @@ def _explain(item: Any) -> str:
     named = location  # without the place in a list
     while named and isinstance(named[-1], int):
         named = named[:-1]
+    setting = ".".join(map(str, named))
     field = _fields_at(named[:-1]).get(named[-1]) if named else None
     if item["type"] == "missing" and named != location:
-        key, message = ".".join(map(str, named)), "it has too few values"
+        key, message = setting, "it has too few values"
     if item["type"] == "tuple_type":
         tables = field is not None and _rooms_in(field.annotation)
         message = "Input should be a list" + " of tables" * bool(tables)
@@ -392,5 +393,5 @@ def _explain(item: Any) -> str:
     if item["type"] == "value_error":
         return f"{key}: {message}"
     described = getattr(field, "description", None)
-    about = f" ({'.'.join(map(str, named))} is: {described})" if described else ""
+    about = f" ({setting} is: {described})" if described else ""
     return f"{key}={item['input']!r} is not allowed: {message}{about}"

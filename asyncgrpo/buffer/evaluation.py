@@ -83,11 +83,7 @@ class Evaluations:
                 for prompt, (actor, hand) in zip(prompts, turns, strict=False):
                     hand.append(self._issue(job, prompt, actor, version, name, now))
                 self._journal.evaluating(version, name, self._leases.last_number)
-            pushes += [
-                (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
-                for actor, leases in hands.items()
-                if leases
-            ]
+            pushes += [_hand(actor, version, dealt) for actor, dealt in hands.items() if dealt]
         self._wanted.clear()
         return pushes
 
@@ -109,10 +105,7 @@ class Evaluations:
             packed = self._issue(job, lease.prompt, actor, lease.version, lease.block, now)
             self._journal.evaluating(lease.version, lease.block, self._leases.last_number)
             hands.setdefault((actor, lease.version), []).append(packed)
-        return [
-            (actor, Packet(kind="evaluate", fields={"version": version, "leases": leases}))
-            for (actor, version), leases in hands.items()
-        ]
+        return [_hand(actor, version, dealt) for (actor, version), dealt in hands.items()]
 
     def forget(self, version: int) -> None:
         """A learner begins at this version: newer ones will be other policies."""
@@ -180,3 +173,8 @@ class Evaluations:
             fields = {"reports": sorted(self._reports.values(), key=lambda r: r["version"])}
             answer = Packet(kind="reports", request_id=request.request_id, fields=fields)
         return None if is_awaited else answer
+
+
+def _hand(actor: str, version: int, leases: Sequence[bytes]) -> tuple[str, Packet]:
+    """What an actor is told to evaluate."""
+    return actor, Packet(kind="evaluate", fields={"version": version, "leases": leases})

@@ -32,7 +32,7 @@ RETIRED_SECONDS = 60.0
 CLOSING_TAG = 1
 LISTEN_BACKLOG = 1024
 BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
-_making_groups = threading.Lock()
+_environment = threading.Lock()
 _retired: deque[tuple[float, object]] = deque()
 
 
@@ -193,7 +193,7 @@ def open_group(
             met = dist.PrefixStore("met", prefixed)  # type: ignore[attr-defined]
             met.set(str(rank), "here")
             met.wait([str(member) for member in range(world_size)], timeout)
-            with _making_groups, _raising_waits():
+            with _raising_waits():
                 handle: Any = dist.ProcessGroupNCCL(prefixed, rank, world_size, options)
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -215,15 +215,15 @@ def _raising_waits() -> Iterator[None]:
     Other groups only queue the wait on the GPU, and their watchdog ends the process (torch's
     ProcessGroupNCCL.cpp), which is right for the learner's own ranks.
     """
-    former = os.environ.get(BLOCKING_WAIT)
-    os.environ[BLOCKING_WAIT] = "1"
-    try:
-        yield
-    finally:
-        if former is None:
+    with _environment:
+        former = os.environ.get(BLOCKING_WAIT)
+        os.environ[BLOCKING_WAIT] = "1"
+        try:
+            yield
+        finally:
             del os.environ[BLOCKING_WAIT]
-        else:
-            os.environ[BLOCKING_WAIT] = former
+            if former is not None:
+                os.environ[BLOCKING_WAIT] = former
 
 
 def retire(group: WeightGroup | None) -> None:

@@ -154,8 +154,9 @@ class Outbox:
         """A function that takes each piece; at the end the version's digests are known."""
         digester = Digester(self._manifest, self._seeds[version])
         yield digester.add
-        former = self._digests.setdefault(version, digester.values)
-        assert former == digester.values, "weights changed before their release"
+        values = digester.values
+        former = self._digests.setdefault(version, values)
+        assert former == values, "weights changed before their release"
         self.metrics["publish/digest_seconds"] = digester.seconds
         self.metrics["publish/bytes"] = float(self._manifest.num_bytes)
 
@@ -172,10 +173,11 @@ class Outbox:
             for piece in self._manifest.pieces(self._tensors, self._staging):
                 add(piece)
                 digester.add(piece)
-        self._sent = version, digester.values
+        values = digester.values
+        self._sent = version, values
         wanted = list(range(len(buckets.names)))
         if former and all(member.held == held for member in members):
-            wanted = [n for n in wanted if digester.values[n] != former[n]]
+            wanted = [n for n in wanted if values[n] != former[n]]
         size = sum(buckets.shapes[n][0] for n in wanted)
         self.metrics["publish/bytes"] = float(size)
         self.metrics["publish/bytes_saved"] = float(self._manifest.num_bytes - size)

@@ -12,13 +12,12 @@ import os
 import sys
 import time
 
+from asyncgrpo.launch.plan import VLLM_ENVIRONMENT
+
 os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_ENVIRONMENT,
     TORCHDYNAMO_DISABLE="1",
     OMP_NUM_THREADS="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_PLUGINS="",
     HF_HUB_OFFLINE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     GLOO_SOCKET_IFNAME="lo",
